@@ -1,0 +1,1 @@
+"""Recipes: `python -m dyntoken.main --config=configs/NAME.py[:arg,key=value]`."""

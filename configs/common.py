@@ -1,0 +1,135 @@
+"""Every default once, and what the recipes share.
+
+A recipe is a file with `get_config(arg)`; `arg` is what follows the colon in
+`--config=configs/tps_deit.py:size=t,keep=0.5`. Every recipe also takes `demo`
+(embedded real images, minutes on a laptop) and `tiny` (made images, seconds).
+"""
+
+import ast
+
+import ml_collections
+from ml_collections import config_dict
+
+
+def parse_arg(arg, **defaults):
+    """Reads `"demo,size=t,keep=0.5,at=3-6-9"` into a dict typed by `defaults`.
+
+    A lone word is a switch. A sequence is written with dashes. An unknown name
+    raises with those that exist.
+    """
+    values = dict(defaults)
+    for part in filter(None, (arg or "").split(",")):
+        name, given, text = part.partition("=")
+        if name not in defaults:
+            raise ValueError(f"unknown config argument {name!r}: this recipe takes {', '.join(defaults)}")
+        values[name] = _typed(name, text, defaults[name]) if given else True
+        if not given and not isinstance(defaults[name], bool):
+            raise ValueError(f"config argument {name!r} needs a value, as in {name}={defaults[name]}")
+    return ml_collections.ConfigDict(values)
+
+
+def _typed(name, text, default):
+    kind = type(default)
+    try:
+        if kind is bool:
+            return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+        if kind is tuple:
+            return tuple(ast.literal_eval(entry) for entry in text.split("-"))
+        return kind(text)
+    except (KeyError, ValueError, SyntaxError) as error:
+        raise ValueError(f"config argument {name}={text} is no {kind.__name__}") from error
+
+
+def base():
+    """All keys a run reads (`dyntoken.train.plan.Settings`), with their defaults."""
+    c = ml_collections.ConfigDict()
+    c.seed = 0
+    c.batch = 1024  # images per step, over all devices
+    c.epochs = 30.0
+    c.steps = 0  # > 0 wins over epochs
+    c.log_steps = 50
+    c.eval_steps = 0
+    c.eval_epochs = 1.0  # 0: evaluate only at the end
+    c.checkpoint_steps = 1000
+    c.keep_checkpoints = 2
+    c.resume = config_dict.placeholder(str)  # workdir of another run to go on from
+    c.ema = 0.0  # decay of the weight average; 0 for none
+
+    c.model = ml_collections.ConfigDict({"name": ""})  # and any keyword of create_model
+
+    c.data = ml_collections.ConfigDict()
+    c.data.name = "imagenet2012"
+    c.data.split = "train"
+    c.data.eval_split = "validation"
+    c.data.size = 224
+    c.data.shards = 8  # virtual shards; the result does not depend on the number of devices
+    c.data.data_dir = config_dict.placeholder(str)  # default: $TFDS_DATA_DIR
+    c.data.augment = {"crop": "random_resized", "interpolation": "bicubic", "flip": 0.5}
+    c.data.eval = {"crop_pct": 0.875, "interpolation": "bicubic"}
+    c.data.options = ml_collections.ConfigDict()
+
+    c.mix = {"mixup": 0.8, "cutmix": 1.0, "prob": 1.0, "switch_prob": 0.5, "smoothing": 0.1}
+    c.losses = ml_collections.ConfigDict()
+    c.optim = ml_collections.ConfigDict()
+    c.teacher = ml_collections.ConfigDict({"name": "", "weights": ""})
+    c.init = ml_collections.ConfigDict({"path": ""})  # weights to start from
+    c.compare = False  # demo: table of linear, dense, drop and this run, and a picture
+    return c
+
+
+SIZES = {"t": "tiny", "s": "small", "b": "base"}
+
+
+def deit_name(size):
+    """`"s"` to `"deit_small_patch16_224"`."""
+    if size not in SIZES:
+        raise ValueError(f"size={size} is not one of {', '.join(SIZES)}")
+    return f"deit_{SIZES[size]}_patch16_224"
+
+
+def from_dense(c, method, keep, at):
+    """Fine-tunes a reduced model from a dense one, which is its teacher where a loss wants one.
+
+    Call it last: the teacher is built like the model is by then.
+    """
+    dense = c.model.to_dict()
+    if any(loss in c.losses for loss in ("logit_kl", "token_distill")):
+        c.teacher.update(dense)
+        c.teacher.weights = c.init.get_ref("path")
+    c.model.name = f"{method}_{dense['name']}"
+    c.model.keep = keep
+    if at:
+        c.model.at = at
+
+
+def demo(c):
+    """Fashion-MNIST, 10,000 embedded real images, from our small trained dense ViT."""
+    c.data.name = "fashion_mnist_mini"
+    c.data.eval_split = "test"
+    c.data.size = 28
+    c.data.augment = {"crop": "pad", "pad": 1, "flip": 0.5}
+    c.mix = {"mixup": 0.0, "cutmix": 0.0, "smoothing": 0.0}
+    c.model = ml_collections.ConfigDict({"name": "vit_mini_patch4_28"})
+    c.init.path = "pretrained:vit_mini_patch4_28"
+    c.batch = 200
+    c.epochs = 4.0
+    c.eval_epochs = 0.0
+    c.log_steps = 25
+    c.checkpoint_steps = 50
+    c.ema = 0.0
+    c.optim = {"lr": 5e-4, "min_lr": 1e-6, "schedule": "cosine", "warmup_epochs": 0.2, "weight_decay": 0.05}
+
+
+def tiny(c):
+    """Made images and a toy model: two steps, to see that everything fits."""
+    c.data.name = "fake"
+    c.data.eval_split = "test"
+    c.data.size = 16
+    c.data.options = {"num_classes": 4, "train": 64, "test": 24, "image_size": 16, "channels": 3}
+    c.model.update({"patch_size": 4, "width": 24, "depth": 4, "heads": 2})
+    c.init.path = ""
+    c.losses = {key: spec for key, spec in c.losses.items() if key not in ("logit_kl", "token_distill")}
+    c.batch = 16
+    c.steps = 2
+    c.log_steps = 1
+    c.checkpoint_steps = 1

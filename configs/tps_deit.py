@@ -1,0 +1,53 @@
+"""TPS on DeiT: dTPS (predictor) and eTPS (class attention), 30 epochs from a dense DeiT.
+
+    python -m dyntoken.main --config=configs/tps_deit.py --workdir=runs/dtps_deit_s
+    python -m dyntoken.main --config=configs/tps_deit.py:variant=etps,size=t,keep=0.5,at=2-4-6-8
+    python -m dyntoken.main --config=configs/tps_deit.py:demo --workdir=runs/demo
+    python -m dyntoken.main --config=configs/tps_deit.py:tiny
+
+Published (CVPR 2023, main figure, 224 px, 30 epochs), keep 0.7 at blocks 3-6-9:
+dTPS-DeiT-S 79.67 at 2.99 GMACs, eTPS-DeiT-S 79.66 at 3.01, dTPS-DeiT-T 71.89 at
+0.81. On ImageNet: not yet run.
+
+Follows megvii-research/TPS-CVPR2023 (torch): batch 1024, learning rate
+2.5e-4 x batch / 1024, weight decay 0.05 on every parameter, EMA 0.99996; the
+tiny model trains without distillation. Crop, flip, mixup, cutmix and smoothing
+are DeiT's; its RandAugment, random erasing and repeated augmentation are not
+applied. eTPS has no official recipe: this is dTPS's without the keep-ratio loss.
+"""
+
+from configs import common
+
+
+def get_config(arg=None):
+    """`variant=dtps|etps`, `size=t|s|b`, `keep=`, `at=`, `demo`, `tiny`."""
+    arg = common.parse_arg(arg, variant="dtps", size="s", keep=0.0, at=(), demo=False, tiny=False)
+    if arg.variant not in ("dtps", "etps"):
+        raise ValueError(f"variant={arg.variant} is not one of dtps, etps")
+    c = common.base()
+    c.model.name = common.deit_name(arg.size)
+    c.model.drop_path_rule = "constant"
+    c.init.path = f"weights/{c.model.name}.safetensors"
+    c.ema = 0.99996
+    c.losses = {"ce": {"weight": 1.0}}
+    if arg.variant == "dtps":
+        c.losses.keep_ratio = {"weight": 2.0}
+    if arg.size != "t":
+        c.losses.update({"logit_kl": {"weight": 0.5}, "token_distill": {"weight": 0.5, "variant": "kl"}})
+    c.optim = {
+        "lr": c.get_ref("batch") * (2.5e-4 / 1024),
+        "min_lr": 1e-5,
+        "schedule": "cosine_epoch",
+        "warmup_epochs": 5,
+        "warmup_lr": 1e-6,
+        "weight_decay": 0.05,
+        "decay": "all",
+    }
+    if arg.demo:
+        common.demo(c)
+        c.compare = True
+    if arg.tiny:
+        common.tiny(c)
+        c.optim.warmup_epochs = 0
+    common.from_dense(c, arg.variant, arg.keep or (0.5 if arg.demo else 0.7), arg.at)
+    return c

@@ -1,0 +1,39 @@
+"""Adaptive-token vision transformers in JAX.
+
+Any reduction method x any backbone, one parameter tree, static shapes. Names
+are imported on first use: `import dyntoken` loads neither TensorFlow nor Orbax.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_NAMES = {
+    "create_model": "dyntoken.models",
+    "list_models": "dyntoken.models",
+    "make_reducer": "dyntoken.reducers",
+    "load_weights": "dyntoken.weights",
+    "save_weights": "dyntoken.weights",
+    "import_reference": "dyntoken.weights",
+    "preprocess": "dyntoken.preprocessing",
+    "Tokens": "dyntoken.types",
+    "Reduction": "dyntoken.types",
+    "Output": "dyntoken.types",
+}
+_MODULES = ("data", "eval", "losses", "ops", "reducers", "train", "weights")
+__all__ = sorted([*_NAMES, *_MODULES, "__version__"])  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if name in _NAMES:
+        return getattr(importlib.import_module(_NAMES[name]), name)
+    if name in _MODULES:
+        return importlib.import_module(f"dyntoken.{name}")
+    raise AttributeError(f"module 'dyntoken' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,1 @@
+"""What training, evaluation and the tools share: counting, timing, drawing."""

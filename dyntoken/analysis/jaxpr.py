@@ -1,0 +1,106 @@
+"""Walks a jaxpr and names every matrix product and convolution in it.
+
+One multiply-add counts 1, biases, norms, activations, softmax and data movement
+count 0: the convention of DeiT, DynamicViT and EViT ("FLOPs" in their tables).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import jax.numpy as jnp
+
+CONTAINERS = "jaxpr", "call_jaxpr", "branches", "body_jaxpr", "cond_jaxpr", "fun_jaxpr"
+
+
+@dataclasses.dataclass(frozen=True)
+class Operation:
+    """One equation of interest, in program order.
+
+    Attributes:
+      path: names of the modules and named scopes around it, outermost first.
+      kind: "conv", "dot", or "" for anything else (0 multiply-adds).
+      macs: multiply-adds, loops multiplied out.
+      rows: for a product with a weight matrix, the number of rows it is applied
+        to (batch times tokens), else 0.
+    """
+
+    path: tuple[str, ...]
+    kind: str
+    macs: int
+    rows: int = 0
+
+
+def operations(jaxpr: Any, path: tuple[str, ...] = (), times: int = 1) -> Iterator[Operation]:
+    """Yields an `Operation` for every equation, entering calls and loops.
+
+    Of a `cond` the dearest branch counts; a `scan` body counts once per step.
+
+    Args:
+      jaxpr: a `Jaxpr` or `ClosedJaxpr`.
+
+    Raises:
+      ValueError: a product inside a `while` loop, whose trip count no shape tells.
+    """
+    for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+        here = _scopes(path, str(equation.source_info.name_stack))
+        name = equation.primitive.name
+        if name == "dot_general":
+            yield _dot(equation, here, times)
+        elif name == "conv_general_dilated":
+            yield Operation(here, "conv", times * _conv(equation))
+        elif name == "cond":
+            yield from max(
+                ([*operations(branch, here, times)] for branch in equation.params["branches"]),
+                key=lambda ops: sum(op.macs for op in ops),
+            )
+        else:
+            inner = [*_inside(equation, here, times * _trips(equation))]
+            if name == "while" and any(op.macs for op in inner):
+                raise ValueError(
+                    f"a while loop at {'/'.join(here) or 'the top'} multiplies matrices: cannot count"
+                )
+            yield from inner or [Operation(here, "", 0)]
+
+
+def _inside(equation: Any, path: tuple[str, ...], times: int) -> Iterator[Operation]:
+    for key in CONTAINERS:
+        held = equation.params.get(key)
+        if held is not None and hasattr(getattr(held, "jaxpr", held), "eqns"):
+            yield from operations(held, path, times)
+
+
+def _trips(equation: Any) -> int:
+    return equation.params["length"] if equation.primitive.name == "scan" else 1
+
+
+def _dot(equation: Any, path: tuple[str, ...], times: int) -> Operation:
+    left, right = (v.aval.shape for v in equation.invars)
+    (contracted, _), (_, right_batched) = equation.params["dimension_numbers"]
+    inner = math.prod(left[d] for d in contracted)
+    outer = math.prod(equation.outvars[0].aval.shape)
+    if not jnp.issubdtype(equation.outvars[0].aval.dtype, jnp.inexact):
+        return Operation(path, "", 0)  # integer products are book-keeping of row numbers
+    is_layer = len(right) == 2 and not right_batched
+    rows = math.prod(left) // inner if is_layer else 0
+    return Operation(path, "dot", times * outer * inner, rows)
+
+
+def _conv(equation: Any) -> int:
+    kernel = equation.invars[1].aval.shape
+    spec = equation.params["dimension_numbers"].rhs_spec  # (output feature, input feature, *space)
+    per_output = math.prod(kernel[d] for d in spec[1:])
+    return math.prod(equation.outvars[0].aval.shape) * per_output
+
+
+def _scopes(path: tuple[str, ...], stack: str) -> tuple[str, ...]:
+    """Appends a name stack such as `Model/backbone.embed/vmap(proj)`, less what `einsum` adds to it."""
+    for name in re.sub(r"\w+\(|\)", "", stack).split("/"):
+        name = name.split(".")[0]  # `module.method`
+        if name and "->" not in name and (not path or path[-1] != name):
+            path = (*path, name)
+    return path

@@ -1,0 +1,163 @@
+"""Wall time of a model on the device at hand, measured in pairs.
+
+Two programs are timed in turn, and their ratio is taken pair by pair: drift of
+clock speed, temperature or load hits both alike and cancels. Data loading and
+transfers are not part of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dyntoken.analysis import macs
+
+Run = Callable[[], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Times:
+    """Seconds per call, one entry per measurement."""
+
+    seconds: tuple[float, ...]
+
+    @property
+    def latency(self) -> float:
+        """Median seconds of one call."""
+        return float(np.median(self.seconds))
+
+    def images_per_s(self, batch: int) -> float:
+        """Images per second at the median."""
+        return batch / self.latency
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Two programs timed in turn.
+
+    Attributes:
+      first, second: their times.
+      ratios: time of the first over time of the second, pair by pair; above 1
+        the second is faster.
+    """
+
+    first: Times
+    second: Times
+    ratios: tuple[float, ...]
+
+    @property
+    def ratio(self) -> float:
+        """Median of the ratios: the speed-up of the second program."""
+        return float(np.median(self.ratios))
+
+    @property
+    def spread(self) -> tuple[float, float]:
+        """First and third quartile of the ratios."""
+        low, high = np.quantile(self.ratios, (0.25, 0.75))
+        return float(low), float(high)
+
+
+def measure(run: Run, calls: int = 1) -> float:
+    """Seconds per call of `run`, over `calls` calls, waiting for the last result."""
+    start = time.perf_counter()
+    result = None
+    for _ in range(calls):
+        result = run()
+    jax.block_until_ready(result)
+    return (time.perf_counter() - start) / calls
+
+
+def compare(first: Run, second: Run, *, pairs: int = 20, warmup: int = 2, min_s: float = 0.1) -> Comparison:
+    """Times two programs in turn.
+
+    Every other pair runs in reverse order, so that neither always goes first.
+
+    Args:
+      first, second: functions without arguments that start the work and return
+        its arrays, e.g. from `evaluation` or `training`.
+      pairs: number of pairs.
+      warmup: untimed calls of each (the first one compiles).
+      min_s: a measurement repeats its program until it lasts about this long.
+
+    Raises:
+      ValueError: fewer than one pair.
+    """
+    if pairs < 1:
+        raise ValueError(f"pairs must be at least 1, got {pairs}")
+    runs = (first, second)
+    calls = [_calls(run, warmup, min_s) for run in runs]
+    seconds: tuple[list[float], list[float]] = ([], [])
+    for pair in range(pairs):
+        for side in (0, 1) if pair % 2 == 0 else (1, 0):
+            seconds[side].append(measure(runs[side], calls[side]))
+    ratios = tuple(a / b for a, b in zip(*seconds, strict=True))
+    return Comparison(Times(tuple(seconds[0])), Times(tuple(seconds[1])), ratios)
+
+
+def _calls(run: Run, warmup: int, min_s: float) -> int:
+    for _ in range(max(warmup, 1)):
+        once = measure(run)
+    return max(1, math.ceil(min_s / max(once, 1e-6)))
+
+
+def random_variables(model: Any, image_shape: Sequence[int] | None = None, seed: int = 0) -> Any:
+    """Variables of the model's shapes with small random values, drawn on the host.
+
+    Speed does not depend on the values; `model.init` would first have to
+    compile the whole model.
+    """
+    shape = macs.default_image_shape(model) if image_shape is None else tuple(image_shape)
+    images = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
+    shapes = jax.eval_shape(lambda x: model.init(jax.random.key(0), x), images)
+    rng = np.random.default_rng(seed)
+
+    def fill(leaf: Any) -> jax.Array:
+        values = rng.standard_normal(leaf.shape, np.float32) * 0.02 + float(len(leaf.shape) == 1)
+        return jnp.asarray(values, leaf.dtype)
+
+    return jax.tree.map(fill, shapes)
+
+
+def random_images(
+    model: Any, batch: int, image_shape: Sequence[int] | None = None, seed: int = 0
+) -> jax.Array:
+    """Normal noise `[batch, H, W, C]` float32 on the device."""
+    shape = macs.default_image_shape(model) if image_shape is None else tuple(image_shape)
+    return jnp.asarray(np.random.default_rng(seed).standard_normal((batch, *shape), np.float32))
+
+
+def evaluation(model: Any, variables: Any, images: jax.Array) -> Run:
+    """A compiled forward pass in evaluation, image tensor to logits."""
+    forward = jax.jit(lambda variables, images: model.apply(variables, images).logits)
+    return lambda: forward(variables, images)
+
+
+def training(model: Any, variables: Any, images: jax.Array) -> Run:
+    """A compiled training pass: forward in training mode, cross-entropy, gradient.
+
+    The gradient with respect to every parameter; no optimizer, no regularisers,
+    no teacher. A method with a learnt policy runs its mask form here, so it is
+    no faster than the dense model; the others train at the reduced shapes.
+    """
+    ids = jnp.arange(images.shape[0], dtype=jnp.int32)
+    constant = {name: value for name, value in variables.items() if name != "params"}
+
+    def loss(params: Any, images: jax.Array, key: jax.Array) -> jax.Array:
+        streams = dict(zip(("policy", "dropout"), jax.random.split(key), strict=True))
+        mutable = list(constant) or False
+        out = model.apply(
+            {"params": params, **constant}, images, train=True, ids=ids, rngs=streams, mutable=mutable
+        )
+        out = out[0] if mutable else out
+        return -jax.nn.log_softmax(out.logits.astype(jnp.float32))[:, 0].mean()
+
+    step = jax.jit(jax.grad(loss))
+    key = jax.random.key(0)
+    return lambda: step(variables["params"], images, key)

@@ -1,0 +1,5 @@
+"""Backbone families, one file and one line each."""
+
+from dyntoken.registry import Table
+
+BACKBONES = Table("backbone", {"vit": "dyntoken.backbones.deit:ViT"})

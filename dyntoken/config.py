@@ -1,0 +1,70 @@
+"""Finding and loading recipes: `load("configs/tps_deit.py:demo")`."""
+
+from __future__ import annotations
+
+import importlib.util
+import pathlib
+import sys
+from types import ModuleType
+
+import ml_collections
+
+HERE = pathlib.Path(__file__).resolve().parent
+
+
+class ConfigError(ValueError):
+    """No such recipe, or one that cannot be read."""
+
+
+def locate(path: str) -> pathlib.Path:
+    """The file of a recipe.
+
+    A relative path that does not exist from the current folder is looked for
+    among the recipes that came with the package, so `configs/tps_deit.py` works
+    anywhere.
+
+    Raises:
+      ConfigError: names the recipes there are.
+    """
+    asked = pathlib.Path(path).expanduser()
+    shipped = [folder for folder in (HERE / "configs", HERE.parent / "configs") if folder.is_dir()]
+    for candidate in (asked, *(folder / asked.name for folder in shipped)):
+        if candidate.is_file():
+            return candidate.resolve()
+    names = sorted(f.name for f in shipped[0].glob("[a-z]*.py") if f.name != "common.py") if shipped else []
+    raise ConfigError(f"no recipe {path}: choose a file, or one of configs/{{{', '.join(names)}}}")
+
+
+def load(path: str) -> ml_collections.ConfigDict:
+    """Runs `get_config` of `FILE[:args]`.
+
+    Raises:
+      ConfigError: no such file, one without `get_config`, or bad arguments.
+    """
+    name, _, arg = path.partition(":")
+    file = locate(name)
+    _adopt(file.parent)
+    module = _import(f"configs.{file.stem}", file)
+    if not hasattr(module, "get_config"):
+        raise ConfigError(f"{file} has no get_config(arg): it is no recipe")
+    try:
+        return module.get_config(arg or None)
+    except ValueError as error:
+        raise ConfigError(f"{file.name}: {error}") from error
+
+
+def _adopt(folder: pathlib.Path) -> None:
+    """Makes `from configs import common` mean the recipe's own folder."""
+    package = ModuleType("configs")
+    package.__path__ = [str(folder)]
+    for name in [n for n in sys.modules if n == "configs" or n.startswith("configs.")]:
+        del sys.modules[name]
+    sys.modules["configs"] = package
+
+
+def _import(name: str, file: pathlib.Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, file)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module

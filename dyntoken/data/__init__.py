@@ -1,0 +1,173 @@
+"""Images and labels, step by step: `batch = f(seed, step)`.
+
+Nothing is carried from batch to batch: an iterator started at step k yields
+what an uninterrupted one yields from step k on, so a resumed run needs no
+iterator state. A training epoch is `count // batch` batches of a permutation
+seeded by (seed, epoch); what is left over is dropped and differs from epoch to
+epoch. Crops and flips are keyed by (seed, epoch, example).
+
+The data set has `shards` fixed virtual shards, whatever the number of
+processes, and the global batch is shard-major: process p of P yields rows
+`p * batch / P .. (p + 1) * batch / P - 1` of it. The processes' batches, put
+together in order, are the batch of a single process, bit for bit.
+
+Batches are `{"image": uint8 [b, H, W, C], "label": int32 [b], "mask": float32
+[b]}`, mask 0 for the padding of evaluation. Normalisation is the device's job,
+with `info(name).mean` and `.std`.
+
+The embedded `fashion_mnist_mini` and the generated `fake` need numpy alone. Any
+other name is a TFDS data set (`name`, `name:version`, `name/config:version`)
+that is already on disk under `data_dir`, else `$TFDS_DATA_DIR`, else
+`~/tensorflow_datasets`. Nothing is ever downloaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from dyntoken.data.arrays import Batch
+from dyntoken.data.augment import AugmentOptions
+from dyntoken.data.errors import DataError, MissingDataError
+from dyntoken.data.plan import DataInfo, EvalPlan, TrainPlan, check_size, count_rows, parse_split
+from dyntoken.data.prefetching import prefetch
+from dyntoken.data.sources import SOURCES, open_source
+
+__all__ = [
+    "SOURCES",
+    "AugmentOptions",
+    "Batch",
+    "DataError",
+    "DataInfo",
+    "MissingDataError",
+    "eval_batches",
+    "info",
+    "prefetch",
+    "steps_per_epoch",
+    "train_batches",
+]
+
+
+def info(name: str, data_dir: str | None = None, **options: Any) -> DataInfo:
+    """Describes a data set.
+
+    The common TFDS sets are described from a table while they are not on disk.
+
+    Args:
+      name: a row of `SOURCES` or a TFDS name.
+      data_dir: where TFDS data lies.
+      **options: of the source; `fake` takes num_classes, train, test,
+        image_size, channels.
+
+    Raises:
+      UnknownNameError: no such data set or option.
+      MissingDataError: not on disk; the message has the command that makes it.
+    """
+    return open_source(name, data_dir, **options).info
+
+
+def train_batches(
+    name: str,
+    *,
+    split: str | Sequence[str] = "train",
+    batch: int,
+    size: int | tuple[int, int] | None = None,
+    seed: int,
+    start_step: int = 0,
+    shards: int = 8,
+    process: tuple[int, int] = (0, 1),
+    data_dir: str | None = None,
+    augment: Mapping[str, Any] | AugmentOptions | None = None,
+    **options: Any,
+) -> Iterator[Batch]:
+    """An endless iterator of shuffled, augmented training batches.
+
+    Args:
+      name: data set, as in `info`.
+      split: "train", "train[:90%]", "train+validation" or a sequence of these.
+      batch: rows of the global batch, a multiple of `shards`.
+      size: pixels of the result, one number or (height, width); None keeps the
+        source's.
+      seed: of the order and of the augmentation.
+      start_step: the first step to yield.
+      shards: virtual shards, a multiple of the number of processes. For
+        streamed sets (ImageNet) another number gives other batches.
+      process: (index, number of processes).
+      data_dir: where TFDS data lies.
+      augment: `AugmentOptions` or its fields; None changes nothing beyond a
+        resize and centre crop where the size differs.
+      **options: of the source.
+
+    Raises:
+      DataError: see the message; raised by this call, not by the first `next`.
+    """
+    source = open_source(name, data_dir, **options)
+    facts = source.info
+    plan = TrainPlan(
+        parts=parse_split(name, split, facts.splits),
+        batch=batch,
+        size=check_size(size, facts.image_shape),
+        seed=seed,
+        start_step=start_step,
+        shards=shards,
+        process=tuple(process),
+        augment=AugmentOptions.of(augment),
+    )
+    return source.train(plan)
+
+
+def eval_batches(
+    name: str,
+    *,
+    split: str | Sequence[str] = "test",
+    batch: int,
+    size: int | tuple[int, int] | None = None,
+    shards: int = 8,
+    process: tuple[int, int] = (0, 1),
+    data_dir: str | None = None,
+    crop_pct: float = 0.875,
+    interpolation: str = "bicubic",
+    **options: Any,
+) -> Iterator[Batch]:
+    """One pass over a split, each example exactly once.
+
+    The last batch is padded with black images of label 0 and mask 0; every
+    process yields the same number of equal batches. Images of the right size
+    pass through untouched, others are resized so that the shorter side is
+    `int(size / crop_pct)` and cropped at the centre. Sets in memory keep their
+    order; streamed ones come shard by shard within each batch.
+
+    Args:
+      crop_pct: share of the resized side that the crop keeps.
+      interpolation: "bicubic" or "bilinear", antialiased.
+      others: as in `train_batches`.
+
+    Raises:
+      DataError: see the message; raised by this call, not by the first `next`.
+    """
+    source = open_source(name, data_dir, **options)
+    facts = source.info
+    plan = EvalPlan(
+        parts=parse_split(name, split, facts.splits),
+        batch=batch,
+        size=check_size(size, facts.image_shape),
+        shards=shards,
+        process=tuple(process),
+        crop_pct=crop_pct,
+        interpolation=interpolation,
+    )
+    return source.evaluate(plan)
+
+
+def steps_per_epoch(
+    name: str, split: str | Sequence[str], batch: int, data_dir: str | None = None, **options: Any
+) -> int:
+    """Training batches per epoch, `count // batch`.
+
+    Raises:
+      DataError: the split has fewer than `batch` examples.
+    """
+    count = count_rows(parse_split(name, split, info(name, data_dir, **options).splits))
+    if count < batch:
+        raise DataError(f"batch {batch} is larger than the split ({count} images): use a smaller one")
+    return count // batch

@@ -1,0 +1,181 @@
+"""Random crops and flips of training images, a function of (seed, epoch, example).
+
+Mixup, cutmix and label smoothing act on the device batch and live elsewhere.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from dyntoken.data import resample, stateless
+from dyntoken.data.errors import DataError
+from dyntoken.registry import check_options, suggest
+
+CROPS = ("random_resized", "pad", "none")
+PAD_MODES = ("zero", "reflect")
+TRIES = 10
+_CROP, _FLIP = 1, 2  # names of the draws
+
+
+@dataclasses.dataclass(frozen=True)
+class AugmentOptions:
+    """How a training image is changed; the defaults are ImageNet's.
+
+    Attributes:
+      crop: "random_resized" (Inception's crop, as timm draws it); "pad" (pad
+        all four sides, crop back at random: what small images use); "none"
+        (centre crop if the size differs).
+      scale: share of the area that a random resized crop keeps.
+      ratio: width / height of a random resized crop.
+      interpolation: "bicubic" or "bilinear", antialiased.
+      pad: pixels per side for crop="pad".
+      pad_mode: "zero" or "reflect".
+      flip: probability of a left-right flip (True is 0.5, False is 0).
+    """
+
+    crop: str = "random_resized"
+    scale: tuple[float, float] = (0.08, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    interpolation: str = "bicubic"
+    pad: int = 4
+    pad_mode: str = "zero"
+    flip: float = 0.5
+
+    def __post_init__(self):
+        for what, value, known in (("crop", self.crop, CROPS), ("pad_mode", self.pad_mode, PAD_MODES)):
+            if value not in known:
+                raise DataError(f"augment.{what} is {value!r}: {suggest(str(value), known)}")
+        resample.check_interpolation(self.interpolation)
+        for what in ("scale", "ratio"):
+            low, high = getattr(self, what)
+            if not 0 < low <= high:
+                raise DataError(f"augment.{what} is ({low}, {high}); it must be 0 < low <= high")
+            object.__setattr__(self, what, (float(low), float(high)))
+        if isinstance(self.flip, bool):
+            object.__setattr__(self, "flip", 0.5 if self.flip else 0.0)
+        if not 0 <= self.flip <= 1:
+            raise DataError(f"augment.flip is {self.flip}; it is a probability")
+        if self.pad < 0:
+            raise DataError(f"augment.pad is {self.pad}; it must be 0 or more pixels")
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any] | AugmentOptions | None) -> AugmentOptions:
+        """From a config section; None switches augmentation off.
+
+        Raises:
+          UnknownNameError: an option that does not exist, with the nearest.
+        """
+        if isinstance(options, cls):
+            return options
+        if options is None:
+            return cls(crop="none", flip=0.0)
+        options = dict(options)
+        check_options("augment", options, (field.name for field in dataclasses.fields(cls)))
+        return cls(**options)
+
+
+def random_boxes(
+    draws: np.ndarray, height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float]
+) -> np.ndarray:
+    """Random resized crop boxes, with the procedure of timm and torchvision.
+
+    Ten attempts at an area and an aspect ratio; the first that fits is placed
+    uniformly; if none fits, the largest centred box of an allowed ratio.
+
+    Args:
+      draws: `[n, 22]` uniform in [0, 1): 10 areas, 10 ratios, 2 positions.
+      height, width: of the images.
+      scale, ratio: as in `AugmentOptions`.
+
+    Returns:
+      int64 `[n, 4]` (top, left, height, width).
+    """
+    area = height * width * (scale[0] + draws[:, :TRIES] * (scale[1] - scale[0]))
+    log_low, log_high = math.log(ratio[0]), math.log(ratio[1])
+    aspect = np.exp(log_low + draws[:, TRIES : 2 * TRIES] * (log_high - log_low))
+    wide = np.rint(np.sqrt(area * aspect)).astype(np.int64)  # [n, 10]
+    tall = np.rint(np.sqrt(area / aspect)).astype(np.int64)
+    fits = (wide > 0) & (wide <= width) & (tall > 0) & (tall <= height)
+    first = fits.argmax(1)[:, None]
+    wide, tall = (np.take_along_axis(a, first, 1)[:, 0] for a in (wide, tall))
+    top = (draws[:, 2 * TRIES] * (height - tall + 1)).astype(np.int64)
+    left = (draws[:, 2 * TRIES + 1] * (width - wide + 1)).astype(np.int64)
+    boxes = np.stack([top, left, tall, wide], 1)
+    return np.where(fits.any(1)[:, None], boxes, np.array(fallback_box(height, width, ratio))[None])
+
+
+def fallback_box(height: int, width: int, ratio: tuple[float, float]) -> tuple[int, int, int, int]:
+    """The largest centred (top, left, height, width) whose ratio is allowed."""
+    tall, wide = height, width
+    if width / height < ratio[0]:
+        tall = round(width / ratio[0])
+    elif width / height > ratio[1]:
+        wide = round(height * ratio[1])
+    return (height - tall) // 2, (width - wide) // 2, tall, wide
+
+
+def _reflect(position: np.ndarray, size: int) -> np.ndarray:
+    period = max(2 * (size - 1), 1)
+    position = np.abs(position) % period
+    return np.minimum(position, period - position)
+
+
+def pad_crop(
+    images: np.ndarray, offsets: np.ndarray, pad: int, mode: str, flip: np.ndarray | None = None
+) -> np.ndarray:
+    """Pads every side, crops back to the same size, mirrors where asked.
+
+    Args:
+      images: uint8 `[n, H, W, C]`.
+      offsets: `[n, 2]` integers in `0 .. 2 * pad`: top and left of the crop in
+        the padded image; `pad` is the image as it was.
+      pad: pixels per side.
+      mode: "zero" or "reflect" (the edge pixel is not repeated).
+      flip: `[n]` bool.
+
+    Returns:
+      uint8 `[n, H, W, C]`.
+    """
+    height, width = images.shape[1:3]
+    rows = np.arange(height)[None] + offsets[:, :1] - pad  # [n, H]
+    columns = np.arange(width)[None] + offsets[:, 1:] - pad
+    if flip is not None:
+        columns = np.where(flip[:, None], columns[:, ::-1], columns)
+    index = np.arange(len(images))[:, None, None]
+    if mode == "reflect":
+        return images[index, _reflect(rows, height)[:, :, None], _reflect(columns, width)[:, None]]
+    out = images[index, rows.clip(0, height - 1)[:, :, None], columns.clip(0, width - 1)[:, None]]
+    known = ((rows >= 0) & (rows < height))[:, :, None] & ((columns >= 0) & (columns < width))[:, None]
+    return out * known[..., None].astype(np.uint8)
+
+
+def augment(
+    images: np.ndarray, ids: np.ndarray, seed: int, epoch: int, size: tuple[int, int], options: AugmentOptions
+) -> np.ndarray:
+    """Crops and flips a batch.
+
+    Args:
+      images: uint8 `[n, H, W, C]`.
+      ids: `[n]` example indices; they key the draws together with seed, epoch.
+      size: (h, w) of the result.
+
+    Returns:
+      uint8 `[n, h, w, C]`.
+    """
+    flip = stateless.uniform(seed, epoch, _FLIP, ids) < options.flip if options.flip else None
+    if options.crop == "random_resized":
+        draws = stateless.uniform(seed, epoch, _CROP, ids[:, None], np.arange(2 * TRIES + 2)[None])
+        boxes = random_boxes(draws, *images.shape[1:3], options.scale, options.ratio)
+        return resample.resize_boxes(images, boxes, size, options.interpolation, flip)
+    if images.shape[1:3] != size:
+        images = resample.resize_centre(images, size, 1.0, options.interpolation)
+    if options.crop == "pad" and options.pad:
+        draws = stateless.uniform(seed, epoch, _CROP, ids[:, None], np.arange(2)[None])
+        offsets = (draws * (2 * options.pad + 1)).astype(np.int64)
+        return pad_crop(images, offsets, options.pad, options.pad_mode, flip)
+    return images if flip is None else np.where(flip[:, None, None, None], images[:, :, ::-1], images)

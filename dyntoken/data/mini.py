@@ -1,0 +1,39 @@
+"""`fashion_mnist_mini`: real images that come with the package.
+
+10,000 training and 2,000 test images of Zalando's Fashion-MNIST (Xiao, Rasul,
+Vollgraf 2017, MIT licence); see fashion_mnist_mini/README.md and `make_mini`.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import numpy as np
+
+from dyntoken.data.arrays import ArrayRows, ArraySource
+from dyntoken.data.cards import CARDS
+from dyntoken.data.errors import MissingDataError
+
+FOLDER = Path(__file__).parent / "fashion_mnist_mini"
+DATA = FOLDER / "data.npz"
+
+
+@functools.lru_cache(maxsize=1)
+def _load() -> dict[str, ArrayRows]:
+    if not DATA.exists():
+        raise MissingDataError(
+            f"the package lacks {DATA}: install it again, or make it with "
+            "`python -m dyntoken.data.make_mini --idx_dir=DIR`"
+        )
+    with np.load(DATA, allow_pickle=False) as arrays:
+        rows = {}
+        for split in ("train", "test"):
+            images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"].astype(np.int32)
+            rows[split] = ArrayRows(images, labels)
+    return rows
+
+
+def open_mini(name: str, data_dir: str | None) -> ArraySource:
+    """The embedded set; needs numpy only and reads nothing from `data_dir`."""
+    return ArraySource(CARDS[name], lambda split: _load()[split])

@@ -1,0 +1,195 @@
+"""Checked requests: which rows of which split make up a batch."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+
+from dyntoken.data.augment import AugmentOptions
+from dyntoken.data.errors import DataError
+from dyntoken.data.resample import check_interpolation
+from dyntoken.registry import suggest
+
+Part = tuple[str, int, int]  # split name, first row, one past the last row
+_PART = re.compile(r"^([^\[\]+:]+)(?:\[(-?\d+%?)?:(-?\d+%?)?\])?$")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataInfo:
+    """What a model and a trainer want to know of a data set.
+
+    Attributes:
+      name: as it was asked for.
+      num_classes: number of labels, `0 .. num_classes - 1`.
+      image_shape: `(H, W, C)`, or None where images differ in size.
+      splits: split name -> number of examples.
+      mean, std: per channel, of pixels scaled to [0, 1].
+      class_names: one per class, or () where the source names none.
+      channels: colour channels of the batches.
+    """
+
+    name: str
+    num_classes: int
+    image_shape: tuple[int, int, int] | None
+    splits: Mapping[str, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    class_names: tuple[str, ...] = ()
+
+    @property
+    def channels(self) -> int:
+        return len(self.mean)
+
+
+def _bound(text: str | None, count: int, default: int) -> int:
+    if text is None:
+        return default
+    value = round(int(text[:-1]) * count / 100) if text.endswith("%") else int(text)
+    return min(max(value + count if value < 0 else value, 0), count)
+
+
+def parse_split(name: str, split: str | Sequence[str], counts: Mapping[str, int]) -> tuple[Part, ...]:
+    """Reads `"train"`, `"train[:90%]"`, `"train+test"` or a sequence of these.
+
+    Args:
+      name: the data set, for messages.
+      split: slices are in examples or per cent, in TFDS' spelling; several
+        parts follow each other.
+      counts: examples per split.
+
+    Returns:
+      One (split, start, stop) per part.
+
+    Raises:
+      DataError: no such split, bad syntax, or no example left.
+    """
+    texts = split.split("+") if isinstance(split, str) else [t for s in split for t in s.split("+")]
+    parts = []
+    for text in texts:
+        match = _PART.match(text.strip())
+        if match is None:
+            raise DataError(f"split {text!r} is not of the form 'train', 'train[:90%]' or 'train[100:]'")
+        key, first, last = match.groups()
+        if key not in counts:
+            raise DataError(f"data set {name!r} has no split {key!r}: {suggest(key, counts)}")
+        start, stop = _bound(first, counts[key], 0), _bound(last, counts[key], counts[key])
+        if stop > start:
+            parts.append((key, start, stop))
+    if not parts:
+        raise DataError(f"split {split!r} of data set {name!r} holds no example")
+    return tuple(parts)
+
+
+def count_rows(parts: Sequence[Part]) -> int:
+    """Number of examples in all parts together."""
+    return sum(stop - start for _, start, stop in parts)
+
+
+def slice_parts(parts: Sequence[Part], start: int, stop: int) -> tuple[Part, ...]:
+    """Rows `start .. stop - 1` of the parts laid end to end, as parts."""
+    out, base = [], 0
+    for name, first, last in parts:
+        size = last - first
+        low, high = max(start - base, 0), min(stop - base, size)
+        if high > low:
+            out.append((name, first + low, first + high))
+        base += size
+    return tuple(out)
+
+
+def check_size(size: int | Sequence[int] | None, native: tuple[int, ...] | None) -> tuple[int, int]:
+    """(height, width) of the batches; None asks for the source's own size."""
+    if size is None:
+        if native is None:
+            raise DataError("images of this data set differ in size: give size=(height, width) or one number")
+        return native[0], native[1]
+    pair = (size, size) if isinstance(size, int) else tuple(size)
+    if len(pair) != 2 or not all(isinstance(s, int) and s > 0 for s in pair):
+        raise DataError(f"size={size!r} is not a positive number of pixels or a (height, width) pair of them")
+    return pair
+
+
+def check_topology(batch: int, shards: int, process: Sequence[int]) -> None:
+    """Raises `DataError` unless batch / shards / processes divide evenly."""
+    index, processes = process
+    for what, value in (("batch", batch), ("shards", shards), ("the number of processes", processes)):
+        if value < 1:
+            raise DataError(f"{what} is {value}; it must be at least 1")
+    if not 0 <= index < processes:
+        raise DataError(f"process=({index}, {processes}): the index must lie in 0 .. {processes - 1}")
+    if shards % processes:
+        raise DataError(
+            f"{shards} data shards do not divide among {processes} processes: set shards to a multiple "
+            f"of {processes} (it also changes which images meet in a batch)"
+        )
+    if batch % shards:
+        low = batch // shards * shards
+        nearest = f"{low} or {low + shards}" if low else f"{shards}"
+        raise DataError(
+            f"batch {batch} is not divisible by the {shards} data shards: use {nearest}, or set shards"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainPlan:
+    """A checked request for training batches (see `train_batches`)."""
+
+    parts: tuple[Part, ...]
+    batch: int
+    size: tuple[int, int]
+    seed: int
+    start_step: int
+    shards: int
+    process: tuple[int, int]
+    augment: AugmentOptions
+
+    def __post_init__(self):
+        check_topology(self.batch, self.shards, self.process)
+        if self.start_step < 0:
+            raise DataError(f"start_step is {self.start_step}; it must be 0 or more")
+        if self.steps_per_epoch < 1:
+            raise DataError(
+                f"batch {self.batch} is larger than the split ({self.count} images): use a smaller one"
+            )
+
+    @property
+    def count(self) -> int:
+        return count_rows(self.parts)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.count // self.batch
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalPlan:
+    """A checked request for one pass over a split (see `eval_batches`)."""
+
+    parts: tuple[Part, ...]
+    batch: int
+    size: tuple[int, int]
+    shards: int
+    process: tuple[int, int]
+    crop_pct: float
+    interpolation: str
+
+    def __post_init__(self):
+        check_topology(self.batch, self.shards, self.process)
+        check_interpolation(self.interpolation)
+        if not 0 < self.crop_pct <= 1:
+            raise DataError(f"crop_pct is {self.crop_pct}; it must lie in (0, 1]")
+
+    @property
+    def count(self) -> int:
+        return count_rows(self.parts)
+
+    @property
+    def steps(self) -> int:
+        return -(-self.count // self.batch)
+
+
+def local_rows(batch: int, process: tuple[int, int]) -> slice:
+    """The rows of the global batch that belong to a process."""
+    index, processes = process
+    return slice(index * batch // processes, (index + 1) * batch // processes)

@@ -1,0 +1,86 @@
+"""Batches made in a thread while the device works."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator
+from typing import Any, Generic, TypeVar
+
+T = TypeVar("T")
+_END = object()
+
+
+class Prefetch(Generic[T]):
+    """An iterator that keeps up to `size` items ready; see `prefetch`."""
+
+    def __init__(self, iterator: Iterator[T], size: int):
+        self._iterator = iterator
+        self._queue: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue(size)
+        self._stop = threading.Event()
+        self._done = False
+        self._thread = threading.Thread(target=self._fill, name="dyntoken-prefetch", daemon=True)
+        self._thread.start()
+
+    def _put(self, item: tuple[Any, BaseException | None]) -> bool:
+        while not self._stop.is_set():
+            try:
+                self._queue.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def _fill(self) -> None:
+        try:
+            for item in self._iterator:
+                if not self._put((item, None)):
+                    break
+            else:
+                self._put((_END, None))
+        except BaseException as error:  # handed to the consumer, which raises it
+            self._put((_END, error))
+        finally:
+            if hasattr(self._iterator, "close"):
+                self._iterator.close()
+
+    def __iter__(self) -> Prefetch[T]:
+        return self
+
+    def __next__(self) -> T:
+        if self._done:
+            raise StopIteration
+        item, error = self._queue.get()
+        if item is _END:
+            self.close()
+            if error is not None:
+                raise error
+            raise StopIteration
+        return item
+
+    def close(self) -> None:
+        """Stops the thread and closes the wrapped iterator; may be repeated."""
+        self._done = True
+        self._stop.set()
+        self._thread.join()
+
+    def __enter__(self) -> Prefetch[T]:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def prefetch(iterator: Iterator[T], size: int = 2) -> Prefetch[T]:
+    """Runs an iterator ahead in a thread.
+
+    An exception of the iterator is raised by the `next` that reaches it. Use it
+    as a context manager or call `close()`; after that it is exhausted.
+
+    Args:
+      iterator: what to run; its `close` is called at the end if it has one.
+      size: items to keep ready, at least 1.
+    """
+    if size < 1:
+        raise ValueError(f"prefetch size is {size}; it must be at least 1")
+    return Prefetch(iterator, size)

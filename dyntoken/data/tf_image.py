@@ -1,0 +1,122 @@
+"""Decoding, cropping and resizing of encoded images inside tf.data.
+
+The same procedures as `augment` and `resample`, on one image of any size, with
+TensorFlow's stateless draws.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from dyntoken.data.augment import TRIES, AugmentOptions
+from dyntoken.data.tfds_source import tensorflow
+
+
+def _decode(data: Any, box: Any | None, channels: int) -> Any:
+    """uint8 `[h, w, channels]`; of a JPEG only the box (top, left, h, w) is decoded."""
+    tf = tensorflow()
+    accurate = "INTEGER_ACCURATE"  # what Pillow decodes with
+
+    def jpeg() -> Any:
+        if box is None:
+            return tf.image.decode_jpeg(data, channels=channels, dct_method=accurate)
+        return tf.image.decode_and_crop_jpeg(data, box, channels=channels, dct_method=accurate)
+
+    def other() -> Any:
+        image = tf.io.decode_image(data, channels=channels, expand_animations=False)
+        return image if box is None else image[box[0] : box[0] + box[2], box[1] : box[1] + box[3]]
+
+    image = tf.cond(tf.io.is_jpeg(data), jpeg, other)
+    return tf.ensure_shape(image, (None, None, channels))
+
+
+def _shape(data: Any, channels: int) -> tuple[Any, Any]:
+    """(height, width) as int32 scalars; of a JPEG from its header."""
+    tf = tensorflow()
+    shape = tf.cond(
+        tf.io.is_jpeg(data),
+        lambda: tf.image.extract_jpeg_shape(data),
+        lambda: tf.shape(tf.io.decode_image(data, channels=channels, expand_animations=False)),
+    )
+    return shape[0], shape[1]
+
+
+def _resize(image: Any, height: Any, width: Any, interpolation: str) -> Any:
+    tf = tensorflow()
+    image = tf.image.resize(image, (height, width), method=interpolation, antialias=True)
+    return tf.cast(tf.clip_by_value(tf.floor(image + 0.5), 0.0, 255.0), tf.uint8)
+
+
+def random_box(draws: Any, height: Any, width: Any, options: AugmentOptions) -> Any:
+    """`augment.random_boxes` for one image.
+
+    Args:
+      draws: float32 `[22]` in [0, 1).
+      height, width: int32 scalars.
+
+    Returns:
+      int32 `[4]` (top, left, height, width).
+    """
+    tf = tensorflow()
+    tall, wide = tf.cast(height, tf.float32), tf.cast(width, tf.float32)
+    (low, high), (narrow, broad) = options.scale, options.ratio
+    area = tall * wide * (low + draws[:TRIES] * (high - low))
+    aspect = tf.exp(math.log(narrow) + draws[TRIES : 2 * TRIES] * math.log(broad / narrow))
+    w = tf.cast(tf.round(tf.sqrt(area * aspect)), tf.int32)
+    h = tf.cast(tf.round(tf.sqrt(area / aspect)), tf.int32)
+    fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
+    first = tf.argmax(tf.cast(fits, tf.int32))
+    w, h = w[first], h[first]
+    top = tf.minimum(tf.cast(draws[-2] * tf.cast(height - h + 1, tf.float32), tf.int32), height - h)
+    left = tf.minimum(tf.cast(draws[-1] * tf.cast(width - w + 1, tf.float32), tf.int32), width - w)
+    most_h = tf.where(wide / tall < narrow, tf.cast(tf.round(wide / narrow), tf.int32), height)
+    most_w = tf.where(wide / tall > broad, tf.cast(tf.round(tall * broad), tf.int32), width)
+    whole = tf.stack([(height - most_h) // 2, (width - most_w) // 2, most_h, most_w])
+    return tf.where(tf.reduce_any(fits), tf.stack([top, left, h, w]), whole)
+
+
+def train_image(data: Any, seed: Any, size: tuple[int, int], channels: int, options: AugmentOptions) -> Any:
+    """Decodes, crops, resizes and flips one image.
+
+    Args:
+      data: the encoded image.
+      seed: int64 `[2]`, keys every draw.
+      size: (h, w) of the result.
+
+    Returns:
+      uint8 `[h, w, channels]`.
+    """
+    tf = tensorflow()
+    draws = tf.random.stateless_uniform((2 * TRIES + 3,), seed)
+    if options.crop == "random_resized":
+        box = random_box(draws[:-1], *_shape(data, channels), options)
+        image = _resize(_decode(data, box, channels), *size, options.interpolation)
+    else:
+        image = eval_image(data, size, channels, 1.0, options.interpolation)
+    image = tf.where(draws[-1] < options.flip, image[:, ::-1], image)
+    return tf.ensure_shape(image, (*size, channels))
+
+
+def eval_image(data: Any, size: tuple[int, int], channels: int, crop_pct: float, interpolation: str) -> Any:
+    """Decodes one image, resizes it as `resample.covering_size` says, crops the centre.
+
+    Returns:
+      uint8 `[h, w, channels]`; an image of the right size comes back unchanged.
+    """
+    tf = tensorflow()
+    image = _decode(data, None, channels)
+    height, width = tf.shape(image)[0], tf.shape(image)[1]
+    tall, wide = int(size[0] / crop_pct), int(size[1] / crop_pct)
+
+    def fit() -> Any:
+        by_height = tall * width >= wide * height
+        new_h = tf.where(by_height, tall, tf.maximum(height * wide // width, size[0]))
+        new_w = tf.where(by_height, tf.maximum(width * tall // height, size[1]), wide)
+        resized = _resize(image, new_h, new_w, interpolation)
+        top = tf.cast(tf.round((new_h - size[0]) / 2), tf.int32)
+        left = tf.cast(tf.round((new_w - size[1]) / 2), tf.int32)
+        return resized[top : top + size[0], left : left + size[1]]
+
+    untouched = (height == size[0]) & (width == size[1])
+    return tf.ensure_shape(tf.cond(untouched, lambda: image, fit), (*size, channels))

@@ -1,0 +1,236 @@
+"""TFDS data sets that are already on disk; nothing is ever downloaded.
+
+The folder is found by its name and read by `tfds.builder_from_directory`,
+which needs no generation code and has no way to fetch anything. Small sets of
+one image size are decoded once into memory and batched by numpy; the others
+are streamed by tf.data (`stream`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import os
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from dyntoken.data.arrays import ArrayRows, ArraySource, Batch
+from dyntoken.data.cards import CARDS, default_moments
+from dyntoken.data.errors import DataError, MissingDataError
+from dyntoken.data.plan import DataInfo, EvalPlan, TrainPlan
+from dyntoken.data.sources import SOURCES
+from dyntoken.registry import UnknownNameError, suggest
+
+IN_MEMORY_BYTES = 512 * 2**20  # decoded, all splits together
+_NAME = re.compile(r"^\w+(/[\w.+-]+)?(:[\d.*]+)?$")
+_VERSION = re.compile(r"^\d+\.\d+\.\d+$")
+_INSTALL = 'TensorFlow is not installed: pip install "dyntoken[data]"'
+
+
+@functools.cache
+def tensorflow() -> Any:
+    """TensorFlow, kept away from the accelerators that JAX uses."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    try:
+        import tensorflow as tf
+    except ImportError:
+        raise MissingDataError(_INSTALL) from None
+    for kind in ("GPU", "TPU"):
+        # Refused once TensorFlow runs: then its user has decided about devices.
+        with contextlib.suppress(RuntimeError):
+            tf.config.set_visible_devices([], kind)
+    return tf
+
+
+def default_data_dir() -> str:
+    """Where TFDS keeps data: `$TFDS_DATA_DIR`, else `~/tensorflow_datasets`."""
+    return os.environ.get("TFDS_DATA_DIR") or os.path.join("~", "tensorflow_datasets")
+
+
+def _versions(folder: Any) -> list[Any]:
+    """The prepared version folders under a path, oldest first."""
+    if not folder.is_dir():
+        return []
+    found = [f for f in folder.iterdir() if _VERSION.match(f.name) and (f / "dataset_info.json").exists()]
+    return sorted(found, key=lambda f: tuple(map(int, f.name.split("."))))
+
+
+def _find(name: str, data_dir: str) -> Any | None:
+    """The folder of `name[/config][:version]` under `data_dir`, or None.
+
+    Without a version the newest; without a config the only one.
+
+    Raises:
+      DataError: several configs are there and none was asked for.
+    """
+    from etils import epath
+
+    path, _, version = name.partition(":")
+    root = epath.Path(data_dir).expanduser() / path
+    candidates = _versions(root)
+    if not candidates and root.is_dir():
+        configs = {f.name: _versions(f) for f in root.iterdir() if f.is_dir()}
+        configs = {config: versions for config, versions in configs.items() if versions}
+        if len(configs) > 1:
+            known = ", ".join(f"{path}/{config}" for config in sorted(configs))
+            raise DataError(f"{data_dir} holds several configs of {path!r}; name one of {known}")
+        candidates = next(iter(configs.values()), [])
+    if version:
+        pattern = re.compile("^" + re.escape(version).replace(r"\*", r"\d+") + "$")
+        candidates = [f for f in candidates if pattern.match(f.name)]
+    return candidates[-1] if candidates else None
+
+
+def _known_names() -> list[str]:
+    """Names of our table and of the TFDS catalogue (no TensorFlow, no network)."""
+    names = list(SOURCES)
+    if importlib.util.find_spec("tensorflow_datasets") is not None:
+        import tensorflow_datasets as tfds
+
+        names += tfds.list_builders(with_community_datasets=False)
+    return names
+
+
+def _absent(name: str, data_dir: str) -> Exception:
+    """The error for a set that is not on disk: how to get it, or its nearest names."""
+    base = re.split("[:/]", name)[0]
+    if base == "imagenet2012":
+        how = (
+            f"put ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar (from image-net.org) into "
+            f"{data_dir}/downloads/manual and run `tfds build imagenet2012 --data_dir={data_dir}`"
+        )
+    elif base == "fashion_mnist":
+        how = (
+            "run `python -m dyntoken.data.prepare_fashion_mnist --idx_dir=/usr/share/datasets/fashion-mnist "
+            f"--data_dir={data_dir}` (the idx files: apt install dataset-fashion-mnist)"
+        )
+    else:
+        known = _known_names()
+        if base not in known:
+            return UnknownNameError(
+                f"unknown data set {name!r}, and not in {data_dir}: {suggest(base, known)}"
+            )
+        how = f"run `tfds build {name} --data_dir={data_dir}`"
+    need = "" if importlib.util.find_spec("tensorflow") else f" ({_INSTALL})"
+    return MissingDataError(
+        f"data set {name!r} is not in data_dir {data_dir}: {how}, or give another data_dir{need}"
+    )
+
+
+def features_of(builder: Any) -> tuple[str, str]:
+    """Names of the image and the label of a set's examples.
+
+    Raises:
+      DataError: it has no 8-bit image or no class label at its top level.
+    """
+    import tensorflow_datasets as tfds
+
+    found = {}
+    for kind, cls in (("image", tfds.features.Image), ("label", tfds.features.ClassLabel)):
+        keys = [key for key, feature in builder.info.features.items() if isinstance(feature, cls)]
+        if not keys:
+            raise DataError(
+                f"TFDS set {builder.info.full_name!r} has no {kind}: it is no image classification set"
+            )
+        found[kind] = kind if kind in keys else keys[0]
+    if builder.info.features[found["image"]].np_dtype != np.uint8:
+        raise DataError(f"TFDS set {builder.info.full_name!r} has no 8-bit images")
+    return found["image"], found["label"]
+
+
+def _describe(name: str, builder: Any) -> DataInfo:
+    image, label = features_of(builder)
+    shape = builder.info.features[image].shape
+    channels = shape[-1] or 3
+    labels = builder.info.features[label]
+    names = tuple(labels.names) if labels.names and not labels.names[0].isdigit() else ()
+    mean, std = default_moments(builder.info.name, channels)
+    return DataInfo(
+        name=name,
+        num_classes=labels.num_classes,
+        image_shape=None if None in shape else tuple(shape),
+        splits={key: split.num_examples for key, split in builder.info.splits.items()},
+        mean=mean,
+        std=std,
+        class_names=names,
+    )
+
+
+@functools.lru_cache(maxsize=8)
+def _read(name: str, path: str) -> tuple[Any, DataInfo]:
+    """The builder of a prepared folder and its description."""
+    tensorflow()
+    import tensorflow_datasets as tfds
+
+    builder = tfds.builder_from_directory(path)
+    return builder, _describe(name, builder)
+
+
+@functools.lru_cache(maxsize=8)
+def _decoded(name: str, path: str, split: str) -> ArrayRows:
+    """A whole split as arrays, in the order of its files."""
+    builder, _ = _read(name, path)
+    import tensorflow_datasets as tfds
+
+    image, label = features_of(builder)
+    config = tfds.ReadConfig(try_autocache=False, interleave_cycle_length=1, enable_ordering_guard=False)
+    arrays = tfds.as_numpy(
+        builder.as_dataset(
+            split=split,
+            batch_size=-1,
+            read_config=config,
+            decoders=tfds.decode.PartialDecoding({image: True, label: True}),
+            shuffle_files=False,
+        )
+    )
+    return ArrayRows(np.ascontiguousarray(arrays[image]), arrays[label].astype(np.int32))
+
+
+class TfdsSource:
+    """A TFDS data set by name; see `open_tfds`."""
+
+    def __init__(self, name: str, data_dir: str):
+        self._name, self._data_dir = name, data_dir
+        self._path = _find(name, data_dir)
+
+    def _open(self) -> tuple[Any, DataInfo]:
+        if self._path is None:
+            raise _absent(self._name, self._data_dir)
+        return _read(self._name, os.fspath(self._path))
+
+    @property
+    def info(self) -> DataInfo:
+        """From the folder; for an absent set from the table of common ones."""
+        card = CARDS.get(self._name.partition(":")[0])
+        return card if self._path is None and card is not None else self._open()[1]
+
+    def _source(self) -> Any:
+        from dyntoken.data.stream import StreamSource
+
+        builder, info = self._open()
+        shape = info.image_shape
+        if shape is not None and sum(info.splits.values()) * int(np.prod(shape)) < IN_MEMORY_BYTES:
+            path = os.fspath(self._path)
+            return ArraySource(info, lambda split: _decoded(self._name, path, split))
+        return StreamSource(builder, info)
+
+    def train(self, plan: TrainPlan) -> Iterator[Batch]:
+        return self._source().train(plan)
+
+    def evaluate(self, plan: EvalPlan) -> Iterator[Batch]:
+        return self._source().evaluate(plan)
+
+
+def open_tfds(name: str, data_dir: str | None) -> TfdsSource:
+    """The TFDS set `name[/config][:version]`, read from `data_dir`.
+
+    Raises:
+      UnknownNameError: the name is not of that form.
+    """
+    if not _NAME.match(name):
+        raise UnknownNameError(f"data set {name!r} is not of the form name, name:1.0.0 or name/config")
+    return TfdsSource(name, data_dir or default_data_dir())

@@ -1,0 +1,1 @@
+"""Evaluation: exact sums over any number of devices."""

@@ -1,0 +1,56 @@
+"""From final tokens to logits."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from dyntoken.nn import layers
+from dyntoken.types import Tokens
+
+Array = jax.Array
+
+
+class ClassHead(nn.Module):
+    """Pools the tokens and classifies them.
+
+    Attributes:
+      classes: 0 returns the pooled features instead of logits.
+      pool: "token" (row 0) or "mean" (over the patch rows alive).
+      distilled: a second linear layer on row 1; the logits are the mean of both.
+      representation_size: width of a tanh layer before the classifier.
+    """
+
+    classes: int
+    pool: str = "token"
+    distilled: bool = False
+    representation_size: int | None = None
+
+    @nn.compact
+    def __call__(self, tokens: Tokens) -> tuple[Array, Array | None]:
+        """`(logits [B, classes], heads [2, B, classes] or None)`, float32."""
+        x = self._pooled(tokens).astype(jnp.float32)
+        second = tokens.x[:, 1].astype(jnp.float32) if self.distilled else None
+        if self.representation_size:
+            x = jnp.tanh(layers.dense(self.representation_size, name="pre_logits")(x))
+        if not self.classes:
+            return (x if second is None else (x + second) / 2), None
+        logits = layers.dense(self.classes, name="cls")(x)
+        if second is None:
+            return logits, None
+        heads = jnp.stack([logits, layers.dense(self.classes, name="dist")(second)])
+        return heads.mean(axis=0), heads
+
+    def _pooled(self, tokens: Tokens) -> Array:
+        if self.pool == "token":
+            if not tokens.prefix:
+                raise ValueError("pool='token' needs a class token; use pool='mean'")
+            return tokens.x[:, 0]
+        if self.pool != "mean":
+            raise ValueError(f"pool must be token or mean, got {self.pool!r}")
+        if tokens.alive is None:
+            return tokens.patches.mean(axis=1)
+        weight = tokens.alive.astype(tokens.x.dtype)[..., None]
+        total = weight.sum(axis=1)
+        return (tokens.patches * weight).sum(axis=1) / jnp.where(total > 0, total, 1.0)

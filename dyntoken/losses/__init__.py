@@ -1,0 +1,135 @@
+"""Losses by name, each a pair (sum, count).
+
+A loss is `fn(output, batch, **options) -> (sum, count)`, both float32 scalars
+over the rows (or tokens) that the batch holds; the loss is `sum / count`. Pairs
+add up over devices and steps, so a mean never becomes a mean of means. `count`
+carries no gradient, so that it can be summed over devices before the backward
+pass. Where nothing counts, sum and count are 0 and every gradient is finite.
+
+`batch` is a dict: `"target"` `[B, K]` soft targets, `"mask"` `[B]` weight of
+each row (0 for padding; all ones if absent), and for distillation `"teacher"`,
+the `Output` of the frozen teacher on the same images.
+
+A list of losses is written as `(name, options)` pairs, or as a mapping, where
+`options` may hold `weight` (default 1). `"ce#small"` is the loss `ce` under
+another name, so that one loss can be used twice. To add a loss: one function,
+one line in `LOSSES`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from dyntoken.registry import Table, UnknownNameError, check_options
+from dyntoken.types import Array, Output
+
+LOSSES = Table(
+    "loss",
+    {
+        "ce": "dyntoken.losses.classify:ce",
+        "keep_ratio": "dyntoken.losses.ratio:keep_ratio",
+        "logit_kl": "dyntoken.losses.distill:logit_kl",
+        "token_distill": "dyntoken.losses.distill:token_distill",
+    },
+)
+
+Specs = Sequence[tuple[str, Mapping[str, Any]]] | Mapping[str, Mapping[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """One line of a loss list: `key` as logged, `name` as in `LOSSES`."""
+
+    key: str
+    name: str
+    weight: float
+    options: Mapping[str, Any]
+
+    def __call__(self, output: Output, batch: Mapping[str, Any]) -> tuple[Array, Array]:
+        """Returns (sum, count) of this loss, unweighted."""
+        total, count = LOSSES[self.name](output, batch, **self.options)
+        return total.astype(jnp.float32), jax.lax.stop_gradient(count).astype(jnp.float32)
+
+
+def parse(specs: Specs) -> tuple[Spec, ...]:
+    """Reads a list of losses and checks every name and option in it.
+
+    Raises:
+      UnknownNameError: for an unknown loss or option, naming the nearest.
+      ValueError: if two losses have the same key or there is none.
+    """
+    rows = specs.items() if hasattr(specs, "items") else specs
+    parsed: dict[str, Spec] = {}
+    for key, given in rows:
+        options = dict(given)
+        name = key.partition("#")[0]
+        known = [p for p, v in inspect.signature(LOSSES[name]).parameters.items() if v.kind is v.KEYWORD_ONLY]
+        check_options(f"loss {key!r}", options, ["weight", *known])
+        if key in parsed:
+            raise ValueError(f"loss {key!r} is listed twice: tell them apart as '{name}#a' and '{name}#b'")
+        weight = float(options.pop("weight", 1.0))
+        parsed[key] = Spec(key, name, weight, options)
+    if not parsed:
+        raise ValueError(f"no loss given: name at least one of {', '.join(LOSSES)}")
+    return tuple(parsed.values())
+
+
+def weights(specs: Specs) -> dict[str, float]:
+    """The weight of each loss in the total, by key."""
+    return {spec.key: spec.weight for spec in parse(specs)}
+
+
+def needs(specs: Specs) -> frozenset[str]:
+    """What the losses want beside logits: a subset of {"teacher", "features"}.
+
+    `"teacher"`: `batch["teacher"]`. `"features"`: `Output.tokens` of student
+    and teacher, i.e. `record=("features",)`.
+    """
+    return frozenset().union(*(getattr(LOSSES[spec.name], "needs", ()) for spec in parse(specs)))
+
+
+def evaluate(specs: Specs, output: Output, batch: Mapping[str, Any]) -> dict[str, tuple[Array, Array]]:
+    """Every loss as an unweighted pair (sum, count) over this batch, by key."""
+    return {spec.key: spec(output, batch) for spec in parse(specs)}
+
+
+def average(total: Array, count: Array) -> Array:
+    """`total / count`, or 0 where nothing was counted."""
+    return jnp.where(count > 0, total / jnp.where(count > 0, count, 1.0), 0.0)
+
+
+def total(specs: Specs, pairs: Mapping[str, tuple[Array, Array]]) -> Array:
+    """The weighted sum of the averages.
+
+    On several devices pass local sums with counts already summed over the
+    devices: the shares of all devices then add up to the total of the batch.
+
+    Args:
+      specs: the loss list.
+      pairs: (sum, count) by key, as `evaluate` returns.
+
+    Returns:
+      float32 scalar.
+    """
+    shares = [spec.weight * average(*pairs[spec.key]) for spec in parse(specs)]
+    return sum(shares[1:], shares[0])
+
+
+__all__ = [
+    "LOSSES",
+    "Spec",
+    "Specs",
+    "UnknownNameError",
+    "average",
+    "evaluate",
+    "needs",
+    "parse",
+    "total",
+    "weights",
+]

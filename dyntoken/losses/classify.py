@@ -1,0 +1,40 @@
+"""Cross entropy with soft targets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from dyntoken.losses.common import blank, row_mask
+from dyntoken.types import Array, Output
+
+
+def ce(output: Output, batch: Mapping[str, Any]) -> tuple[Array, Array]:
+    """Soft-target cross entropy in nats, `-sum_k target_k log softmax(logits)_k`.
+
+    A distilled model pays the mean of the losses of its two heads (not the
+    loss of the mean logits), as DeiT trains it (facebookresearch/deit).
+
+    Args:
+      output: `logits` `[B, K]`, or `heads` `[2, B, K]`.
+      batch: `"target"` `[B, K]` and `"mask"` `[B]`.
+
+    Returns:
+      (sum over rows, number of rows).
+
+    Raises:
+      ValueError: if the targets do not fit the logits.
+    """
+    target = batch["target"].astype(jnp.float32)
+    if target.shape != output.logits.shape:
+        raise ValueError(
+            f"targets of shape {target.shape} do not fit logits of shape {output.logits.shape}: "
+            "soft targets are [batch, num_classes]"
+        )
+    mask = row_mask(batch, target.shape[0])
+    heads = (output.logits,) if output.heads is None else tuple(output.heads)
+    rows = sum(-jnp.sum(target * jax.nn.log_softmax(blank(head, mask), axis=-1), axis=-1) for head in heads)
+    return jnp.sum(mask * rows) / len(heads), jnp.sum(mask)

@@ -1,0 +1,118 @@
+"""Distillation from a frozen dense teacher: logits and final tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from dyntoken.losses.common import blank, kl_rows, needs, row_mask, teacher_of
+from dyntoken.registry import UnknownNameError, suggest
+from dyntoken.types import Array, Output, Tokens
+
+VARIANTS = ("mse", "kl")
+
+
+@needs("teacher")
+def logit_kl(output: Output, batch: Mapping[str, Any]) -> tuple[Array, Array]:
+    """KL(teacher || student) of the class distributions, in nats.
+
+    Temperature 1, mean over the batch (raoyongming/DynamicViT,
+    `DistillDiffPruningLoss_dynamic`; megvii-research/TPS-CVPR2023,
+    `DistillKLLoss`).
+
+    Args:
+      output: `logits` `[B, K]`.
+      batch: `"teacher"` with logits `[B, K]`, `"mask"` `[B]`.
+
+    Returns:
+      (sum over rows, number of rows).
+
+    Raises:
+      ValueError: without a teacher, or if its classes are others.
+    """
+    teacher = teacher_of(batch, "logit_kl").logits
+    if teacher.shape != output.logits.shape:
+        raise ValueError(
+            f"the teacher's logits have shape {teacher.shape}, the student's {output.logits.shape}: "
+            "loss 'logit_kl' needs a teacher with the same classes"
+        )
+    mask = row_mask(batch, teacher.shape[0])
+    rows = kl_rows(blank(output.logits, mask), blank(teacher, mask))
+    return jnp.sum(mask * rows), jnp.sum(mask)
+
+
+@needs("teacher", "features")
+def token_distill(output: Output, batch: Mapping[str, Any], *, variant: str = "mse") -> tuple[Array, Array]:
+    """Distance of the surviving tokens from the teacher's at the same place.
+
+    Counts the tokens alive after the last site. In mask form rows keep their
+    place; in gather form each row is compared with the teacher's patch at
+    `tokens.place`, and rows that stand for no single patch (EViT's fused token)
+    are left out.
+
+    Args:
+      output: student, recorded with `record=("features",)`.
+      batch: `"teacher"` likewise, dense, of the same width; `"mask"` `[B]`.
+      variant: `"mse"`, mean over channels (DynamicViT on DeiT), or `"kl"`,
+        KL(teacher || student) of the softmaxes over channels (TPS).
+
+    Returns:
+      (sum over tokens, number of tokens).
+
+    Raises:
+      ValueError: without a teacher, without features, or if they do not fit.
+      UnknownNameError: for an unknown variant.
+    """
+    if variant not in VARIANTS:
+        raise UnknownNameError(
+            f"unknown variant {variant!r} of loss 'token_distill': {suggest(variant, VARIANTS)}"
+        )
+    teacher = teacher_of(batch, "token_distill").tokens
+    tokens = output.tokens
+    _check(tokens, teacher)
+    masked = _decision(output)
+    alive = (tokens.place >= 0) if masked is None else (masked > 0.5) & (tokens.place >= 0)  # [B, N]
+    weight = row_mask(batch, alive.shape[0])[:, None] * jax.lax.stop_gradient(alive).astype(jnp.float32)
+    aim = teacher.patches
+    if masked is None or tokens.count != teacher.count:
+        aim = jnp.take_along_axis(aim, jnp.maximum(tokens.place, 0)[:, :, None], axis=1)
+    student, aim = blank(tokens.patches, weight), blank(aim, weight)  # [B, N, C]
+    if variant == "mse":
+        rows = jnp.mean(jnp.square(student - aim), axis=-1)
+    else:
+        rows = kl_rows(student, aim)
+    return jnp.sum(weight * rows), jnp.sum(weight)
+
+
+def _decision(output: Output) -> Array | None:
+    """`[B, N]` aliveness of the final rows, or None if all are (gather form)."""
+    tokens = output.tokens
+    if tokens.alive is not None:
+        return tokens.alive
+    if output.reductions:
+        last = output.reductions[-1]
+        # Gather form keeps exactly `count` rows, mask form all that came in.
+        if last.decision.shape[1] == tokens.count and last.count < tokens.count:
+            return last.decision
+    return None
+
+
+def _check(tokens: Tokens | None, teacher: Tokens | None) -> None:
+    for who, found in (("student", tokens), ("teacher", teacher)):
+        if found is None:
+            raise ValueError(
+                f"loss 'token_distill' needs the {who}'s final tokens: apply it with record=('features',)"
+            )
+    if teacher.count != tokens.initial:
+        raise ValueError(
+            f"the teacher returns {teacher.count} patch tokens but the student starts from {tokens.initial}: "
+            "loss 'token_distill' needs a dense teacher with the same patch grid"
+        )
+    if teacher.x.shape[-1] != tokens.x.shape[-1]:
+        raise ValueError(
+            f"the teacher's tokens have width {teacher.x.shape[-1]}, the student's {tokens.x.shape[-1]}: "
+            "loss 'token_distill' needs a teacher of the same width"
+        )

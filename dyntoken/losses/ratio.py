@@ -1,0 +1,59 @@
+"""The loss that holds a learnt policy to its keep ratios."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+
+from dyntoken.losses.common import row_mask
+from dyntoken.types import Array, Output
+
+
+def keep_ratio(
+    output: Output, batch: Mapping[str, Any], *, divisor: float | None = None, dynamic: bool = False
+) -> tuple[Array, Array]:
+    """Squared distance of the share of kept tokens from its target.
+
+    `sum_s mean_b (mean_n decision_s[b, n] - ratio_s)^2 / divisor` over the
+    reduction sites s (raoyongming/DynamicViT, `DistillDiffPruningLoss_dynamic`;
+    megvii-research/TPS-CVPR2023, `KeepRatioLoss`).
+
+    Args:
+      output: `reductions` of a method that samples its decisions, `decision`
+        `[B, n]` with straight-through gradient.
+      batch: `"mask"` `[B]`.
+      divisor: by default the number of sites (TPS). DynamicViT's own loss
+        always divides by 3, however many sites there are.
+      dynamic: compare the mean over tokens *and* rows with the target, so that
+        images may differ in how much they keep. That is a statistic of the
+        rows at hand: on several devices, of each device's share of the batch,
+        and then the only loss that depends on the number of devices.
+
+    Returns:
+      (sum over rows, number of rows).
+
+    Raises:
+      ValueError: if the model reduces nothing or the divisor is not positive.
+    """
+    sites = output.reductions
+    if not sites:
+        raise ValueError(
+            "loss 'keep_ratio' needs a model that reduces tokens: this one has no reduction site"
+        )
+    divisor = len(sites) if divisor is None else divisor
+    if divisor <= 0:
+        raise ValueError(f"loss 'keep_ratio' needs a positive divisor, not {divisor}")
+    mask = row_mask(batch, sites[0].decision.shape[0])
+    count = jnp.sum(mask)
+    total = jnp.zeros((), jnp.float32)
+    for site in sites:
+        share = jnp.mean(site.decision.astype(jnp.float32), axis=-1)  # [B]
+        share = jnp.where(mask > 0, share, site.ratio)
+        if dynamic:
+            share = jnp.sum(mask * share) / jnp.where(count > 0, count, 1.0)
+            total += count * jnp.square(share - site.ratio)
+        else:
+            total += jnp.sum(mask * jnp.square(share - site.ratio))
+    return total / divisor, count

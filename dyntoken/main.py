@@ -1,0 +1,95 @@
+"""Trains, evaluates or plans a run.
+
+    python -m dyntoken.main --config=configs/tps_deit.py:demo --workdir=runs/demo
+    python -m dyntoken.main --config=configs/tps_deit.py --config.optim.lr=5e-4 --dry_run
+    python -m dyntoken.main --config=configs/tps_deit.py:demo --workdir=runs/demo --mode=eval
+
+Rerunning a command resumes it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from dyntoken import config as recipes
+
+FLAGS = flags.FLAGS
+USER_ERRORS = (ValueError, OSError, ImportError, RuntimeError)
+flags.DEFINE_string("workdir", None, "folder of the run, also gs://; by default runs/<config>")
+flags.DEFINE_enum("mode", "train", ["train", "eval"], "train, or evaluate a workdir or config.init.path")
+flags.DEFINE_bool("dry_run", False, "build, compile, print parameters, MACs, memory and plan; read no data")
+
+
+def run(config, workdir: str, mode: str, dry_run: bool) -> None:
+    """Does what the flags ask for; raises what goes wrong."""
+    from dyntoken import train
+    from dyntoken.analysis import macs
+
+    logging.set_verbosity(logging.WARNING)  # Orbax narrates every file it touches
+    compare = config.get("compare", False)
+    config = {key: value for key, value in config.to_dict().items() if key != "compare"}
+    if dry_run:
+        facts = train.dry_run(config)
+        print(f"gmacs: {macs.count(train.build(config).model).total / 1e9:.3f}")
+        print(f"plan: {facts['steps']} steps of {config['batch']} images into {workdir}")
+    elif mode == "eval":
+        metrics = train.evaluate(config, workdir)
+        gmacs = macs.count(train.build(config).model).total / 1e9
+        print(json.dumps({**metrics, "count": int(metrics["count"]), "gmacs": round(gmacs, 6)}))
+    else:
+        result = train.run(config, workdir)
+        if compare and result.finished:
+            from dyntoken.tools import compare as comparison
+
+            comparison.report(config, result)
+
+
+def main(argv: list[str]) -> None:
+    """Entry point under `absl.app`."""
+    if argv[1:]:
+        fail(f"unexpected argument {argv[1]!r}: options are written --name=value")
+    default = os.path.join("runs", re.sub(r"\W+", "_", os.path.basename(FLAGS.recipe).replace(".py", "")))
+    try:
+        run(FLAGS.config, FLAGS.workdir or default, FLAGS.mode, FLAGS.dry_run)
+    except USER_ERRORS as error:
+        fail(error)
+
+
+def fail(error: object) -> None:
+    """One line on stderr, exit status 1."""
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    sys.exit(1)
+
+
+def split_config(argv: list[str]) -> tuple[str | None, list[str]]:
+    """Takes `--config=FILE[:args]` (or `--config FILE`) out of the arguments."""
+    for index, word in enumerate(argv):
+        name, given, value = word.partition("=")
+        if name in ("--config", "-config"):
+            used = 1 if given else 2
+            return value if given else "".join(argv[index + 1 : index + 2]), argv[:index] + argv[index + used :]
+    return None, argv
+
+
+def cli() -> None:
+    """Loads the recipe first: its keys are what `--config.key=value` may set."""
+    path, argv = split_config(sys.argv)
+    if path is None and not any(word.startswith("--help") for word in argv):
+        fail("which recipe? give --config=FILE[:args], for instance --config=configs/tps_deit.py:demo")
+    flags.DEFINE_string("recipe", path, "set by --config")
+    if path is not None:
+        try:
+            config_flags.DEFINE_config_dict("config", recipes.load(path), sys_argv=argv)
+        except USER_ERRORS as error:
+            fail(error)
+    app.run(main, argv=argv)
+
+
+if __name__ == "__main__":
+    cli()

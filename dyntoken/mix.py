@@ -1,0 +1,169 @@
+"""Normalisation, soft targets, mixup and CutMix, on the device and under `jit`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from dyntoken.types import Array
+
+
+def normalize(images: Array, mean: Sequence[float], std: Sequence[float]) -> Array:
+    """`(images / 255 - mean) / std` in float32.
+
+    Args:
+      images: `[B, H, W, C]` uint8.
+      mean: per channel, in units of the full range (0 to 1).
+      std: per channel, likewise.
+
+    Raises:
+      ValueError: if mean or std has not one number per channel.
+    """
+    channels = images.shape[-1]
+    if len(mean) != channels or len(std) != channels:
+        raise ValueError(
+            f"images have {channels} channels but mean has {len(mean)} and std {len(std)} numbers"
+        )
+    mean = jnp.asarray(mean, jnp.float32)[None, None, None, :]
+    std = jnp.asarray(std, jnp.float32)[None, None, None, :]
+    return (images.astype(jnp.float32) / 255.0 - mean) / std
+
+
+def soft_targets(labels: Array, num_classes: int, smoothing: float = 0.0) -> Array:
+    """One-hot targets with label smoothing, `[B, num_classes]` float32.
+
+    Every class gets `smoothing / num_classes`, the true one `1 - smoothing`
+    on top (timm's `one_hot`).
+
+    Args:
+      labels: `[B]` integers.
+      num_classes: number of classes K.
+      smoothing: probability mass spread evenly, in [0, 1).
+    """
+    hot = labels[:, None] == jnp.arange(num_classes, dtype=labels.dtype)[None, :]
+    return hot.astype(jnp.float32) * (1.0 - smoothing) + smoothing / num_classes
+
+
+def mix(
+    key: Array,
+    images: Array,
+    labels: Array,
+    *,
+    num_classes: int,
+    mixup: float = 0.8,
+    cutmix: float = 1.0,
+    prob: float = 1.0,
+    switch_prob: float = 0.5,
+    smoothing: float = 0.1,
+) -> tuple[Array, Array]:
+    """Mixup or CutMix of neighbours, one draw for the whole global batch.
+
+    timm's `Mixup` in batch mode: one method, one lambda and one box, drawn from
+    `key` alone. Unlike there, the partner of row 2i is row 2i + 1 and the other
+    way round instead of the row counted from the end: pairs stay together on
+    any number of devices, so that the result does not depend on it.
+
+    Args:
+      key: the step's key, the same on every device.
+      images: `[B, H, W, C]` floating point; B is even, all or part of the batch.
+      labels: `[B]` integers.
+      num_classes: number of classes K.
+      mixup: alpha of the Beta(alpha, alpha) that mixup draws lambda from; 0: no
+        mixup.
+      cutmix: the same for CutMix.
+      prob: probability that the batch is mixed at all.
+      switch_prob: probability of CutMix when both are on.
+      smoothing: label smoothing.
+
+    Returns:
+      images as given, mixed, and soft targets `[B, K]` float32.
+
+    Raises:
+      ValueError: for an odd batch, or an alpha or probability out of range.
+    """
+    if min(mixup, cutmix) < 0 or not 0 <= prob <= 1 or not 0 <= switch_prob <= 1:
+        raise ValueError(
+            "mixup and cutmix are alphas >= 0, prob and switch_prob lie in [0, 1]; got "
+            f"mixup={mixup}, cutmix={cutmix}, prob={prob}, switch_prob={switch_prob}"
+        )
+    targets = soft_targets(labels, num_classes, smoothing)
+    if max(mixup, cutmix) == 0 or prob == 0:
+        return images, targets
+    if images.shape[0] % 2:
+        raise ValueError(
+            f"mixup and cutmix pair rows 2i and 2i + 1, so each device needs an even number of images, "
+            f"not {images.shape[0]}: change the batch size or set mixup and cutmix to 0"
+        )
+    weight, lam = draw(key, images.shape[1:3], mixup=mixup, cutmix=cutmix, prob=prob, switch_prob=switch_prob)
+    own = weight[None, :, :, None]
+    mixed = images.astype(jnp.float32) * own + _partner(images).astype(jnp.float32) * (1.0 - own)
+    return mixed.astype(images.dtype), targets * lam + _partner(targets) * (1.0 - lam)
+
+
+def draw(
+    key: Array,
+    shape: tuple[int, int],
+    *,
+    mixup: float = 0.8,
+    cutmix: float = 1.0,
+    prob: float = 1.0,
+    switch_prob: float = 0.5,
+) -> tuple[Array, Array]:
+    """What `mix` draws: the share of an image's own pixels, and lambda.
+
+    Args:
+      key: the step's key.
+      shape: (H, W).
+      mixup: see `mix`; at least one of the two alphas is positive.
+      cutmix: see `mix`.
+      prob: see `mix`.
+      switch_prob: see `mix`.
+
+    Returns:
+      `weight [H, W]` float32, lambda everywhere for mixup, 0 inside the box and
+      1 outside for CutMix; and the scalar lambda, its mean. A box is clipped at
+      the border and lambda is then that of the clipped box.
+    """
+    height, width = shape
+    k_on, k_switch, k_beta, k_row, k_column = jax.random.split(key, 5)
+    share = switch_prob if mixup > 0 and cutmix > 0 else float(cutmix > 0)
+    cut = jax.random.uniform(k_switch) < share
+    alpha = jnp.where(cut, jnp.float32(cutmix), jnp.float32(mixup))
+    lam = _symmetric_beta(k_beta, alpha)
+    rows = _span(k_row, height, lam)
+    columns = _span(k_column, width, lam)
+    box = (rows[:, None] & columns[None, :]).astype(jnp.float32)
+    weight = jnp.where(cut, 1.0 - box, lam)
+    lam = jnp.where(cut, 1.0 - jnp.sum(rows) * jnp.sum(columns) / (height * width), lam)
+    on = jax.random.uniform(k_on) < prob
+    return jnp.where(on, weight, 1.0), jnp.where(on, lam, 1.0)
+
+
+def _symmetric_beta(key: Array, alpha: Array) -> Array:
+    """One draw from Beta(alpha, alpha).
+
+    In closed form, from Bailey's polar draw of Student's t with 2 alpha degrees
+    of freedom (Devroye, "Random variate generation in one line of code", 1996):
+    `jax.random.beta` takes seconds to compile into every training step.
+    """
+    u, v = jax.random.uniform(key, (2,), minval=jnp.finfo(jnp.float32).tiny)
+    log_q = jnp.log(u) / alpha
+    cosine, rest = jnp.cos(2 * jnp.pi * v), -jnp.expm1(log_q)
+    share = cosine * jnp.sqrt(rest / (jnp.exp(log_q) + rest * cosine**2))
+    return jnp.clip(0.5 + 0.5 * share, 0.0, 1.0)  # rounding may step outside
+
+
+def _span(key: Array, length: int, lam: Array) -> Array:
+    """`[length]` bool: the box along one axis, around a uniform centre."""
+    half = jnp.floor(length * jnp.sqrt(1.0 - lam)).astype(jnp.int32) // 2
+    centre = jax.random.randint(key, (), 0, length)
+    cell = jnp.arange(length, dtype=jnp.int32)
+    return (cell >= centre - half) & (cell < centre + half)
+
+
+def _partner(x: Array) -> Array:
+    """Swaps rows 2i and 2i + 1."""
+    pairs = x.reshape(x.shape[0] // 2, 2, *x.shape[1:])
+    return pairs[:, ::-1].reshape(x.shape)

@@ -1,0 +1,292 @@
+"""`create_model`: backbone x method x head, by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from dyntoken import reducers
+from dyntoken.backbones import BACKBONES
+from dyntoken.heads import ClassHead
+from dyntoken.nn.trunk import Context, Site, Spec
+from dyntoken.ops import sample, select
+from dyntoken.registry import UnknownNameError, suggest
+from dyntoken.types import Output
+
+Array = jax.Array
+RECORDS = ("features", "embed", "blocks", "stages")
+
+
+class Model(nn.Module):
+    """A classifier: backbone, reducers at their sites, head.
+
+    Built by `create_model`. `model.clone(keep=...)`, `clone(at=...)` and
+    `clone(form=...)` run the same variables another way (`at` may not change
+    the number of sites of a method with parameters).
+
+    Attributes:
+      arch: name without the method.
+      backbone: recipe of the backbone, without its sites.
+      num_classes: 0 returns pooled features.
+      method: row of `reducers.METHODS`, or None for a dense model.
+      method_options: replacements of the method's own fields.
+      keep: keep rate or counts, see `ops.select.keep_counts`.
+      at: 0-based block indices of the sites.
+      form: "auto", "mask" or "gather".
+      pool, representation_size: see `heads.ClassHead`.
+    """
+
+    arch: str
+    backbone: Spec
+    num_classes: int = 1000
+    method: str | None = None
+    method_options: tuple[tuple[str, Any], ...] = ()
+    keep: Any = 0.7
+    at: tuple[int, ...] = ()
+    form: str = "auto"
+    pool: str = "token"
+    representation_size: int | None = None
+
+    def plain(self, sites: tuple[Site, ...] = ()) -> Any:
+        """The backbone as a free-standing module, to read its static properties."""
+        return self.backbone(sites=sites, parent=None)
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """(height, width, channels) of an image."""
+        options = dict(self.backbone.options)
+        size = options["img_size"]
+        return (*((size, size) if isinstance(size, int) else tuple(size)), options["in_chans"])
+
+    def sites(self) -> tuple[Site, ...]:
+        """The reduction sites with their static counts.
+
+        Raises:
+          ValueError: a site outside the depth, or a keep that leaves no token.
+        """
+        if self.method is None:
+            return ()
+        body = self.plain()
+        at = tuple(self.at)
+        if list(at) != sorted(set(at)) or not at or at[0] < 0 or at[-1] >= body.depth:
+            raise ValueError(f"at={at} must be increasing block indices between 0 and {body.depth - 1}")
+        row = reducers.method(self.method, **dict(self.method_options))
+        if dict(row.options).get("score") == "class_attention" and not body.prefix:
+            raise ValueError(
+                f"method {self.method!r} ranks patches by the class token, which {self.arch} lacks: "
+                "dynamicvit and dtps work without one"
+            )
+        initial = body.grid[0] * body.grid[1]
+        counts = select.keep_counts(self.keep, len(at), initial, relative=row.relative, fused=row.fused)
+        sites, current = [], initial
+        for index, (keep, ratio) in zip(at, counts, strict=True):
+            spec = Spec.of(
+                row.make, keep=keep, current=current, ratio=ratio, form=self.form, **dict(row.options)
+            )
+            sites.append(Site(index, spec, row.inside))
+            current = keep + int(row.fused and keep < current)
+        return tuple(sites)
+
+    def setup(self) -> None:
+        self.body = self.backbone(sites=self.sites(), name="backbone")
+        distilled = dict(self.backbone.options).get("distilled", False)
+        self.head = ClassHead(self.num_classes, self.pool, distilled, self.representation_size)
+
+    def __call__(
+        self,
+        images: Array,
+        *,
+        train: bool = False,
+        ids: Array | None = None,
+        noise: Sequence[Array] | None = None,
+        decisions: Sequence[Array] | None = None,
+        record: Sequence[str] = (),
+    ) -> Output:
+        """Classifies images.
+
+        Args:
+          images: `[B, H, W, C]` float, normalised.
+          train: training mode: dropout, and learnt decisions are sampled.
+          ids: `[B]` global example indices that key every random draw; by
+            default the position in this batch.
+          noise: per site `[B, n, 2]`, replaces the Gumbel draws.
+          decisions: per site `[B, n]` 0/1, replaces the site's own choice.
+          record: "features" (final tokens), "embed" (rows entering block 0),
+            "blocks" (rows after each block), "stages" (rows before and after
+            each site).
+        """
+        for what in record:
+            if what not in RECORDS:
+                raise UnknownNameError(f"unknown record {what!r}: {suggest(what, RECORDS)}")
+        for what, given in (("noise", noise), ("decisions", decisions)):
+            if given is not None and len(given) != len(self.at):
+                raise ValueError(f"{what} has {len(given)} entries for {len(self.at)} sites")
+        ids = jnp.arange(images.shape[0], dtype=jnp.int32) if ids is None else ids
+        context = Context(
+            train=train,
+            dropout=self._dropout_draws(ids) if train else None,
+            policy=self._draws("policy", ids),
+            noise=noise,
+            decisions=decisions,
+            record=tuple(record),
+        )
+        tokens, reductions, records = self.body(images, context)
+        logits, heads = self.head(tokens)
+        kept = tokens if "features" in record else None
+        return Output(logits=logits, heads=heads, reductions=reductions, tokens=kept, records=records)
+
+    def _draws(self, stream: str, ids: Array) -> sample.Draws | None:
+        if self.has_rng(stream):
+            return sample.Draws(self.make_rng(stream), ids)
+        return sample.Draws(jax.random.key(0), ids) if self.is_initializing() else None
+
+    def _dropout_draws(self, ids: Array) -> sample.Draws | None:
+        options = dict(self.backbone.options)
+        rates = [options.get(k, 0.0) for k in ("dropout", "drop_path")]
+        if not any(rates):
+            return None
+        draws = self._draws("dropout", ids)
+        if draws is None:
+            raise ValueError("this model drops out in training: pass rngs={'dropout': key}")
+        return draws
+
+
+@dataclasses.dataclass(frozen=True)
+class Arch:
+    """A named architecture: a row of `BACKBONES`, its options, its classes."""
+
+    backbone: str
+    options: tuple[tuple[str, Any], ...]
+    num_classes: int = 1000
+
+
+SIZES = {  # width, depth, heads; timm's
+    "tiny": (192, 12, 3),
+    "small": (384, 12, 6),
+    "base": (768, 12, 12),
+    "large": (1024, 24, 16),
+    "mini": (64, 6, 2),  # ours: trains on a laptop CPU
+}
+_VIT = re.compile(r"(?:deit|vit)_(tiny|small|base|large|mini)(_distilled)?_patch(\d+)_(\d+)")
+_LISTED = [
+    *(f"{f}_{s}_patch16_224" for f in ("deit", "vit") for s in ("tiny", "small", "base")),
+    *(f"deit_{s}_distilled_patch16_224" for s in ("tiny", "small", "base")),
+    "deit_small_patch16_384",
+    "deit_base_patch16_384",
+    "deit_base_distilled_patch16_384",
+    "vit_large_patch16_224",
+    "vit_mini_patch4_28",
+]
+
+
+def _arch(name: str) -> Arch | None:
+    found = _VIT.fullmatch(name)
+    if not found:
+        return None
+    size, distilled, patch, pixels = found.groups()
+    width, depth, heads = SIZES[size]
+    options = {
+        "width": width,
+        "depth": depth,
+        "heads": heads,
+        "distilled": bool(distilled),
+        "patch_size": int(patch),
+        "img_size": int(pixels),
+        "in_chans": 3,
+    }
+    if size == "mini":  # made for Fashion-MNIST
+        return Arch("vit", tuple(sorted({**options, "in_chans": 1}.items())), num_classes=10)
+    return Arch("vit", tuple(sorted(options.items())))
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """Names that `create_model` knows, by `fnmatch` pattern.
+
+    Any patch size and resolution can be asked for besides those listed.
+    """
+    names = [*_LISTED, *(f"{m}_{n}" for m in reducers.METHODS for n in _LISTED)]
+    return sorted(fnmatch.filter(names, pattern))
+
+
+def split_name(name: str) -> tuple[str | None, str]:
+    """`"dtps_deit_small_patch16_224"` to `("dtps", "deit_small_patch16_224")`.
+
+    Raises:
+      UnknownNameError: with the nearest names.
+    """
+    first, _, rest = name.partition("_")
+    for method, arch in ((None, name), (first, rest)):
+        if (method is None or method in reducers.METHODS) and _arch(arch) is not None:
+            return method, arch
+    if _arch(rest) is not None:
+        raise UnknownNameError(f"unknown method {first!r}: {suggest(first, reducers.METHODS)}")
+    raise UnknownNameError(f"unknown model {name!r}: {suggest(name, list_models())}")
+
+
+def create_model(name: str, **overrides: Any) -> Model:
+    """Builds a model by name, `[method_]backbone_size_patchP_RES`.
+
+    Args:
+      name: for instance "dtps_deit_small_patch16_224"; see `list_models`.
+      **overrides: any field: of the model (`num_classes`, `keep`, `at`, `form`,
+        `pool`, `representation_size`), of the backbone (`img_size`, `in_chans`,
+        `drop_path`, `dtype`, ...) or of the method (`fuse`, `score`, `shuffle`,
+        `temperature`, `tau`). `dtype` may be a name ("bfloat16").
+
+    Returns:
+      A linen module; `model.apply(variables, images)` returns an `Output`.
+
+    Raises:
+      UnknownNameError: unknown name or keyword, with the nearest valid ones.
+      ValueError: values that do not fit together.
+    """
+    method, arch_name = split_name(name)
+    arch = _arch(arch_name)
+    family = BACKBONES[arch.backbone]
+    of_backbone = {f.name for f in dataclasses.fields(family)} - {"parent", "name", "sites"}
+    of_model = {"num_classes", "pool", "representation_size"}
+    of_sites = {"keep", "at", "form"}
+    of_method = set()
+    if method is not None:
+        row = reducers.METHODS[method]
+        of_method = {f.name for f in dataclasses.fields(row.make)} - _SITE_FIELDS
+    known = of_backbone | of_model | (of_sites | of_method if method else set())
+    for key in overrides:
+        if key in known:
+            continue
+        if key in of_sites | {"fuse", "score"}:
+            raise UnknownNameError(
+                f"{name} is dense and takes no {key!r}: put a method before its name, as in dtps_{arch_name}"
+            )
+        raise UnknownNameError(f"unknown option {key!r} of {name}: {suggest(key, known)}")
+    options = {**dict(arch.options), **{k: _static(v) for k, v in overrides.items() if k in of_backbone}}
+    if "dtype" in options:
+        options["dtype"] = jnp.dtype(options["dtype"])
+    backbone = Spec.of(family, **options)
+    fields = {k: _static(v) for k, v in overrides.items() if k in of_model | of_sites}
+    fields.setdefault("num_classes", arch.num_classes)
+    if method is not None:
+        at = fields.get("at") or backbone(parent=None).default_sites
+        fields["at"] = (at,) if isinstance(at, int) else tuple(at)
+        fields["method_options"] = tuple(
+            sorted((k, v) for k, v in overrides.items() if k in of_method)
+        )
+    model = Model(arch=arch_name, backbone=backbone, method=method, **fields)
+    model.plain()
+    model.sites()  # so that a bad value fails here, not inside a jitted step
+    return model
+
+
+_SITE_FIELDS = {"keep", "current", "ratio", "form", "stage", "parent", "name"}
+
+
+def _static(value: Any) -> Any:
+    """Config lists to tuples: module fields must be hashable."""
+    return tuple(value) if isinstance(value, (list, tuple)) else value

@@ -1,0 +1,78 @@
+"""Multi-head self-attention with an optional token mask."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from dyntoken.nn import layers
+from dyntoken.ops import attend, sample
+from dyntoken.types import Attended
+
+Array = jax.Array
+
+
+class Attention(nn.Module):
+    """Self-attention with one fused qkv product, timm's `Attention`.
+
+    Attributes:
+      heads: number of heads; the width must be divisible by it.
+      qkv_bias: bias of the qkv product.
+      qk_scale: factor on the logits; None is head_dim ** -0.5.
+      dropout: rate after the output projection.
+      dtype: compute type; the softmax stays in float32.
+    """
+
+    heads: int
+    qkv_bias: bool = True
+    qk_scale: float | None = None
+    dropout: float = 0.0
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Array,
+        policy: Array | None = None,
+        *,
+        prefix: int = 1,
+        train: bool = False,
+        observe: bool = False,
+        draws: sample.Draws | None = None,
+        path: tuple[int, ...] = (),
+    ) -> tuple[Array, Attended | None]:
+        """Attends `x [B, T, C]` to itself.
+
+        Args:
+          policy: `[B, T]` keep mask over keys, or None.
+          prefix: rows that are no patches; row 0 is the class token.
+          train: applies the policy as the references train it.
+          observe: also return what a reducer may look at.
+          draws, path: randomness and layer number; None switches dropout off.
+
+        Returns:
+          `(y [B, T, C], Attended or None)`.
+        """
+        batch, rows, width = x.shape
+        if width % self.heads:
+            raise ValueError(f"width {width} is not divisible by {self.heads} heads")
+        chex.assert_shape(policy, (batch, rows)) if policy is not None else None
+        qkv = layers.dense(3 * width, name="qkv", dtype=self.dtype, use_bias=self.qkv_bias)(x)
+        qkv = qkv.reshape(batch, rows, 3, self.heads, width // self.heads)
+        q, k, v = jnp.moveaxis(qkv, (2, 3), (0, 2))  # each [B, heads, T, head_dim]
+        scale = self.qk_scale if self.qk_scale is not None else (width // self.heads) ** -0.5
+        seen = None
+        if policy is None and not observe:
+            y = attend.attention(q, k, v, scale=scale)
+        else:
+            p = attend.probabilities(q, k, scale=scale, policy=policy, train=train)
+            y = jnp.einsum("bhqk,bhkd->bhqd", p.astype(v.dtype), v)
+            if observe:
+                seen = Attended(cls=attend.class_attention(p, prefix) if prefix else None, keys=k)
+        y = jnp.swapaxes(y, 1, 2).reshape(batch, rows, width)
+        y = layers.dense(width, name="proj", dtype=self.dtype)(y)
+        return layers.drop(y, self.dropout, draws, *path), seen

@@ -1,0 +1,84 @@
+"""One pre-norm transformer block, split where a reducer may sit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from dyntoken.nn import layers
+from dyntoken.nn.attention import Attention
+from dyntoken.ops import attend, sample
+from dyntoken.types import Attended, Tokens
+
+Array = jax.Array
+# Numbers of the random streams inside a layer; the MLP numbers its own two below MLP.
+ATTENTION, MLP, ATTENTION_PATH, MLP_PATH = range(4)
+
+
+class Block(nn.Module):
+    """`x + attention(norm1(x))`, then `x + mlp(norm2(x))`.
+
+    The two halves are methods, so that the trunk can put a reducer before the
+    block or between them; the block itself knows of none.
+
+    Attributes:
+      layer: number of the block, which keys its random draws.
+      heads, mlp_ratio, qkv_bias, qk_scale: as timm's.
+      dropout: after the attention projection and inside the MLP.
+      drop_path: stochastic depth rate of both branches.
+      layer_scale: initial LayerScale value, None for none.
+      norm_eps: LayerNorm epsilon (1e-6 in DeiT).
+      dtype: compute type.
+    """
+
+    layer: int
+    heads: int
+    mlp_ratio: float = 4.0
+    qkv_bias: bool = True
+    qk_scale: float | None = None
+    dropout: float = 0.0
+    drop_path: float = 0.0
+    layer_scale: float | None = None
+    norm_eps: float = 1e-6
+    width: int = 0
+    dtype: Any = jnp.float32
+
+    def setup(self) -> None:
+        self.norm1 = nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype)
+        self.attn = Attention(self.heads, self.qkv_bias, self.qk_scale, self.dropout, self.dtype)
+        self.norm2 = nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype)
+        self.mlp = layers.Mlp(int(self.width * self.mlp_ratio), self.dropout, self.dtype)
+        if self.layer_scale is not None:
+            self.ls1 = layers.LayerScale(self.layer_scale)
+            self.ls2 = layers.LayerScale(self.layer_scale)
+
+    def attend(
+        self, tokens: Tokens, draws: sample.Draws | None, train: bool, observe: bool
+    ) -> tuple[Tokens, Attended | None]:
+        """First half: attention over the rows alive, residual added."""
+        policy = None if tokens.alive is None else attend.with_prefix(tokens.alive, tokens.prefix)
+        y, seen = self.attn(
+            self.norm1(tokens.x),
+            policy,
+            prefix=tokens.prefix,
+            train=train,
+            observe=observe,
+            draws=draws,
+            path=(self.layer, ATTENTION),
+        )
+        y = self.ls1(y) if self.layer_scale is not None else y
+        return tokens.replace(x=tokens.x + self._path(y, draws, ATTENTION_PATH)), seen
+
+    def feed(self, tokens: Tokens, draws: sample.Draws | None) -> Tokens:
+        """Second half: MLP, residual added."""
+        y = self.mlp(self.norm2(tokens.x), draws, (self.layer, MLP))
+        y = self.ls2(y) if self.layer_scale is not None else y
+        return tokens.replace(x=tokens.x + self._path(y, draws, MLP_PATH))
+
+    def _path(self, y: Array, draws: sample.Draws | None, stream: int) -> Array:
+        if draws is None or self.drop_path == 0.0:
+            return y
+        return sample.drop_path(y, self.drop_path, draws, self.layer, stream)

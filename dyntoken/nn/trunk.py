@@ -1,0 +1,150 @@
+"""The stack of blocks with reducers at their sites: the only loop over blocks."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from dyntoken.nn.block import Block
+from dyntoken.ops import sample
+from dyntoken.types import Attended, Reduction, Tokens
+
+Array = jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """A module to be built later: hashable, equal by value.
+
+    Linen adopts a module instance where it is first used, so a trunk gets the
+    recipe and builds the module itself.
+    """
+
+    make: Callable[..., Any]
+    options: tuple[tuple[str, Any], ...] = ()
+
+    @classmethod
+    def of(cls, make: Callable[..., Any], **options: Any) -> Spec:
+        return cls(make, tuple(sorted(options.items())))
+
+    def __call__(self, **more: Any) -> Any:
+        return self.make(**{**dict(self.options), **more})
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """Where a reducer sits.
+
+    Attributes:
+      at: 0-based block index.
+      reducer: recipe of the reducer.
+      inside: between attention and MLP of that block, else before it.
+    """
+
+    at: int
+    reducer: Spec
+    inside: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What one forward pass hands to every layer.
+
+    Attributes:
+      train: training mode.
+      dropout: draws for dropout and stochastic depth; None switches them off.
+      policy: draws for scorers and Gumbel noise.
+      noise: per site, replaces the Gumbel draws (`[B, n, 2]`).
+      decisions: per site, `[B, n]` 0/1, replaces the site's own choice.
+      record: what to keep besides the output ("embed", "blocks", "stages").
+    """
+
+    train: bool = False
+    dropout: sample.Draws | None = None
+    policy: sample.Draws | None = None
+    noise: Sequence[Array] | None = None
+    decisions: Sequence[Array] | None = None
+    record: tuple[str, ...] = ()
+
+
+class Trunk(nn.Module):
+    """Runs blocks and the reducers at their sites.
+
+    Attributes:
+      blocks: one recipe of a `Block` per layer.
+      sites: at most one per block, in order.
+      remat: recompute each block's halves in the backward pass (never a reducer).
+    """
+
+    blocks: tuple[Spec, ...]
+    sites: tuple[Site, ...] = ()
+    remat: bool = False
+
+    def setup(self) -> None:
+        for index, spec in enumerate(self.blocks):
+            make = _rematerialised(spec.make) if self.remat else spec.make
+            setattr(self, f"blocks_{index}", Spec(make, spec.options)())
+        for stage, site in enumerate(self.sites):
+            setattr(self, f"reducer_{stage}", site.reducer(stage=stage))
+
+    def __call__(self, tokens: Tokens, context: Context) -> tuple[Tokens, tuple[Reduction, ...], dict[str, Any]]:
+        """Runs the stack.
+
+        Returns:
+          The tokens after the last block, one `Reduction` per site, and the
+          records asked for: "blocks", the rows after each block, and "stages",
+          the rows before and after each site.
+        """
+        reductions: list[Reduction] = []
+        stages, outs = [], []
+        stage_at = {site.at: stage for stage, site in enumerate(self.sites)}
+        if context.train and self._masks():
+            # The references run every block under the policy softmax, also those before the first site.
+            tokens = tokens.replace(alive=jnp.ones(tokens.place.shape, jnp.float32))
+        for index in range(len(self.blocks)):
+            block = getattr(self, f"blocks_{index}")
+            stage = stage_at.get(index)
+            site = None if stage is None else self.sites[stage]
+            before = tokens.x
+            if site is not None and not site.inside:
+                tokens, reduction = self._reduce(stage, tokens, None, context)
+                reductions.append(reduction)
+                stages.append((before, tokens.x))
+            inside = site is not None and site.inside
+            tokens, seen = block.attend(tokens, context.dropout, context.train, inside)
+            if inside:
+                before = tokens.x
+                tokens, reduction = self._reduce(stage, tokens, seen, context)
+                reductions.append(reduction)
+                stages.append((before, tokens.x))
+            tokens = block.feed(tokens, context.dropout)
+            outs.append(tokens.x)
+        records = {"blocks": tuple(outs), "stages": tuple(stages)}
+        return tokens, tuple(reductions), {k: v for k, v in records.items() if k in context.record}
+
+    def _masks(self) -> bool:
+        return any(getattr(self, f"reducer_{s}").resolved(True) == "mask" for s in range(len(self.sites)))
+
+    def _reduce(
+        self, stage: int, tokens: Tokens, seen: Attended | None, context: Context
+    ) -> tuple[Tokens, Reduction]:
+        reducer = getattr(self, f"reducer_{stage}")
+        return reducer(
+            tokens,
+            seen,
+            context.train,
+            draws=context.policy,
+            noise=None if context.noise is None else context.noise[stage],
+            decision=None if context.decisions is None else context.decisions[stage],
+        )
+
+
+def _rematerialised(block: type[Block]) -> type[Block]:
+    """`block` with each half recomputed in the backward pass (train, observe are static)."""
+    half = nn.remat(block, methods=["feed"])
+    return nn.remat(half, methods=["attend"], static_argnums=(3, 4))

@@ -1,0 +1,1 @@
+"""Token operators: pure `jax.numpy`, no Flax, no state, static shapes."""

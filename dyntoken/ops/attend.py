@@ -1,0 +1,101 @@
+"""Attention with token masks, as DynamicViT trains it and as pruning means it.
+
+Shapes: B batch, H heads, T rows (prefix + patches), D head dimension.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from dyntoken.ops import backend
+
+Array = jax.Array
+POLICY_EPS = 1e-6  # raoyongming/DynamicViT, softmax_with_policy
+
+
+def with_prefix(alive: Array, prefix: int) -> Array:
+    """`alive` over patches `[B, N]` to a policy over all rows `[B, prefix + N]`."""
+    ones = jnp.ones((alive.shape[0], prefix), alive.dtype)
+    return jnp.concatenate([ones, alive], axis=1)
+
+
+def policy_softmax(logits: Array, policy: Array, eps: float = POLICY_EPS) -> Array:
+    """Softmax over keys weighted by a (straight-through) keep mask.
+
+    DynamicViT, section 3.2, in the form of its code: the maximum runs over all
+    keys, masked ones included; every row may attend to itself; `eps` keeps a
+    fully masked row finite. Gradients flow through the maximum, as in torch.
+
+    Args:
+      logits: `[B, H, T, T]`.
+      policy: `[B, T]`, 1.0 keeps a key, 0.0 hides it.
+
+    Returns:
+      Probabilities `[B, H, T, T]` in float32.
+    """
+    rows = logits.shape[-1]
+    logits = logits.astype(jnp.float32)
+    keys = policy.astype(jnp.float32)[:, None, None, :]
+    own = jnp.eye(rows, dtype=jnp.float32)[None, None]
+    weight = keys + (1.0 - keys) * own
+    p = jnp.exp(logits - logits.max(axis=-1, keepdims=True)) * weight
+    return (p + eps / rows) / (p.sum(axis=-1, keepdims=True) + eps)
+
+
+def masked_softmax(logits: Array, policy: Array) -> Array:
+    """Exact softmax over the keys alive, `[B, H, T, T]` in float32.
+
+    Equals the softmax of the shortened sequence: the mask form's counterpart of
+    gathering. A row with no key alive gets uniform weights, not NaN.
+    """
+    keys = policy[:, None, None, :] > 0.5
+    logits = jnp.where(keys, logits.astype(jnp.float32), jnp.finfo(jnp.float32).min)
+    return jax.nn.softmax(logits, axis=-1)
+
+
+def attention(q: Array, k: Array, v: Array, *, scale: float) -> Array:
+    """Unmasked attention whose probabilities nobody reads.
+
+    Args:
+      q, k, v: `[B, H, T, D]`.
+
+    Returns:
+      `[B, H, T, D]`. On the CPU the normalisation comes after the value product
+      (fewer divisions; the fastest exact form measured there); elsewhere XLA's
+      fused attention.
+    """
+    if backend.platform() == "cpu":
+        logits = jnp.einsum("bhqd,bhkd->bhqk", q, k, preferred_element_type=jnp.float32) * scale
+        p = jnp.exp(logits - jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True)))
+        y = jnp.einsum("bhqk,bhkd->bhqd", p.astype(v.dtype), v, preferred_element_type=jnp.float32)
+        return (y / p.sum(axis=-1, keepdims=True)).astype(v.dtype)
+    q, k, v = (jnp.swapaxes(t, 1, 2) for t in (q, k, v))
+    return jnp.swapaxes(jax.nn.dot_product_attention(q, k, v, scale=scale), 1, 2)
+
+
+def probabilities(q: Array, k: Array, *, scale: float, policy: Array | None, train: bool) -> Array:
+    """Attention weights `[B, H, T, T]` in float32, masked by `policy` if given.
+
+    In training a policy is applied as the references do (`policy_softmax`), in
+    evaluation exactly (`masked_softmax`).
+    """
+    logits = jnp.einsum("bhqd,bhkd->bhqk", q, k, preferred_element_type=jnp.float32) * scale
+    if policy is None:
+        return jax.nn.softmax(logits, axis=-1)
+    return policy_softmax(logits, policy) if train else masked_softmax(logits, policy)
+
+
+def class_attention(probs: Array, prefix: int) -> Array:
+    """The class token's attention to the patches, averaged over heads.
+
+    EViT, section 3.2: taken from the softmax over all rows, prefix columns left
+    out, not renormalised.
+
+    Args:
+      probs: `[B, H, T, T]`; row 0 is the class token.
+
+    Returns:
+      `[B, T - prefix]` float32.
+    """
+    return probs[:, :, 0, prefix:].mean(axis=1)

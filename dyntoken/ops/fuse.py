@@ -1,0 +1,167 @@
+"""What becomes of dropped tokens: drop, one token, mean of the host, squeeze.
+
+One rule serves both forms. `targets [B, T, C]` are rows that may absorb,
+`sources [B, S, C]` rows to be absorbed. In the gather form they are the kept
+and the dropped rows; in the mask form both are all rows, `allowed` says who may
+be a host and `weight` who is dropped here (its straight-through gradient is
+what reaches the predictor).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+HIGHEST = jax.lax.Precision.HIGHEST
+NORM_EPS = 1e-6  # megvii-research/TPS-CVPR2023: x / (|x| + 1e-6)
+MASKED = -100.0  # its value for a pair that may not match
+
+
+class Fused(NamedTuple):
+    """Result of a fusing rule.
+
+    Attributes:
+      x: `[B, T, C]` targets after absorbing.
+      extra: `[B, 1, C]` one more row, or None.
+      host: `[B, S]` int32 target of each source, or None if the rule has no
+        hosts. Defined for every source; the caller knows which were dropped.
+    """
+
+    x: Array
+    extra: Array | None = None
+    host: Array | None = None
+
+
+def cosine(a: Array, b: Array) -> Array:
+    """Cosine similarity of all pairs: `[B, S, C]`, `[B, T, C]` -> `[B, S, T]` float32."""
+    a, b = (_unit(t.astype(jnp.float32)) for t in (a, b))
+    return jnp.einsum("bsc,btc->bst", a, b, precision=HIGHEST)
+
+
+def _unit(x: Array) -> Array:
+    # The inner guard keeps the gradient of an all-zero row finite; the value is the reference's.
+    square = jnp.sum(x * x, axis=-1, keepdims=True)
+    norm = jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1.0)), 0.0)
+    return x / (norm + NORM_EPS)
+
+
+def match(
+    targets: Array,
+    sources: Array,
+    *,
+    allowed: Array | None = None,
+    same: bool = False,
+    temperature: float = 1.0,
+    normalize: bool = True,
+) -> tuple[Array, Array]:
+    """The most similar allowed target of each source (TPS, section 3.2).
+
+    Args:
+      targets: `[B, T, C]`; sources: `[B, S, C]`.
+      allowed: `[B, T]`, > 0.5 for rows that may be a host; None allows all.
+      same: sources and targets are the same rows, so none matches itself.
+      temperature: divides the similarity.
+      normalize: cosine similarity; False takes the plain inner product.
+
+    Returns:
+      `(host [B, S] int32, similarity [B, S] float32)`. Of equally similar
+      targets the first one is the host (the reference counts the source in each
+      of them).
+    """
+    if normalize:
+        sim = cosine(sources, targets)
+    else:
+        pair = (sources.astype(jnp.float32), targets.astype(jnp.float32))
+        sim = jnp.einsum("bsc,btc->bst", *pair, precision=HIGHEST)
+    if same:
+        sim = jnp.where(jnp.eye(sim.shape[-1], dtype=bool)[None], MASKED, sim)
+    sim = sim / temperature
+    if allowed is not None:
+        sim = jnp.where(allowed[:, None, :] > 0.5, sim, MASKED)
+    host = jax.lax.stop_gradient(sim).argmax(axis=-1).astype(jnp.int32)
+    return host, jnp.take_along_axis(sim, host[..., None], axis=-1)[..., 0]
+
+
+def _absorb(targets: Array, sources: Array, host: Array, weight: Array, own: float) -> Array:
+    """Weighted mean of each target (weight `own`) and its sources, one product."""
+    at = jax.nn.one_hot(host, targets.shape[1], dtype=jnp.float32) * weight[..., None]  # [B, S, T]
+    total = own * targets.astype(jnp.float32) + jnp.einsum(
+        "bst,bsc->btc", at, sources.astype(jnp.float32), precision=HIGHEST
+    )
+    return (total / (own + at.sum(axis=1))[..., None]).astype(targets.dtype)
+
+
+def drop(targets: Array, sources: Array, **_: object) -> Fused:
+    """Dropped rows leave no trace (DynamicViT)."""
+    return Fused(targets)
+
+
+def one_token(
+    targets: Array, sources: Array, *, importance: Array, weight: Array | None = None, **_: object
+) -> Fused:
+    """Dropped rows become one more row, weighted by importance (EViT, section 3.3).
+
+    The weights are not renormalised, as in the reference.
+    """
+    share = importance.astype(jnp.float32)
+    share = share if weight is None else share * weight
+    extra = (share[..., None] * sources.astype(jnp.float32)).sum(axis=1, keepdims=True)
+    return Fused(targets, extra=extra.astype(targets.dtype))
+
+
+def mean(
+    targets: Array,
+    sources: Array,
+    *,
+    allowed: Array | None = None,
+    weight: Array | None = None,
+    same: bool = False,
+    temperature: float = 1.0,
+    **_: object,
+) -> Fused:
+    """Each host becomes the plain mean of itself and the rows it absorbs."""
+    host, _similarity = match(targets, sources, allowed=allowed, same=same, temperature=temperature)
+    weight = jnp.ones(host.shape, jnp.float32) if weight is None else weight
+    if allowed is not None:  # a sample that drops every row has no host
+        weight = weight * (allowed > 0.5).any(axis=1, keepdims=True)
+    return Fused(_absorb(targets, sources, host, weight, 1.0), host=host)
+
+
+def squeeze(
+    targets: Array,
+    sources: Array,
+    *,
+    allowed: Array | None = None,
+    weight: Array | None = None,
+    same: bool = False,
+    temperature: float = 1.0,
+    normalize: bool = True,
+    **_: object,
+) -> Fused:
+    """Each dropped row is squeezed into its most similar kept row (TPS, section 3.2).
+
+    `y = (e * x + sum exp(s) * x_dropped) / (e + sum exp(s))` with s the
+    similarity over the temperature: one argmax and one one-hot product,
+    O(S * T), no loop. With no host allowed a row stays as it is.
+    """
+    host, similarity = match(
+        targets, sources, allowed=allowed, same=same, temperature=temperature, normalize=normalize
+    )
+    if weight is None:
+        share = jnp.exp(similarity)
+    else:  # the reference multiplies inside and outside: same value, another gradient of the decision
+        share = jnp.exp(similarity * weight) * weight
+    return Fused(_absorb(targets, sources, host, share, math.e), host=host)
+
+
+FUSERS: dict[str, Callable[..., Fused]] = {
+    "drop": drop,
+    "one_token": one_token,
+    "mean": mean,
+    "squeeze": squeeze,
+}

@@ -1,0 +1,59 @@
+"""Resizing of position embeddings to another grid, as torch does it."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Array = jax.Array
+
+
+def _cubic(distance: np.ndarray, a: float = -0.75) -> np.ndarray:
+    """Keys' kernel with torch's coefficient (`jax.image.resize` uses -0.5)."""
+    d = np.abs(distance)
+    near = (a + 2) * d**3 - (a + 3) * d**2 + 1
+    far = a * (d**3 - 5 * d**2 + 8 * d - 4)
+    return np.where(d <= 1, near, np.where(d < 2, far, 0.0))
+
+
+def _linear(distance: np.ndarray) -> np.ndarray:
+    return np.maximum(0.0, 1.0 - np.abs(distance))
+
+
+def resize_matrix(old: int, new: int, method: str) -> np.ndarray:
+    """Weights `[new, old]` of a one-dimensional resize.
+
+    torch's `interpolate(align_corners=False, antialias=False)`: half-pixel
+    centres, border values repeated, no widening of the kernel when shrinking.
+    """
+    if method not in ("bicubic", "bilinear"):
+        raise ValueError(f"unknown resize method {method!r}: choose bicubic or bilinear")
+    centre = (np.arange(new) + 0.5) * old / new - 0.5
+    if method == "bilinear":
+        centre = np.maximum(centre, 0.0)
+    first = np.floor(centre).astype(int)
+    kernel, taps = (_cubic, range(-1, 3)) if method == "bicubic" else (_linear, range(2))
+    weights = np.zeros((new, old))
+    for tap in taps:
+        column = np.clip(first + tap, 0, old - 1)
+        np.add.at(weights, (np.arange(new), column), kernel(centre - (first + tap)))
+    return weights
+
+
+def resize_grid(x: Array, old: tuple[int, int], new: tuple[int, int], method: str = "bicubic") -> Array:
+    """Resizes rows on a grid: `[B, h * w, C]` from grid `old` to grid `new`.
+
+    Args:
+      method: "bicubic" (EViT, TPS, DeiT: a = -0.75) or "bilinear" (DynamicViT).
+    """
+    if x.shape[1] != old[0] * old[1]:
+        raise ValueError(f"{x.shape[1]} rows do not fill a grid of {tuple(old)}")
+    if tuple(old) == tuple(new):
+        return x
+    with jax.named_scope("resize"):
+        rows, columns = (jnp.asarray(resize_matrix(o, n, method), x.dtype) for o, n in zip(old, new, strict=True))
+        y = x.reshape(x.shape[0], *old, x.shape[-1])
+        y = jnp.einsum("yh,bhwc->bywc", rows, y, precision=jax.lax.Precision.HIGHEST)
+        y = jnp.einsum("xw,bywc->byxc", columns, y, precision=jax.lax.Precision.HIGHEST)
+    return y.reshape(x.shape[0], new[0] * new[1], x.shape[-1])

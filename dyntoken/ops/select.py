@@ -1,0 +1,160 @@
+"""Choosing a static number of tokens, moving them, and keeping their addresses.
+
+B batch, n rows in, k rows kept. Counts are Python ints, so every shape is
+static.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from dyntoken.ops import backend
+
+Array = jax.Array
+HIGHEST = jax.lax.Precision.HIGHEST
+
+
+def order(scores: Array) -> Array:
+    """Row numbers `[B, n]` from best to worst; equal scores keep their order.
+
+    On a TPU `top_k` and `argsort` compile to a full sort, so there the rank is
+    counted by comparison, which is exact too.
+    """
+    scores = scores.astype(jnp.float32)
+    if backend.platform() != "tpu":
+        return jnp.argsort(scores, axis=-1, descending=True, stable=True).astype(jnp.int32)
+    n = scores.shape[-1]
+    rows = jnp.arange(n, dtype=jnp.int32)
+    better = scores[:, None, :] > scores[:, :, None]
+    tied = (scores[:, None, :] == scores[:, :, None]) & (rows[None, None, :] < rows[None, :, None])
+    rank = (better | tied).sum(axis=-1, dtype=jnp.int32)  # [B, n]
+    at = (rank[:, None, :] == rows[None, :, None]).astype(jnp.int32)  # [B, rank, row]
+    return (at * rows[None, None, :]).sum(axis=-1)
+
+
+def split(scores: Array, keep: int) -> tuple[Array, Array]:
+    """The `keep` best rows and the rest, `[B, keep]` and `[B, n - keep]`, best first."""
+    if not 0 < keep <= scores.shape[-1]:
+        raise ValueError(f"keep must be between 1 and the {scores.shape[-1]} rows at hand, got {keep}")
+    ranked = order(scores)
+    return ranked[:, :keep], ranked[:, keep:]
+
+
+def take(x: Array, rows: Array) -> Array:
+    """Rows of `x [B, n, ...]` at `rows [B, k]`: `[B, k, ...]`.
+
+    A gather, or on a TPU a one-hot product (exact: each output is one input).
+    """
+    if x.ndim == 3 and backend.platform() == "tpu":
+        at = jax.nn.one_hot(rows, x.shape[1], dtype=x.dtype)
+        return jnp.einsum("bkn,bnc->bkc", at, x, precision=HIGHEST)
+    index = rows.reshape(rows.shape + (1,) * (x.ndim - 2))
+    return jnp.take_along_axis(x, index, axis=1)
+
+
+def mask_of(rows: Array, n: int) -> Array:
+    """Row numbers `[B, k]` to a 0/1 float mask `[B, n]`."""
+    return (rows[:, :, None] == jnp.arange(n)[None, None, :]).any(axis=1).astype(jnp.float32)
+
+
+def lookup(table: Array, rows: Array) -> Array:
+    """`table[b, rows[b, i]]`, and -1 where `rows` is -1.
+
+    Args:
+      table: `[B, m]` integers.
+      rows: `[B, r]` integers into it, or -1.
+    """
+    found = jnp.take_along_axis(table, jnp.maximum(rows, 0), axis=1)
+    return jnp.where(rows >= 0, found, -1).astype(jnp.int32)
+
+
+def compose(carrier: Array, remap: Array) -> Array:
+    """Carriers after a reduction: `[B, N0]` from `carrier [B, N0]` and `remap [B, n]`."""
+    return lookup(remap, carrier)
+
+
+def sizes(carrier: Array, n: int) -> Array:
+    """How many original patches each of n rows stands for, `[B, n]` float32."""
+    return (carrier[:, :, None] == jnp.arange(n)[None, None, :]).sum(axis=1, dtype=jnp.float32)
+
+
+def inverse(rows: Array, n: int) -> Array:
+    """Old row -> its position in `rows [B, k]`, or -1 if it is not there: `[B, n]`."""
+    hit = rows[:, :, None] == jnp.arange(n)[None, None, :]  # [B, k, n]
+    position = jnp.arange(rows.shape[1], dtype=jnp.int32)[None, :, None]
+    return (jnp.where(hit, position + 1, 0).sum(axis=1) - 1).astype(jnp.int32)
+
+
+def to_grid(x: Array, place: Array, grid: tuple[int, int]) -> Array:
+    """Scatters rows back to their cells; cells nobody stands on are zero.
+
+    Args:
+      x: `[B, n, C]`; place: `[B, n]` cells, -1 for a row without one.
+
+    Returns:
+      `[B, rows, columns, C]`.
+    """
+    cells = grid[0] * grid[1]
+    at = (place[:, None, :] == jnp.arange(cells)[None, :, None]).astype(x.dtype)
+    y = jnp.einsum("bgn,bnc->bgc", at, x, precision=HIGHEST)
+    return y.reshape(x.shape[0], *grid, x.shape[-1])
+
+
+def keep_counts(
+    keep: float | int | Sequence[float | int],
+    sites: int,
+    initial: int,
+    *,
+    relative: bool,
+    fused: bool = False,
+) -> tuple[tuple[int, float], ...]:
+    """Expands a keep rate into a static (count, target ratio) per site.
+
+    Args:
+      keep: one rate r in (0, 1), or one entry per site; floats are rates (1.0
+        keeps all), ints are counts.
+      sites: number of reduction sites.
+      initial: first patch count N0.
+      relative: False reads rates against the first patch count and rounds down,
+        `int(N0 * r)`, r expanding to r, r^2, r^3 (DynamicViT, TPS); True
+        against the current tokens and rounds up, `ceil(r * n)` (EViT, eTPS).
+      fused: each site adds one fused token, which later counts include.
+
+    Raises:
+      ValueError: no entry per site, a rate outside (0, 1], a count outside
+        1..current.
+    """
+    rates = _expand(keep, sites, relative)
+    counts, current = [], initial
+    for site, rate in enumerate(rates):
+        if isinstance(rate, int):
+            count, ratio = rate, rate / initial
+        else:
+            if not 0.0 < rate <= 1.0:
+                raise ValueError(f"keep rate {rate} of site {site} is not in (0, 1]; counts are given as ints")
+            count = math.ceil(rate * current) if relative else int(initial * rate)
+            ratio = count / initial if relative else rate
+        if not 1 <= count <= current:
+            raise ValueError(
+                f"keep={keep} leaves {count} of {current} tokens at site {site} (first patch count "
+                f"{initial}); choose between 1 and {current}"
+            )
+        counts.append((count, ratio))
+        current = count + int(fused and count < current)
+    return tuple(counts)
+
+
+def _expand(keep, sites: int, relative: bool) -> tuple[float | int, ...]:
+    if isinstance(keep, bool) or not isinstance(keep, (int, float, Sequence)) or isinstance(keep, str):
+        raise ValueError(f"keep must be a number or a sequence of numbers, got {keep!r}")
+    if isinstance(keep, Sequence):
+        if len(keep) != sites:
+            raise ValueError(f"keep={tuple(keep)} has {len(keep)} entries for {sites} sites (at=...)")
+        return tuple(keep)
+    if isinstance(keep, int) or relative:
+        return (keep,) * sites
+    return tuple(keep ** (site + 1) for site in range(sites))

@@ -1,0 +1,73 @@
+"""How an image becomes a model's input: `dyntoken.preprocess(model)`."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import numpy as np
+
+from dyntoken import data, mix
+from dyntoken.data.resample import resize_centre
+from dyntoken.models import Model
+
+
+@dataclasses.dataclass(frozen=True)
+class Preprocess:
+    """Resize, centre crop and normalisation of one kind of weights.
+
+    Attributes:
+      size: (height, width) of the input.
+      channels: of the input.
+      mean, std: per channel, of pixels in [0, 1].
+      crop_pct: share of the resized shorter side that the crop keeps.
+      interpolation: "bicubic" or "bilinear".
+    """
+
+    size: tuple[int, int]
+    channels: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    crop_pct: float = 0.875
+    interpolation: str = "bicubic"
+
+    def __call__(self, images: np.ndarray) -> jax.Array:
+        """uint8 `[H, W, C]` or `[B, H, W, C]` to normalised float32 of the same rank.
+
+        Raises:
+          ValueError: another rank, type or number of channels.
+        """
+        images = np.asarray(images)
+        if images.dtype != np.uint8 or images.ndim not in (3, 4) or images.shape[-1] != self.channels:
+            raise ValueError(
+                f"give uint8 images [H, W, {self.channels}] or [B, H, W, {self.channels}], "
+                f"got {images.dtype} {images.shape}"
+            )
+        batch = images if images.ndim == 4 else images[None]
+        if batch.shape[1:3] != self.size:
+            batch = resize_centre(batch, self.size, self.crop_pct, self.interpolation)
+        pixels = mix.normalize(batch, self.mean, self.std)
+        return pixels if images.ndim == 4 else pixels[0]
+
+
+def preprocess(model: Model, dataset: str | None = None) -> Preprocess:
+    """The preprocessing of a model's weights.
+
+    Args:
+      model: from `create_model`.
+      dataset: what the weights were trained on; by default ImageNet for colour
+        images, Fashion-MNIST for grey ones.
+
+    Raises:
+      ValueError: a data set with another number of channels.
+    """
+    height, width, channels = model.input_shape
+    facts = data.info(dataset or ("imagenet2012" if channels == 3 else "fashion_mnist_mini"))
+    if facts.channels != channels:
+        raise ValueError(
+            f"{facts.name} has {facts.channels} channels, the model takes {channels}: name another data set"
+        )
+    exact = facts.image_shape is not None and tuple(facts.image_shape[:2]) == (height, width)
+    return Preprocess(
+        (height, width), channels, tuple(facts.mean), tuple(facts.std), crop_pct=1.0 if exact else 0.875
+    )

@@ -1,0 +1,222 @@
+"""Score x Select x Fuse: every published method is a choice of the three."""
+
+from __future__ import annotations
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from dyntoken.ops import fuse as fusing
+from dyntoken.ops import sample, select
+from dyntoken.reducers.score import SCORERS, Scores, shuffled
+from dyntoken.types import Attended, Reduction, Tokens
+
+Array = jax.Array
+FORMS = ("auto", "mask", "gather")
+
+
+class Reducer(nn.Module):
+    """The contract of a reduction site: `(tokens, seen, train) -> (tokens, Reduction)`.
+
+    A method that is no composition (ToMe) subclasses this and implements
+    `reduce`, which returns the tokens and a `Reduction` with its `remap`;
+    `__call__` then brings `carrier` and `size` up to date.
+
+    Attributes:
+      keep: static number of rows that stay (prefix and fused rows not counted).
+      current: static number of rows alive before the site; None means all rows.
+      ratio: target share of the first patches, for the keep-ratio loss; None is
+        keep / first patch count.
+      form: "mask" (rows stay, `alive` says who is in play), "gather" (rows
+        shrink to `keep`), or "auto": gather in evaluation; in training mask for
+        methods that learn their decision, gather for the others.
+      stage: number of the site, which keys its random draws.
+    """
+
+    keep: int
+    current: int | None = None
+    ratio: float | None = None
+    form: str = "auto"
+    stage: int = 0
+
+    @property
+    def learns(self) -> bool:
+        """Whether the decision itself is trained (Gumbel straight-through)."""
+        return False
+
+    def resolved(self, train: bool) -> str:
+        """The form in force: "mask" or "gather"."""
+        if self.form not in FORMS:
+            raise ValueError(f"form must be one of {', '.join(FORMS)}, got {self.form!r}")
+        if self.form != "auto":
+            return self.form
+        return "mask" if train and self.learns else "gather"
+
+    def reduce(self, tokens, seen, train, *, draws, noise, decision) -> tuple[Tokens, Reduction]:
+        """The method itself; `Reduction.carrier` may be left None."""
+        raise NotImplementedError(f"{type(self).__name__} does not implement reduce()")
+
+    def __call__(
+        self,
+        tokens: Tokens,
+        seen: Attended | None = None,
+        train: bool = False,
+        *,
+        draws: sample.Draws | None = None,
+        noise: Array | None = None,
+        decision: Array | None = None,
+    ) -> tuple[Tokens, Reduction]:
+        """Reduces `tokens`.
+
+        Args:
+          seen: what the attention layer of this block showed (`inside` sites).
+          draws: randomness of scorers and Gumbel noise.
+          noise: `[B, n, 2]`, replaces the Gumbel draws.
+          decision: `[B, n]` 0/1, imposed in place of the site's own choice.
+        """
+        tokens, reduction = self.reduce(tokens, seen, train, draws=draws, noise=noise, decision=decision)
+        carrier = select.compose(tokens.carrier, reduction.remap)
+        tokens = tokens.replace(carrier=carrier, size=select.sizes(carrier, tokens.count))
+        return tokens, reduction.replace(carrier=carrier)
+
+
+class ScoreSelectFuse(Reducer):
+    """Scores the patches, keeps the best, and fuses the rest by rule.
+
+    Attributes:
+      score: row of `SCORERS`: "predictor", "class_attention", "random".
+      fuse: row of `ops.fuse.FUSERS`: "drop", "one_token", "mean", "squeeze".
+      shuffle: permutes the scores within each image (robustness study of TPS).
+      temperature: of the similarity in "mean" and "squeeze".
+      tau: temperature of the Gumbel-softmax.
+      similarity: "cosine", or "dot" for the plain inner product ("squeeze").
+    """
+
+    score: str = "predictor"
+    fuse: str = "drop"
+    shuffle: bool = False
+    temperature: float = 1.0
+    tau: float = 1.0
+    similarity: str = "cosine"
+
+    @property
+    def learns(self) -> bool:
+        return self.score == "predictor"
+
+    @nn.compact
+    def reduce(self, tokens, seen, train, *, draws, noise, decision) -> tuple[Tokens, Reduction]:
+        scores = SCORERS[self.score](tokens, seen, draws, self.stage)
+        if self.shuffle:
+            scores = shuffled(scores, tokens, draws, self.stage)
+        chex.assert_shape(scores.rank, tokens.place.shape)
+        if tokens.alive is not None:
+            scores = scores.replace(rank=jnp.where(tokens.alive > 0.5, scores.rank, -jnp.inf))
+        if self.resolved(train) == "gather":
+            return self._gather(tokens, scores, decision)
+        return self._mask(tokens, scores, train, draws, noise, decision)
+
+    def _absorb(self, targets: Array, sources: Array, **roles: Array | bool | None) -> fusing.Fused:
+        if self.similarity not in ("cosine", "dot"):
+            raise ValueError(f"similarity must be cosine or dot, got {self.similarity!r}")
+        rule = fusing.FUSERS[self.fuse]
+        options = {"temperature": self.temperature, "normalize": self.similarity == "cosine"}
+        return rule(targets, sources, **options, **roles)
+
+    def _gather(self, tokens: Tokens, scores: Scores, decision: Array | None) -> tuple[Tokens, Reduction]:
+        """Rows really shrink: top-k with a static count."""
+        if tokens.alive is not None:
+            raise ValueError("the gather form needs every row alive: use one form at all sites")
+        n = tokens.count
+        keep, dropped = select.split(scores.rank if decision is None else decision, self.keep)
+        x = tokens.patches
+        inverse = select.inverse(keep, n)
+        place, remap = select.lookup(tokens.place, keep), inverse
+        kept, extra = select.take(x, keep), None
+        if self.keep < n:
+            importance = select.take(scores.importance[..., None], dropped)[..., 0]
+            fused = self._absorb(kept, select.take(x, dropped), importance=importance)
+            kept, extra = fused.x, fused.extra
+            if fused.host is not None:
+                remap = _place_at(remap, dropped, fused.host)
+        host = select.lookup(place, remap)
+        if extra is not None:
+            kept = jnp.concatenate([kept, extra], axis=1)
+            place = jnp.concatenate([place, jnp.full_like(place[:, :1], -1)], axis=1)
+            remap = jnp.where(remap < 0, self.keep, remap)
+        reduction = self._record(tokens, scores, keep, (inverse >= 0).astype(jnp.float32), place, host, remap, extra)
+        x = jnp.concatenate([tokens.x[:, : tokens.prefix], kept], axis=1)
+        return tokens.replace(x=x, place=place), reduction
+
+    def _mask(
+        self,
+        tokens: Tokens,
+        scores: Scores,
+        train: bool,
+        draws: sample.Draws | None,
+        noise: Array | None,
+        decision: Array | None,
+    ) -> tuple[Tokens, Reduction]:
+        """Rows stay; a cumulative mask says who is alive."""
+        alive = jnp.ones(tokens.place.shape, jnp.float32) if tokens.alive is None else tokens.alive
+        keep = None
+        if decision is not None:
+            chosen = decision.astype(jnp.float32)
+        elif train and self.learns:
+            chosen = self._sampled(scores, draws, noise)
+        else:
+            keep, _ = select.split(scores.rank, self.keep)
+            chosen = select.mask_of(keep, tokens.count)
+        now = chosen * alive
+        gone = (1.0 - now) * alive  # dropped at exactly this site
+        x, place = tokens.patches, tokens.place
+        fused = self._absorb(x, x, importance=scores.importance, allowed=now, weight=gone, same=True)
+        rows = jnp.arange(tokens.count, dtype=jnp.int32)[None, :]
+        stays = now > 0.5
+        remap = jnp.where(stays, rows, -1)
+        if fused.host is not None:
+            remap = jnp.where((gone > 0.5) & stays.any(axis=1, keepdims=True), fused.host, remap)
+        host = select.lookup(place, remap)
+        kept, extra, alive_after = fused.x, fused.extra, now
+        if extra is not None and self.keep < (self.current or tokens.count):
+            kept = jnp.concatenate([kept, extra], axis=1)
+            place = jnp.concatenate([place, jnp.full_like(place[:, :1], -1)], axis=1)
+            remap = jnp.where((gone > 0.5) & (remap < 0), tokens.count, remap)
+            alive_after = jnp.concatenate([now, jnp.ones_like(now[:, :1])], axis=1)
+        else:
+            extra = None
+        reduction = self._record(tokens, scores, keep, now, place, host, remap, extra)
+        x = jnp.concatenate([tokens.x[:, : tokens.prefix], kept], axis=1)
+        return tokens.replace(x=x, place=place, alive=alive_after), reduction
+
+    def _sampled(self, scores: Scores, draws: sample.Draws | None, noise: Array | None) -> Array:
+        """Gumbel straight-through keep decision, DynamicViT section 3.3."""
+        if noise is None:
+            if draws is None:
+                raise ValueError(
+                    "training with a learnt decision draws Gumbel noise: pass rngs={'policy': key} or noise=(...)"
+                )
+            noise = draws.gumbel(scores.log_probs.shape[1:], self.stage, 0)
+        chex.assert_shape(noise, scores.log_probs.shape)
+        return sample.gumbel_softmax(scores.log_probs, noise, temperature=self.tau)[..., 0]
+
+    def _record(self, tokens, scores, keep, decision, place, host, remap, extra) -> Reduction:
+        return Reduction(
+            scores=scores.rank,
+            log_probs=scores.log_probs,
+            decision=decision,
+            keep=keep,
+            place=place,
+            host=host,
+            remap=remap,
+            ratio=self.keep / tokens.initial if self.ratio is None else self.ratio,
+            count=self.keep + int(extra is not None),
+            grid=tokens.grid,
+        )
+
+
+def _place_at(base: Array, rows: Array, values: Array) -> Array:
+    """`base [B, n]` with `values [B, r]` written at `rows [B, r]` (all distinct)."""
+    hit = rows[:, :, None] == jnp.arange(base.shape[1])[None, None, :]
+    written = jnp.where(hit, values[:, :, None], 0).sum(axis=1).astype(base.dtype)
+    return jnp.where(hit.any(axis=1), written, base)

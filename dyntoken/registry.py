@@ -1,0 +1,67 @@
+"""Names to objects: one table per family, imported on use."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import importlib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """The tail of an error message: the nearest names, or all if few."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=4, cutoff=0.55)
+    if close:
+        return f"did you mean {', '.join(close)}?"
+    return f"known: {', '.join(known[:12])}" + (", ..." if len(known) > 12 else "")
+
+
+class UnknownNameError(KeyError, ValueError):
+    """A name that no table holds; the message lists the nearest ones."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class Table(Mapping[str, Any]):
+    """A read-only mapping from a name to `"module:Object"` or to any object.
+
+    Strings of that form are imported when they are looked up, so that a table
+    costs nothing at import time. An unknown name raises `UnknownNameError`.
+    """
+
+    def __init__(self, kind: str, rows: Mapping[str, Any]):
+        self.kind = kind
+        self._rows = dict(rows)
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._rows:
+            raise UnknownNameError(f"unknown {self.kind} {name!r}: {suggest(str(name), self._rows)}")
+        row = self._rows[name]
+        if isinstance(row, str) and ":" in row:
+            module, _, attribute = row.partition(":")
+            return getattr(importlib.import_module(module), attribute)
+        return row
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._rows
+
+    def match(self, pattern: str = "*") -> list[str]:
+        """Sorted names that match an `fnmatch` pattern."""
+        return sorted(fnmatch.filter(self._rows, pattern))
+
+
+def check_options(what: str, given: Iterable[str], known: Iterable[str]) -> None:
+    """Raises `UnknownNameError` for the first option nobody would read."""
+    known = set(known)
+    for name in given:
+        if name not in known:
+            raise UnknownNameError(f"unknown option {name!r} of {what}: {suggest(name, known)}")

@@ -1,0 +1,187 @@
+"""Exact functions of the training step: learning rates, EViT's keep rate."""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from dyntoken.registry import UnknownNameError, suggest
+
+KINDS = ("cosine", "cosine_epoch", "constant")
+
+
+def learning_rate(
+    kind: str,
+    *,
+    lr: float,
+    min_lr: float,
+    warmup_lr: float,
+    warmup_epochs: float,
+    warmup_steps: int | None,
+    total_steps: int,
+    steps_per_epoch: int,
+) -> Callable[[Any], Any]:
+    """The base learning rate as a function of the step, from 0.
+
+    - `"cosine"`: per step; W warm-up steps run linearly from `warmup_lr` to
+      `lr`, both included, then half a cosine from `lr` towards `min_lr`
+      (raoyongming/DynamicViT, `cosine_scheduler`).
+    - `"cosine_epoch"`: timm's cosine over epochs, stepped *after* each epoch,
+      as TPS and EViT call it: epoch e runs at the rate of e - 1, so the first
+      two epochs both run at `warmup_lr` (at `lr` without warm-up). The cosine
+      counts from epoch 0, not from the end of the warm-up.
+    - `"constant"`: `lr` after the warm-up of `"cosine"`.
+
+    Args:
+      kind: one of the above.
+      lr: peak rate.
+      min_lr: rate at the end.
+      warmup_lr: rate of the first step (epoch).
+      warmup_epochs: length of the warm-up in epochs, may be a fraction.
+      warmup_steps: the same in steps; overrides `warmup_epochs` if not None.
+      total_steps: length of the run; later steps stay at `min_lr`.
+      steps_per_epoch: steps per epoch.
+
+    Returns:
+      `lr_fn(step)` of an integer step. A Python or numpy step gives a numpy
+      float64, a (traced) jax step a jax float32.
+
+    Raises:
+      UnknownNameError: for an unknown kind.
+      ValueError: if the lengths do not fit together.
+    """
+    if kind not in KINDS:
+        raise UnknownNameError(f"unknown schedule {kind!r}: {suggest(kind, KINDS)}")
+    if total_steps < 1 or steps_per_epoch < 1:
+        raise ValueError(
+            f"total_steps={total_steps} and steps_per_epoch={steps_per_epoch} must be at least 1"
+        )
+    warm = round(warmup_epochs * steps_per_epoch) if warmup_steps is None else warmup_steps
+    if warm < 0 or (warm > 0 and warm >= total_steps):
+        raise ValueError(
+            f"a warm-up of {warm} steps does not fit into a run of {total_steps}: "
+            "lower warmup_epochs (or warmup_steps) or train longer"
+        )
+
+    def per_step(step: Any) -> Any:
+        xp, at = _real(step)
+        rise = warmup_lr + (lr - warmup_lr) * (at / max(warm - 1, 1))
+        left = xp.clip((total_steps - at) / (total_steps - warm), 0.0, 1.0)
+        fall = min_lr + (lr - min_lr) * _half_cosine(xp, left) if kind == "cosine" else lr
+        return _where(xp, at < warm, rise, fall)
+
+    def per_epoch(step: Any) -> Any:
+        xp, epoch = _real(step // steps_per_epoch)  # in integers: a float quotient may round up
+        at = xp.maximum(epoch - 1.0, 0.0)
+        epochs, warm_epochs = total_steps / steps_per_epoch, warm / steps_per_epoch
+        rise = warmup_lr + (lr - warmup_lr) * (at / max(warm_epochs, 1e-9))
+        fall = min_lr + (lr - min_lr) * _half_cosine(xp, xp.clip((epochs - at) / epochs, 0.0, 1.0))
+        return _where(xp, at < warm_epochs, rise, fall)
+
+    return per_epoch if kind == "cosine_epoch" else per_step
+
+
+def _real(step: Any) -> tuple[Any, Any]:
+    """The array module that suits a step, and the step as its float."""
+    if isinstance(step, (int, np.integer, np.ndarray)):
+        return np, np.asarray(step, np.float64)
+    return jnp, jnp.asarray(step, jnp.float32)
+
+
+def _where(xp: Any, condition: Any, yes: Any, no: Any) -> Any:
+    value = xp.where(condition, yes, no)
+    return value[()] if xp is np else value  # a scalar rather than a 0-d array
+
+
+def _half_cosine(xp: Any, left: Any) -> Any:
+    """`(1 + cos(pi (1 - left))) / 2`: 1 at left = 1, 0 at left = 0.
+
+    Written as a squared sine, which in float32 stays exact near 0 where the
+    sum would cancel.
+    """
+    return xp.square(xp.sin(left * (math.pi / 2)))
+
+
+def keep_rate_schedule(
+    step: int, *, base: float, steps_per_epoch: int, warmup_epochs: int, total_epochs: int
+) -> float:
+    """EViT's keep rate at a step: 1 at first, then a cosine down to `base`.
+
+    youweiliang/evit, `adjust_keep_rate`. A keep rate fixes shapes, so this is
+    a function of a Python int; `quantize_keep_rates` bounds how many different
+    rates, hence compilations, a run sees.
+
+    Args:
+      step: training step, from 0.
+      base: final keep rate, in (0, 1].
+      steps_per_epoch: steps per epoch.
+      warmup_epochs: epochs at rate 1 (`shrink_start_epoch`).
+      total_epochs: first epoch at `base` (`shrink_start_epoch + shrink_epochs`).
+    """
+    _check_keep(base, steps_per_epoch, warmup_epochs, total_epochs)
+    epoch = step // steps_per_epoch
+    if epoch < warmup_epochs:
+        return 1.0
+    if epoch >= total_epochs:
+        return float(base)
+    done = (step - warmup_epochs * steps_per_epoch) / ((total_epochs - warmup_epochs) * steps_per_epoch)
+    return base + (1.0 - base) * 0.5 * (math.cos(math.pi * done) + 1.0)
+
+
+def quantize_keep_rates(
+    *, base: float, steps_per_epoch: int, warmup_epochs: int, total_epochs: int, levels: int = 5
+) -> list[tuple[int, float]]:
+    """`keep_rate_schedule` rounded to a few rates, one compilation each.
+
+    The rates are evenly spaced from 1 to `base`; at each step the one nearest
+    to the exact schedule holds, so it is off by at most
+    `(1 - base) / (levels - 1) / 2`.
+
+    Args:
+      base: see `keep_rate_schedule`.
+      steps_per_epoch: see `keep_rate_schedule`.
+      warmup_epochs: see `keep_rate_schedule`.
+      total_epochs: see `keep_rate_schedule`.
+      levels: number of rates, 1 and `base` included; at least 2.
+
+    Returns:
+      `[(first_step, rate), ...]`, steps ascending from 0, rates descending; the
+      last rate is `base` exactly.
+    """
+    _check_keep(base, steps_per_epoch, warmup_epochs, total_epochs)
+    if levels < 2:
+        raise ValueError(f"levels={levels} must be at least 2: the first rate is 1, the last {base}")
+    if base == 1:
+        return [(0, 1.0)]
+    end = total_epochs * steps_per_epoch
+
+    def fallen(step: int) -> float:
+        return -keep_rate_schedule(
+            step,
+            base=base,
+            steps_per_epoch=steps_per_epoch,
+            warmup_epochs=warmup_epochs,
+            total_epochs=total_epochs,
+        )
+
+    gap = (1.0 - base) / (levels - 1)
+    first = {0: 1.0}
+    for level in range(1, levels):
+        rate = float(base) if level == levels - 1 else round(1.0 - level * gap, 10)
+        first[bisect.bisect_left(range(end), -(rate + gap / 2), key=fallen)] = rate
+    return list(first.items())
+
+
+def _check_keep(base: float, steps_per_epoch: int, warmup_epochs: int, total_epochs: int) -> None:
+    if not 0 < base <= 1:
+        raise ValueError(f"the base keep rate must lie in (0, 1], not {base}")
+    if steps_per_epoch < 1 or not 0 <= warmup_epochs <= total_epochs:
+        raise ValueError(
+            f"steps_per_epoch={steps_per_epoch} must be at least 1 and 0 <= warmup_epochs={warmup_epochs} "
+            f"<= total_epochs={total_epochs}"
+        )

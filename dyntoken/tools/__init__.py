@@ -1,0 +1,1 @@
+"""Programs over the library: `python -m dyntoken.tools.NAME --help`."""

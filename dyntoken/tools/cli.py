@@ -1,0 +1,165 @@
+"""What the programs share: options of a model, and errors of one line."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import functools
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from dyntoken.models import Model, create_model
+
+Main = Callable[[Sequence[str] | None], int]
+USER_ERRORS = (ValueError, OSError, ImportError)
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line; exit status 2."""
+
+    def __init__(self, program: str, text: str, examples: str):
+        super().__init__(
+            prog=f"python -m dyntoken.tools.{program}",
+            description=text,
+            epilog=f"examples:\n{examples}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+
+    def error(self, message: str) -> Any:
+        self.exit(2, f"{self.prog}: error: {message} (--help explains the options)\n")
+
+
+def program(main: Main) -> Main:
+    """Decorator: a bad input ends in one line on stderr and exit status 1."""
+
+    @functools.wraps(main)
+    def run(argv: Sequence[str] | None = None) -> int:
+        try:
+            return main(argv)
+        except USER_ERRORS as error:
+            name = main.__globals__["__spec__"].name  # also right under `python -m`
+            print(f"python -m {name}: error: {one_line(error)}", file=sys.stderr)
+            return 1
+
+    return run
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an exception without line breaks."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Adds NAME and the options that say how to build it."""
+    parser.add_argument("name", metavar="NAME", help="model, e.g. dtps_deit_small_patch16_224")
+    add_model_options(parser)
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the overrides of `create_model`."""
+    group = parser.add_argument_group("the model")
+    group.add_argument(
+        "--keep",
+        type=keep,
+        help="share of the tokens that stay, expanded over the sites as the method's paper does (0.7), "
+        "or one per site (0.7,0.5,0.3); whole numbers are token counts (137,96,67)",
+    )
+    group.add_argument("--at", type=ints, help="blocks that reduce, counted from 0 (3,6,9)")
+    group.add_argument("--img_size", type=size, help="pixels, 224 or HEIGHTxWIDTH")
+    group.add_argument("--fuse", help="what becomes of dropped tokens: drop, one_token, mean, squeeze")
+    group.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        type=assignment,
+        dest="more",
+        help="any other keyword of create_model (num_classes=10, in_chans=1, form=mask); may be repeated",
+    )
+
+
+def overrides(args: argparse.Namespace) -> dict[str, Any]:
+    """The keywords of `create_model` that were given."""
+    named = {key: getattr(args, key) for key in ("keep", "at", "img_size", "fuse")}
+    return {**{key: value for key, value in named.items() if value is not None}, **dict(args.more)}
+
+
+def build(args: argparse.Namespace, **more: Any) -> Model:
+    """The model that NAME and its options describe."""
+    return create_model(args.name, **{**overrides(args), **more})
+
+
+def keep(text: str) -> Any:
+    """`0.7`, `0.7,0.5,0.3` (rates) or `137,96,67` (counts)."""
+    values = tuple(_number(part) for part in text.split(","))
+    return values[0] if len(values) == 1 else values
+
+
+def _number(text: str) -> int | float:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    raise argparse.ArgumentTypeError(f"{text!r} is no number: give 0.7, 0.7,0.5,0.3 or 137,96,67")
+
+
+def ints(text: str) -> tuple[int, ...]:
+    """`3,6,9` to a tuple."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of whole numbers such as 3,6,9") from None
+
+
+def size(text: str) -> int | tuple[int, int]:
+    """`224` or `224x320`, height first."""
+    try:
+        values = tuple(int(part) for part in text.replace(",", "x").split("x"))
+    except ValueError:
+        values = ()
+    if len(values) not in (1, 2) or min(values) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no image size: give 224 or HEIGHTxWIDTH")
+    return values[0] if len(values) == 1 else values
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
+    return int(text)
+
+
+def assignment(text: str) -> tuple[str, Any]:
+    """`key=value`; the value is a Python literal, or else a string."""
+    key, equals, value = text.partition("=")
+    if not equals or not key.isidentifier():
+        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
+    try:
+        return key, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return key, value
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells to aligned lines; the first column to the left, the rest to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        "  ".join(
+            cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def short(number: float) -> str:
+    """A count with a unit: 57.80 M, 2.992 G."""
+    for scale, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(number) >= scale:
+            return f"{number / scale:.{3 if unit == 'G' else 2}f} {unit}"
+    return f"{number:.0f}"

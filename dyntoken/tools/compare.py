@@ -1,0 +1,179 @@
+"""What a fine-tuned reduced model is worth: linear floor, dense, drop, this run, side by side."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from etils import epath
+
+from dyntoken import data, train
+from dyntoken.analysis import macs, timing
+from dyntoken.models import split_name
+from dyntoken.tools import cli
+
+Log = Callable[[str], None]
+
+
+def report(config: Mapping[str, Any], result: train.Result, *, log: Log = print) -> list[dict[str, Any]]:
+    """Prints and saves the comparison of a finished run.
+
+    The rows are a linear classifier on the same images, the dense model the run
+    started from, the same run with a DynamicViT-style drop in place of the
+    method's fusion (trained for itself, in `<workdir>/drop`), and the run.
+    Writes `compare.json` and, with the extra [viz], `kept.png` into the
+    workdir; when they are there they are only shown.
+
+    Args:
+      config: of the run.
+      result: what `train.run` returned.
+
+    Returns:
+      One dict per row: `model`, `top1` (fraction), `gmacs`, `images_per_s`.
+    """
+    target = result.workdir / "compare.json"
+    if not target.exists():
+        rows = _measure(config, result, log)
+        target.write_text(json.dumps(rows, indent=2) + "\n")
+    rows = json.loads(target.read_text())
+    log("")
+    log(_table(rows, result.plan.info.name))
+    _picture(result, log)
+    return rows
+
+
+def _measure(config: Mapping[str, Any], result: train.Result, log: Log) -> list[dict[str, Any]]:
+    rows = [{"model": "linear classifier", "top1": linear_top1(result.plan), "gmacs": None}]
+    log("evaluating the dense model")
+    dense = _dense_config(config)
+    dense_plan = train.build(dense)
+    metrics = train.evaluate(dense, None, log=lambda line: None)
+    rows.append({"model": f"dense {dense['model']['name']}", "top1": metrics["top1"]})
+    log("training the drop baseline: the same recipe, dropped tokens leave no trace")
+    drop = train.run(_drop_config(config), result.workdir / "drop", log=log)
+    rows.append({"model": f"{drop.plan.settings.model['name']} (drop)", "top1": drop.metrics["top1"]})
+    rows.append({"model": result.plan.settings.model["name"], "top1": result.metrics["top1"]})
+    models = [dense_plan.model, drop.model, result.model]
+    log("timing, each against the dense model in turn")
+    for row, model in zip(rows[1:], models, strict=True):
+        row["gmacs"] = macs.count(model).total / 1e9
+    speeds = [_speed(dense_plan.model, model) for model in models[1:]]
+    rows[1]["images_per_s"] = speeds[-1][0]
+    for row, (_, speed, ratio) in zip(rows[2:], speeds, strict=True):
+        row["images_per_s"], row["speedup"] = speed, ratio
+    return rows
+
+
+def _dense_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of the dense model that the run started from, for evaluation."""
+    dense = copy.deepcopy(dict(config))
+    _, name = split_name(dense["model"]["name"])
+    dense["model"] = {"name": name}
+    dense["losses"], dense["teacher"] = {"ce": {"weight": 1.0}}, {}
+    return dense
+
+
+def _drop_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    drop = copy.deepcopy(dict(config))
+    drop["model"]["fuse"] = "drop"
+    return drop
+
+
+def linear_top1(plan: Any, steps: int = 300) -> float:
+    """Test accuracy of multinomial regression on the pixels: the floor."""
+    train_x, train_y = _pixels(plan, plan.settings.data.split)
+    test_x, test_y = _pixels(plan, plan.settings.data.eval_split)
+    params = {
+        "w": jnp.zeros((train_x.shape[1], plan.info.num_classes)),
+        "b": jnp.zeros(plan.info.num_classes),
+    }
+    tx = optax.adam(optax.cosine_decay_schedule(0.01, steps))
+
+    def loss(params):
+        logits = train_x @ params["w"] + params["b"][None]
+        penalty = 1e-3 * jnp.sum(params["w"] ** 2)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, train_y).mean() + penalty
+
+    @jax.jit
+    def step(carry, _):
+        params, state = carry
+        updates, state = tx.update(jax.grad(loss)(params), state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    (params, _), _ = jax.jit(lambda carry: jax.lax.scan(step, carry, length=steps))((params, tx.init(params)))
+    guess = (test_x @ params["w"] + params["b"][None]).argmax(axis=1)
+    return float((guess == test_y).mean())
+
+
+def _pixels(plan: Any, split: str) -> tuple[jax.Array, jax.Array]:
+    chosen = plan.settings.data
+    batches = list(
+        data.eval_batches(
+            chosen.name,
+            split=split,
+            batch=200,
+            size=plan.shape[:2],
+            shards=1,
+            data_dir=chosen.data_dir,
+            **chosen.options,
+        )
+    )
+    real = np.concatenate([b["mask"] for b in batches]) > 0
+    images = np.concatenate([b["image"] for b in batches])[real]
+    labels = np.concatenate([b["label"] for b in batches])[real]
+    return plan.prepare(jnp.asarray(images)).reshape(len(images), -1), jnp.asarray(labels)
+
+
+def _speed(dense: Any, model: Any, batch: int = 200) -> tuple[float, float, float]:
+    """(dense images/s, the model's, ratio), timed in turn."""
+    runs = [
+        timing.evaluation(m, timing.random_variables(m), timing.random_images(m, batch))
+        for m in (dense, model)
+    ]
+    both = timing.compare(*runs, pairs=7)
+    return both.first.images_per_s(batch), both.second.images_per_s(batch), both.ratio
+
+
+def _table(rows: list[dict[str, Any]], name: str) -> str:
+    cells = [["", "top-1 %", "GMACs", "images/s", "x dense"]]
+    for row in rows:
+        cells.append(
+            [
+                row["model"],
+                f"{100 * row['top1']:.2f}",
+                f"{row['gmacs']:.4f}" if row.get("gmacs") else "-",
+                f"{row['images_per_s']:.0f}" if row.get("images_per_s") else "-",
+                f"{row['speedup']:.2f}" if row.get("speedup") else "-",
+            ]
+        )
+    return f"{name}, test split\n{cli.table(cells)}"
+
+
+def _picture(result: train.Result, log: Log) -> None:
+    target = epath.Path(result.workdir) / "kept.png"
+    if not target.exists():
+        try:
+            from dyntoken.analysis import draw
+
+            _draw(result, target, draw)
+        except ImportError as error:
+            log(f"no picture: {error}")
+            return
+    log(f"kept tokens of a test image: {target}")
+
+
+def _draw(result: train.Result, target: epath.Path, draw: Any) -> None:
+    batch = next(iter(result.plan.eval_batches()))
+    image = batch["image"][:1]
+    out = jax.jit(result.model.apply)(
+        jax.device_get(result.state.variables), result.plan.prepare(jnp.asarray(image))
+    )
+    names = result.plan.info.class_names
+    title = f"{result.plan.settings.model['name']}: {names[int(out.logits[0].argmax())] if names else ''}"
+    draw.save(draw.picture(image[0], out.reductions, at=result.model.at, title=title), target)

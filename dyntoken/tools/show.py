@@ -1,0 +1,182 @@
+"""Pictures of what a model keeps: `python -m dyntoken.tools.show NAME --weights=... IMAGE...`."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from dyntoken import data
+from dyntoken.analysis import draw
+from dyntoken.data.resample import resize_centre
+from dyntoken.models import Model
+from dyntoken.preprocessing import preprocess
+from dyntoken.tools import cli
+from dyntoken.weights import load_weights
+
+TEXT = """\
+Draws for each IMAGE which patches stay as tokens at every stage and, where the
+method fuses, which kept patch absorbed which. One PNG per image.
+
+IMAGE is a picture file, or data:INDEX for a picture of a data set's test split
+(fashion_mnist_mini:7)."""
+EXAMPLES = """\
+  python -m dyntoken.tools.show dtps_vit_mini_patch4_28 --weights=runs/demo fashion_mnist_mini:7
+  python -m dyntoken.tools.show evit_deit_small_patch16_224 --weights=evit.pth cat.jpg dog.jpg --out=kept"""
+OF_DATA_SET = re.compile(r"([A-Za-z_][\w/]*):(\d+)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """One image as the model is to see it.
+
+    Attributes:
+      stem: file name for the result, without suffix.
+      pixels: uint8 `[H, W, C]`.
+      label: true class, or None.
+      facts: data set it is normalised as.
+    """
+
+    stem: str
+    pixels: np.ndarray
+    label: int | None
+    facts: data.DataInfo
+
+
+@cli.program
+def main(argv: Sequence[str] | None = None) -> int:
+    """Writes one PNG per image; returns the exit status."""
+    args = _parser().parse_args(argv)
+    model = cli.build(args)
+    if not model.sites():
+        raise ValueError(f"{args.name} is dense and keeps every token: name a method, e.g. dtps_{args.name}")
+    pictures = [read(text, model, args.data) for text in args.image]
+    paths = _targets(args.out, [picture.stem for picture in pictures])
+    variables = load_weights(model, args.weights)
+    run = jax.jit(lambda variables, images: model.apply(variables, images))
+    for picture, path in zip(pictures, paths, strict=True):
+        out = run(variables, normalised(picture, model)[None])
+        figure = draw.picture(
+            picture.pixels, out.reductions, at=model.at, title=_title(args.name, picture, out)
+        )
+        draw.save(figure, path)
+        print(f"{path}: " + "; ".join(draw.fate(reduction).summary() for reduction in out.reductions))
+    return 0
+
+
+def _parser() -> cli.Parser:
+    parser = cli.Parser("show", TEXT, EXAMPLES)
+    cli.add_model(parser)
+    parser.add_argument("image", metavar="IMAGE", nargs="+", help="picture file, or data set:index")
+    parser.add_argument(
+        "--weights", required=True, help=".safetensors, .npz, .pth, a workdir, or hf:org/name"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("shown"),
+        help="folder, or a .png file for one image (default: shown)",
+    )
+    parser.add_argument(
+        "--data",
+        metavar="DATA",
+        help="data set the weights were trained on, for mean, deviation and class names of picture files; "
+        "by default imagenet2012 in colour, fashion_mnist_mini in grey",
+    )
+    return parser
+
+
+def read(text: str, model: Model, data_set: str | None = None) -> Picture:
+    """An image by file name or as `data:INDEX`, resized and cropped for `model`.
+
+    Args:
+      text: a path, or a data set's name and a number within its test split.
+      data_set: whose mean and deviation a file is normalised with.
+
+    Raises:
+      ValueError: no such file or index, or a file that is no picture.
+    """
+    height, width, channels = model.input_shape
+    found = OF_DATA_SET.fullmatch(text)
+    if found and not Path(text).exists():
+        return _from_data_set(found[1], int(found[2]), (height, width), channels)
+    name = data_set or ("imagenet2012" if channels == 3 else "fashion_mnist_mini")
+    facts = data.info(name)
+    _check_channels(facts, channels)
+    pixels = _open(Path(text), "RGB" if channels == 3 else "L")
+    if pixels.shape[:2] != (height, width):
+        how = preprocess(model, facts.name)
+        pixels = resize_centre(pixels[None], how.size, how.crop_pct, how.interpolation)[0]
+    return Picture(Path(text).stem, pixels, None, facts)
+
+
+def _from_data_set(name: str, index: int, size: tuple[int, int], channels: int) -> Picture:
+    facts = data.info(name)
+    _check_channels(facts, channels)
+    split = "test" if "test" in facts.splits else "validation"
+    count = facts.splits[split]
+    if index >= count:
+        raise ValueError(f"{name}:{index} does not exist: split {split!r} has images 0 to {count - 1}")
+    rows = data.eval_batches(name, split=f"{split}[{index}:{index + 1}]", batch=1, shards=1, size=size)
+    batch = next(iter(rows))
+    stem = f"{name.replace('/', '_')}_{index}"
+    return Picture(stem, batch["image"][0], int(batch["label"][0]), facts)
+
+
+def _check_channels(facts: data.DataInfo, channels: int) -> None:
+    if facts.channels != channels:
+        raise ValueError(
+            f"{facts.name} has {facts.channels} channels, the model takes {channels}: "
+            f"add --set in_chans={facts.channels}, or choose another data set"
+        )
+
+
+def _open(path: Path, mode: str) -> np.ndarray:
+    try:
+        from PIL import Image, UnidentifiedImageError
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("reading pictures needs pillow: pip install 'dyntoken[viz]'") from error
+    try:
+        with Image.open(path) as image:
+            pixels = np.asarray(image.convert(mode))
+    except FileNotFoundError:
+        raise ValueError(
+            f"{path}: no such picture (a data set's image is written fashion_mnist_mini:7)"
+        ) from None
+    except UnidentifiedImageError:
+        raise ValueError(f"{path}: not a picture that pillow can read") from None
+    return pixels if mode == "RGB" else pixels[..., None]
+
+
+def normalised(picture: Picture, model: Model) -> jax.Array:
+    """`[H, W, C]` float32 as the model takes it."""
+    return preprocess(model, picture.facts.name)(picture.pixels)
+
+
+def _targets(out: Path, stems: Sequence[str]) -> list[Path]:
+    if out.suffix.lower() == ".png":
+        if len(stems) > 1:
+            raise ValueError(f"--out={out} is one file, but there are {len(stems)} images: give a folder")
+        return [out]
+    return [out / f"{stem}.png" for stem in stems]
+
+
+def _title(name: str, picture: Picture, out: Any) -> str:
+    shares = jax.nn.softmax(out.logits[0])
+    best = int(shares.argmax())
+    title = f"{name}: {_class(picture.facts, best)} ({100 * float(shares[best]):.0f} %)"
+    return title if picture.label is None else f"{title}, labelled {_class(picture.facts, picture.label)}"
+
+
+def _class(facts: data.DataInfo, number: int) -> str:
+    return facts.class_names[number] if number < len(facts.class_names) else f"class {number}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,376 @@
+"""From a config to a checked plan: every section goes into exactly one function.
+
+Nothing here reads an image or a weight file, so that a plan costs seconds and a
+wrong key is found before anything else happens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from dyntoken import data, losses, mix, models, optim, weights
+from dyntoken.data.plan import check_size, check_topology, parse_split
+from dyntoken.eval.classify import make_eval_step
+from dyntoken.registry import check_options
+from dyntoken.train import mesh as meshes
+from dyntoken.train.state import TrainState, create_state, init_variables
+from dyntoken.train.step import make_train_step
+
+Tree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSettings:
+    """`config.data`.
+
+    Attributes:
+      name: see `dyntoken.data`.
+      split, eval_split: TFDS spelling, `"train[:90%]"`.
+      size: pixels, one number or (height, width); None keeps the source's.
+      shards: virtual shards of the data, the same on any number of devices.
+      data_dir: where TFDS data lies.
+      augment: see `data.AugmentOptions`; None changes nothing.
+      eval: further arguments of `data.eval_batches` (`crop_pct`,
+        `interpolation`; `batch` if not the training one).
+      options: of the source.
+      mean, std: per channel, of pixels in [0, 1]; by default the source's.
+    """
+
+    name: str
+    split: Any = "train"
+    eval_split: Any = "test"
+    size: Any = None
+    shards: int = 8
+    data_dir: str | None = None
+    augment: Mapping[str, Any] | None = None
+    eval: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    mean: Sequence[float] | None = None
+    std: Sequence[float] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The whole config.
+
+    Attributes:
+      model: `name` and keywords of `create_model`; classes, image size and
+        channels come from the data unless given.
+      data: see `DataSettings`.
+      losses: name -> {weight, options}, see `dyntoken.losses`.
+      batch: rows of the global batch.
+      epochs, steps: length of the run; steps > 0 wins.
+      seed: of initialisation, data order and every draw.
+      mix: keywords of `dyntoken.mix.mix`.
+      optim: keywords of `dyntoken.optim.make`.
+      ema: decay of the weight average, 0 for none.
+      teacher: `name`, `weights` and keywords of `create_model`; no name, no teacher.
+      init: `path` and keywords of `load_weights`; no path, a fresh start.
+      resume: workdir of another run to go on from.
+      log_steps: steps between two reports.
+      eval_steps: steps between two evaluations; 0: see `eval_epochs`.
+      eval_epochs: the same in epochs; 0: only at the end.
+      checkpoint_steps: steps between two checkpoints; 0: only at the end.
+      keep_checkpoints: how many of the newest stay.
+    """
+
+    model: Mapping[str, Any]
+    data: DataSettings
+    losses: Mapping[str, Mapping[str, Any]]
+    batch: int
+    epochs: float = 0.0
+    steps: int = 0
+    seed: int = 0
+    mix: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    optim: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    ema: float = 0.0
+    teacher: Mapping[str, Any] | None = None
+    init: Mapping[str, Any] | None = None
+    resume: str | None = None
+    log_steps: int = 50
+    eval_steps: int = 0
+    eval_epochs: float = 0.0
+    checkpoint_steps: int = 0
+    keep_checkpoints: int = 2
+
+    @functools.cached_property
+    def plain(self) -> dict[str, Any]:
+        """As JSON would return it: what two runs compare."""
+        return json.loads(json.dumps(dataclasses.asdict(self), default=str))
+
+
+def read(config: Mapping[str, Any]) -> Settings:
+    """Checks the keys of a config.
+
+    Args:
+      config: a `ConfigDict` or nested mapping.
+
+    Raises:
+      UnknownNameError: for a key that nothing reads, with the nearest ones.
+      ValueError: for a missing key or a value out of range.
+    """
+    given = dict(config.to_dict() if hasattr(config, "to_dict") else config)
+    given["data"] = _fill(DataSettings, given.get("data", {}), "config.data")
+    settings = _fill(Settings, given, "config")
+    _check_keywords("config.mix", mix.mix, settings.mix, own=("num_classes",))
+    _check_keywords("config.optim", optim.make, settings.optim, own=("total_steps", "steps_per_epoch"))
+    init = {k: v for k, v in (settings.init or {}).items() if k != "path"}
+    _check_keywords("config.init", weights.load_weights, init, own=("return_report",), also=("path",))
+    eval_own = ("split", "size", "shards", "process", "data_dir")
+    _check_keywords("config.data.eval", data.eval_batches, settings.data.eval, own=eval_own)
+    data.AugmentOptions.of(settings.data.augment)
+    losses.parse(settings.losses)
+    if not 0 <= settings.ema < 1:
+        raise ValueError(f"config.ema is {settings.ema}: a decay lies in [0, 1)")
+    if settings.steps <= 0 and settings.epochs <= 0:
+        raise ValueError("the run has no length: set config.epochs (or config.steps) above 0")
+    if settings.log_steps < 1:
+        raise ValueError(f"config.log_steps is {settings.log_steps}: it must be at least 1")
+    return settings
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """All that a run is made of, except weights and images.
+
+    Attributes:
+      settings: the checked config.
+      mesh: devices.
+      model, teacher: modules; the teacher may be None.
+      info: of the data set.
+      shape: `(H, W, C)` of the batches.
+      steps_per_epoch, total_steps, eval_every: in steps.
+      tx, lr_fn: the optimizer and its learning rate.
+    """
+
+    settings: Settings
+    mesh: Mesh
+    model: nn.Module
+    teacher: nn.Module | None
+    info: data.DataInfo
+    shape: tuple[int, int, int]
+    steps_per_epoch: int
+    total_steps: int
+    eval_every: int
+    tx: optax.GradientTransformation
+    lr_fn: Callable[[Any], Any]
+
+    @functools.cached_property
+    def abstract_state(self) -> TrainState:
+        """Shapes and types of the state, replicated over the mesh."""
+        make = functools.partial(create_state, tx=self.tx, ema=self.settings.ema > 0)
+        return meshes.replicated_like(jax.eval_shape(make, self.abstract(self.model)), self.mesh)
+
+    @property
+    def abstract_teacher(self) -> Tree:
+        """Shapes and types of the teacher's variables, `{}` without a teacher."""
+        return meshes.replicated_like({} if self.teacher is None else self.abstract(self.teacher), self.mesh)
+
+    def abstract(self, model: nn.Module) -> Tree:
+        """Shapes and types of a model's variables."""
+        return jax.eval_shape(lambda: init_variables(model, self.shape, self.settings.seed))
+
+    def new_state(self, variables: Tree | None = None) -> TrainState:
+        """The state before the first step, of given or of fresh variables."""
+
+        def create(given):
+            fresh = init_variables(self.model, self.shape, self.settings.seed) if given is None else given
+            return create_state(fresh, self.tx, ema=self.settings.ema > 0)
+
+        return meshes.replicate(jax.jit(create)(variables), self.mesh)
+
+    @functools.cached_property
+    def train_step(self) -> jax.stages.Compiled:
+        """The compiled step, `(state, teacher_variables, batch)`; it consumes the state."""
+        settings = self.settings
+        step = make_train_step(
+            self.model,
+            self.tx,
+            specs=settings.losses,
+            augment=self.augment,
+            seed=settings.seed,
+            ema=settings.ema,
+            teacher=self.teacher,
+        )
+        step = meshes.data_parallel(step, self.mesh, replicated=2, donate=(0,))
+        batch = meshes.batch_like(self.mesh, settings.batch, self.shape)
+        return step.lower(self.abstract_state, self.abstract_teacher, batch).compile()
+
+    @functools.cached_property
+    def eval_step(self) -> jax.stages.Compiled:
+        """The compiled evaluation step, `(variables, batch) -> sums`."""
+        step = make_eval_step(self.model, prepare=self.prepare)
+        step = meshes.data_parallel(step, self.mesh, replicated=1)
+        batch = meshes.batch_like(self.mesh, self.eval_batch, self.shape)
+        del batch["id"]
+        return step.lower(self.abstract_state.variables, batch).compile()
+
+    @property
+    def eval_batch(self) -> int:
+        """Rows of a global evaluation batch."""
+        return self.settings.data.eval.get("batch", self.settings.batch)
+
+    def prepare(self, images: jax.Array) -> jax.Array:
+        """uint8 -> normalised float32, `[B, H, W, C]`."""
+        chosen = self.settings.data
+        mean = self.info.mean if chosen.mean is None else chosen.mean
+        return mix.normalize(images, mean, self.info.std if chosen.std is None else chosen.std)
+
+    def augment(self, key: jax.Array, images: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Normalises and mixes; see `make_train_step`."""
+        return mix.mix(
+            key, self.prepare(images), labels, num_classes=self.info.num_classes, **self.settings.mix
+        )
+
+    def train_batches(self, start_step: int) -> Iterator[dict[str, np.ndarray]]:
+        """This process's training batches from a step on, with the rows' global positions."""
+        chosen = self.settings.data
+        batches = data.train_batches(
+            chosen.name,
+            split=chosen.split,
+            batch=self.settings.batch,
+            seed=self.settings.seed,
+            start_step=start_step,
+            augment=chosen.augment,
+            **self._source(),
+        )
+        rows = self.settings.batch // jax.process_count()
+        ids = np.arange(rows, dtype=np.int32) + np.int32(rows * jax.process_index())
+        return ({**batch, "id": ids} for batch in batches)
+
+    def eval_batches(self) -> Iterator[dict[str, np.ndarray]]:
+        """This process's part of one pass over the evaluation split."""
+        chosen = self.settings.data
+        options = {**chosen.eval, "batch": self.eval_batch}
+        return data.eval_batches(chosen.name, split=chosen.eval_split, **options, **self._source())
+
+    def _source(self) -> dict[str, Any]:
+        chosen = self.settings.data
+        process = (jax.process_index(), jax.process_count())
+        return {
+            "size": self.shape[:2],
+            "shards": chosen.shards,
+            "process": process,
+            "data_dir": chosen.data_dir,
+            **chosen.options,
+        }
+
+
+def build(config: Mapping[str, Any] | Settings, *, devices: Sequence[jax.Device] | None = None) -> Plan:
+    """A plan from a config; reads neither images nor weights.
+
+    Args:
+      config: see `Settings`.
+      devices: to run on, by default all.
+
+    Raises:
+      UnknownNameError: for anything that has no such name, with the nearest.
+      ValueError: for values that do not fit together.
+    """
+    settings = config if isinstance(config, Settings) else read(config)
+    mesh = meshes.data_mesh(devices)
+    mixes = max(settings.mix.get("mixup", 1), settings.mix.get("cutmix", 1)) > 0
+    meshes.check_batch(settings.batch, mesh, multiple=2 if mixes else 1)
+    chosen = settings.data
+    meshes.check_batch(chosen.eval.get("batch", settings.batch), mesh)
+    for rows in (settings.batch, chosen.eval.get("batch", settings.batch)):
+        check_topology(rows, chosen.shards, (jax.process_index(), jax.process_count()))
+    info = data.info(chosen.name, chosen.data_dir, **chosen.options)
+    parse_split(chosen.name, chosen.eval_split, info.splits)
+    per_epoch = data.steps_per_epoch(
+        chosen.name, chosen.split, settings.batch, chosen.data_dir, **chosen.options
+    )
+    total = settings.steps if settings.steps > 0 else max(1, round(settings.epochs * per_epoch))
+    shape = (*check_size(chosen.size, info.image_shape), info.channels)
+    model = _model(settings.model, info, shape, "config.model")
+    teacher = _teacher(settings, info, shape)
+    params = jax.eval_shape(lambda: init_variables(model, shape, settings.seed))["params"]
+    tx, lr_fn = optim.make(params, total_steps=total, steps_per_epoch=per_epoch, **settings.optim)
+    return Plan(
+        settings=settings,
+        mesh=mesh,
+        model=model,
+        teacher=teacher,
+        info=info,
+        shape=shape,
+        steps_per_epoch=per_epoch,
+        total_steps=total,
+        eval_every=settings.eval_steps or round(settings.eval_epochs * per_epoch),
+        tx=tx,
+        lr_fn=lr_fn,
+    )
+
+
+def _model(
+    section: Mapping[str, Any], info: data.DataInfo, shape: tuple[int, int, int], what: str
+) -> nn.Module:
+    options = dict(section)
+    if not options.get("name"):
+        raise ValueError(f"{what}.name is missing: see dyntoken.list_models()")
+    size = shape[0] if shape[0] == shape[1] else shape[:2]
+    facts = {"num_classes": info.num_classes, "img_size": size, "in_chans": shape[2]}
+    model = models.create_model(options.pop("name"), **{**facts, **options})
+    if model.input_shape != shape or model.num_classes != info.num_classes:
+        raise ValueError(
+            f"{what} takes images {model.input_shape} of {model.num_classes} classes, but the data set "
+            f"{info.name!r} gives {shape} of {info.num_classes}: leave img_size, in_chans and num_classes "
+            "to the data"
+        )
+    return model
+
+
+def _teacher(settings: Settings, info: data.DataInfo, shape: tuple[int, int, int]) -> nn.Module | None:
+    wanted = sorted(s.key for s in losses.parse(settings.losses) if "teacher" in losses.needs({s.key: {}}))
+    section = dict(settings.teacher or {})
+    source = section.pop("weights", None)
+    if not section.get("name"):
+        if wanted:
+            raise ValueError(
+                f"loss {wanted[0]!r} needs a teacher: set config.teacher.name and config.teacher.weights, "
+                "or drop the loss"
+            )
+        return None
+    if not wanted:
+        raise ValueError("config.teacher is set but no loss reads it: add logit_kl, or clear teacher.name")
+    if not source:
+        raise ValueError("config.teacher.weights is empty: name a weight file (or a workdir) for the teacher")
+    return _model(section, info, shape, "config.teacher")
+
+
+def _fill(cls: type, given: Mapping[str, Any], what: str) -> Any:
+    fields = dataclasses.fields(cls)
+    check_options(what, given, [field.name for field in fields])
+    needed = [
+        f.name
+        for f in fields
+        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    ]
+    missing = [name for name in needed if name not in given]
+    if missing:
+        raise ValueError(f"{what}.{missing[0]} is missing")
+    return cls(**given)
+
+
+def _check_keywords(
+    what: str,
+    fn: Callable[..., Any],
+    given: Mapping[str, Any],
+    *,
+    own: Sequence[str],
+    also: Sequence[str] = (),
+) -> None:
+    """Raises for a key that `fn` does not take, or that the trainer sets itself."""
+    parameters = inspect.signature(fn).parameters.items()
+    known = {name for name, p in parameters if p.kind is p.KEYWORD_ONLY} - set(own)
+    check_options(what, given, known | set(also))

@@ -1,0 +1,154 @@
+"""The records that travel through a model: `Tokens` in, `Output` out.
+
+Design rule: a token keeps its address. From any stage one can say which
+original patches a row stands for (`carrier`), where a row lies on the first
+grid (`place`) and how many patches it absorbed (`size`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+
+@flax.struct.dataclass
+class Tokens:
+    """A batch of token rows, the only thing that travels between modules.
+
+    Attributes:
+      x: `[B, prefix + N, C]`; class and distillation tokens first. They are
+        never scored, dropped or merged.
+      alive: `[B, N]`, 1.0 for rows in play, or None when all are (gather form).
+        In training it carries the straight-through gradient of the decisions.
+      place: `[B, N]` int32, row-major cell of the first grid; -1 for a row
+        that stands for no single cell (EViT's fused token).
+      carrier: `[B, N0]` int32, for each original patch the row (of the N, not
+        counting the prefix) that carries it now; -1 if it was dropped.
+      size: `[B, N]` float32, number of original patches a row stands for.
+      prefix: number of leading rows that are no patches.
+      grid: (rows, columns) of the first patch grid.
+    """
+
+    x: Array
+    alive: Array | None
+    place: Array
+    carrier: Array
+    size: Array
+    prefix: int = flax.struct.field(pytree_node=False)
+    grid: tuple[int, int] = flax.struct.field(pytree_node=False)
+
+    @classmethod
+    def start(cls, x: Array, *, prefix: int = 1, grid: tuple[int, int] | None = None) -> Tokens:
+        """Wraps the rows that enter the first block.
+
+        Args:
+          x: `[B, prefix + N, C]`.
+          prefix: rows that are no patches (class token, distillation token).
+          grid: (rows, columns) with rows * columns = N; by default `(1, N)`.
+        """
+        batch, rows = x.shape[0], x.shape[1] - prefix
+        grid = (1, rows) if grid is None else tuple(grid)
+        if grid[0] * grid[1] != rows:
+            raise ValueError(f"{rows} patch rows do not fill a grid of {grid}")
+        place = jnp.broadcast_to(jnp.arange(rows, dtype=jnp.int32)[None], (batch, rows))
+        return cls(
+            x=x,
+            alive=None,
+            place=place,
+            carrier=place,
+            size=jnp.ones((batch, rows), jnp.float32),
+            prefix=prefix,
+            grid=grid,
+        )
+
+    @property
+    def initial(self) -> int:
+        """The first patch count N0, which keep ratios refer to."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def count(self) -> int:
+        """Number of patch rows N, dead ones included."""
+        return self.x.shape[1] - self.prefix
+
+    @property
+    def patches(self) -> Array:
+        """The rows without the prefix, `[B, N, C]`."""
+        return self.x[:, self.prefix :]
+
+
+@flax.struct.dataclass
+class Reduction:
+    """What one reduction site decided; n rows came in, m rows went out.
+
+    Attributes:
+      scores: `[B, n]` float32, higher is kept first; -inf for rows that were
+        already dead.
+      log_probs: `[B, n, 2]` (keep, drop) of a predictor, else None.
+      decision: `[B, n]` 1.0 for rows alive after the site. Carries the
+        straight-through gradient when it was sampled.
+      keep: `[B, k]` int32 incoming rows that stay, best first; None where the
+        number is sampled (Gumbel training).
+      place: `[B, m]` cell of each outgoing row, -1 for a fused token.
+      host: `[B, n]` cell of the row that stands for an incoming row now: its
+        own if kept, its host's if squeezed, -1 if dropped or fused.
+      remap: `[B, n]` int32, incoming row -> outgoing row, or -1.
+      carrier: `[B, N0]`, `Tokens.carrier` after the site (filled by the trunk).
+      ratio: target share of the first patches that stay, as the keep-ratio
+        loss wants it.
+      count: static number of rows alive after the site (fused token included).
+      grid: the first patch grid.
+    """
+
+    scores: Array
+    decision: Array
+    place: Array
+    host: Array
+    remap: Array
+    log_probs: Array | None = None
+    keep: Array | None = None
+    carrier: Array | None = None
+    ratio: float = flax.struct.field(pytree_node=False, default=1.0)
+    count: int = flax.struct.field(pytree_node=False, default=0)
+    grid: tuple[int, int] = flax.struct.field(pytree_node=False, default=(0, 0))
+
+
+@flax.struct.dataclass
+class Attended:
+    """What an attention layer shows a reducer that sits inside its block.
+
+    Attributes:
+      cls: `[B, N]` float32, mean over heads of the class token's attention to
+        each patch row (softmax over all rows, prefix columns left out, not
+        renormalised), or None without a class token.
+      keys: `[B, heads, prefix + N, head_dim]`.
+    """
+
+    cls: Array | None = None
+    keys: Array | None = None
+
+
+@flax.struct.dataclass
+class Output:
+    """What a classifier returns; `jit` removes what the caller does not use.
+
+    Attributes:
+      logits: `[B, classes]` float32 (`[B, C]` pooled features if classes = 0).
+      heads: `[2, B, classes]` class-token and distillation head of a distilled
+        model, else None; `logits` is their mean.
+      reductions: one `Reduction` per site.
+      tokens: the final, normalised `Tokens`; None unless
+        `record=("features",)` was asked for.
+      records: further arrays asked for by `record`, by name.
+    """
+
+    logits: Array
+    heads: Array | None = None
+    reductions: tuple[Reduction, ...] = ()
+    tokens: Tokens | None = None
+    records: dict[str, Any] = flax.struct.field(default_factory=dict)

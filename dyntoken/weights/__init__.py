@@ -1,0 +1,363 @@
+"""Trees in, trees out: load, save and import weights.
+
+`load_weights` reads our own checkpoints and public ones (timm's DeiT keys);
+`import_reference` turns an official model of a reduction method, constructor
+arguments and state dict, into a model of this library with its variables.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dyntoken.models import Model
+from dyntoken.weights import files, keys, positions, references
+from dyntoken.weights.files import WeightsError
+
+__all__ = [
+    "Report",
+    "WeightsError",
+    "export_reference",
+    "import_reference",
+    "load_weights",
+    "reference_keys",
+    "save_weights",
+    "with_image_size",
+]
+
+FORMAT = "dyntoken"
+# Parameters that a dense checkpoint cannot have; they start fresh without a warning.
+NEW = ("/reducer_",)
+_log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What became of a weight source, by path of our tree (`unexpected`: the source's keys).
+
+    Attributes:
+      loaded: taken over.
+      missing: not in the source, freshly initialised.
+      unexpected: in the source, not in the model.
+      resized: position embeddings brought to another grid, "path: old -> new".
+      notes: further things to know.
+      origin: the source.
+    """
+
+    loaded: tuple[str, ...]
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    resized: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+    origin: str = ""
+
+    def __str__(self) -> str:
+        lines = [f"{self.origin}: {len(self.loaded)} arrays loaded"]
+        for what in ("missing", "unexpected", "resized"):
+            names = getattr(self, what)
+            if names:
+                more = f", and {len(names) - 6} more" if len(names) > 6 else ""
+                lines.append(f"  {len(names)} {what}: {', '.join(names[:6])}{more}")
+        lines.extend(f"  note: {note}" for note in self.notes)
+        return "\n".join(lines)
+
+
+def load_weights(
+    model: Model,
+    source: Any,
+    *,
+    prefer: str = "ema",
+    strict: bool = False,
+    resize: str = "bicubic",
+    head: str = "keep",
+    source_grid: tuple[int, int] | None = None,
+    seed: int = 0,
+    return_report: bool = False,
+) -> Any:
+    """Variables of `model` with the weights of `source`.
+
+    Args:
+      model: from `create_model`.
+      source: a `.safetensors`, `.npz` or `.pth` file in timm's DeiT keys, in
+        those of the official repositories, or in our own; an orbax workdir;
+        "hf:org/name[/file]"; or a mapping of arrays.
+      prefer: "ema" takes the average where the source holds one, or "params".
+      strict: missing or unexpected arrays are an error.
+      resize: how a position embedding of another grid is resized: "bicubic"
+        (DeiT, EViT, TPS) or "bilinear" (DynamicViT).
+      head: "keep", or "reset" to leave the classifier freshly initialised.
+      source_grid: (rows, columns) of the source's patches if they are no square.
+      seed: of what is freshly initialised.
+      return_report: also return the `Report`.
+
+    Returns:
+      `variables`, or `(variables, report)`.
+
+    Raises:
+      WeightsError: unreadable source, weights of another model or shape.
+    """
+    if head not in ("keep", "reset"):
+        raise WeightsError(f"head={head!r}: choose 'keep' or 'reset'")
+    bundle = files.read(source, prefer)
+    shapes = shapes_of(model)
+    key_map = _own_keys(shapes) if bundle.own else keys.key_map(shapes, family_of(model))
+    found, unexpected = _sort(bundle, key_map)
+    if head == "reset":
+        found = {path: value for path, value in found.items() if not path.startswith("head/")}
+    _check_kinship(found, shapes, bundle.origin)
+    missing = tuple(path for path in shapes if path not in found)
+    fresh = functools.cache(lambda: _initialised(model, seed))
+    resized, notes = [], []
+    for path in [path for path in found if path.endswith("pos_embed")]:
+        old = found[path]
+        found[path] = _fit_positions(model, bundle, old, shapes[path], resize, source_grid, fresh)
+        if found[path] is not old:
+            resized.append(f"{path}: {list(old.shape)} -> {list(found[path].shape)}")
+    _check_shapes(found, shapes, bundle.origin)
+    notes.extend(_notes(model, bundle, missing))
+    report = Report(
+        tuple(p for p in shapes if p in found),
+        missing,
+        unexpected,
+        tuple(resized),
+        tuple(notes),
+        bundle.origin,
+    )
+    if strict and (missing or unexpected):
+        raise WeightsError(f"strict: the weights do not fit exactly\n{report}")
+    surprising = [path for path in missing if not any(part in path for part in NEW)]
+    if not return_report and ((surprising and head == "keep") or unexpected or resized):
+        _log.warning("%s", report)
+    variables = _variables({path: found[path] if path in found else fresh()[path] for path in shapes})
+    return (variables, report) if return_report else variables
+
+
+def save_weights(
+    path: Any, variables: Mapping[str, Any], *, model: Model | None = None, **metadata: str
+) -> None:
+    """Writes variables as `.safetensors` under our own keys.
+
+    Args:
+      path: target file; its folder is made.
+      variables: `{"params": ...}`, with "batch_stats" where there are any.
+      model: adds its name and patch grid to the metadata, so that a non-square
+        position embedding can be resized later.
+      **metadata: further strings for the file's header.
+    """
+    tensors = {key: np.asarray(value) for key, value in flat_variables(variables).items()}
+    about = {"format": FORMAT, **metadata}
+    if model is not None:
+        body = model.plain()
+        about = {"model": "_".join(filter(None, (model.method, model.arch))), **about}
+        if hasattr(body, "grid"):
+            about["grid"] = "x".join(str(n) for n in body.grid)
+    files.write_safetensors(path, tensors, about)
+
+
+def import_reference(
+    repository: str, cls: str, constructor: Mapping[str, Any], tensors: Mapping[str, np.ndarray]
+) -> tuple[Model, dict[str, Any]]:
+    """An official model as a model of this library.
+
+    Args:
+      repository: e.g. "timm", "raoyongming/DynamicViT",
+        "megvii-research/TPS-CVPR2023", "youweiliang/evit".
+      cls: class name in that repository, e.g. "VisionTransformerDiffPruning".
+      constructor: its constructor arguments; layers are given as text
+        (`norm_layer="LayerNorm(eps=1e-6)"`).
+      tensors: its state dict as numpy arrays, own key names and layouts.
+
+    Returns:
+      `(model, variables)`.
+
+    Raises:
+      WeightsError: unknown class or argument, or tensors that are missing, left
+        over or of another shape.
+    """
+    reference = references.build(repository, cls, constructor)
+    shapes = shapes_of(reference.model)
+    key_map = keys.key_map(shapes, family_of(reference.model), grid_only=reference.grid_only)
+    origin = f"{repository} {cls}"
+    arrays = {key: np.asarray(value) for key, value in tensors.items() if not keys.is_buffer(key)}
+    found, unexpected = _sort(files.Bundle(arrays, {}, origin, own=False), key_map)
+    missing = [key_map.by_path[path].key for path in shapes if path not in found]
+    if missing or unexpected:
+        raise WeightsError(
+            f"{origin}: the state dict does not fit the constructor arguments; "
+            f"missing: {', '.join(missing) or 'none'}; left over: {', '.join(unexpected) or 'none'}"
+        )
+    _check_shapes(found, shapes, origin)
+    return reference.model, _variables(found)
+
+
+def reference_keys(model: Model, *, no_embed_class: bool = False) -> keys.KeyMap:
+    """The key map between `model` and the public format of its backbone."""
+    grid_only = model.plain().prefix if no_embed_class else 0
+    return keys.key_map(shapes_of(model), family_of(model), grid_only=grid_only)
+
+
+def export_reference(
+    model: Model, variables: Mapping[str, Any], *, no_embed_class: bool = False
+) -> dict[str, np.ndarray]:
+    """Variables, or their gradients, under the reference's own keys and layouts."""
+    return reference_keys(model, no_embed_class=no_embed_class).export(flat_variables(variables))
+
+
+def with_image_size(model: Model, size: tuple[int, int]) -> Model:
+    """`model` for images of another (height, width); `load_weights` fits its position embedding."""
+    options = {**dict(model.backbone.options), "img_size": tuple(int(n) for n in size)}
+    return model.clone(backbone=dataclasses.replace(model.backbone, options=tuple(sorted(options.items()))))
+
+
+def family_of(model: Model) -> str:
+    """Row of `keys.RULES` for a model's backbone."""
+    name = model.backbone.make.__name__
+    if name not in keys.FAMILIES:
+        raise WeightsError(f"{model.arch}: no public key names are known for backbone {name}")
+    return keys.FAMILIES[name]
+
+
+def shapes_of(model: Model) -> dict[str, tuple[int, ...]]:
+    """Flat tree of `model`, path to shape; nothing is computed."""
+    return dict(_shapes(model))
+
+
+@functools.lru_cache(maxsize=16)
+def _shapes(model: Model) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    images = jax.ShapeDtypeStruct((1, *model.input_shape), jnp.float32)
+    tree = jax.eval_shape(lambda x: model.init(jax.random.key(0), x), images)
+    return tuple((path, tuple(leaf.shape)) for path, leaf in _flat(tree).items())
+
+
+def flat_variables(variables: Mapping[str, Any]) -> dict[str, Any]:
+    """Variables as a flat dict: parameters by path, statistics under "batch_stats/"."""
+    return _flat(variables if "params" in variables else {"params": variables})
+
+
+def _flat(variables: Mapping[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for collection, tree in variables.items():
+        if collection not in ("params", "batch_stats"):
+            continue
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            flat[name if collection == "params" else f"{collection}/{name}"] = leaf
+    return flat
+
+
+def _variables(flat: Mapping[str, Any]) -> dict[str, Any]:
+    params = {path: jnp.asarray(value) for path, value in flat.items() if not path.startswith("batch_stats/")}
+    stats = {path: jnp.asarray(value) for path, value in flat.items() if path.startswith("batch_stats/")}
+    return {"params": files.nest(params), **files.nest(stats)}
+
+
+def _own_keys(shapes: Mapping[str, tuple[int, ...]]) -> keys.KeyMap:
+    return keys.KeyMap(keys.Entry(path, path) for path in shapes)
+
+
+def _sort(bundle: files.Bundle, key_map: keys.KeyMap) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
+    """Arrays by our path, and the source's keys that no parameter wants."""
+    found: dict[str, np.ndarray] = {}
+    unexpected = []
+    for key, value in bundle.tensors.items():
+        entry = key_map.find(key)
+        if entry is not None and entry.path not in found:
+            found[entry.path] = entry.from_reference(value)
+        elif not keys.is_buffer(key):
+            unexpected.append(key)
+    return found, tuple(unexpected)
+
+
+def _check_kinship(
+    found: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]], origin: str
+) -> None:
+    """Refuses weights that have little to do with the model."""
+    own = [path for path in shapes if not any(part in path for part in NEW) and not path.startswith("head/")]
+    matched = sum(path in found for path in own)
+    if matched * 2 < len(own):
+        raise WeightsError(
+            f"{origin}: weights of another model: they hold {matched} of its {len(own)} backbone arrays; "
+            "check the model's name, or convert the file first"
+        )
+
+
+def _check_shapes(
+    found: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]], origin: str
+) -> None:
+    wrong = [path for path, value in found.items() if tuple(value.shape) != tuple(shapes[path])]
+    if not wrong:
+        return
+    path = wrong[0]
+    listed = ", ".join(f"{p} {list(found[p].shape)} (model: {list(shapes[p])})" for p in wrong[:4])
+    listed += f", and {len(wrong) - 4} more" if len(wrong) > 4 else ""
+    if all(p.startswith("head/") for p in wrong):
+        kernel = next((p for p in wrong if p.endswith("kernel")), path)
+        classes = found[kernel].shape[-1]
+        remedy = f"pass head='reset' for a new classifier, or create the model with num_classes={classes}"
+    else:
+        remedy = (
+            "create the model with the sizes of the weights (its name, img_size, patch_size, in_chans, width)"
+        )
+    raise WeightsError(f"{origin}: weights of another shape: {listed}; {remedy}")
+
+
+def _fit_positions(
+    model: Model,
+    bundle: files.Bundle,
+    value: np.ndarray,
+    want: tuple[int, ...],
+    method: str,
+    source_grid: tuple[int, int] | None,
+    fresh: Callable[[], Mapping[str, Any]],
+) -> np.ndarray:
+    """The source's position embedding on the model's grid; `value` itself if it fits."""
+    body = model.plain()
+    if source_grid is None and "x" in bundle.metadata.get("grid", ""):
+        rows, columns = bundle.metadata["grid"].split("x")
+        source_grid = (int(rows), int(columns))
+    if value.ndim != 3 or value.shape[-1] != want[-1]:
+        return value  # reported with the other wrong shapes
+    if value.shape == want and source_grid in (None, tuple(body.grid)):
+        return value
+    tokens = {key.rsplit("/", 1)[-1] for key in bundle.tensors}
+    return positions.fit(
+        value,
+        prefix=body.prefix,
+        grid=body.grid,
+        source_prefix=sum(token in tokens for token in ("cls_token", "dist_token")),
+        source_grid=source_grid,
+        bare=not bundle.own,
+        method=method,
+        fresh=lambda: fresh()["backbone/pos_embed"],
+        origin=bundle.origin,
+    )
+
+
+def _notes(model: Model, bundle: files.Bundle, missing: tuple[str, ...]) -> list[str]:
+    notes = []
+    leaves = {key.rsplit("/", 1)[-1] for key in bundle.tensors}
+    distilled = dict(model.backbone.options).get("distilled", False)
+    if "dist_token" in leaves and not distilled:
+        notes.append(
+            "distilled weights in a plain model: distillation token and head left out, class head used"
+        )
+    if distilled and "dist_token" not in leaves:
+        notes.append("plain weights in a distilled model: distillation token and head start fresh")
+    fresh = sum(any(part in path for part in NEW) for path in missing)
+    if fresh:
+        notes.append(
+            f"{fresh} arrays of the reduction method start fresh, as when fine-tuning from a dense model"
+        )
+    return notes
+
+
+def _initialised(model: Model, seed: int) -> dict[str, Any]:
+    images = jnp.zeros((1, *model.input_shape), jnp.float32)
+    return _flat(jax.jit(model.init)(jax.random.key(seed), images))

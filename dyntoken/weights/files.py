@@ -1,0 +1,345 @@
+"""Weight files as flat dicts of numpy arrays: safetensors, npz, orbax, torch, the hub.
+
+Nothing here unpickles: `.npz` is read with `allow_pickle=False`, `.pth` only by
+torch with `weights_only=True`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import io
+import json
+import zipfile
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+from etils import epath
+
+# Names under which the public repositories wrap a state dict: DeiT, DynamicViT and EViT "model" (and its
+# average "model_ema"), TPS "net"; our own checkpoints "params" and "ema".
+PARAMS_KEYS = ("params", "model", "net", "state_dict", "module")
+EMA_KEYS = ("ema", "model_ema", "state_dict_ema", "net_ema")
+PREFERENCES = ("ema", "params")
+SAFETENSORS_TYPES = {
+    **{f"F{bits}": np.dtype(f"float{bits}") for bits in (16, 32, 64)},
+    **{f"I{bits}": np.dtype(f"int{bits}") for bits in (8, 16, 32, 64)},
+    **{f"U{bits}": np.dtype(f"uint{bits}") for bits in (8, 16, 32, 64)},
+    "BF16": np.dtype(jnp.bfloat16),
+    "BOOL": np.dtype(bool),
+}
+
+
+class WeightsError(ValueError):
+    """A weight source that cannot be read or does not fit; one line with the remedy."""
+
+
+@dataclasses.dataclass
+class Bundle:
+    """What a source held.
+
+    Attributes:
+      tensors: flat dict, key to array, in the file's own names and layouts.
+      metadata: strings stored beside them (safetensors header), else empty.
+      origin: the source, for messages.
+      own: whether keys are paths of our tree ("backbone/trunk/blocks_0/...").
+    """
+
+    tensors: dict[str, np.ndarray]
+    metadata: dict[str, str]
+    origin: str
+    own: bool
+
+
+def read(source: Any, prefer: str = "ema") -> Bundle:
+    """Reads a weight source.
+
+    Args:
+      source: path of a `.safetensors`, `.npz`, `.pth`/`.pt`/`.bin`/`.tar` file, an orbax
+        directory, `"hf:org/name[/file]"`, or a mapping (nested or flat) of arrays.
+      prefer: "ema" takes the weight average where the source holds one;
+        "params" takes the raw parameters.
+
+    Raises:
+      WeightsError: missing, truncated, unknown or unreadable source.
+    """
+    if prefer not in PREFERENCES:
+        raise WeightsError(f"prefer={prefer!r}: choose 'ema' or 'params'")
+    if isinstance(source, Mapping):
+        return _bundle(source, {}, "the given mapping", prefer)
+    name = str(source)
+    if name.startswith("hf:"):
+        name = fetch_hub(name)
+    path = epath.Path(name)
+    if not path.exists():
+        raise WeightsError(f"{name}: no such weight file or directory")
+    if path.is_dir():
+        return _bundle(read_orbax(path), {}, name, prefer)
+    reader = READERS.get(path.suffix.lower())
+    if reader is None:
+        raise WeightsError(
+            f"{name}: unknown weight format {path.suffix!r}; known: {', '.join(READERS)}, orbax directory"
+        )
+    tree, metadata = reader(path)
+    return _bundle(tree, metadata, name, prefer)
+
+
+def read_safetensors(path: epath.Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """All tensors and the metadata of a `.safetensors` file."""
+    data = path.read_bytes()
+    try:
+        tensors = {name: _array(entry) for name, entry in safetensors.deserialize(data)}
+        size = int.from_bytes(data[:8], "little")
+        header = json.loads(data[8 : 8 + size])
+    except (safetensors.SafetensorError, ValueError, KeyError) as error:
+        raise _damaged(path, "safetensors", error) from error
+    return tensors, header.get("__metadata__") or {}
+
+
+def _array(entry: Mapping[str, Any]) -> np.ndarray:
+    return np.frombuffer(entry["data"], SAFETENSORS_TYPES[entry["dtype"]]).reshape(entry["shape"])
+
+
+def read_npz(path: epath.Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """All arrays of an `.npz` file; object arrays (pickles) are refused."""
+    try:
+        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as archive:
+            return {key: archive[key] for key in archive.files}, {}
+    except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, zipfile.LargeZipFile) as error:
+        if "allow_pickle" in str(error):
+            raise WeightsError(
+                f"{path}: holds pickled objects, which can run code and are never loaded; save plain arrays"
+            ) from error
+        raise _damaged(path, "npz", error) from error
+
+
+def read_torch(path: epath.Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """The nested dict of a torch checkpoint, tensors as numpy arrays.
+
+    Only with torch installed, and only with `weights_only=True`; the argument
+    namespace that DeiT-style trainers store beside the weights is admitted.
+    """
+    try:
+        import torch
+    except ImportError as error:
+        raise WeightsError(
+            f"{path}: reading a torch checkpoint needs torch; install it with "
+            "`pip install 'dyntoken[torch]'`, or convert the file to .safetensors where torch is installed"
+        ) from error
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            tree = torch.load(io.BytesIO(path.read_bytes()), map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many types for a damaged or unsafe file
+        raise _damaged(path, "torch", error) from error
+
+    def convert(node: Any) -> Any:
+        if isinstance(node, torch.Tensor):
+            return (node.float() if node.dtype == torch.bfloat16 else node).numpy()
+        if isinstance(node, Mapping):
+            return {str(key): convert(value) for key, value in node.items()}
+        return None
+
+    return convert(tree), {}
+
+
+READERS = {
+    ".safetensors": read_safetensors,
+    ".npz": read_npz,
+    ".pth": read_torch,
+    ".pt": read_torch,
+    ".bin": read_torch,
+    ".tar": read_torch,
+}
+
+
+def read_orbax(path: Any) -> dict[str, Any]:
+    """Trees of the newest step in a workdir (`<workdir>/checkpoints`).
+
+    Args:
+      path: the workdir, its `checkpoints` directory, or one step directory.
+
+    Returns:
+      Nested dict with "params" and, where the checkpoint has them, "ema" and
+      "batch_stats".
+
+    Raises:
+      WeightsError: no finished checkpoint, or an unreadable one.
+    """
+    import orbax.checkpoint as ocp
+
+    directory = _newest_step(epath.Path(path).absolute())
+    item = directory / "state" if (directory / "state").exists() else directory
+    handler = ocp.StandardCheckpointHandler()
+    try:
+        metadata = handler.metadata(item)
+        target = jax.tree.map(
+            lambda leaf: np.zeros(leaf.shape, leaf.dtype), getattr(metadata, "tree", metadata)
+        )
+        state = handler.restore(item, args=ocp.args.StandardRestore(target))
+        _verify(directory, state)
+    except WeightsError:
+        raise
+    except Exception as error:  # orbax raises whatever the storage layer raised
+        raise _damaged(directory, "orbax", error) from error
+    finally:
+        handler.close()
+    trees = {key: state[key] for key in ("params", "ema", "batch_stats") if state.get(key)}
+    if "batch_stats" not in trees and state.get("extra"):
+        trees["batch_stats"] = state["extra"].get("batch_stats", {})
+    return trees if "params" in trees else {"params": state}
+
+
+def _verify(directory: epath.Path, state: Mapping[str, Any]) -> None:
+    """Compares each array with the checksum that the trainer wrote; orbax itself keeps none."""
+    path = directory / "meta" / "metadata"
+    if not path.exists():
+        return
+    written = json.loads(path.read_text()).get("leaves", {})
+    for name, value in flatten(state).items():
+        found = zlib.crc32(np.ascontiguousarray(value).reshape(-1).view(np.uint8))
+        if name in written and found != written[name][2]:
+            raise WeightsError(
+                f"{directory}: damaged checkpoint ({name} has another checksum than when it was written); "
+                "give the directory of an older step"
+            )
+
+
+def _newest_step(path: epath.Path) -> epath.Path:
+    root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    if (root / "state").exists() or (root / "_METADATA").exists():
+        return root
+    steps = [int(entry.name) for entry in root.iterdir() if entry.is_dir() and entry.name.isdigit()]
+    if not steps:
+        raise WeightsError(
+            f"{path}: no finished checkpoint; expected a workdir with checkpoints/<step>/ in it"
+        )
+    return root / str(max(steps))
+
+
+def fetch_hub(source: str) -> str:
+    """Local path of `"hf:org/name[/file]"`, downloaded by huggingface_hub.
+
+    Without a file name, `model.safetensors` is taken.
+    """
+    parts = source.removeprefix("hf:").split("/")
+    if len(parts) < 2 or not all(parts):
+        raise WeightsError(f"{source}: write hf:org/name or hf:org/name/file")
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise WeightsError(
+            f"{source}: needs huggingface_hub; install it with `pip install 'dyntoken[hub]'`, "
+            "or download the file and give its path"
+        ) from error
+    try:
+        return huggingface_hub.hf_hub_download(
+            repo_id="/".join(parts[:2]), filename="/".join(parts[2:]) or "model.safetensors"
+        )
+    except Exception as error:  # network, missing repository, missing file, missing permission
+        raise WeightsError(f"{source}: could not be downloaded ({_first_line(error)})") from error
+
+
+def write_safetensors(path: Any, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
+    """Writes a `.safetensors` file; a reader never sees half of it."""
+    arrays = {key: np.ascontiguousarray(value) for key, value in tensors.items()}
+    _write(path, safetensors.numpy.save(arrays, {key: str(value) for key, value in metadata.items()}))
+
+
+def write_npz(path: Any, tensors: Mapping[str, np.ndarray]) -> None:
+    """Writes a plain `.npz` file."""
+    buffer = io.BytesIO()
+    np.savez(buffer, **{key: np.asarray(value) for key, value in tensors.items()})
+    _write(path, buffer.getvalue())
+
+
+def _write(path: Any, data: bytes) -> None:
+    path = epath.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(data)
+    partial.replace(path)
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "", separator: str = "/") -> dict[str, np.ndarray]:
+    """Nested mappings to a flat dict; leaves that are no arrays are left out."""
+    flat: dict[str, np.ndarray] = {}
+    for key, value in tree.items():
+        name = f"{prefix}{separator}{key}" if prefix else str(key)
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, name, separator))
+        elif hasattr(value, "shape") and hasattr(value, "dtype"):
+            flat[name] = np.asarray(value)
+    return flat
+
+
+def nest(flat: Mapping[str, Any], separator: str = "/") -> dict[str, Any]:
+    """Inverse of `flatten`."""
+    tree: dict[str, Any] = {}
+    for name, value in flat.items():
+        *parents, leaf = name.split(separator)
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[leaf] = value
+    return tree
+
+
+def _bundle(tree: Mapping[str, Any], metadata: Mapping[str, str], origin: str, prefer: str) -> Bundle:
+    """Unwraps, flattens and normalises the tree of a source."""
+    if not isinstance(tree, Mapping):
+        raise WeightsError(f"{origin}: holds {type(tree).__name__}, not a dict of arrays")
+    params, stats = _unwrap(_regroup(tree), prefer)
+    flat = flatten(params)
+    flat.update(flatten(stats, "batch_stats"))
+    if not flat:
+        raise WeightsError(f"{origin}: holds no arrays")
+    flat = {key.removeprefix("module."): _float32(value) for key, value in flat.items()}
+    return Bundle(flat, dict(metadata), origin, own=any("/" in key for key in flat))
+
+
+def _regroup(tree: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Turns flat keys "params/a/b" into nested ones, so that one unwrapping serves all formats."""
+    wrappers = (*PARAMS_KEYS, *EMA_KEYS, "batch_stats")
+    if tree and all("/" in key and key.split("/")[0] in wrappers for key in tree):
+        return nest(tree)
+    return tree
+
+
+def _unwrap(
+    tree: Mapping[str, Any], prefer: str, stats: Mapping[str, Any] | None = None
+) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """The innermost parameters and the batch statistics that belong to them."""
+    stats = tree["batch_stats"] if isinstance(tree.get("batch_stats"), Mapping) else stats
+    for key in (*EMA_KEYS, *PARAMS_KEYS) if prefer == "ema" else (*PARAMS_KEYS, *EMA_KEYS):
+        inner = tree.get(key)
+        if isinstance(inner, Mapping) and inner:
+            return _unwrap(inner, prefer, stats)
+    return {key: value for key, value in tree.items() if key != "batch_stats"}, stats or {}
+
+
+def _float32(value: np.ndarray) -> np.ndarray:
+    """Half-precision files are widened; integers (index buffers) stay."""
+    if (
+        value.dtype in (np.float32, np.float64)
+        or np.issubdtype(value.dtype, np.integer)
+        or value.dtype == bool
+    ):
+        return value.astype(np.float32) if value.dtype == np.float64 else value
+    return value.astype(np.float32)
+
+
+def _damaged(path: Any, kind: str, error: Exception) -> WeightsError:
+    return WeightsError(
+        f"{path}: truncated or damaged {kind} file ({_first_line(error)}); copy or download it again"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    return (text[0] if text else type(error).__name__)[:160]

@@ -1,0 +1,167 @@
+"""Key maps: paths of our parameter tree <-> key names of the public checkpoints.
+
+A map is mechanical and invertible. Rules turn a path such as
+"backbone/trunk/blocks_0/attn/qkv/kernel" into the reference's key
+("blocks.0.attn.qkv.weight"); the leaf's name and rank fix the layout. So the
+same map reads a checkpoint, writes one, and exports gradients in the
+reference's own names and layouts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from dyntoken.registry import Table
+
+# Leaf names of linen layers as torch spells them.
+LEAVES = {
+    "kernel": "weight",
+    "scale": "weight",
+    "embedding": "weight",
+    "bias": "bias",
+    "mean": "running_mean",
+    "var": "running_var",
+}
+# Entries of a torch state dict that are no parameters: counters and index buffers.
+BUFFERS = re.compile(r"(num_batches_tracked|relative_position_index|relative_coords_table|attn_mask)$")
+
+# (pattern of our path, replacement): first match wins, applied before the leaf is renamed.
+VIT_RULES = (
+    (r"^backbone/(cls_token|dist_token|pos_embed)$", r"\1"),
+    (r"^backbone/patch_embed/proj/", r"patch_embed/proj/"),
+    (r"^backbone/trunk/blocks_(\d+)/", r"blocks/\1/"),
+    (r"^backbone/trunk/reducer_(\d+)/predictor/(in|out)_conv_(\d+)/", r"score_predictor/\1/\2_conv/\3/"),
+    (r"^backbone/norm/", r"norm/"),
+    (r"^head/cls/", r"head/"),
+    (r"^head/dist/", r"head_dist/"),
+    (r"^head/pre_logits/", r"pre_logits/fc/"),
+)
+# Other spellings of a reference key that some published files use.
+VIT_ALIASES = (
+    (r"^blocks\.(\d+)\.gamma_([12])$", r"blocks.\1.ls\2.gamma"),  # DeiT-III
+)
+
+RULES = Table("weight family", {"vit": (VIT_RULES, VIT_ALIASES)})
+# Backbone class -> row of RULES.
+FAMILIES = {"ViT": "vit"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One parameter: our path, the reference's key, and how layouts differ.
+
+    Attributes:
+      path: "/"-joined path of our tree ("batch_stats/..." for statistics).
+      key: the reference's key.
+      layout: "same", "linear" ([in, out] <-> [out, in]), "conv" (HWIO <->
+        OIHW), or "grid_only" (a position embedding without the prefix rows).
+      prefix: number of prefix rows, for "grid_only".
+    """
+
+    path: str
+    key: str
+    layout: str = "same"
+    prefix: int = 0
+
+    def to_reference(self, value: Any) -> np.ndarray:
+        """Our array in the reference's layout (also right for its gradient)."""
+        value = np.asarray(value)
+        if self.layout == "linear":
+            return np.ascontiguousarray(value.T)
+        if self.layout == "conv":
+            return np.ascontiguousarray(value.transpose(3, 2, 0, 1))
+        if self.layout == "grid_only":
+            return np.ascontiguousarray(value[:, self.prefix :])
+        return value
+
+    def from_reference(self, value: np.ndarray) -> np.ndarray:
+        """The reference's array in our layout."""
+        if self.layout == "linear" and value.ndim == 2:
+            return np.ascontiguousarray(value.T)
+        if self.layout == "conv" and value.ndim == 4:
+            return np.ascontiguousarray(value.transpose(2, 3, 1, 0))
+        if self.layout == "grid_only":
+            # Rows added before the prefix is concatenated: the same sum, with zeros at the prefix.
+            rows = np.zeros((1, self.prefix, value.shape[-1]), value.dtype)
+            return np.concatenate([rows, value], axis=1)
+        return value
+
+
+class KeyMap:
+    """The entries of one model, searchable from both sides."""
+
+    def __init__(self, entries: Iterable[Entry], aliases: Iterable[tuple[str, str]] = ()):
+        self.entries = tuple(entries)
+        self.by_key = {entry.key: entry for entry in self.entries}
+        self.by_path = {entry.path: entry for entry in self.entries}
+        self._aliases = tuple(aliases)
+        if len(self.by_key) != len(self.entries):
+            raise ValueError("two parameters share a reference key")
+
+    def find(self, key: str) -> Entry | None:
+        """The entry of a reference key, other known spellings included."""
+        if key in self.by_key:
+            return self.by_key[key]
+        for pattern, replacement in self._aliases:
+            other, count = re.subn(pattern, replacement, key)
+            if count and other in self.by_key:
+                return self.by_key[other]
+        return None
+
+    def export(self, flat: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        """Our flat tree (parameters or gradients) under the reference's keys and layouts."""
+        return {
+            self.by_path[path].key: self.by_path[path].to_reference(value) for path, value in flat.items()
+        }
+
+
+def key_map(shapes: Mapping[str, tuple[int, ...]], family: str = "vit", *, grid_only: int = 0) -> KeyMap:
+    """Builds the key map of a model.
+
+    Args:
+      shapes: flat tree, path to shape.
+      family: which public naming ("vit": timm's ViT/DeiT and what builds on it).
+      grid_only: number of prefix rows, if the reference's position embedding has
+        none for them (timm's and TPS's `no_embed_class`); else 0.
+
+    Raises:
+      ValueError: a path that no rule names.
+    """
+    rules, aliases = RULES[family]
+    entries = []
+    for path, shape in shapes.items():
+        key = reference_key(path, rules)
+        if grid_only and key == "pos_embed":
+            entries.append(Entry(path, key, "grid_only", grid_only))
+        else:
+            entries.append(Entry(path, key, layout(path, shape)))
+    return KeyMap(entries, aliases)
+
+
+def reference_key(path: str, rules: Iterable[tuple[str, str]]) -> str:
+    """The reference's key of one of our paths."""
+    for pattern, replacement in rules:
+        name, count = re.subn(pattern, replacement, path.removeprefix("batch_stats/"))
+        if count:
+            *parents, leaf = name.split("/")
+            return ".".join([*parents, LEAVES.get(leaf, leaf)])
+    raise ValueError(
+        f"no key rule for parameter {path}: this model has no counterpart in the reference's format"
+    )
+
+
+def layout(path: str, shape: tuple[int, ...]) -> str:
+    """Layout of a leaf: kernels are transposed, everything else is the same."""
+    if path.rsplit("/", 1)[-1] != "kernel":
+        return "same"
+    return {2: "linear", 4: "conv"}.get(len(shape), "same")
+
+
+def is_buffer(key: str) -> bool:
+    """Whether a state-dict entry is a counter or index buffer, not a parameter."""
+    return BUFFERS.search(key) is not None

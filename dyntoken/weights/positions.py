@@ -1,0 +1,85 @@
+"""Position embeddings of another grid or another prefix."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import jax.numpy as jnp
+import numpy as np
+
+from dyntoken.ops import resample
+from dyntoken.weights.files import WeightsError
+
+
+def fit(
+    value: np.ndarray,
+    *,
+    prefix: int,
+    grid: tuple[int, int],
+    source_prefix: int,
+    source_grid: tuple[int, int] | None,
+    method: str,
+    origin: str,
+    bare: bool = False,
+    fresh: Callable[[], np.ndarray] | None = None,
+) -> np.ndarray:
+    """Turns `value [1, source prefix + n, C]` into `[1, prefix + rows * columns, C]`.
+
+    Prefix rows are copied; where the model has one more than the source, it
+    comes from `fresh`. The grid part is resized as torch does it.
+
+    Args:
+      value: the source's embedding.
+      prefix: prefix rows of the model.
+      grid: (rows, columns) of the model.
+      source_prefix: prefix tokens of the source.
+      source_grid: its grid where known; else its patches are taken as the
+        model's grid if the number fits, or as a square.
+      method: "bicubic" or "bilinear".
+      origin: the source, for messages.
+      bare: it may lack the prefix rows altogether (DeiT-III, TPS's
+        `no_embed_class`): then those are zero.
+      fresh: returns a freshly initialised embedding of the model.
+
+    Raises:
+      WeightsError: no grid can be made out.
+    """
+    length = value.shape[1]
+    source_prefix, source_grid = _layout(length, source_prefix, source_grid, grid, bare, origin)
+    rows, patches = value[:, :source_prefix], value[:, source_prefix:]
+    if source_grid != tuple(grid):
+        patches = np.asarray(resample.resize_grid(jnp.asarray(patches), source_grid, grid, method))
+    if source_prefix == 0 and prefix:
+        rows = np.zeros((1, prefix, value.shape[-1]), value.dtype)
+    elif source_prefix < prefix:
+        if fresh is None:
+            raise WeightsError(f"{origin}: pos_embed has {source_prefix} prefix rows, the model {prefix}")
+        rows = np.concatenate([rows, np.asarray(fresh())[:, source_prefix:prefix]], axis=1)
+    return np.concatenate([rows[:, :prefix], patches], axis=1)
+
+
+def _layout(
+    length: int,
+    prefix: int,
+    grid: tuple[int, int] | None,
+    target: tuple[int, int],
+    bare: bool,
+    origin: str,
+) -> tuple[int, tuple[int, int]]:
+    """(prefix rows, grid) of a source's embedding."""
+    for rows in dict.fromkeys((prefix, 0) if bare else (prefix,)):
+        patches = length - rows
+        if grid is not None:
+            if patches == grid[0] * grid[1]:
+                return rows, tuple(grid)
+            continue
+        if patches == target[0] * target[1]:
+            return rows, tuple(target)
+        side = math.isqrt(max(patches, 0))
+        if side and side * side == patches:
+            return rows, (side, side)
+    raise WeightsError(
+        f"{origin}: pos_embed has {length} rows, which with {prefix} prefix tokens make no square grid; "
+        "pass source_grid=(rows, columns)"
+    )

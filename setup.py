@@ -1,0 +1,73 @@
+"""Installs dyntoken; `pip install .` or `pip install ".[viz]"`."""
+
+import pathlib
+import re
+
+from setuptools import find_packages, setup
+
+HERE = pathlib.Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+?)"', (HERE / "dyntoken" / "__init__.py").read_text()).group(1)
+
+CORE = [
+    "jax>=0.10.0",
+    "flax>=0.12.0",
+    "optax>=0.2.8",
+    "orbax-checkpoint>=0.12.0",
+    "chex>=0.1.91",
+    "ml-collections>=1.1.0",
+    "numpy>=2.0",
+    "safetensors>=0.5",
+    "etils[epath]>=1.12",
+    "absl-py>=2.1",
+    "tensorflow-datasets>=4.9.9",
+    "importlib_resources>=6.0",  # tensorflow-datasets imports it without asking for it
+]
+# A Colab or TPU image keeps its own TensorFlow; the CPU build is enough to read data.
+DATA = [
+    'tensorflow-cpu>=2.18; sys_platform == "linux" and platform_machine == "x86_64"',
+    'tensorflow>=2.18; sys_platform != "linux" or platform_machine != "x86_64"',
+]
+VIZ = ["matplotlib>=3.9", "pillow>=11.0"]
+EXTRAS = {
+    "data": DATA,
+    "viz": VIZ,
+    "torch": ["torch>=2.6"],
+    "hub": ["huggingface_hub>=0.30"],
+    "export": ["flatbuffers>=24.3", "jax2onnx>=0.15", "onnxruntime>=1.20"],
+    "cuda": ["jax[cuda12]"],
+    "tpu": ["jax[tpu]"],
+    "aot": ["libtpu"],
+    "dev": [
+        *DATA,
+        *VIZ,
+        "pytest>=8.3",
+        "hypothesis>=6.120",
+        "nbclient>=0.10",
+        "nbformat>=5.10",
+        "ipykernel>=6.29",
+        "ruff>=0.9",
+    ],
+}
+
+setup(
+    name="dyntoken",
+    version=VERSION,
+    description="Adaptive-token vision transformers in JAX: DynamicViT, TPS, EViT, one parameter tree, static shapes",
+    long_description=(HERE / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=[*find_packages(include=["dyntoken", "dyntoken.*"]), "dyntoken.configs"],
+    package_dir={"dyntoken.configs": "configs"},
+    package_data={
+        "dyntoken": ["data/fashion_mnist_mini/*", "weights/pretrained/*"],
+        "dyntoken.configs": ["*.py"],
+    },
+    install_requires=CORE,
+    extras_require=EXTRAS,
+    classifiers=[
+        "Programming Language :: Python :: 3.11",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

@@ -1,0 +1,25 @@
+"""Settings every test shares; they must be in place before jax starts."""
+
+import os
+import pathlib
+
+FLAGS = (
+    "--xla_force_host_platform_device_count=4",  # 1 device = 4 devices is tested everywhere
+    # Tests are bound by compilation, not by arithmetic: halves the time of the suite.
+    "--xla_backend_optimization_level=0",
+    "--xla_llvm_disable_expensive_passes=true",
+)
+CACHE = pathlib.Path(__file__).resolve().parent.parent / ".pytest_cache" / "jax"
+
+os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS]).strip()
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))  # programs that tests start share it
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import hypothesis  # noqa: E402
+import jax  # noqa: E402
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+hypothesis.settings.register_profile("dyntoken", max_examples=25, deadline=None, derandomize=True)
+hypothesis.settings.load_profile("dyntoken")

@@ -1,0 +1,1 @@
+"""The golden checker: `python -m tests.golden DIR...` compares the library with recorded official runs."""

@@ -1,0 +1,36 @@
+"""Multiply-adds: kind `flops`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from dyntoken.analysis import macs
+from dyntoken.weights import references
+from tests.golden.case import Case
+from tests.golden.ledger import Ledger
+
+PRODUCTS = ("linear", "matmul", "bmm")
+NORMS = ("layer_norm", "batch_norm")
+
+
+def check(case: Case, ledger: Ledger) -> None:
+    """Convolutions and matrix products of every entry, exactly."""
+    for index, entry in enumerate(case.info["entries"]):
+        _check_entry(ledger, f"entry {index} {entry['model_class']}", entry)
+    ledger.note("norm rows of fvcore and the totals of torchprofile are the counters' own and not compared")
+
+
+def _check_entry(ledger: Ledger, name: str, entry: Mapping[str, Any]) -> None:
+    batch, channels, height, width = entry["input"]
+    if batch != 1:
+        raise ValueError(f"{name}: counted for {batch} images")
+    constructor = {"img_size": (height, width), "in_chans": channels, **entry["constructor"]}
+    model = references.build(entry["repository"], entry["model_class"], constructor).model
+    counted = macs.count(model, (height, width, channels))
+    theirs = entry["fvcore"]["by_operator"]
+    unknown = set(theirs) - {"conv", *PRODUCTS, *NORMS}
+    if unknown:
+        raise ValueError(f"{name}: unknown operators {', '.join(sorted(unknown))}")
+    ledger.equal(f"{name} conv", counted.conv, theirs.get("conv", 0))
+    ledger.equal(f"{name} products", counted.dot, sum(theirs.get(kind, 0) for kind in PRODUCTS))

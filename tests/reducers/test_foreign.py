@@ -1,0 +1,27 @@
+"""The README's reducer in a foreign ViT, taken from the README and run."""
+
+import pathlib
+import re
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import dyntoken
+
+README = pathlib.Path(__file__).resolve().parents[2] / "README.md"
+
+
+def test_the_readme_example_runs():
+    code = re.search(r"tests/reducers/test_foreign.py -->\n```python\n(.*?)```", README.read_text(), re.S).group(1)
+    assert len(code.splitlines()) <= 20
+    scope = {"nn": nn, "jnp": jnp, "dyntoken": dyntoken}
+    exec(code, scope)
+    model, images = scope["MyViT"](), jax.random.normal(jax.random.key(0), (2, 32, 32, 3))
+    variables = jax.jit(model.init)(jax.random.key(1), images)
+    logits, reduction = jax.jit(model.apply)(variables, images)
+    assert logits.shape == (2, 10) and np.isfinite(logits).all()
+    assert reduction.keep.shape == (2, 32) and reduction.carrier.shape == (2, 64)
+    assert set(np.unique(reduction.carrier)) <= set(range(32))  # every patch has a host
+    assert "predictor" in variables["params"]["reducer"]

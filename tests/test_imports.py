@@ -1,0 +1,93 @@
+"""Data flows one way: who may import whom, walked over the syntax trees."""
+
+import ast
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent / "dyntoken"
+BASE = {"types", "registry"}
+CORE = BASE | {"ops", "nn", "reducers", "backbones", "heads", "models"}
+ALLOWED = {
+    "__init__": set(),
+    "types": set(),
+    "registry": set(),
+    "config": set(),
+    "ops": {"types"},
+    "nn": {"ops", "types"},
+    "reducers": BASE | {"nn", "ops"},
+    "backbones": BASE | {"nn", "ops"},
+    "heads": {"nn", "ops", "types"},
+    "models": CORE - {"models"},
+    "weights": BASE | {"models", "ops"},
+    "losses": BASE | {"ops"},
+    "mix": BASE | {"ops"},
+    "schedules": {"registry"},
+    "optim": BASE | {"ops", "schedules"},
+    "data": {"registry"},
+    "preprocessing": {"data", "mix", "models"},
+    "analysis": CORE,
+    "eval": CORE | {"losses", "weights", "data", "analysis", "mix"},
+    "train": CORE | {"losses", "weights", "data", "analysis", "mix", "optim", "schedules", "eval"},
+    "tools": CORE
+    | {"losses", "weights", "data", "analysis", "mix", "optim", "schedules", "eval", "train", "preprocessing"},
+    "main": {"config", "train", "eval", "tools", "analysis"},
+}
+TENSORFLOW = {"tensorflow", "tensorflow_datasets"}
+
+
+def _group(file):
+    return file.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def _imports(file):
+    """(our groups, foreign top-level modules) that a file imports anywhere."""
+    ours, foreign = set(), set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: relative import"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        for name in names:
+            parts = name.split(".")
+            if parts[0] == "dyntoken":
+                ours.add(parts[1])
+            else:
+                foreign.add(parts[0])
+    return ours, foreign
+
+
+FILES = sorted(ROOT.rglob("*.py"))
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(ROOT)))
+def test_imports_follow_the_table(file):
+    group = _group(file)
+    ours, foreign = _imports(file)
+    assert ours - {group} <= ALLOWED[group], f"{group} may not import {sorted(ours - {group} - ALLOWED[group])}"
+    if group != "data":
+        assert not foreign & TENSORFLOW, "TensorFlow lives in dyntoken/data only"
+    if group == "ops":
+        assert "flax" not in foreign or file.name in ("sample.py", "select.py"), "ops are pure jax.numpy"
+
+
+def test_the_table_names_every_module():
+    assert {_group(f) for f in FILES} == set(ALLOWED)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(ROOT)))
+def test_files_stay_short(file):
+    assert len(file.read_text().splitlines()) <= 400
+
+
+def test_import_is_light():
+    code = (
+        "import sys, time; start = time.monotonic(); import dyntoken; dyntoken.create_model; dyntoken.Tokens;"
+        "bad = {'tensorflow', 'tensorflow_datasets', 'orbax', 'torch', 'matplotlib'} & set(sys.modules);"
+        "assert not bad, bad"
+    )
+    subprocess.run([sys.executable, "-W", "error::DeprecationWarning:dyntoken", "-c", code], check=True, cwd=ROOT.parent)

@@ -1,0 +1,127 @@
+"""Options and error lines that the programs share."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+
+import pytest
+
+from dyntoken.tools import bench, cli, convert, flops, show
+
+PROGRAMS = {"flops": flops, "bench": bench, "show": show, "convert": convert}
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("0.7", 0.7), ("0.7,0.5,0.3", (0.7, 0.5, 0.3)), ("137,96,67", (137, 96, 67)), ("12", 12), ("1.0", 1.0)],
+)
+def test_keep_reads_rates_and_counts(text, value):
+    got = cli.keep(text)
+    assert got == value
+    assert [type(v) for v in (got if isinstance(got, tuple) else (got,))] == [
+        type(v) for v in (value if isinstance(value, tuple) else (value,))
+    ]
+
+
+def test_other_options():
+    assert cli.ints("3,6,9") == (3, 6, 9)
+    assert (cli.size("224"), cli.size("224x320"), cli.size("224,320")) == (224, (224, 320), (224, 320))
+    assert cli.assignment("num_classes=10") == ("num_classes", 10)
+    assert cli.assignment("form=mask") == ("form", "mask")
+    assert cli.assignment("pool=") == ("pool", "")
+
+
+@pytest.mark.parametrize(
+    ("read", "text"),
+    [
+        (cli.keep, "much"),
+        (cli.keep, "0.7,,0.3"),
+        (cli.ints, "3;6"),
+        (cli.size, "0"),
+        (cli.size, "1x2x3"),
+        (cli.assignment, "form"),
+        (cli.positive, "0"),
+    ],
+)
+def test_nonsense_is_named(read, text):
+    with pytest.raises(argparse.ArgumentTypeError, match=r".+"):
+        read(text)
+
+
+def test_units():
+    assert [cli.short(n) for n in (7, 1234, 57802752, 2991620544)] == ["7", "1.23 k", "57.80 M", "2.992 G"]
+
+
+def test_tables_line_up():
+    assert cli.table([["a", "bb"], ["ccc", "d"]]) == "a    bb\nccc   d"
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_help_has_examples(name, capsys):
+    with pytest.raises(SystemExit) as stop:
+        PROGRAMS[name].main(["--help"])
+    text = capsys.readouterr().out
+    assert stop.value.code == 0
+    assert text.startswith(f"usage: python -m dyntoken.tools.{name}")
+    assert f"  python -m dyntoken.tools.{name} " in text.partition("examples:")[2]
+
+
+BAD = [
+    ("flops", ["dtsp_deit_small_patch16_224"], "unknown method 'dtsp': did you mean dtps"),
+    ("flops", ["deit_smal_patch16_224"], "deit_small_patch16_224"),
+    ("flops", ["deit_tiny_patch16_224", "--keep=0.7"], "is dense and takes no 'keep'"),
+    ("flops", ["dtps_deit_tiny_patch16_224", "--at=3,99"], "increasing block indices between 0 and 11"),
+    ("flops", ["dtps_deit_tiny_patch16_224", "--keep=0.5,0.5"], "2 entries for 3 sites"),
+    ("flops", ["dtps_deit_tiny_patch16_224", "--img_size=225"], "not divisible by patch_size"),
+    ("flops", ["dtps_deit_tiny_patch16_224", "--fuse=squeze"], "did you mean squeeze?"),
+    ("flops", ["dtps_deit_tiny_patch16_224", "--set", "depht=3"], "did you mean depth"),
+    ("bench", ["vit_mini_patch4_28"], "name a second model with --vs"),
+    ("show", ["vit_mini_patch4_28", "--weights=w.npz", "fashion_mnist_mini:0"], "keeps every token"),
+    ("show", ["dtps_vit_mini_patch4_28", "--weights=w.npz", "none.png"], "none.png: no such picture"),
+    ("show", ["dtps_vit_mini_patch4_28", "--weights=w.npz", "fashion_mnist_mini:2000"], "images 0 to 1999"),
+    ("show", ["dtps_deit_tiny_patch16_224", "--weights=w.npz", "fashion_mnist_mini:0"], "--set in_chans=1"),
+    ("show", ["dtps_vit_mini_patch4_28", "--weights=w.npz", "fashion_mnist_mini:0"], "w.npz: no such weight"),
+    ("convert", ["a.npz", "b.npz", "--model=vit_mini_patch4_28"], "--to=ours writes .safetensors"),
+    ("convert", ["a.npz", "b.safetensors", "--model=vit_mini_patch4_28"], "a.npz: no such weight"),
+]
+
+
+@pytest.mark.parametrize(("name", "argv", "message"), BAD)
+def test_bad_input_is_one_line_and_status_1(name, argv, message, capsys):
+    assert PROGRAMS[name].main(argv) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith(f"python -m dyntoken.tools.{name}: error: ")
+    assert message in captured.err and captured.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "argv", "message"),
+    [
+        ("flops", [], "the following arguments are required: NAME"),
+        ("flops", ["deit_tiny_patch16_224", "--keep=x"], "argument --keep: 'x' is no number"),
+        ("flops", ["deit_tiny_patch16_224", "--kep=1"], "unrecognized arguments: --kep=1"),
+        ("bench", ["dtps_deit_tiny_patch16_224", "--batch=0"], "'0' is no whole number of at least 1"),
+        ("show", ["dtps_vit_mini_patch4_28", "x.png"], "required: --weights"),
+        ("convert", ["a", "b"], "required: --model"),
+    ],
+)
+def test_bad_options_are_one_line_and_status_2(name, argv, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        PROGRAMS[name].main(argv)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert error.startswith(f"python -m dyntoken.tools.{name}: error: ")
+    assert message in error and error.count("\n") == 1
+
+
+def test_the_command_itself(tmp_path):
+    command = [sys.executable, "-m", "dyntoken.tools.flops", "dtps_deit_tiny_patch16_224", "--keep=2.0"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.splitlines()[-1].startswith(
+        "python -m dyntoken.tools.flops: error: keep rate 2.0 of site 0 is not in (0, 1]"
+    )
+    assert "Traceback" not in done.stderr

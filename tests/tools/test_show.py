@@ -1,0 +1,92 @@
+"""`tools.show` writes pictures of the right images."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import dyntoken
+from dyntoken import data
+from dyntoken.analysis import timing
+from dyntoken.tools import show
+from dyntoken.weights import save_weights
+
+Image = pytest.importorskip("PIL.Image")
+pytest.importorskip("matplotlib")
+
+NAME = "dtps_vit_mini_patch4_28"
+SMALL = ["--set", "width=24", "--set", "depth=3", "--set", "heads=2", "--at=1,2"]
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    model = dyntoken.create_model(NAME, width=24, depth=3, heads=2, at=(1, 2))
+    path = tmp_path_factory.mktemp("weights") / "w.safetensors"
+    save_weights(path, timing.random_variables(model), model=model)
+    return str(path)
+
+
+def pixels(path):
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        return np.asarray(image.convert("RGB"))
+
+
+def test_pictures_of_a_data_set_depend_on_image_and_keep(weights, tmp_path, capsys):
+    images = ["fashion_mnist_mini:0", "fashion_mnist_mini:3"]
+    assert show.main([NAME, f"--weights={weights}", *SMALL, *images, f"--out={tmp_path / 'a'}"]) == 0
+    assert (
+        show.main([NAME, f"--weights={weights}", *SMALL, images[0], "--keep=9,4", f"--out={tmp_path / 'b'}"])
+        == 0
+    )
+    out = capsys.readouterr().out.splitlines()
+    assert "34 of 49 kept, 15 absorbed by" in out[0] and "9 of 49 kept, 40 absorbed by" in out[2]
+    first, second = (pixels(tmp_path / "a" / f"fashion_mnist_mini_{i}.png") for i in (0, 3))
+    other = pixels(tmp_path / "b" / "fashion_mnist_mini_0.png")
+    assert first.shape == second.shape == other.shape
+    assert first.shape[1] == pytest.approx(3 * 2.6 * 110, abs=1)  # three panels
+    assert first.shape[0] > 500
+    assert (first != second).mean() > 0.02 and (first != other).mean() > 0.02
+
+
+def test_a_file_is_resized_and_written_where_told(weights, tmp_path):
+    path = tmp_path / "colour.jpg"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)).save(path)
+    out = tmp_path / "deep" / "one.png"
+    assert show.main([NAME, f"--weights={weights}", *SMALL, str(path), f"--out={out}", "--fuse=drop"]) == 0
+    assert 250 < pixels(out).shape[0] < 500  # nothing is absorbed: one row of panels
+
+
+def test_one_file_for_two_images_is_refused(weights, tmp_path, capsys):
+    argv = [NAME, f"--weights={weights}", *SMALL, "fashion_mnist_mini:0", "fashion_mnist_mini:1"]
+    assert show.main([*argv, f"--out={tmp_path / 'x.png'}"]) == 1
+    assert "is one file, but there are 2 images" in capsys.readouterr().err
+
+
+def test_a_file_that_is_no_picture(tmp_path, capsys):
+    path = tmp_path / "text.png"
+    path.write_text("not a picture")
+    assert show.main([NAME, "--weights=none.npz", str(path)]) == 1
+    assert "not a picture that pillow can read" in capsys.readouterr().err
+
+
+def test_pixels_are_the_data_sets_and_normalised_with_its_moments():
+    model = dyntoken.create_model(NAME)
+    picture = show.read("fashion_mnist_mini:5", model)
+    batch = next(iter(data.eval_batches("fashion_mnist_mini", batch=8, shards=1)))
+    np.testing.assert_array_equal(picture.pixels, batch["image"][5])
+    assert picture.label == batch["label"][5]
+    seen = np.asarray(show.normalised(picture, model))
+    np.testing.assert_allclose(seen, (picture.pixels / 255.0 - 0.2860) / 0.3530, atol=1e-5)
+
+
+def test_colour_files_are_normalised_as_imagenet(tmp_path):
+    path = tmp_path / "grey.png"
+    Image.fromarray(np.full((32, 32, 3), 255, np.uint8)).save(path)
+    model = dyntoken.create_model(NAME, in_chans=3, img_size=32)
+    seen = np.asarray(show.normalised(show.read(str(path), model), model))
+    np.testing.assert_allclose(seen[7, 9], [2.2489, 2.4286, 2.6400], atol=1e-3)
+    given = show.read(str(path), model, "cifar10")
+    np.testing.assert_allclose(
+        np.asarray(show.normalised(given, model))[0, 0, 0], (1 - 0.4914) / 0.2470, rtol=1e-5
+    )

@@ -1,0 +1,60 @@
+"""A config that trains in seconds: a ViT of one block on generated images.
+
+    python -m tests.train.tiny WORKDIR [STEPS]
+
+trains it in a process of its own (with four CPU devices, as the tests have), to be killed.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import ml_collections
+
+DENSE = "deit_tiny_patch8_16"
+DTPS = "dtps_deit_tiny_patch8_16"
+SMALL = {"width": 8, "depth": 1, "heads": 2}
+
+
+def tiny_config(**overrides) -> ml_collections.ConfigDict:
+    """The config; a keyword `a__b=x` sets `config.a.b = x`."""
+    config = {
+        "model": {"name": DENSE, **SMALL},
+        "data": {
+            "name": "fake",
+            "shards": 4,
+            "augment": {"crop": "pad", "pad": 2},
+            "options": {"image_size": 16, "train": 64, "test": 37, "num_classes": 7},
+        },
+        "batch": 16,
+        "steps": 6,
+        "losses": {"ce": {"weight": 1.0}},
+        "mix": {"mixup": 0.8, "cutmix": 1.0},
+        "optim": {"lr": 1e-3, "clip": 1.0},
+        "log_steps": 1,
+    }
+    for name, value in overrides.items():
+        *path, last = name.split("__")
+        node = config
+        for part in path:
+            node = node.setdefault(part, {})
+        node[last] = value
+    return ml_collections.ConfigDict(config)
+
+
+def long_config(steps: int = 200) -> ml_collections.ConfigDict:
+    """Many quick steps with many checkpoints: what the killing test runs."""
+    return tiny_config(steps=steps, checkpoint_steps=7, ema=0.9, model__dropout=0.1)
+
+
+def main() -> None:
+    import jax
+
+    jax.config.update("jax_num_cpu_devices", 4)
+    from dyntoken import train
+
+    train.run(long_config(*map(int, sys.argv[2:])), sys.argv[1])
+
+
+if __name__ == "__main__":
+    main()
