@@ -14,8 +14,8 @@ from ml_collections import config_dict
 def parse_arg(arg, **defaults):
     """Reads `"demo,size=t,keep=0.5,at=3-6-9"` into a dict typed by `defaults`.
 
-    A lone word is a switch. A sequence is written with dashes. An unknown name
-    raises with those that exist.
+    A lone word is a switch. A sequence is written with dashes (`keep=137-96-67`).
+    An unknown name raises with those that exist.
     """
     values = dict(defaults)
     for part in filter(None, (arg or "").split(",")):
@@ -33,7 +33,7 @@ def _typed(name, text, default):
     try:
         if kind is bool:
             return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
-        if kind is tuple:
+        if kind is tuple or (kind is float and "-" in text):
             return tuple(ast.literal_eval(entry) for entry in text.split("-"))
         return kind(text)
     except (KeyError, ValueError, SyntaxError) as error:

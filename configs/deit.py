@@ -28,7 +28,7 @@ def get_config(arg=None):
     c.ema = 0.99996
     c.losses = {"ce": {"weight": 1.0}}
     c.optim = {
-        "lr": c.get_ref("batch") * (5e-4 / 512),
+        "lr": c.get_ref("batch").to_float() * (5e-4 / 512),
         "min_lr": 1e-5,
         "schedule": "cosine_epoch",
         "warmup_epochs": 5,

@@ -29,7 +29,7 @@ def get_config(arg=None):
     c.ema = 0.99996
     c.losses = {"ce": {"weight": 1.0}}
     c.optim = {
-        "lr": c.get_ref("batch") * (2e-5 / 512),
+        "lr": c.get_ref("batch").to_float() * (2e-5 / 512),
         "min_lr": 2e-6,
         "schedule": "cosine_epoch",
         "warmup_epochs": 0,

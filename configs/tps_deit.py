@@ -35,7 +35,7 @@ def get_config(arg=None):
     if arg.size != "t":
         c.losses.update({"logit_kl": {"weight": 0.5}, "token_distill": {"weight": 0.5, "variant": "kl"}})
     c.optim = {
-        "lr": c.get_ref("batch") * (2.5e-4 / 1024),
+        "lr": c.get_ref("batch").to_float() * (2.5e-4 / 1024),
         "min_lr": 1e-5,
         "schedule": "cosine_epoch",
         "warmup_epochs": 5,

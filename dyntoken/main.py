@@ -21,6 +21,7 @@ from dyntoken import config as recipes
 
 FLAGS = flags.FLAGS
 USER_ERRORS = (ValueError, OSError, ImportError, RuntimeError)
+FLAG_ERRORS = (flags.Error, AttributeError, KeyError, TypeError, ValueError)
 flags.DEFINE_string("workdir", None, "folder of the run, also gs://; by default runs/<config>")
 flags.DEFINE_enum("mode", "train", ["train", "eval"], "train, or evaluate a workdir or config.init.path")
 flags.DEFINE_bool("dry_run", False, "build, compile, print parameters, MACs, memory and plan; read no data")
@@ -77,6 +78,22 @@ def split_config(argv: list[str]) -> tuple[str | None, list[str]]:
     return None, argv
 
 
+def parse(argv: list[str]) -> list[str]:
+    """The arguments that are no flags; a bad flag ends in one line."""
+    try:
+        return FLAGS(argv)
+    except FLAG_ERRORS as error:
+        fail(explain(error))
+
+
+def explain(error: BaseException) -> str:
+    """What is wrong with a flag, in one line."""
+    text = str(error.args[0] if error.args else error)
+    for ugly, plain in (("\\n", " "), ("\n", " "), ("\\'", "'"), ("''", "'")):  # nested reprs
+        text = text.replace(ugly, plain)
+    return f"{text} (--help lists the options, configs/common.py a recipe's keys)"
+
+
 def cli() -> None:
     """Loads the recipe first: its keys are what `--config.key=value` may set."""
     path, argv = split_config(sys.argv)
@@ -85,10 +102,14 @@ def cli() -> None:
     flags.DEFINE_string("recipe", path, "set by --config")
     if path is not None:
         try:
-            config_flags.DEFINE_config_dict("config", recipes.load(path), sys_argv=argv)
+            recipe = recipes.load(path)
         except USER_ERRORS as error:
             fail(error)
-    app.run(main, argv=argv)
+        try:
+            config_flags.DEFINE_config_dict("config", recipe, sys_argv=argv)
+        except FLAG_ERRORS as error:  # it looks the overrides up already
+            fail(f"--config: {explain(error)}")
+    app.run(main, argv=argv, flags_parser=parse)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ FLAGS = (
     "--xla_llvm_disable_expensive_passes=true",
 )
 CACHE = pathlib.Path(__file__).resolve().parent.parent / ".pytest_cache" / "jax"
+CACHE.mkdir(parents=True, exist_ok=True)
 
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS]).strip()
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))  # programs that tests start share it

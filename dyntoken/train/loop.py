@@ -242,7 +242,7 @@ def _compile(plan: Plan, log: Log) -> jax.stages.Compiled:
     memory = _peak(compiled.memory_analysis()) / 2**20
     log(
         f"compiled in {duration(time.monotonic() - began)}: {plan.total_steps} steps of "
-        f"{plan.settings.batch} images on {plan.mesh.size} devices, {memory:.0f} MiB each"
+        f"{plan.settings.batch} images on {plan.mesh.size} device(s), {memory:.0f} MiB each"
     )
     return compiled
 

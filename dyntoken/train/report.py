@@ -100,8 +100,8 @@ class Report:
         self._log(f"eval at step {step}/{self._total}  {values}")
 
     def evaluated(self, step: int) -> dict[str, float] | None:
-        """The evaluation that was reported at a step, if any."""
-        for row in self.rows():
+        """The latest evaluation that was reported at a step, if any."""
+        for row in reversed(self.rows()):
             if row["step"] == step and row["kind"] == "eval":
                 return {name: value for name, value in row.items() if name not in ("step", "kind")}
         return None

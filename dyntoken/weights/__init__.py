@@ -87,7 +87,8 @@ def load_weights(
       model: from `create_model`.
       source: a `.safetensors`, `.npz` or `.pth` file in timm's DeiT keys, in
         those of the official repositories, or in our own; an orbax workdir;
-        "hf:org/name[/file]"; or a mapping of arrays.
+        "pretrained:NAME" (ships with the package); "hf:org/name[/file]"; or a
+        mapping of arrays.
       prefer: "ema" takes the average where the source holds one, or "params".
       strict: missing or unexpected arrays are an error.
       resize: how a position embedding of another grid is resized: "bicubic"

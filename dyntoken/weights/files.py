@@ -27,6 +27,7 @@ from etils import epath
 PARAMS_KEYS = ("params", "model", "net", "state_dict", "module")
 EMA_KEYS = ("ema", "model_ema", "state_dict_ema", "net_ema")
 PREFERENCES = ("ema", "params")
+PRETRAINED = epath.Path(__file__).resolve().parent / "pretrained"
 SAFETENSORS_TYPES = {
     **{f"F{bits}": np.dtype(f"float{bits}") for bits in (16, 32, 64)},
     **{f"I{bits}": np.dtype(f"int{bits}") for bits in (8, 16, 32, 64)},
@@ -62,7 +63,8 @@ def read(source: Any, prefer: str = "ema") -> Bundle:
 
     Args:
       source: path of a `.safetensors`, `.npz`, `.pth`/`.pt`/`.bin`/`.tar` file, an orbax
-        directory, `"hf:org/name[/file]"`, or a mapping (nested or flat) of arrays.
+        directory, `"pretrained:NAME"` (ships with the package), `"hf:org/name[/file]"`,
+        or a mapping (nested or flat) of arrays.
       prefer: "ema" takes the weight average where the source holds one;
         "params" takes the raw parameters.
 
@@ -76,9 +78,12 @@ def read(source: Any, prefer: str = "ema") -> Bundle:
     name = str(source)
     if name.startswith("hf:"):
         name = fetch_hub(name)
-    path = epath.Path(name)
+    path = shipped(name) if name.startswith("pretrained:") else epath.Path(name)
     if not path.exists():
-        raise WeightsError(f"{name}: no such weight file or directory")
+        raise WeightsError(
+            f"{name}: no such weight file or directory; put the weights there, or name others (a public "
+            "checkpoint becomes ours by `python -m dyntoken.tools.convert IN OUT --model=NAME`)"
+        )
     if path.is_dir():
         return _bundle(read_orbax(path), {}, name, prefer)
     reader = READERS.get(path.suffix.lower())
@@ -88,6 +93,18 @@ def read(source: Any, prefer: str = "ema") -> Bundle:
         )
     tree, metadata = reader(path)
     return _bundle(tree, metadata, name, prefer)
+
+
+def shipped(name: str) -> epath.Path:
+    """The file of `"pretrained:NAME"`.
+
+    Raises:
+      WeightsError: no such weights in the package; names those there are.
+    """
+    path = PRETRAINED / f"{name.removeprefix('pretrained:')}.safetensors"
+    if not path.exists():
+        raise WeightsError(f"{name}: the package ships {', '.join(sorted(f.stem for f in PRETRAINED.glob('*.safetensors')))}")
+    return path
 
 
 def read_safetensors(path: epath.Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:

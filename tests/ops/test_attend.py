@@ -56,7 +56,7 @@ def test_attention_gradients():
 def test_policy_gradient_reaches_the_decision():
     logits = jax.random.normal(jax.random.key(4), (1, 1, 3, 3))
     grad = jax.grad(lambda p: attend.policy_softmax(logits, p)[0, 0, 0, 2])(jnp.array([[1.0, 1.0, 0.0]]))
-    assert float(grad[0, 2]) > 0.1  # more policy, more attention to that key
+    assert float(grad[0, 2]) > 0.05  # more policy, more attention to that key
 
 
 def test_class_attention_drops_prefix_columns():

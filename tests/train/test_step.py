@@ -104,8 +104,6 @@ def test_four_devices_do_what_one_does():
             assert a[name] == pytest.approx(b[name], rel=1e-5, abs=1e-6), name
     chex.assert_trees_all_close(one.params, four.params, atol=1e-5, rtol=0)
     chex.assert_trees_all_close(one.ema, four.ema, atol=1e-5, rtol=0)
-    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), one.params, jax.device_get(parts()[2]["params"]))
-    assert all(v > 1e-5 for v in jax.tree.leaves(moved))  # every parameter was trained
 
 
 def test_the_loss_is_the_weighted_sum_of_its_parts():

@@ -1,0 +1,72 @@
+"""Reports: one line a step, none twice, and a clock that pauses."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from etils import epath
+
+from dyntoken.train import report
+from dyntoken.train.report import Clock, Report, duration
+
+
+@pytest.fixture
+def now(monkeypatch):
+    """A clock set by hand."""
+    time = [100.0]
+    monkeypatch.setattr(report.time, "monotonic", lambda: time[0])
+    return time
+
+
+def test_duration():
+    assert [duration(s) for s in (0.4, 59, 60, 245, 3600, 11520, float("inf"))] == [
+        "0s",
+        "59s",
+        "1m00s",
+        "4m05s",
+        "1h00m",
+        "3h12m",
+        "?",
+    ]
+
+
+def test_clock_counts_training_only(now):
+    clock = Clock(seconds=50.0)
+    clock.start(step=10)
+    now[0] += 4.0
+    with clock:
+        now[0] += 1000.0  # an evaluation
+    now[0] += 1.0
+    assert clock.seconds == 55.0
+    assert clock.speed(20) == 2.0  # 10 steps in 5 s
+    now[0] += 2.0
+    assert clock.speed(21) == 0.5  # since the last call only
+
+
+def test_lines(tmp_path, now):
+    lines = []
+    reports = Report(epath.Path(tmp_path), total=200, batch=32, log=lines.append)
+    clock = Clock()
+    clock.start(0)
+    now[0] += 10.0
+    reports.train(50, {"ce": 1.23456, "loss": 2.0}, lr=5e-4, clock=clock)
+    assert lines == ["step 50/200  25.0%  160 img/s  ETA 30s  lr 0.0005  ce 1.235  loss 2"]
+    expected = {"step": 50, "kind": "train", "ce": 1.23456, "loss": 2.0, "lr": 5e-4}
+    assert reports.rows() == [expected | {"images_per_s": 160.0, "seconds": 10.0}]
+    reports.evaluation(50, {"top1": 0.25, "count": 37})
+    assert lines[1] == "eval at step 50/200  top1 25.00%  count 37"
+    reports.evaluation(50, {"top1": 0.5, "count": 37})
+    assert reports.evaluated(50) == {"top1": 0.5, "count": 37}
+    assert reports.evaluated(100) is None
+
+
+def test_resume_forgets_what_came_after(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    rows = [{"step": s, "kind": "train"} for s in (10, 20, 30)]
+    path.write_text("\n".join(map(json.dumps, rows)) + '\n{"step": 40, "ki')
+    reports = Report(epath.Path(tmp_path), total=100, batch=1)
+    reports.resume(20)
+    assert path.read_text() == '{"step": 10, "kind": "train"}\n{"step": 20, "kind": "train"}\n'
+    reports.resume(0)
+    assert path.read_text() == ""
