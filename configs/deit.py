@@ -39,16 +39,16 @@ def get_config(arg=None):
     if arg.demo or arg.fashion:
         common.demo(c)
         c.init.path = ""
-        c.optim.update({"lr": 2e-3, "warmup_epochs": 1.0, "clip": 1.0})
+        c.optim.update({"lr": 1.5e-3, "warmup_epochs": 0.5, "clip": 1.0})
         c.mix.smoothing = 0.1
         c.epochs = 8.0
     if arg.fashion:
         c.data.name = "fashion_mnist"
-        c.batch = 240
-        c.epochs = 10.0
+        c.batch = 120
+        c.epochs = 7.0
         c.log_steps = 50
         c.eval_epochs = 1.0
-        c.checkpoint_steps = 250
+        c.checkpoint_steps = 500
     if arg.tiny:
         common.tiny(c)
         c.optim.warmup_epochs = 0

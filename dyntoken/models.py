@@ -202,7 +202,7 @@ def _arch(name: str) -> Arch | None:
         "in_chans": 3,
     }
     if size == "mini":  # made for Fashion-MNIST
-        return Arch("vit", tuple(sorted({**options, "in_chans": 1}.items())), num_classes=10)
+        return Arch("vit", tuple(sorted({**options, "in_chans": 1, "stem": "conv"}.items())), num_classes=10)
     return Arch("vit", tuple(sorted(options.items())))
 
 

@@ -15,6 +15,7 @@ from dyntoken.nn.trunk import Context, Site, Spec, Trunk
 from dyntoken.types import Reduction, Tokens
 
 Array = jax.Array
+STEMS = {"patch": layers.PatchEmbed, "conv": layers.ConvStem}
 
 
 def pair(value: int | tuple[int, int]) -> tuple[int, int]:
@@ -31,6 +32,7 @@ class ViT(nn.Module):
     Attributes:
       img_size, patch_size: pixels, `n` or `(height, width)`.
       in_chans: image channels.
+      stem: "patch" (one product per patch) or "conv" (`layers.ConvStem`).
       width, depth, heads, mlp_ratio, qkv_bias, qk_scale: as timm's.
       distilled: a distillation token beside the class token.
       class_token: False leaves the class token out (mean pooling only).
@@ -47,6 +49,7 @@ class ViT(nn.Module):
     img_size: int | tuple[int, int] = 224
     patch_size: int | tuple[int, int] = 16
     in_chans: int = 3
+    stem: str = "patch"
     width: int = 384
     depth: int = 12
     heads: int = 6
@@ -92,7 +95,9 @@ class ViT(nn.Module):
             raise ValueError("a distilled model needs its class token")
         init = layers.trunc_normal()
         rows = self.grid[0] * self.grid[1]
-        self.patch_embed = layers.PatchEmbed(pair(self.patch_size), self.width, self.dtype)
+        if self.stem not in STEMS:
+            raise ValueError(f"stem must be one of {', '.join(STEMS)}, got {self.stem!r}")
+        self.patch_embed = STEMS[self.stem](pair(self.patch_size), self.width, self.dtype)
         if self.class_token:
             self.cls_token = self.param("cls_token", init, (1, 1, self.width))
         if self.distilled:
@@ -120,7 +125,7 @@ class ViT(nn.Module):
             dtype=self.dtype,
         )
 
-    def stem(self, images: Array, context: Context) -> Tokens:
+    def embed(self, images: Array, context: Context) -> Tokens:
         """Images `[B, H, W, in_chans]` to the tokens that enter block 0."""
         size = pair(self.img_size)
         if images.ndim != 4 or images.shape[1:] != (*size, self.in_chans):
@@ -144,7 +149,7 @@ class ViT(nn.Module):
         Returns:
           Normalised tokens, one `Reduction` per site, records by name.
         """
-        tokens = self.stem(images, context)
+        tokens = self.embed(images, context)
         chex.assert_shape(tokens.x, (images.shape[0], self.prefix + tokens.initial, self.width))
         embed = {"embed": tokens.x} if "embed" in context.record else {}
         tokens, reductions, records = self.trunk(tokens, context)

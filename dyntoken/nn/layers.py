@@ -66,6 +66,35 @@ class PatchEmbed(nn.Module):
         return proj(images)
 
 
+class ConvStem(nn.Module):
+    """Overlapping 3x3 convolutions of stride 2 instead of one patch product.
+
+    Xiao et al. 2021, "Early Convolutions Help Transformers See Better" (section
+    4), with layer norm in place of batch norm: `[B, H, W, Cin]` -> `[B, H / patch,
+    W / patch, width]`, patch a power of 2. Small models train much faster with it.
+    """
+
+    patch: tuple[int, int]
+    width: int
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, images: Array) -> Array:
+        steps = self.patch[0].bit_length() - 1
+        if self.patch[0] != self.patch[1] or self.patch[0] != 2**steps or not steps:
+            raise ValueError(f"stem='conv' needs a square patch of 2, 4, 8, ...: got {self.patch}")
+        x = images
+        for step in range(steps):
+            last = step == steps - 1
+            init = torch_uniform(9 * x.shape[-1])
+            channels = self.width >> (steps - 1 - step)
+            options = {"kernel_init": init, "bias_init": init, "dtype": self.dtype, "name": f"conv_{step}"}
+            x = nn.Conv(channels, (3, 3), (2, 2), 1, **options)(x)
+            if not last:
+                x = gelu(nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name=f"norm_{step}")(x))
+        return x
+
+
 class Mlp(nn.Module):
     """Two linear layers with an exact GELU: `[B, T, C]` -> `[B, T, C]`."""
 

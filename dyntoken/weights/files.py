@@ -103,7 +103,9 @@ def shipped(name: str) -> epath.Path:
     """
     path = PRETRAINED / f"{name.removeprefix('pretrained:')}.safetensors"
     if not path.exists():
-        raise WeightsError(f"{name}: the package ships {', '.join(sorted(f.stem for f in PRETRAINED.glob('*.safetensors')))}")
+        raise WeightsError(
+            f"{name}: the package ships {', '.join(sorted(f.stem for f in PRETRAINED.glob('*.safetensors')))}"
+        )
     return path
 
 

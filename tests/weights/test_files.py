@@ -201,5 +201,5 @@ def test_a_flipped_bit_in_a_checkpoint_is_found(tmp_path):
     _save(tmp_path, 1, 1.0, {"params/a": zlib.crc32(np.full(2, 1.0, np.float32).tobytes())})
     assert files.read(tmp_path, "params").tensors["a"].tolist() == [1, 1]
     _save(tmp_path, 2, 2.0, {"params/a": zlib.crc32(np.full(2, 2.5, np.float32).tobytes())})
-    with pytest.raises(WeightsError, match="2: damaged checkpoint .params/a has another checksum"):
+    with pytest.raises(WeightsError, match=r"2: damaged checkpoint .params/a has another checksum"):
         files.read(tmp_path)
