@@ -39,12 +39,12 @@ def get_config(arg=None):
     if arg.demo or arg.fashion:
         common.demo(c)
         c.init.path = ""
-        c.optim.update({"lr": 1.5e-3, "warmup_epochs": 0.5, "clip": 1.0})
-        c.mix.smoothing = 0.1
+        c.optim.update({"lr": 1.5e-3, "warmup_epochs": 0.3})
         c.epochs = 8.0
     if arg.fashion:
         c.data.name = "fashion_mnist"
         c.batch = 120
+        c.data.augment = {"crop": "pad", "pad": 1, "flip": 0.0}
         c.epochs = 7.0
         c.log_steps = 50
         c.eval_epochs = 1.0

@@ -24,7 +24,7 @@ _NAMES = {
     "Output": "dyntoken.types",
 }
 _MODULES = ("data", "eval", "losses", "ops", "reducers", "train", "weights")
-__all__ = sorted([*_NAMES, *_MODULES, "__version__"])  # noqa: PLE0604
+__all__ = sorted([*_NAMES, *_MODULES, "__version__"])
 
 
 def __getattr__(name: str) -> Any:

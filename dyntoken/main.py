@@ -74,7 +74,9 @@ def split_config(argv: list[str]) -> tuple[str | None, list[str]]:
         name, given, value = word.partition("=")
         if name in ("--config", "-config"):
             used = 1 if given else 2
-            return value if given else "".join(argv[index + 1 : index + 2]), argv[:index] + argv[index + used :]
+            return value if given else "".join(argv[index + 1 : index + 2]), argv[:index] + argv[
+                index + used :
+            ]
     return None, argv
 
 

@@ -275,9 +275,7 @@ def create_model(name: str, **overrides: Any) -> Model:
     if method is not None:
         at = fields.get("at") or backbone(parent=None).default_sites
         fields["at"] = (at,) if isinstance(at, int) else tuple(at)
-        fields["method_options"] = tuple(
-            sorted((k, v) for k, v in overrides.items() if k in of_method)
-        )
+        fields["method_options"] = tuple(sorted((k, v) for k, v in overrides.items() if k in of_method))
     model = Model(arch=arch_name, backbone=backbone, method=method, **fields)
     model.plain()
     model.sites()  # so that a bad value fails here, not inside a jitted step

@@ -32,7 +32,18 @@ ALLOWED = {
     "eval": CORE | {"losses", "weights", "data", "analysis", "mix"},
     "train": CORE | {"losses", "weights", "data", "analysis", "mix", "optim", "schedules", "eval"},
     "tools": CORE
-    | {"losses", "weights", "data", "analysis", "mix", "optim", "schedules", "eval", "train", "preprocessing"},
+    | {
+        "losses",
+        "weights",
+        "data",
+        "analysis",
+        "mix",
+        "optim",
+        "schedules",
+        "eval",
+        "train",
+        "preprocessing",
+    },
     "main": {"config", "train", "eval", "tools", "analysis"},
 }
 TENSORFLOW = {"tensorflow", "tensorflow_datasets"}
@@ -68,7 +79,9 @@ FILES = sorted(ROOT.rglob("*.py"))
 def test_imports_follow_the_table(file):
     group = _group(file)
     ours, foreign = _imports(file)
-    assert ours - {group} <= ALLOWED[group], f"{group} may not import {sorted(ours - {group} - ALLOWED[group])}"
+    assert ours - {group} <= ALLOWED[group], (
+        f"{group} may not import {sorted(ours - {group} - ALLOWED[group])}"
+    )
     if group != "data":
         assert not foreign & TENSORFLOW, "TensorFlow lives in dyntoken/data only"
     if group == "ops":
@@ -90,4 +103,6 @@ def test_import_is_light():
         "bad = {'tensorflow', 'tensorflow_datasets', 'orbax', 'torch', 'matplotlib'} & set(sys.modules);"
         "assert not bad, bad"
     )
-    subprocess.run([sys.executable, "-W", "error::DeprecationWarning:dyntoken", "-c", code], check=True, cwd=ROOT.parent)
+    subprocess.run(
+        [sys.executable, "-W", "error::DeprecationWarning:dyntoken", "-c", code], check=True, cwd=ROOT.parent
+    )

@@ -40,14 +40,16 @@ def test_train_then_rerun_then_eval(trained):
 def test_absent_weights_are_named_in_one_line(tmp_path):
     done = _program("--config=configs/tps_deit.py", cwd=tmp_path)
     assert done.returncode == 1
-    assert done.stderr.strip().splitlines()[-1].startswith("error: weights/deit_small_patch16_224.safetensors")
+    assert (
+        done.stderr.strip().splitlines()[-1].startswith("error: weights/deit_small_patch16_224.safetensors")
+    )
     assert "dyntoken.tools.convert" in done.stderr and "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--config=configs/tps_deit.py", "--config.optim.lrr=1"], "Did you mean \"lr\""),
+        (["--config=configs/tps_deit.py", "--config.optim.lrr=1"], 'Did you mean "lr"'),
         (["--config=configs/tps_deit.py", "--config.optim.lr=fast"], "could not convert string to float"),
         (["--config=configs/tps.py"], "tps_deit.py"),
         (["--config=configs/tps_deit.py:sise=s"], "this recipe takes variant, size"),
@@ -74,9 +76,15 @@ def _tiny(recipe="tps_deit", **changes):
     ("changes", "message"),
     [
         ({"model__name": "dpts_deit_small_patch16_224"}, "unknown method 'dpts'.*dtps"),
-        ({"model__class_token": False, "model__name": "evit_deit_small_patch16_224"}, "dynamicvit and dtps work"),
+        (
+            {"model__class_token": False, "model__name": "evit_deit_small_patch16_224"},
+            "dynamicvit and dtps work",
+        ),
         ({"batch": 18, "data__shards": 2}, "18.*4"),
-        ({"data__name": "imagenet2012", "data__options": {}, "data__eval_split": "validation"}, "imagenet2012"),
+        (
+            {"data__name": "imagenet2012", "data__options": {}, "data__eval_split": "validation"},
+            "imagenet2012",
+        ),
         ({"data__name": "oxford_pets", "data__options": {}}, "oxford_pets"),
         ({"optimm": {}}, "optimm.*optim"),
         ({"losses": {"ce": {"wieght": 1}}}, "wieght.*weight"),
@@ -94,10 +102,14 @@ def test_what_does_not_fit_is_said_before_anything_is_written(changes, message, 
 def test_every_recipe_builds(recipe, argument):
     from dyntoken import train
 
-    config = {k: v for k, v in recipes.load(f"configs/{recipe}.py{argument}").to_dict().items() if k != "compare"}
+    config = {
+        k: v for k, v in recipes.load(f"configs/{recipe}.py{argument}").to_dict().items() if k != "compare"
+    }
     plan = train.build(config)
     assert plan.total_steps > 0
-    assert plan.model.method == {"deit": None, "dynamicvit_deit": "dynamicvit", "tps_deit": "dtps"}.get(recipe, "evit")
+    assert plan.model.method == {"deit": None, "dynamicvit_deit": "dynamicvit", "tps_deit": "dtps"}.get(
+        recipe, "evit"
+    )
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -111,7 +123,12 @@ def test_every_header_command_parses_and_says_what_was_not_run(recipe):
 
 
 def test_learning_rates_scale_with_the_batch_where_the_papers_do():
-    for recipe, scales in (("tps_deit", True), ("evit_deit", True), ("deit", True), ("dynamicvit_deit", False)):
+    for recipe, scales in (
+        ("tps_deit", True),
+        ("evit_deit", True),
+        ("deit", True),
+        ("dynamicvit_deit", False),
+    ):
         c = recipes.load(f"configs/{recipe}.py")
         before, c.batch = c.optim.lr, c.batch * 2
         assert c.optim.lr == pytest.approx(before * (2 if scales else 1)), recipe

@@ -11,8 +11,8 @@ from jax.sharding import AxisType, Mesh, PartitionSpec
 
 import dyntoken
 from dyntoken.ops import select
-from dyntoken.registry import UnknownNameError
 from dyntoken.reducers import METHODS
+from dyntoken.registry import UnknownNameError
 
 SMALL = {"img_size": 16, "patch_size": 4, "width": 16, "depth": 3, "heads": 2, "num_classes": 5}
 AT, KEEP = (1, 2), 0.6
@@ -46,7 +46,11 @@ def _images(batch=4):
 
 @functools.cache
 def _variables(case):
-    return jax.jit(_model(case).init)(jax.random.key(0), _images(1))
+    """Random weights of some size: right after initialisation the scores nearly tie."""
+    rng = np.random.default_rng(0)
+    return jax.tree.map(
+        lambda s: jnp.asarray(rng.normal(s.ndim == 1, 0.15, s.shape), s.dtype), _shapes(_model(case))
+    )
 
 
 def _rngs():
@@ -76,7 +80,9 @@ def _imposed(case, gathered):
     model, decisions, columns = _model(case), [], np.arange(cells)
     places = np.broadcast_to(columns, (len(_images()), cells))
     for stage, r in enumerate(gathered.reductions):
-        kept = np.take_along_axis(places, np.asarray(r.keep), axis=1)  # cells, or -s for the slot of stage s - 1
+        kept = np.take_along_axis(
+            places, np.asarray(r.keep), axis=1
+        )  # cells, or -s for the slot of stage s - 1
         n = cells + (stage if model.sites()[0].reducer.options and _fused(model) else 0)
         mask = np.zeros((len(kept), n), np.float32)
         rows = np.where(kept >= 0, kept, cells - kept - 2)
@@ -133,7 +139,9 @@ def test_training_gradients_are_finite_and_reach_every_parameter(case):
 
     def loss(params):
         out = model.apply({"params": params}, _images(), train=True, rngs=_rngs())
-        return (jax.nn.log_softmax(out.logits) ** 2).sum() + sum((r.decision.mean() - 0.5) ** 2 for r in out.reductions)
+        return (jax.nn.log_softmax(out.logits) ** 2).sum() + sum(
+            (r.decision.mean() - 0.5) ** 2 for r in out.reductions
+        )
 
     grads = jax.jit(jax.grad(loss))(variables["params"])
     for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
@@ -144,7 +152,9 @@ def test_training_gradients_are_finite_and_reach_every_parameter(case):
 def test_explicit_gather_training_leaves_the_predictor_without_gradient():
     # Known exception: a hard top-k has no gradient, so only the mask form trains a predictor.
     model, variables = _model("dtps", "gather"), _variables("dtps")
-    grads = jax.jit(jax.grad(lambda v: model.apply(v, _images(), train=True, rngs=_rngs()).logits.sum()))(variables)
+    grads = jax.jit(jax.grad(lambda v: model.apply(v, _images(), train=True, rngs=_rngs()).logits.sum()))(
+        variables
+    )
     predictor = grads["params"]["backbone"]["trunk"]["reducer_0"]
     assert all(float(jnp.abs(leaf).max()) == 0 for leaf in jax.tree.leaves(predictor))
 
@@ -169,7 +179,9 @@ def test_one_compilation_per_shape_and_every_transform(case):
 @pytest.mark.parametrize("case", ["dtps", "evit"])
 def test_bfloat16_and_remat(case):
     method = f"{case}_deit_tiny_patch16_224"
-    model = dyntoken.create_model(method, **SMALL, at=AT, keep=KEEP, dtype="bfloat16", remat=True, drop_path=0.2)
+    model = dyntoken.create_model(
+        method, **SMALL, at=AT, keep=KEEP, dtype="bfloat16", remat=True, drop_path=0.2
+    )
     loss = lambda v: model.apply(v, _images(), train=True, rngs=_rngs()).logits.sum()  # noqa: E731
     value, grads = jax.jit(jax.value_and_grad(loss))(_variables(case))
     assert value.dtype == jnp.float32
@@ -180,20 +192,27 @@ def test_bfloat16_and_remat(case):
 
 def test_remat_does_not_change_the_draws():
     make = functools.partial(
-        dyntoken.create_model, "dtps_deit_tiny_patch16_224", **SMALL, at=AT, keep=KEEP, dropout=0.3, drop_path=0.3
+        dyntoken.create_model,
+        "dtps_deit_tiny_patch16_224",
+        **SMALL,
+        at=AT,
+        keep=KEEP,
+        dropout=0.3,
+        drop_path=0.3,
     )
-    logits = [
-        jax.jit(lambda v, m=make(remat=remat): m.apply(v, _images(), train=True, rngs=_rngs()).logits)(
-            _variables("dtps")
-        )
-        for remat in (False, True)
-    ]
+    logits = []
+    for remat in (False, True):
+        model = make(remat=remat)
+        run = jax.jit(lambda v, model=model: model.apply(v, _images(), train=True, rngs=_rngs()).logits)
+        logits.append(run(_variables("dtps")))
     np.testing.assert_allclose(*logits, atol=1e-5)
 
 
 def test_draws_follow_the_ids_not_the_batch():
     model = _model("dynamicvit")
-    run = jax.jit(lambda x, ids: model.apply(_variables("dynamicvit"), x, train=True, ids=ids, rngs=_rngs()).logits)
+    run = jax.jit(
+        lambda x, ids: model.apply(_variables("dynamicvit"), x, train=True, ids=ids, rngs=_rngs()).logits
+    )
     whole = run(_images(), jnp.arange(4))
     halves = [run(_images()[i : i + 2], jnp.arange(i, i + 2)) for i in (0, 2)]
     np.testing.assert_allclose(whole, jnp.concatenate(halves), atol=1e-6)
@@ -216,9 +235,9 @@ def test_parameter_counts_of_the_published_models():
         "deit_small_patch16_224": 22_050_664,
         "deit_base_patch16_224": 86_567_656,
         "deit_small_distilled_patch16_224": 22_436_432,
-        "dtps_deit_small_patch16_224": 22_774_102,
+        "dtps_deit_small_patch16_224": 22_774_414,
         "evit_deit_small_patch16_224": 22_050_664,
-        "vit_mini_patch4_28": 305_034,
+        "vit_mini_patch4_28": 327_114,
     }
     for name, expected in counts.items():
         model = dyntoken.create_model(name)
@@ -232,7 +251,10 @@ def test_every_listed_model_builds():
     assert len(names) > 60 and names == sorted(names)
     for name in names:
         assert dyntoken.create_model(name).arch in name
-    assert dyntoken.list_models("etps_deit_s*16_224") == ["etps_deit_small_patch16_224"]
+    assert dyntoken.list_models("etps_deit_s*_patch16_224") == [
+        "etps_deit_small_distilled_patch16_224",
+        "etps_deit_small_patch16_224",
+    ]
 
 
 def test_other_shapes():
@@ -275,7 +297,11 @@ def test_an_all_dropped_sample_stays_finite():
         ("dtps_deit_small_patch16_224", {"at": (3, 12)}, "between 0 and 11"),
         ("dtps_deit_small_patch16_224", {"at": (6, 3)}, "increasing"),
         ("dtps_deit_small_patch16_224", {"keep": 1e-9}, "leaves 0 of 196"),
-        ("evit_deit_small_patch16_224", {"class_token": False, "pool": "mean"}, "lacks: dynamicvit and dtps work"),
+        (
+            "evit_deit_small_patch16_224",
+            {"class_token": False, "pool": "mean"},
+            "lacks: dynamicvit and dtps work",
+        ),
         ("deit_small_patch16_224", {"img_size": 225}, "not divisible by patch_size"),
     ],
 )
@@ -289,9 +315,9 @@ def test_bad_calls_say_what_to_do():
     model, variables = _model("dynamicvit"), _variables("dynamicvit")
     with pytest.raises(ValueError, match=r"takes images \[B, 16, 16, 3\]"):
         model.apply(variables, jnp.zeros((1, 16, 20, 3)))
-    with pytest.raises(ValueError, match="pass rngs={'policy': key}"):
+    with pytest.raises(ValueError, match=r"pass rngs=\{'policy': key\}"):
         model.apply(variables, _images(), train=True)
     with pytest.raises(ValueError, match="noise has 1 entries for 2 sites"):
         model.apply(variables, _images(), train=True, noise=[jnp.zeros((4, 16, 2))])
-    with pytest.raises(UnknownNameError, match="unknown record 'featuers'.*features"):
+    with pytest.raises(UnknownNameError, match=r"unknown record 'featuers'.*features"):
         model.apply(variables, _images(), record=("featuers",))

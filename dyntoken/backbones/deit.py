@@ -143,7 +143,9 @@ class ViT(nn.Module):
         x = layers.drop(x, self.dropout, context.dropout, self.depth)
         return Tokens.start(x, prefix=self.prefix, grid=self.grid)
 
-    def __call__(self, images: Array, context: Context) -> tuple[Tokens, tuple[Reduction, ...], dict[str, Any]]:
+    def __call__(
+        self, images: Array, context: Context
+    ) -> tuple[Tokens, tuple[Reduction, ...], dict[str, Any]]:
         """Runs stem, trunk and final norm.
 
         Returns:

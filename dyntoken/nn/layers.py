@@ -35,7 +35,9 @@ def torch_uniform(fan_in: int):
     return init
 
 
-def dense(features: int, *, name: str | None = None, dtype: Dtype = jnp.float32, use_bias: bool = True) -> nn.Dense:
+def dense(
+    features: int, *, name: str | None = None, dtype: Dtype = jnp.float32, use_bias: bool = True
+) -> nn.Dense:
     """A linear layer as DeiT initialises it: truncated normal 0.02, bias zero."""
     return nn.Dense(features, use_bias=use_bias, kernel_init=trunc_normal(), dtype=dtype, name=name)
 
@@ -61,17 +63,25 @@ class PatchEmbed(nn.Module):
         fan_in = self.patch[0] * self.patch[1] * images.shape[-1]
         init = torch_uniform(fan_in)
         proj = nn.Conv(
-            self.width, self.patch, self.patch, "VALID", kernel_init=init, bias_init=init, dtype=self.dtype, name="proj"
+            self.width,
+            self.patch,
+            self.patch,
+            "VALID",
+            kernel_init=init,
+            bias_init=init,
+            dtype=self.dtype,
+            name="proj",
         )
         return proj(images)
 
 
 class ConvStem(nn.Module):
-    """Overlapping 3x3 convolutions of stride 2 instead of one patch product.
+    """Overlapping 3x3 convolutions of stride 2, then a 1x1, instead of one patch product.
 
     Xiao et al. 2021, "Early Convolutions Help Transformers See Better" (section
-    4), with layer norm in place of batch norm: `[B, H, W, Cin]` -> `[B, H / patch,
-    W / patch, width]`, patch a power of 2. Small models train much faster with it.
+    4), with layer norm and GELU in place of batch norm and ReLU: `[B, H, W, Cin]`
+    -> `[B, H / patch, W / patch, width]`, patch a power of 2. Small models train
+    much faster with it.
     """
 
     patch: tuple[int, int]
@@ -85,14 +95,15 @@ class ConvStem(nn.Module):
             raise ValueError(f"stem='conv' needs a square patch of 2, 4, 8, ...: got {self.patch}")
         x = images
         for step in range(steps):
-            last = step == steps - 1
-            init = torch_uniform(9 * x.shape[-1])
             channels = self.width >> (steps - 1 - step)
-            options = {"kernel_init": init, "bias_init": init, "dtype": self.dtype, "name": f"conv_{step}"}
-            x = nn.Conv(channels, (3, 3), (2, 2), 1, **options)(x)
-            if not last:
-                x = gelu(nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name=f"norm_{step}")(x))
-        return x
+            x = self._conv(x, channels, 3, stride=2, name=f"conv_{step}")
+            x = gelu(nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name=f"norm_{step}")(x))
+        return self._conv(x, self.width, 1, stride=1, name="proj")
+
+    def _conv(self, x: Array, channels: int, size: int, *, stride: int, name: str) -> Array:
+        init = torch_uniform(size * size * x.shape[-1])
+        shape = ((size, size), (stride, stride), size // 2)
+        return nn.Conv(channels, *shape, kernel_init=init, bias_init=init, dtype=self.dtype, name=name)(x)
 
 
 class Mlp(nn.Module):

@@ -92,7 +92,9 @@ class Trunk(nn.Module):
         for stage, site in enumerate(self.sites):
             setattr(self, f"reducer_{stage}", site.reducer(stage=stage))
 
-    def __call__(self, tokens: Tokens, context: Context) -> tuple[Tokens, tuple[Reduction, ...], dict[str, Any]]:
+    def __call__(
+        self, tokens: Tokens, context: Context
+    ) -> tuple[Tokens, tuple[Reduction, ...], dict[str, Any]]:
         """Runs the stack.
 
         Returns:

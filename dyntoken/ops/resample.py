@@ -52,7 +52,9 @@ def resize_grid(x: Array, old: tuple[int, int], new: tuple[int, int], method: st
     if tuple(old) == tuple(new):
         return x
     with jax.named_scope("resize"):
-        rows, columns = (jnp.asarray(resize_matrix(o, n, method), x.dtype) for o, n in zip(old, new, strict=True))
+        rows, columns = (
+            jnp.asarray(resize_matrix(o, n, method), x.dtype) for o, n in zip(old, new, strict=True)
+        )
         y = x.reshape(x.shape[0], *old, x.shape[-1])
         y = jnp.einsum("yh,bhwc->bywc", rows, y, precision=jax.lax.Precision.HIGHEST)
         y = jnp.einsum("xw,bywc->byxc", columns, y, precision=jax.lax.Precision.HIGHEST)

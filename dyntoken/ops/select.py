@@ -135,7 +135,9 @@ def keep_counts(
             count, ratio = rate, rate / initial
         else:
             if not 0.0 < rate <= 1.0:
-                raise ValueError(f"keep rate {rate} of site {site} is not in (0, 1]; counts are given as ints")
+                raise ValueError(
+                    f"keep rate {rate} of site {site} is not in (0, 1]; counts are given as ints"
+                )
             count = math.ceil(rate * current) if relative else int(initial * rate)
             ratio = count / initial if relative else rate
         if not 1 <= count <= current:

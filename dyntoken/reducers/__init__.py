@@ -41,7 +41,9 @@ class Method:
 def _row(score: str, fuse: str, source: str, **more: Any) -> Method:
     early = score == "class_attention"
     options = {"score": score, "fuse": fuse, **more}
-    return Method(ScoreSelectFuse, tuple(sorted(options.items())), inside=early, relative=early, source=source)
+    return Method(
+        ScoreSelectFuse, tuple(sorted(options.items())), inside=early, relative=early, source=source
+    )
 
 
 METHODS = Table(
@@ -56,7 +58,7 @@ METHODS = Table(
 )
 
 
-def method(name: str, **options: Any) -> Method:
+def method(name: str, /, **options: Any) -> Method:
     """A row of `METHODS` with some options replaced.
 
     `score="shuffled"` keeps the method's own scorer and permutes its scores.
@@ -79,11 +81,11 @@ def method(name: str, **options: Any) -> Method:
     return dataclasses.replace(row, options=tuple(sorted(merged.items())), inside=inside)
 
 
-def make_reducer(name: str, *, keep: int, form: str = "auto", **options: Any) -> Reducer:
+def make_reducer(preset: str, /, *, keep: int, form: str = "auto", **options: Any) -> Reducer:
     """One reducer for a ViT of your own.
 
     Args:
-      name: row of `METHODS`.
+      preset: row of `METHODS`.
       keep: static number of patch tokens that stay.
       form: "auto", "mask" or "gather".
       **options: replace the method's own (`fuse="mean"`) or set `Reducer`
@@ -94,5 +96,5 @@ def make_reducer(name: str, *, keep: int, form: str = "auto", **options: Any) ->
       `Tokens.start(x, prefix=1, grid=(14, 14))`.
     """
     fields = {k: options.pop(k) for k in ("current", "ratio", "stage", "name") if k in options}
-    row = method(name, **options)
+    row = method(preset, **options)
     return row.make(keep=keep, form=form, **fields, **dict(row.options))

@@ -144,7 +144,9 @@ class ScoreSelectFuse(Reducer):
             kept = jnp.concatenate([kept, extra], axis=1)
             place = jnp.concatenate([place, jnp.full_like(place[:, :1], -1)], axis=1)
             remap = jnp.where(remap < 0, self.keep, remap)
-        reduction = self._record(tokens, scores, keep, (inverse >= 0).astype(jnp.float32), place, host, remap, extra)
+        reduction = self._record(
+            tokens, scores, keep, (inverse >= 0).astype(jnp.float32), place, host, remap, extra
+        )
         x = jnp.concatenate([tokens.x[:, : tokens.prefix], kept], axis=1)
         return tokens.replace(x=x, place=place), reduction
 

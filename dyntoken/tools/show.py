@@ -75,7 +75,9 @@ def _parser() -> cli.Parser:
     cli.add_model(parser)
     parser.add_argument("image", metavar="IMAGE", nargs="+", help="picture file, or data set:index")
     parser.add_argument(
-        "--weights", required=True, help=".safetensors, .npz, .pth, a workdir, pretrained:NAME, or hf:org/name"
+        "--weights",
+        required=True,
+        help=".safetensors, .npz, .pth, a workdir, pretrained:NAME, or hf:org/name",
     )
     parser.add_argument(
         "--out",

@@ -50,7 +50,9 @@ def test_attention_equals_its_definition(platform):
 
 def test_attention_gradients():
     q, k, v = _qkv(3, 1, 1, 3, 2)
-    check_grads(lambda *a: attend.attention(*a, scale=0.7), (q, k, v), order=1, modes=["rev"], atol=1e-2, rtol=1e-2)
+    check_grads(
+        lambda *a: attend.attention(*a, scale=0.7), (q, k, v), order=1, modes=["rev"], atol=1e-2, rtol=1e-2
+    )
 
 
 def test_policy_gradient_reaches_the_decision():

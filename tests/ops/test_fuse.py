@@ -50,9 +50,7 @@ def test_both_forms_of_squeeze_agree(kept, dropped, key):
 def test_squeeze_does_not_depend_on_the_order_of_the_dropped(order):
     targets, sources = _rows(0, 1, 3, 4), _rows(1, 1, 5, 4)
     shuffled = sources[:, jnp.array(order)]
-    np.testing.assert_allclose(
-        fuse.squeeze(targets, shuffled).x, fuse.squeeze(targets, sources).x, atol=1e-6
-    )
+    np.testing.assert_allclose(fuse.squeeze(targets, shuffled).x, fuse.squeeze(targets, sources).x, atol=1e-6)
 
 
 def test_equal_similarity_takes_the_first_host():
@@ -98,7 +96,9 @@ def test_one_token_is_the_weighted_sum_not_the_mean():
     sources = jnp.array([[[1.0, 2.0], [3.0, 4.0]]])
     out = fuse.one_token(sources, sources, importance=jnp.array([[0.1, 0.2]]))
     np.testing.assert_allclose(out.extra, [[[0.7, 1.0]]], rtol=1e-6)
-    masked = fuse.one_token(sources, sources, importance=jnp.array([[0.1, 0.2]]), weight=jnp.array([[1.0, 0.0]]))
+    masked = fuse.one_token(
+        sources, sources, importance=jnp.array([[0.1, 0.2]]), weight=jnp.array([[1.0, 0.0]])
+    )
     np.testing.assert_allclose(masked.extra, [[[0.1, 0.2]]], rtol=1e-6)
 
 

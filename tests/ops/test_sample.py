@@ -33,7 +33,9 @@ def test_gumbel_softmax_gradient_is_that_of_the_soft_sample():
     logits, noise = jnp.array([0.3, -0.2, 0.1]), jnp.array([0.5, 1.0, -0.4])
     for temperature in (1.0, 0.5):
         hard, soft = (
-            jax.jacobian(lambda l, h=h, t=temperature: sample.gumbel_softmax(l, noise, temperature=t, hard=h))(logits)
+            jax.jacobian(
+                lambda x, h=h, t=temperature: sample.gumbel_softmax(x, noise, temperature=t, hard=h)
+            )(logits)
             for h in (True, False)
         )
         np.testing.assert_allclose(hard, soft, atol=1e-7)

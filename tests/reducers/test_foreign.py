@@ -14,7 +14,9 @@ README = pathlib.Path(__file__).resolve().parents[2] / "README.md"
 
 
 def test_the_readme_example_runs():
-    code = re.search(r"tests/reducers/test_foreign.py -->\n```python\n(.*?)```", README.read_text(), re.S).group(1)
+    code = re.search(
+        r"tests/reducers/test_foreign.py -->\n```python\n(.*?)```", README.read_text(), re.S
+    ).group(1)
     assert len(code.splitlines()) <= 20
     scope = {"nn": nn, "jnp": jnp, "dyntoken": dyntoken}
     exec(code, scope)
