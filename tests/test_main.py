@@ -1,6 +1,9 @@
 """The command line: what it prints when all is well, and one clear line when not."""
 
+import importlib.metadata
 import json
+import os
+import pathlib
 import subprocess
 import sys
 
@@ -9,12 +12,17 @@ import pytest
 from dyntoken import config as recipes
 from dyntoken import main
 
+ROOT = pathlib.Path(__file__).resolve().parent.parent
 RECIPES = ("deit", "dynamicvit_deit", "tps_deit", "evit_deit")
 
 
 def _program(*args, cwd):
+    """Runs the installed program; the one of this tree where none is installed."""
+    env = dict(os.environ)
+    if not list(importlib.metadata.distributions(name="dyntoken")):
+        env["PYTHONPATH"] = str(ROOT)
     run = [sys.executable, "-m", "dyntoken.main", *args]
-    return subprocess.run(run, cwd=cwd, capture_output=True, text=True, timeout=300)
+    return subprocess.run(run, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture(scope="module")
