@@ -112,7 +112,7 @@ def demo(c):
     c.model = ml_collections.ConfigDict({"name": "vit_mini_patch4_28"})
     c.init.path = "pretrained:vit_mini_patch4_28"
     c.batch = 200
-    c.epochs = 4.0
+    c.epochs = 2.0
     c.eval_epochs = 0.0
     c.log_steps = 25
     c.checkpoint_steps = 50

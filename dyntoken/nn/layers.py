@@ -76,12 +76,13 @@ class PatchEmbed(nn.Module):
 
 
 class ConvStem(nn.Module):
-    """Overlapping 3x3 convolutions of stride 2, then a 1x1, instead of one patch product.
+    """Convolutions and pooling instead of one patch product: a convolutional tokenizer.
 
-    Xiao et al. 2021, "Early Convolutions Help Transformers See Better" (section
-    4), with layer norm and GELU in place of batch norm and ReLU: `[B, H, W, Cin]`
-    -> `[B, H / patch, W / patch, width]`, patch a power of 2. Small models train
-    much faster with it.
+    Hassani et al. 2021, "Escaping the Big Data Paradigm with Compact
+    Transformers" (section 3.2): 3x3 convolution, ReLU, max-pooling by 2, as often
+    as the patch is halved (pooling windows of 2x2 here): `[B, H, W, Cin]` ->
+    `[B, H / patch, W / patch, width]`, patch a power of 2. Small models train in
+    far fewer epochs with it.
     """
 
     patch: tuple[int, int]
@@ -95,15 +96,13 @@ class ConvStem(nn.Module):
             raise ValueError(f"stem='conv' needs a square patch of 2, 4, 8, ...: got {self.patch}")
         x = images
         for step in range(steps):
+            init = torch_uniform(9 * x.shape[-1])
             channels = self.width >> (steps - 1 - step)
-            x = self._conv(x, channels, 3, stride=2, name=f"conv_{step}")
-            x = gelu(nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name=f"norm_{step}")(x))
-        return self._conv(x, self.width, 1, stride=1, name="proj")
-
-    def _conv(self, x: Array, channels: int, size: int, *, stride: int, name: str) -> Array:
-        init = torch_uniform(size * size * x.shape[-1])
-        shape = ((size, size), (stride, stride), size // 2)
-        return nn.Conv(channels, *shape, kernel_init=init, bias_init=init, dtype=self.dtype, name=name)(x)
+            options = {"kernel_init": init, "bias_init": init, "dtype": self.dtype}
+            x = nn.relu(nn.Conv(channels, (3, 3), 1, 1, **options, name=f"conv_{step}")(x))
+            batch, height, width, _ = x.shape
+            x = x.reshape(batch, height // 2, 2, width // 2, 2, channels).max(axis=(2, 4))
+        return x
 
 
 class Mlp(nn.Module):

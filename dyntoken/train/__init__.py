@@ -10,6 +10,7 @@ _NAMES = {
     "evaluate": "loop",
     "dry_run": "loop",
     "Result": "loop",
+    "measure": "loop",
     "build": "plan",
     "TrainError": "state",
     "TrainState": "state",

@@ -98,7 +98,7 @@ def run(config: Mapping[str, Any], workdir: str | epath.PathLike, *, log: Log = 
                         report.train(step, watch.means(), lr=float(plan.lr_fn(step - 1)), clock=clock)
                     if _due(step, plan.eval_every) and step < total:
                         with clock:
-                            report.evaluation(step, _evaluate(plan, state.variables, state.ema))
+                            report.evaluation(step, measure(plan, state.variables, state.ema))
                     if _due(step, settings.checkpoint_steps) or stopping or step == total:
                         watch.flush()  # what is not finite is never saved
                         with clock:
@@ -111,7 +111,7 @@ def run(config: Mapping[str, Any], workdir: str | epath.PathLike, *, log: Log = 
         checkpoints.wait()
         final = report.evaluated(step) if same and first >= total else None
         if final is None:
-            final = _evaluate(plan, state.variables, state.ema)
+            final = measure(plan, state.variables, state.ema)
             report.evaluation(step, final)
         else:
             log(f"nothing to do: the run in {workdir} finished at step {step}")
@@ -147,7 +147,7 @@ def evaluate(
     step = plan.eval_step  # compiled before the clock starts
     log(f"evaluating batches of {plan.eval_batch}, {_peak(step.memory_analysis()) / 2**20:.0f} MiB a device")
     began = time.monotonic()
-    metrics = _evaluate(plan, variables, ema)
+    metrics = measure(plan, variables, ema)
     passes = 1 if ema is None else 2
     metrics["images_per_s"] = passes * metrics["count"] / (time.monotonic() - began)
     return metrics | extra
@@ -254,7 +254,8 @@ def _peak(memory: Any) -> int:
     return held + memory.temp_size_in_bytes
 
 
-def _evaluate(plan: Plan, variables: Tree, ema: Tree | None) -> dict[str, float]:
+def measure(plan: Plan, variables: Tree, ema: Tree | None = None) -> dict[str, float]:
+    """Evaluates variables on the plan's evaluation split: `top1`, ..., and `ema/top1`, ... ."""
     metrics = classify(plan.eval_step, variables, _placed(plan))
     if ema is not None:
         averaged = classify(plan.eval_step, ema, _placed(plan))
