@@ -26,8 +26,9 @@ def report(config: Mapping[str, Any], result: train.Result, *, log: Log = print)
 
     The rows are a linear classifier on the same images, the dense model the run
     started from, the run's own weights with dropped tokens that leave no trace
-    (DynamicViT) in place of the method's fusion, and the run itself. Writes `compare.json` and, with the extra [viz], `kept.png` into the
-    workdir; when they are there they are only shown.
+    (DynamicViT) in place of the method's fusion, and the run itself. Writes
+    `compare.json` and, with the extra [viz], `kept.png` into the workdir; when
+    they are there they are only shown.
 
     Args:
       config: of the run.

@@ -84,7 +84,6 @@ def run(config: Mapping[str, Any], workdir: str | epath.PathLike, *, log: Log = 
         if first < total:
             batches = plan.train_batches(first)
             plan.eval_batches()  # a wrong split must not show up after the training
-            source = plan.train_batches(first)  # absent data is said before minutes of compiling
             teacher = _load_teacher(plan, log)
             train_step = _compile(plan, log)
             watch = _Watch()

@@ -1,7 +1,6 @@
 """Batches are a function of (seed, step), whoever asks for them."""
 
 import itertools
-import time
 
 import numpy as np
 import pytest
@@ -175,14 +174,3 @@ def test_bad_evaluation_requests():
         data.eval_batches(MINI, batch=8, crop_pct=1.5)
     with pytest.raises(data.DataError, match="interpolation"):
         data.eval_batches(MINI, batch=8, interpolation="lanczos")
-
-
-def test_small_batches_are_cheap():
-    batches = data.train_batches(MINI, batch=128, seed=0, augment=PAD)
-    next(batches)  # reads the file
-    times = []
-    for _ in range(20):
-        start = time.perf_counter()
-        next(batches)
-        times.append(time.perf_counter() - start)
-    assert min(times) < 0.010

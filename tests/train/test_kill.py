@@ -38,7 +38,7 @@ def last_step(workdir: pathlib.Path) -> int:
 
 def kill_after(process: subprocess.Popen, workdir: pathlib.Path, step: int, delay: float) -> None:
     """Waits until a step is reported, a little longer, and sends SIGKILL."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while last_step(workdir) < step:
         assert process.poll() is None, (workdir.parent / "output.txt").read_text()
         assert time.monotonic() < deadline
