@@ -23,7 +23,7 @@ _NAMES = {
     "Reduction": "dyntoken.types",
     "Output": "dyntoken.types",
 }
-_MODULES = ("data", "eval", "losses", "ops", "reducers", "train", "weights")
+_MODULES = ("analysis", "config", "data", "eval", "losses", "ops", "reducers", "train", "weights")
 __all__ = sorted([*_NAMES, *_MODULES, "__version__"])
 
 

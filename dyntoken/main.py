@@ -33,8 +33,7 @@ def run(config, workdir: str, mode: str, dry_run: bool) -> None:
     from dyntoken.analysis import macs
 
     logging.set_verbosity(logging.WARNING)  # Orbax narrates every file it touches
-    compare = config.get("compare", False)
-    config = {key: value for key, value in config.to_dict().items() if key != "compare"}
+    config = config.to_dict()
     if dry_run:
         facts = train.dry_run(config)
         print(f"gmacs: {macs.count(train.build(config).model).total / 1e9:.3f}")
@@ -45,7 +44,7 @@ def run(config, workdir: str, mode: str, dry_run: bool) -> None:
         print(json.dumps({**metrics, "count": int(metrics["count"]), "gmacs": round(gmacs, 6)}))
     else:
         result = train.run(config, workdir)
-        if compare and result.finished:
+        if config.get("compare") and result.finished:
             from dyntoken.tools import compare as comparison
 
             comparison.report(config, result)

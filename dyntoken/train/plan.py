@@ -83,6 +83,7 @@ class Settings:
       eval_epochs: the same in epochs; 0: only at the end.
       checkpoint_steps: steps between two checkpoints; 0: only at the end.
       keep_checkpoints: how many of the newest stay.
+      compare: the command line ends a training run with `tools.compare`.
     """
 
     model: Mapping[str, Any]
@@ -103,6 +104,7 @@ class Settings:
     eval_epochs: float = 0.0
     checkpoint_steps: int = 0
     keep_checkpoints: int = 2
+    compare: bool = False
 
     @functools.cached_property
     def plain(self) -> dict[str, Any]:
