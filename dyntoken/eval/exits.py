@@ -123,8 +123,9 @@ def exit_of(scores: Any, thresholds: Any) -> Array:
       ValueError: thresholds of another length, or NaN anywhere.
     """
     scores = check_scores(scores)
-    limits = check_thresholds(thresholds, len(scores))
-    return _exit_of(scores, limits)
+    leaves = scores >= check_thresholds(thresholds, scores)[:, None]  # [E, N]
+    leaves[-1] = True
+    return leaves.argmax(axis=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,14 +137,12 @@ class Evaluation:
       cost: average cost of an image, in the unit of the given costs.
       counts: images that leave at each exit, int64 `[E]`.
       correct: how many of those are right, int64 `[E]`.
-      exits: the exit of every image, int64 `[N]`.
     """
 
     accuracy: float
     cost: float
     counts: Array
     correct: Array
-    exits: Array
 
 
 def evaluate(correct: Any, scores: Any, thresholds: Any, macs: Any) -> Evaluation:
@@ -159,22 +158,20 @@ def evaluate(correct: Any, scores: Any, thresholds: Any, macs: Any) -> Evaluatio
       ValueError: shapes that do not fit, NaN, or costs that do not increase.
     """
     correct, scores, costs = check_calibration(correct, scores, macs)
-    return measure(correct, scores, check_thresholds(thresholds, len(scores)), costs)
+    return measure(correct, scores, check_thresholds(thresholds, scores), costs)
 
 
 def measure(correct: Array, scores: Array, thresholds: Array, costs: Array) -> Evaluation:
     """`evaluate` for arguments that are checked already: for the inner loops of the solvers."""
     count, images = scores.shape
-    exits = _exit_of(scores, thresholds)
-    right = correct[exits, np.arange(images)]
-    counts = np.bincount(exits, minlength=count)
-    return Evaluation(
-        accuracy=float(np.count_nonzero(right)) / images,
-        cost=float(counts @ costs) / images,
-        counts=counts,
-        correct=np.bincount(exits[right], minlength=count),
-        exits=exits,
-    )
+    counts, right = np.zeros(count, np.int64), np.zeros(count, np.int64)
+    here = np.ones(images, dtype=bool)  # masks: several times as fast as indexing by exit
+    for exit_ in range(count):
+        leaves = here & (scores[exit_] >= thresholds[exit_]) if exit_ < count - 1 else here
+        counts[exit_] = np.count_nonzero(leaves)
+        right[exit_] = np.count_nonzero(leaves & correct[exit_])
+        here = here & ~leaves
+    return Evaluation(float(right.sum()) / images, float(counts @ costs) / images, counts, right)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,7 +214,7 @@ def budgeted(correct: Any, scores: Any, thresholds: Any, costs: Any) -> Curve:
     rows = np.asarray(thresholds)
     if rows.ndim != 2 or not len(rows):
         raise ValueError(f"a curve needs thresholds [points, exits], got shape {rows.shape}")
-    points = [measure(correct, scores, check_thresholds(row, len(scores)), costs) for row in rows]
+    points = [measure(correct, scores, check_thresholds(row, scores), costs) for row in rows]
     return Curve(
         cost=np.array([point.cost for point in points]),
         accuracy=np.array([point.accuracy for point in points]),
@@ -243,9 +240,14 @@ def check_scores(scores: Any) -> Array:
     return scores
 
 
-def check_thresholds(thresholds: Any, exits: int) -> Array:
-    """Thresholds as an array `[exits]` without NaN; ValueError otherwise."""
-    limits = np.asarray(thresholds)
+def check_thresholds(thresholds: Any, scores: Array) -> Array:
+    """Thresholds as an array `[E]` without NaN, in the dtype of `scores [E, N]`; ValueError otherwise.
+
+    A threshold of 0.9 lets a float32 score of 0.9 leave, on the host as on a device.
+    """
+    exits = len(scores)
+    with np.errstate(over="ignore"):  # 1e300 is infinite in float32: nobody leaves, as asked
+        limits = np.asarray(thresholds).astype(scores.dtype)
     if limits.shape != (exits,):
         raise ValueError(f"{exits} exits need {exits} thresholds, got shape {limits.shape}")
     if np.isnan(limits).any():
@@ -293,12 +295,6 @@ SLACK = 1e-9  # relative: a budget that is an average cost, recomputed, must adm
 def within(cost: float, budget: float) -> bool:
     """Whether an average cost keeps a budget, up to rounding."""
     return bool(cost <= budget * (1 + SLACK))
-
-
-def _exit_of(scores: Array, thresholds: Array) -> Array:
-    leaves = scores >= thresholds[:, None]  # [E, N]
-    leaves[-1] = True
-    return leaves.argmax(axis=0)
 
 
 def _logits(logits: Any) -> Array:

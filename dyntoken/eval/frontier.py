@@ -38,7 +38,7 @@ class Ranks:
         self.images = scores.shape[1]
         self.dtype = scores.dtype
         self.values = [values for values, _ in pairs]
-        self.rank = np.stack([rank for _, rank in pairs]) if pairs else np.zeros((0, self.images), np.int64)
+        self.rank = np.stack([rank for _, rank in pairs])
 
     @property
     def combinations(self) -> int:
@@ -120,7 +120,7 @@ def grid(correct: Array, ranks: Ranks, costs: Array, cuts: Sequence[Array]) -> t
     for exit_, row in enumerate(correct):
         axes = min(exit_ + 1, len(sizes))  # the last exit has no cut of its own
         shape = tuple(size + 1 for size in sizes[:axes])
-        cell = np.ravel_multi_index(tuple(under[:axes]), shape) if axes else np.zeros(ranks.images, np.int64)
+        cell = np.ravel_multi_index(tuple(under[:axes]), shape)
         length = int(np.prod(shape))
         tail = (1,) * (len(sizes) - axes)
         count = _arriving(np.bincount(cell, minlength=length).reshape(shape).astype(float), exit_)
@@ -179,11 +179,13 @@ def sweep(correct: Array, ranks: Ranks, costs: Array, budgets: Array, outer: Arr
         excess = (spent - ranks.images * budgets * (1 + SLACK)) / (costs[2] - costs[1])
         need = np.ceil(excess.clip(0, end + 1)).astype(np.int32)  # [B] must leave at exit 1
         reach = np.searchsorted(leaving, -need, side="right") - 1  # [B] last cut that lets so many leave
-        top = int(reach.max())
-        if top < 0:
+        tops, which = np.unique(reach, return_inverse=True)
+        if tops[-1] < 0:
             continue
-        running = np.maximum.accumulate(gain[: top + 1])
-        value = np.where(reach < 0, -1, at_0[-1] - at_0[end] + at_2[end] + running[reach])
+        # The running maximum at the budgets' last cuts only: a maximum per stretch between them.
+        starts = np.maximum(np.concatenate([[0], tops[:-1] + 1]), 0)
+        running = np.maximum.accumulate(np.maximum.reduceat(gain[: tops[-1] + 1], starts))
+        value = np.where(reach < 0, -1, at_0[-1] - at_0[end] + at_2[end] + running[which])
         for budget in np.flatnonzero(value > hits):
             hits[budget] = value[budget]
             found[budget] = cut, int(np.argmax(gain[: reach[budget] + 1]))

@@ -140,8 +140,7 @@ def geometric(correct: Any, scores: Any, costs: Any, budgets: Any) -> list[Solut
       ValueError: shapes that do not fit, NaN, costs that do not increase, or a budget below the first exit.
     """
     start = time.perf_counter()
-    correct, scores, costs = exits.check_calibration(correct, scores, costs)
-    budgets = exits.check_budgets(budgets, costs)
+    correct, scores, costs, budgets = _check(correct, scores, costs, budgets)
     first = np.full((1, len(scores)), exits.ALWAYS, scores.dtype)
     rows = np.concatenate([first, geometric_sweep(scores)])
     points = [exits.measure(correct, scores, row, costs) for row in rows]
@@ -204,12 +203,9 @@ def genetic(
     Raises:
       ValueError: as `geometric`, or too small a population.
     """
-    correct, scores, costs = exits.check_calibration(correct, scores, costs)
-    budgets = exits.check_budgets(budgets, costs)
+    correct, scores, costs, budgets = _check(correct, scores, costs, budgets)
     if population < 4 or generations < 1:
-        raise ValueError(
-            f"a genetic search needs 4 individuals and 1 generation, got {population}, {generations}"
-        )
+        raise ValueError(f"needs 4 individuals and 1 generation at least, got {population} and {generations}")
     ranks = frontier.Ranks(scores)
     result = []
     for budget in budgets:
@@ -258,7 +254,7 @@ def _evolve(
 
 CELLS = 1 << 21  # combinations that one grid may hold: two arrays of 16 MB
 ZOOM = 1 << 13  # and that a grid around a solution does
-WORK = 3 << 30  # cells of the three-exit sweep: 50,000 images are exact, in some seconds
+WORK = 3 << 30  # cells of the three-exit sweep: 50,000 images are exact, in well under a minute
 EXITS = 9  # a grid around a solution needs three cuts per exit at least
 
 
@@ -290,16 +286,15 @@ def optimal(
       ValueError: as `geometric`; levels below 2; starts of another length; more than nine exits.
     """
     start = time.perf_counter()
-    correct, scores, costs = exits.check_calibration(correct, scores, costs)
-    budgets = exits.check_budgets(budgets, costs)
+    correct, scores, costs, budgets = _check(correct, scores, costs, budgets)
     if levels is not None and levels < 2:
         raise ValueError(f"levels must be at least 2 (everybody leaves, nobody leaves), got {levels}")
     if len(scores) > EXITS:
         raise ValueError(f"the optimal solver takes up to {EXITS} exits, got {len(scores)}: use 'genetic'")
     known = geometric_sweep(scores)
     if starts is not None:
-        rows = [exits.check_thresholds(row, len(scores)) for row in starts]
-        known = np.concatenate([known, np.array(rows, scores.dtype).reshape(-1, len(scores))])
+        rows = [exits.check_thresholds(row, scores) for row in starts]
+        known = np.concatenate([known, np.reshape(rows, (-1, len(scores)))])
     ranks = frontier.Ranks(scores)
     cuts, tried, resolution = _search(correct, ranks, costs, budgets, levels)
     if resolution > 0:
@@ -323,13 +318,13 @@ def _search(
     if levels is None and ranks.combinations <= CELLS:
         rows = [np.arange(len(values) + 1) for values in ranks.values]
     else:
-        fit = int(round(CELLS ** (1 / max(1, searched)), 6))
+        fit = int(round(CELLS ** (1 / searched), 6))
         rows = [ranks.levels(exit_, min(levels or fit, fit)) for exit_ in range(searched)]
     hits, spent = frontier.grid(correct, ranks, costs, rows)
     chosen = frontier.best(hits.ravel(), spent.ravel(), budgets)
     places = np.unravel_index(chosen, hits.shape)
     cuts = np.array([row[place] for row, place in zip(rows, places, strict=True)], dtype=np.int64)
-    resolution = max((ranks.gap(exit_, row) for exit_, row in enumerate(rows)), default=0.0)
+    resolution = max(ranks.gap(exit_, row) for exit_, row in enumerate(rows))
     return cuts.reshape(searched, len(budgets)).T, hits.size, resolution
 
 
@@ -342,7 +337,7 @@ def _refine(
     cuts: Array,
     known: Array,
 ) -> tuple[Array, int]:
-    """Better cuts `[B, E - 1]` and how many more were tried; a larger budget starts from smaller ones' too."""
+    """Better cuts `[B, E - 1]` and how many more were tried; larger budgets start from smaller ones' too."""
     rows = np.concatenate([cuts, [ranks.cuts(row) for row in known]])
     points = [exits.measure(correct, scores, ranks.thresholds(row), costs) for row in rows]
     accuracy, cost = (list(values) for values in zip(*((p.accuracy, p.cost) for p in points), strict=True))
@@ -358,6 +353,13 @@ def _refine(
         cost.append(point.cost)
         tried += more
     return result, tried
+
+
+def _check(correct: Any, scores: Any, costs: Any, budgets: Any) -> tuple[Array, Array, Array, Array]:
+    correct, scores, costs = exits.check_calibration(correct, scores, costs)
+    if len(scores) < 2:
+        raise ValueError("one exit takes every image: thresholds need at least two exits")
+    return correct, scores, costs, exits.check_budgets(budgets, costs)
 
 
 def _solutions(
