@@ -102,9 +102,7 @@ def find_threshold(scores: Any, shares: Any) -> Array:
     scores = exits.check_scores(scores)
     shares = np.asarray(shares, dtype=np.float32)
     if shares.shape != scores.shape[:1] or not (shares >= 0).all():
-        raise ValueError(
-            f"{len(scores)} exits need {len(scores)} shares of at least 0, got {shares.tolist()}"
-        )
+        raise ValueError(f"{len(scores)} exits need as many shares of at least 0, got {shares.tolist()}")
     limits = np.full(len(scores), exits.NEVER, scores.dtype)
     here = np.ones(scores.shape[1], dtype=bool)
     for exit_, row in enumerate(scores[:-1]):

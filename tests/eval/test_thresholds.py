@@ -33,6 +33,63 @@ def budgets_of(costs, count=8):
 
 # The released search
 
+# What the released code found on nine images of a made-up cascade.
+RELEASED_SCORES = np.array(
+    [
+        [
+            0.49862337,
+            0.9846939,
+            0.50277096,
+            0.740141,
+            0.9596587,
+            0.99774736,
+            0.94118553,
+            0.47966072,
+            0.7287024,
+        ],
+        [
+            0.68927634,
+            0.99934083,
+            0.6906925,
+            0.36343965,
+            0.9745116,
+            0.9984989,
+            0.8737558,
+            0.94520664,
+            0.9389224,
+        ],
+        [
+            0.53893286,
+            0.9999249,
+            0.7879617,
+            0.68627006,
+            0.9855112,
+            0.9075689,
+            0.7936973,
+            0.99785393,
+            0.8082767,
+        ],
+    ],
+    np.float32,
+)
+RELEASED = {  # p: thresholds of exits 0 and 1, exit counts
+    1: ([0.49862337, NEVER], [8, 0, 1]),
+    2: ([0.49862337, NEVER], [8, 0, 1]),
+    10: ([0.740141, 0.9389224], [5, 2, 2]),
+    20: ([0.9596587, 0.8737558], [3, 3, 3]),
+    30: ([0.99774736, 0.9745116], [1, 2, 6]),
+    40: ([0.99774736, 0.9745116], [1, 2, 6]),
+    59: ([NEVER, 0.9984989], [0, 2, 7]),
+}
+
+
+@pytest.mark.parametrize("step", RELEASED)
+def test_the_released_code_on_few_images(step):
+    limits, counts = RELEASED[step]
+    (found,) = thresholds.geometric_sweep(RELEASED_SCORES, [step])
+    np.testing.assert_array_equal(found, np.float32([*limits, ALWAYS]))
+    np.testing.assert_array_equal(np.bincount(exits.exit_of(RELEASED_SCORES, found), minlength=3), counts)
+
 
 def test_geometric_shares_by_hand():
     np.testing.assert_allclose(thresholds.geometric_shares(20, 3), [1 / 3, 1 / 3, 1 / 3], rtol=1e-6)
@@ -159,7 +216,7 @@ def test_optimal_is_never_below_the_others(calibration, seed):
 @pytest.mark.parametrize("count", [2, 3, 4, 6])
 def test_optimal_is_never_below_the_others_on_a_cascade(count):
     correct, scores, costs = cascade(count, 600)
-    budgets = budgets_of(costs)
+    budgets = budgets_of(costs, 5)
     released = thresholds.geometric(correct, scores, costs, budgets)
     evolved = thresholds.genetic(correct, scores, costs, budgets, generations=15)
     ours = thresholds.optimal(
