@@ -279,6 +279,20 @@ def test_images_joining_in_bulk_and_one_by_one_agree():
     assert [s.accuracy for s in ours] == pytest.approx((hits.ravel()[chosen] / 200).tolist())
 
 
+def test_sweep_equals_the_full_grid_at_every_cost_that_occurs():
+    """Budgets at which one image more or less decides, in units that are not exact in binary."""
+    correct, scores, costs = cascade(3, 40, seed=1)
+    costs = costs / 7
+    ranks = frontier.Ranks(scores)
+    hits, spent = frontier.grid(correct, ranks, costs, [np.arange(41), np.arange(41)])
+    budgets = np.unique(spent.round(12))
+    assert len(budgets) > 100
+    expected = hits.ravel()[frontier.best(hits.ravel(), spent.ravel(), budgets)]
+    _, found = frontier.sweep(correct, ranks, costs, budgets, np.arange(41))
+    np.testing.assert_array_equal(found, expected)
+    assert len(np.unique(expected)) > 8
+
+
 def test_grid_equals_evaluate():
     correct, scores, costs = cascade(4, 60)
     ranks = frontier.Ranks(scores)
