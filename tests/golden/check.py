@@ -26,6 +26,7 @@ KINDS = {
     "pos_embed_resize": "resize",
     "schedules": "schedules",
     "flops": "flops",
+    "dvt_dynamic": "dvt_dynamic",
 }
 
 WORST = 12  # arrays printed of a failed case

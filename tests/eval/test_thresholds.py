@@ -1,0 +1,386 @@
+"""Threshold solvers: the released search, the genetic one, and the exact one above both."""
+
+from __future__ import annotations
+
+import itertools
+
+import hypothesis
+import hypothesis.extra.numpy as hnp
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+
+from dyntoken.eval import exits, frontier, thresholds
+from dyntoken.eval.exits import ALWAYS, NEVER
+
+EPS = 1e-9
+
+
+def cascade(count, images, seed=0, classes=5):
+    """`(correct, scores, costs)` of a made-up cascade whose later exits see more."""
+    draw = np.random.default_rng(seed)
+    labels, ease = draw.integers(classes, size=images), draw.normal(size=images)
+    logits = draw.normal(size=(count, images, classes)) + draw.normal(size=(1, images, classes))
+    signal = 0.5 + 2.5 * np.arange(count)[:, None] / count + ease[None, :]
+    np.put_along_axis(logits, np.broadcast_to(labels, (count, images))[..., None], signal[..., None], -1)
+    logits = logits.astype(np.float32)
+    return exits.correct_of(logits, labels), exits.confidence(logits), np.cumsum(np.arange(1.0, count + 1))
+
+
+def budgets_of(costs, count=8):
+    return np.linspace(costs[0], costs[-1], count)
+
+
+# The released search
+
+# What the released code found on nine images of a made-up cascade.
+RELEASED_SCORES = np.array(
+    [
+        [
+            0.49862337,
+            0.9846939,
+            0.50277096,
+            0.740141,
+            0.9596587,
+            0.99774736,
+            0.94118553,
+            0.47966072,
+            0.7287024,
+        ],
+        [
+            0.68927634,
+            0.99934083,
+            0.6906925,
+            0.36343965,
+            0.9745116,
+            0.9984989,
+            0.8737558,
+            0.94520664,
+            0.9389224,
+        ],
+        [
+            0.53893286,
+            0.9999249,
+            0.7879617,
+            0.68627006,
+            0.9855112,
+            0.9075689,
+            0.7936973,
+            0.99785393,
+            0.8082767,
+        ],
+    ],
+    np.float32,
+)
+RELEASED = {  # p: thresholds of exits 0 and 1, exit counts
+    1: ([0.49862337, NEVER], [8, 0, 1]),
+    2: ([0.49862337, NEVER], [8, 0, 1]),
+    10: ([0.740141, 0.9389224], [5, 2, 2]),
+    20: ([0.9596587, 0.8737558], [3, 3, 3]),
+    30: ([0.99774736, 0.9745116], [1, 2, 6]),
+    40: ([0.99774736, 0.9745116], [1, 2, 6]),
+    59: ([NEVER, 0.9984989], [0, 2, 7]),
+}
+
+
+@pytest.mark.parametrize("step", RELEASED)
+def test_the_released_code_on_few_images(step):
+    limits, counts = RELEASED[step]
+    (found,) = thresholds.geometric_sweep(RELEASED_SCORES, [step])
+    np.testing.assert_array_equal(found, np.float32([*limits, ALWAYS]))
+    np.testing.assert_array_equal(np.bincount(exits.exit_of(RELEASED_SCORES, found), minlength=3), counts)
+
+
+def test_geometric_shares_by_hand():
+    np.testing.assert_allclose(thresholds.geometric_shares(20, 3), [1 / 3, 1 / 3, 1 / 3], rtol=1e-6)
+    np.testing.assert_allclose(thresholds.geometric_shares(10, 3), [4 / 7, 2 / 7, 1 / 7], rtol=1e-6)
+    np.testing.assert_allclose(thresholds.geometric_shares(40, 2), [1 / 3, 2 / 3], rtol=1e-6)
+    assert thresholds.geometric_shares(7, 4).dtype == np.float32
+
+
+def test_quantiles_by_hand():
+    """Of 8: 2 leave at exit 0, then the 4 surest at exit 1 of those that are left."""
+    scores = np.array([[8, 7, 6, 5, 4, 3, 2, 1], [80, 10, 30, 20, 50, 40, 70, 60], [0] * 8], float)
+    found = thresholds.find_threshold(scores, [0.25, 0.5, 0.25])
+    np.testing.assert_array_equal(found, [7, 40, ALWAYS])  # image 0 (80) has left: 70, 60, 50, 40
+    np.testing.assert_array_equal(exits.exit_of(scores, found), [0, 0, 2, 2, 1, 1, 1, 1])
+
+
+def test_ties_leave_together_and_may_starve_the_next_exit():
+    scores = np.array([[9, 9, 9, 9, 9, 1], [1, 2, 3, 4, 5, 6], [0] * 6], float)
+    found = thresholds.find_threshold(scores, [0.4, 0.4, 0.2])
+    np.testing.assert_array_equal(found, [9, NEVER, ALWAYS])  # five left for two; one is fewer than two
+    assert exits.exit_of(scores, found).tolist() == [0, 0, 0, 0, 0, 2]
+
+
+def test_too_few_images_for_a_share_means_nobody():
+    scores = np.array([[3, 2, 1], [1, 2, 3], [0, 0, 0]], float)
+    np.testing.assert_array_equal(
+        thresholds.find_threshold(scores, [0.3, 0.6, 0.1]), [NEVER, 3, ALWAYS]
+    )  # floor(0.9) = 0, floor(1.8) = 1
+
+
+def test_share_times_images_is_rounded_in_float32():
+    """10 x float32(0.1) is 1.0 in float32; float32(0.7) x 10 is 6.99999988 but rounds to 7 in float32."""
+    scores = np.stack([np.arange(10.0), np.zeros(10)])
+    for share, limit in ((0.1, 9), (0.7, 3)):
+        assert thresholds.find_threshold(scores, [share, 1 - share])[0] == limit
+
+
+@hypothesis.given(st.data())
+def test_quantiles_equal_a_walk_over_the_sorted_images(data):
+    """The rule in words: walk from the surest on, count who is still there, stop at the wanted number."""
+    count, images = data.draw(st.integers(2, 4)), data.draw(st.integers(1, 15))
+    scores = data.draw(hnp.arrays(np.float32, (count, images), elements=st.integers(0, 6)))
+    shares = thresholds.geometric_shares(data.draw(st.integers(1, 59)), count)
+    gone, expected = set(), []
+    for k in range(count - 1):
+        limit, seen, wanted = np.float32(NEVER), 0, int(np.float32(images) * shares[k])
+        for image in sorted(range(images), key=lambda i, k=k: -scores[k, i]):
+            seen += image not in gone
+            if image not in gone and seen == wanted:
+                limit = scores[k, image]
+                break
+        gone |= {i for i in range(images) if scores[k, i] >= limit}
+        expected.append(limit)
+    np.testing.assert_array_equal(thresholds.find_threshold(scores, shares), [*expected, ALWAYS])
+
+
+def test_geometric_sweep_moves_from_the_first_exit_to_the_last():
+    correct, scores, costs = cascade(3, 400)
+    rows = thresholds.geometric_sweep(scores)
+    counts = exits.budgeted(correct, scores, rows, costs).counts
+    assert rows.shape == (59, 3)
+    np.testing.assert_array_equal(counts[19], [133, 133, 134])  # q = 1: thirds
+    assert (np.diff(counts[:, 0]) <= 0).all()
+    assert counts[0, 0] == 380  # 0.05 / (0.05 + 0.0025 + 0.000125) of 400, down
+
+
+def test_geometric_takes_the_best_point_that_keeps_the_budget():
+    correct, scores, costs = cascade(3, 400)
+    curve = exits.budgeted(correct, scores, thresholds.geometric_sweep(scores), costs)
+    for solution in thresholds.geometric(correct, scores, costs, [1.0, 2.0, 3.5, 6.0]):
+        fits = curve.accuracy[curve.cost <= solution.budget]
+        assert solution.cost <= solution.budget
+        assert solution.accuracy == pytest.approx(max([*fits, correct[0].mean()] if not len(fits) else fits))
+
+
+# The exact search against every combination
+
+
+def brute(correct, scores, costs, budget):
+    """Best accuracy over every combination of calibration scores, never and always."""
+    choices = [np.concatenate([np.unique(row), [NEVER]]) for row in scores[:-1]]
+    best = 0.0
+    for limits in itertools.product(*choices):
+        point = exits.evaluate(correct, scores, [*limits, ALWAYS], costs)
+        if point.cost <= budget * (1 + EPS):
+            best = max(best, point.accuracy)
+    return best
+
+
+@st.composite
+def calibrations(draw, exits_, images):
+    count, number = draw(st.integers(*exits_)), draw(st.integers(1, images))
+    scores = draw(hnp.arrays(np.float32, (count, number), elements=st.integers(0, 5)))
+    correct = draw(hnp.arrays(bool, (count, number)))
+    costs = np.cumsum(draw(hnp.arrays(np.float64, count, elements=st.integers(1, 9))))
+    share = draw(st.integers(0, 20)) / 20
+    return correct, scores, costs, costs[0] + share * (costs[-1] - costs[0])
+
+
+@hypothesis.given(calibrations((2, 4), 7))
+def test_optimal_equals_brute_force(calibration):
+    correct, scores, costs, budget = calibration
+    (found,) = thresholds.optimal(correct, scores, costs, budget)
+    assert found.resolution == 0.0
+    assert found.cost <= budget * (1 + EPS)
+    assert found.accuracy == pytest.approx(brute(correct, scores, costs, budget))
+
+
+@hypothesis.given(calibrations((2, 5), 40), st.integers(0, 3))
+def test_optimal_is_never_below_the_others(calibration, seed):
+    correct, scores, costs, budget = calibration
+    (ours,) = thresholds.optimal(correct, scores, costs, budget)
+    (released,) = thresholds.geometric(correct, scores, costs, budget)
+    (evolved,) = thresholds.genetic(correct, scores, costs, budget, seed=seed, population=8, generations=4)
+    assert ours.accuracy >= released.accuracy - EPS
+    if ours.resolution == 0:
+        assert ours.accuracy >= evolved.accuracy - EPS
+    (ours,) = thresholds.optimal(correct, scores, costs, budget, levels=2, starts=[evolved.thresholds])
+    assert ours.accuracy >= max(released.accuracy, evolved.accuracy) - EPS
+    for solution in (ours, released, evolved):
+        assert solution.cost <= budget * (1 + EPS)
+
+
+@pytest.mark.parametrize("count", [2, 3, 4, 6])
+def test_optimal_is_never_below_the_others_on_a_cascade(count):
+    correct, scores, costs = cascade(count, 600)
+    budgets = budgets_of(costs, 5)
+    released = thresholds.geometric(correct, scores, costs, budgets)
+    evolved = thresholds.genetic(correct, scores, costs, budgets, generations=15)
+    ours = thresholds.optimal(
+        correct, scores, costs, budgets, starts=[solution.thresholds for solution in evolved]
+    )
+    assert (ours[0].resolution == 0) == (count <= 3)
+    for mine, his, hers in zip(ours, released, evolved, strict=True):
+        assert mine.accuracy >= max(his.accuracy, hers.accuracy) - EPS
+        assert max(mine.cost, his.cost, hers.cost) <= mine.budget * (1 + EPS)
+    # The first budget leaves no choice; between the ends the exact search gains.
+    assert ours[0].counts.tolist() == [600] + [0] * (count - 1)
+    assert sum(mine.accuracy - his.accuracy for mine, his in zip(ours, released, strict=True)) > 0.02
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_every_point_of_the_released_sweep_is_met_at_its_own_cost(count):
+    """A budget that is an average cost itself is met in spite of rounding."""
+    correct, scores, costs = cascade(count, 300, seed=4)
+    costs = costs / 7  # not exact in binary
+    curve = exits.budgeted(correct, scores, thresholds.geometric_sweep(scores), costs)
+    ours = thresholds.optimal(correct, scores, costs, curve.cost)
+    assert all(mine.accuracy >= his - EPS for mine, his in zip(ours, curve.accuracy, strict=True))
+
+
+def test_accuracy_grows_with_the_budget_and_budgets_may_come_in_any_order():
+    correct, scores, costs = cascade(3, 500)
+    budgets = budgets_of(costs, 12)
+    ours = thresholds.optimal(correct, scores, costs, budgets)
+    accuracy = [solution.accuracy for solution in ours]
+    assert (np.diff(accuracy) >= 0).all()
+    again = thresholds.optimal(correct, scores, costs, budgets[::-1])[::-1]
+    assert [solution.thresholds.tolist() for solution in ours] == [s.thresholds.tolist() for s in again]
+    alone = [thresholds.optimal(correct, scores, costs, budget)[0] for budget in budgets]
+    assert accuracy == [solution.accuracy for solution in alone]
+
+
+def test_coarse_levels_are_refined_to_single_images():
+    """Eight levels of exit 0 only; the grids around the best of them find the optimum of this cascade."""
+    correct, scores, costs = cascade(3, 500)
+    exact = thresholds.optimal(correct, scores, costs, budgets_of(costs))
+    coarse = thresholds.optimal(correct, scores, costs, budgets_of(costs), levels=8)
+    assert exact[0].resolution == 0.0
+    assert 1 / 8 < coarse[0].resolution < 1 / 6
+    assert exact[0].evaluations == 501 * 501
+    short = [one.accuracy - other.accuracy for one, other in zip(exact, coarse, strict=True)]
+    assert min(short) >= 0
+    assert max(short) <= 0.004  # two images of 500
+
+
+def test_images_joining_in_bulk_and_one_by_one_agree():
+    """A tie of more than 16 images at exit 0 takes the other path."""
+    correct, scores, costs = cascade(3, 200)
+    scores[0] = np.round(scores[0] * 4) / 4
+    assert np.unique(scores[0], return_counts=True)[1].max() > frontier.FEW
+    ranks = frontier.Ranks(scores)
+    hits, spent = frontier.grid(correct, ranks, costs, [np.arange(len(v) + 1) for v in ranks.values])
+    budgets = budgets_of(costs)
+    chosen = frontier.best(hits.ravel(), spent.ravel(), budgets)
+    ours = thresholds.optimal(correct, scores, costs, budgets)
+    assert [s.accuracy for s in ours] == pytest.approx((hits.ravel()[chosen] / 200).tolist())
+
+
+def test_sweep_equals_the_full_grid_at_every_cost_that_occurs():
+    """Budgets at which one image more or less decides, in units that are not exact in binary."""
+    correct, scores, costs = cascade(3, 40, seed=1)
+    costs = costs / 7
+    ranks = frontier.Ranks(scores)
+    hits, spent = frontier.grid(correct, ranks, costs, [np.arange(41), np.arange(41)])
+    budgets = np.unique(spent.round(12))
+    assert len(budgets) > 100
+    expected = hits.ravel()[frontier.best(hits.ravel(), spent.ravel(), budgets)]
+    _, found = frontier.sweep(correct, ranks, costs, budgets, np.arange(41))
+    np.testing.assert_array_equal(found, expected)
+    assert len(np.unique(expected)) > 8
+
+
+def test_grid_equals_evaluate():
+    correct, scores, costs = cascade(4, 60)
+    ranks = frontier.Ranks(scores)
+    cuts = [ranks.levels(k, 5) for k in range(3)]
+    hits, spent = frontier.grid(correct, ranks, costs, cuts)
+    assert hits.shape == (5, 5, 5)
+    for place in [(0, 2, 2), (4, 0, 3), (4, 4, 4), (1, 3, 2)]:
+        limits = ranks.thresholds([row[i] for row, i in zip(cuts, place, strict=True)])
+        point = exits.evaluate(correct, scores, limits, costs)
+        assert hits[place] == point.correct.sum()
+        assert spent[place] == pytest.approx(point.cost)
+
+
+def test_thresholds_are_calibration_scores_never_or_always():
+    correct, scores, costs = cascade(3, 300)
+    first, middle = thresholds.optimal(correct, scores, costs, [costs[0], 2.5])
+    np.testing.assert_array_equal(first.thresholds[[0, 2]], np.float32([ALWAYS, ALWAYS]))
+    assert middle.thresholds.dtype == np.float32
+    assert set(middle.thresholds[:2].tolist()) <= {*scores.ravel().tolist(), NEVER, ALWAYS}
+
+
+def test_a_cascade_that_only_gets_worse_stops_at_once():
+    """All right at exit 0, all wrong later: a large budget is not spent."""
+    correct = np.array([[True] * 20, [False] * 20, [False] * 20])
+    scores = np.random.default_rng(0).random((3, 20))
+    (ours,) = thresholds.optimal(correct, scores, [1.0, 2.0, 3.0], 3.0)
+    assert (ours.accuracy, ours.cost, ours.counts.tolist()) == (1.0, 1.0, [20, 0, 0])
+
+
+# The genetic search
+
+
+def test_genetic_is_reproducible_and_reports_its_effort():
+    correct, scores, costs = cascade(3, 300)
+    one, other = (thresholds.genetic(correct, scores, costs, [2.5, 4.0], seed=3) for _ in range(2))
+    for a, b in zip(one, other, strict=True):
+        np.testing.assert_array_equal(a.thresholds, b.thresholds)
+        assert a.evaluations == b.evaluations
+        assert 100 < a.evaluations <= 50 * 61
+        assert a.seconds > 0
+    seeds = {thresholds.genetic(correct, scores, costs, 2.5, seed=s)[0].evaluations for s in range(4)}
+    assert len(seeds) > 1
+
+
+def test_genetic_comes_close_to_the_optimum():
+    correct, scores, costs = cascade(3, 600)
+    budgets = budgets_of(costs)[1:-1]
+    evolved = thresholds.genetic(correct, scores, costs, budgets)
+    ours = thresholds.optimal(correct, scores, costs, budgets)
+    assert all(hers.accuracy > mine.accuracy - 0.01 for hers, mine in zip(evolved, ours, strict=True))
+
+
+# Errors
+
+
+@pytest.mark.parametrize("solver", sorted(thresholds.SOLVERS))
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"budgets": 0.9}, "budget 0.9 is below the first exit, which every image pays: 1"),
+        ({"budgets": [2.0, np.nan]}, "NaN"),
+        ({"budgets": []}, "one number or a list"),
+        ({"costs": [1.0, 1.0, 3.0]}, "strictly increasing, got 1, 1, 3"),
+        ({"costs": [1.0, 2.0]}, "3 exits need 3 costs"),
+        ({"correct": np.ones((3, 49), bool)}, r"correct \(3, 49\) and scores \(3, 50\) differ"),
+        ({"scores": np.full((3, 50), np.nan)}, "scores are NaN"),
+        ({"correct": np.ones((1, 5), bool), "scores": np.ones((1, 5)), "costs": [1.0]}, "at least two exits"),
+    ],
+)
+def test_one_clear_error_each(solver, changed, message):
+    correct, scores, costs = cascade(3, 50)
+    given = {"correct": correct, "scores": scores, "costs": costs, "budgets": 2.0} | changed
+    with pytest.raises(ValueError, match=message) as error:
+        thresholds.SOLVERS[solver](**given)
+    assert "\n" not in str(error.value)
+
+
+def test_errors_of_single_solvers():
+    correct, scores, costs = cascade(3, 50)
+    with pytest.raises(ValueError, match="levels must be at least 2"):
+        thresholds.optimal(correct, scores, costs, 2.0, levels=1)
+    with pytest.raises(ValueError, match=r"3 exits need 3 thresholds, got shape \(2,\)"):
+        thresholds.optimal(correct, scores, costs, 2.0, starts=[[0.5, 0.5]])
+    with pytest.raises(ValueError, match="4 individuals and 1 generation at least, got 3 and 5"):
+        thresholds.genetic(correct, scores, costs, 2.0, population=3, generations=5)
+    with pytest.raises(ValueError, match="3 exits need as many shares"):
+        thresholds.find_threshold(scores, [0.5, 0.5])
+    with pytest.raises(ValueError, match="positive step"):
+        thresholds.geometric_shares(0, 3)
+    with pytest.raises(ValueError, match="up to 9 exits, got 10"):
+        thresholds.optimal(*cascade(10, 20), 2.0)

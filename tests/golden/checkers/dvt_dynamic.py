@@ -1,0 +1,44 @@
+"""The released threshold search and early-exit evaluation: kind `dvt_dynamic`."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from dyntoken.eval import exits, thresholds
+from tests.golden.case import Case
+from tests.golden.ledger import Ledger
+
+SINGLE = 1e-6  # the reference computes shares, percentages and costs in float32
+
+
+def check(case: Case, ledger: Ledger) -> None:
+    """Every group: the plain run, ties, and few images; the confidence where logits are recorded."""
+    for group in case.info["groups"]:
+        _check_group(ledger, group)
+    for part in ("calib", "val"):
+        if ledger.holds(f"{part}_logits"):
+            ours = exits.confidence(ledger.expected(f"{part}_logits"))
+            ledger.close(f"{part} confidence", ours, SINGLE, ledger.expected(f"{part}_probs").max(-1))
+
+
+def _check_group(ledger: Ledger, group: str) -> None:
+    steps, costs = ledger.expected(group + "p"), ledger.expected("flops")
+    calibration = _part(ledger, group + "calib")
+    held_out = _part(ledger, group + "val")
+    shares = [thresholds.geometric_shares(step, len(costs)) for step in steps]
+    found = thresholds.geometric_sweep(calibration[1], steps)
+    ledger.close(group + "exit_probs", np.stack(shares), SINGLE)
+    ledger.equal(group + "thresholds", found)
+    seen = exits.budgeted(*calibration, found, costs)
+    curve = exits.budgeted(*held_out, found, costs)
+    ledger.equal(group + "train_exit_counts", seen.counts)
+    ledger.equal(group + "exit_counts", curve.counts)
+    ledger.close(group + "accuracy", 100 * curve.accuracy, SINGLE)
+    ledger.close(group + "expected_flops", curve.cost, SINGLE)
+    ledger.close(group + "anytime_accuracy", 100 * exits.anytime(held_out[0], costs).accuracy, SINGLE)
+
+
+def _part(ledger: Ledger, name: str) -> tuple[np.ndarray, np.ndarray]:
+    # The recorded probabilities, not our softmax: the thresholds are among them, bit by bit.
+    probs = ledger.expected(name + "_probs")
+    return exits.correct_of(probs, ledger.expected(name + "_labels")), probs.max(axis=-1)
