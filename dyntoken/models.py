@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dyntoken import reducers
+from dyntoken import names, reducers
 from dyntoken.backbones import BACKBONES
 from dyntoken.heads import ClassHead
 from dyntoken.nn.trunk import Context, Site, Spec
@@ -158,61 +157,14 @@ class Model(nn.Module):
         return draws
 
 
-@dataclasses.dataclass(frozen=True)
-class Arch:
-    """A named architecture: a row of `BACKBONES`, its options, its classes."""
-
-    backbone: str
-    options: tuple[tuple[str, Any], ...]
-    num_classes: int = 1000
-
-
-SIZES = {  # width, depth, heads; timm's
-    "tiny": (192, 12, 3),
-    "small": (384, 12, 6),
-    "base": (768, 12, 12),
-    "large": (1024, 24, 16),
-    "mini": (64, 6, 2),  # ours: trains on a laptop CPU
-}
-_VIT = re.compile(r"(?:deit|vit)_(tiny|small|base|large|mini)(_distilled)?_patch(\d+)_(\d+)")
-_LISTED = [
-    *(f"{f}_{s}_patch16_224" for f in ("deit", "vit") for s in ("tiny", "small", "base")),
-    *(f"deit_{s}_distilled_patch16_224" for s in ("tiny", "small", "base")),
-    "deit_small_patch16_384",
-    "deit_base_patch16_384",
-    "deit_base_distilled_patch16_384",
-    "vit_large_patch16_224",
-    "vit_mini_patch4_28",
-]
-
-
-def _arch(name: str) -> Arch | None:
-    found = _VIT.fullmatch(name)
-    if not found:
-        return None
-    size, distilled, patch, pixels = found.groups()
-    width, depth, heads = SIZES[size]
-    options = {
-        "width": width,
-        "depth": depth,
-        "heads": heads,
-        "distilled": bool(distilled),
-        "patch_size": int(patch),
-        "img_size": int(pixels),
-        "in_chans": 3,
-    }
-    if size == "mini":  # made for Fashion-MNIST
-        return Arch("vit", tuple(sorted({**options, "in_chans": 1, "stem": "conv"}.items())), num_classes=10)
-    return Arch("vit", tuple(sorted(options.items())))
-
-
 def list_models(pattern: str = "*") -> list[str]:
     """Names that `create_model` knows, by `fnmatch` pattern.
 
     Any patch size and resolution can be asked for besides those listed.
     """
-    names = [*_LISTED, *(f"{m}_{n}" for m in reducers.METHODS for n in _LISTED)]
-    return sorted(fnmatch.filter(names, pattern))
+    listed = names.LISTED
+    known = [*listed, *(f"{m}_{n}" for m in reducers.METHODS for n in listed)]
+    return sorted(fnmatch.filter(known, pattern))
 
 
 def split_name(name: str) -> tuple[str | None, str]:
@@ -223,15 +175,15 @@ def split_name(name: str) -> tuple[str | None, str]:
     """
     first, _, rest = name.partition("_")
     for method, arch in ((None, name), (first, rest)):
-        if (method is None or method in reducers.METHODS) and _arch(arch) is not None:
+        if (method is None or method in reducers.METHODS) and names.parse(arch) is not None:
             return method, arch
-    if _arch(rest) is not None:
+    if names.parse(rest) is not None:
         raise UnknownNameError(f"unknown method {first!r}: {suggest(first, reducers.METHODS)}")
     raise UnknownNameError(f"unknown model {name!r}: {suggest(name, list_models())}")
 
 
 def create_model(name: str, **overrides: Any) -> Model:
-    """Builds a model by name, `[method_]backbone_size_patchP_RES`.
+    """Builds a model by name, `[method_]backbone_size_patchP_RES` (T2T-ViT: `[method_]t2t_vit_14`).
 
     Args:
       name: for instance "dtps_deit_small_patch16_224"; see `list_models`.
@@ -248,7 +200,7 @@ def create_model(name: str, **overrides: Any) -> Model:
       ValueError: values that do not fit together.
     """
     method, arch_name = split_name(name)
-    arch = _arch(arch_name)
+    arch = names.parse(arch_name)
     family = BACKBONES[arch.backbone]
     of_backbone = {f.name for f in dataclasses.fields(family)} - {"parent", "name", "sites"}
     of_model = {"num_classes", "pool", "representation_size"}
@@ -266,7 +218,7 @@ def create_model(name: str, **overrides: Any) -> Model:
                 f"{name} is dense and takes no {key!r}: put a method before its name, as in dtps_{arch_name}"
             )
         raise UnknownNameError(f"unknown option {key!r} of {name}: {suggest(key, known)}")
-    options = {**dict(arch.options), **{k: _static(v) for k, v in overrides.items() if k in of_backbone}}
+    options = {**arch.options, **{k: _static(v) for k, v in overrides.items() if k in of_backbone}}
     if "dtype" in options:
         options["dtype"] = jnp.dtype(options["dtype"])
     backbone = Spec.of(family, **options)

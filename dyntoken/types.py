@@ -127,10 +127,13 @@ class Attended:
         each patch row (softmax over all rows, prefix columns left out, not
         renormalised), or None without a class token.
       keys: `[B, heads, prefix + N, head_dim]`.
+      logits: `[B, heads, prefix + N, prefix + N]` float32 (query, key), scaled,
+        before the softmax and any mask; a bias that was added is included.
     """
 
     cls: Array | None = None
     keys: Array | None = None
+    logits: Array | None = None
 
 
 @flax.struct.dataclass
@@ -138,7 +141,8 @@ class Output:
     """What a classifier returns; `jit` removes what the caller does not use.
 
     Attributes:
-      logits: `[B, classes]` float32 (`[B, C]` pooled features if classes = 0).
+      logits: `[B, classes]` float32 (`[B, C]` pooled features if classes = 0);
+        of a cascade `[exits, B, classes]`.
       heads: `[2, B, classes]` class-token and distillation head of a distilled
         model, else None; `logits` is their mean.
       reductions: one `Reduction` per site.

@@ -9,12 +9,13 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent / "dyntoken"
 BASE = {"types", "registry"}
-CORE = BASE | {"ops", "nn", "reducers", "backbones", "heads", "models"}
+CORE = BASE | {"ops", "nn", "reducers", "backbones", "heads", "names", "models"}
 ALLOWED = {
     "__init__": set(),
     "types": set(),
     "registry": set(),
     "config": set(),
+    "names": set(),
     "ops": {"types"},
     "nn": {"ops", "types"},
     "reducers": BASE | {"nn", "ops"},

@@ -2,4 +2,4 @@
 
 from dyntoken.registry import Table
 
-BACKBONES = Table("backbone", {"vit": "dyntoken.backbones.deit:ViT"})
+BACKBONES = Table("backbone", {"vit": "dyntoken.backbones.deit:ViT", "t2t": "dyntoken.backbones.t2t:T2T"})

@@ -42,6 +42,8 @@ class Attention(nn.Module):
         prefix: int = 1,
         train: bool = False,
         observe: bool = False,
+        relate: bool = False,
+        bias: Array | None = None,
         draws: sample.Draws | None = None,
         path: tuple[int, ...] = (),
     ) -> tuple[Array, Attended | None]:
@@ -52,6 +54,8 @@ class Attention(nn.Module):
           prefix: rows that are no patches; row 0 is the class token.
           train: applies the policy as the references train it.
           observe: also return what a reducer may look at.
+          relate: also return the logits.
+          bias: `[B, heads, T, T]`, added to the scaled logits.
           draws, path: randomness and layer number; None switches dropout off.
 
         Returns:
@@ -66,13 +70,14 @@ class Attention(nn.Module):
         q, k, v = jnp.moveaxis(qkv, (2, 3), (0, 2))  # each [B, heads, T, head_dim]
         scale = self.qk_scale if self.qk_scale is not None else (width // self.heads) ** -0.5
         seen = None
-        if policy is None and not observe:
-            y = attend.attention(q, k, v, scale=scale)
+        if policy is None and not observe and not relate:
+            y = attend.attention(q, k, v, scale=scale, bias=bias)
         else:
-            p = attend.probabilities(q, k, scale=scale, policy=policy, train=train)
+            logits = attend.logits(q, k, scale=scale, bias=bias)
+            p = attend.normalise(logits, policy=policy, train=train)
             y = jnp.einsum("bhqk,bhkd->bhqd", p.astype(v.dtype), v)
-            if observe:
-                seen = Attended(cls=attend.class_attention(p, prefix) if prefix else None, keys=k)
+            cls = attend.class_attention(p, prefix) if prefix and observe else None
+            seen = Attended(cls=cls, keys=k if observe else None, logits=logits if relate else None)
         y = jnp.swapaxes(y, 1, 2).reshape(batch, rows, width)
         y = layers.dense(width, name="proj", dtype=self.dtype)(y)
-        return layers.drop(y, self.dropout, draws, *path), seen
+        return layers.drop(y, self.dropout, draws, *path), seen if observe or relate else None

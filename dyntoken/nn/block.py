@@ -22,7 +22,8 @@ class Block(nn.Module):
     """`x + attention(norm1(x))`, then `x + mlp(norm2(x))`.
 
     The two halves are methods, so that the trunk can put a reducer before the
-    block or between them; the block itself knows of none.
+    block or between them; the block itself knows of none. Whoever runs it may
+    add a bias to the attention logits and features before the MLP.
 
     Attributes:
       layer: number of the block, which keys its random draws.
@@ -31,6 +32,7 @@ class Block(nn.Module):
       drop_path: stochastic depth rate of both branches.
       layer_scale: initial LayerScale value, None for none.
       norm_eps: LayerNorm epsilon (1e-6 in DeiT).
+      context: channels of the features that `feed` gets besides the tokens.
       dtype: compute type.
     """
 
@@ -44,21 +46,34 @@ class Block(nn.Module):
     layer_scale: float | None = None
     norm_eps: float = 1e-6
     width: int = 0
+    context: int = 0
     dtype: Any = jnp.float32
 
     def setup(self) -> None:
         self.norm1 = nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype)
         self.attn = Attention(self.heads, self.qkv_bias, self.qk_scale, self.dropout, self.dtype)
         self.norm2 = nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype)
-        self.mlp = layers.Mlp(int(self.width * self.mlp_ratio), self.dropout, self.dtype)
+        self.mlp = layers.Mlp(int(self.width * self.mlp_ratio), self.dropout, self.dtype, self.width)
         if self.layer_scale is not None:
             self.ls1 = layers.LayerScale(self.layer_scale)
             self.ls2 = layers.LayerScale(self.layer_scale)
 
     def attend(
-        self, tokens: Tokens, draws: sample.Draws | None, train: bool, observe: bool
+        self,
+        tokens: Tokens,
+        draws: sample.Draws | None,
+        train: bool,
+        observe: bool,
+        relate: bool = False,
+        bias: Array | None = None,
     ) -> tuple[Tokens, Attended | None]:
-        """First half: attention over the rows alive, residual added."""
+        """First half: attention over the rows alive, residual added.
+
+        Args:
+          observe: return what a reducer may look at.
+          relate: return the attention logits.
+          bias: `[B, heads, T, T]`, added to them.
+        """
         policy = None if tokens.alive is None else attend.with_prefix(tokens.alive, tokens.prefix)
         y, seen = self.attn(
             self.norm1(tokens.x),
@@ -66,15 +81,29 @@ class Block(nn.Module):
             prefix=tokens.prefix,
             train=train,
             observe=observe,
+            relate=relate,
+            bias=bias,
             draws=draws,
             path=(self.layer, ATTENTION),
         )
         y = self.ls1(y) if self.layer_scale is not None else y
         return tokens.replace(x=tokens.x + self._path(y, draws, ATTENTION_PATH)), seen
 
-    def feed(self, tokens: Tokens, draws: sample.Draws | None) -> Tokens:
-        """Second half: MLP, residual added."""
-        y = self.mlp(self.norm2(tokens.x), draws, (self.layer, MLP))
+    def feed(self, tokens: Tokens, draws: sample.Draws | None, extra: Array | None = None) -> Tokens:
+        """Second half: MLP, residual added.
+
+        Args:
+          extra: `[B, T, context]`, concatenated to the MLP's input before its
+            norm; the residual goes without it.
+        """
+        x = tokens.x
+        if (extra is None) == bool(self.context):
+            raise ValueError(
+                f"a block with context={self.context} got {'no' if extra is None else 'some'} features"
+            )
+        if extra is not None:
+            x = jnp.concatenate([x, extra.astype(x.dtype)], axis=-1)
+        y = self.mlp(self.norm2(x), draws, (self.layer, MLP))
         y = self.ls2(y) if self.layer_scale is not None else y
         return tokens.replace(x=tokens.x + self._path(y, draws, MLP_PATH))
 

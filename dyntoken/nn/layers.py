@@ -52,27 +52,24 @@ def gelu(x: Array) -> Array:
 
 
 class PatchEmbed(nn.Module):
-    """Non-overlapping patches: `[B, H, W, Cin]` -> `[B, rows, columns, width]`."""
+    """Non-overlapping patches: `[B, H, W, Cin]` -> `[B, rows, columns, width]`.
+
+    Attributes:
+      padding: rows and columns of zeros on either side of the image.
+    """
 
     patch: tuple[int, int]
     width: int
+    padding: tuple[int, int] = (0, 0)
     dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, images: Array) -> Array:
         fan_in = self.patch[0] * self.patch[1] * images.shape[-1]
         init = torch_uniform(fan_in)
-        proj = nn.Conv(
-            self.width,
-            self.patch,
-            self.patch,
-            "VALID",
-            kernel_init=init,
-            bias_init=init,
-            dtype=self.dtype,
-            name="proj",
-        )
-        return proj(images)
+        padding = [(p, p) for p in self.padding]
+        options = {"kernel_init": init, "bias_init": init, "dtype": self.dtype, "name": "proj"}
+        return nn.Conv(self.width, self.patch, self.patch, padding, **options)(images)
 
 
 class ConvStem(nn.Module):
@@ -106,16 +103,17 @@ class ConvStem(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two linear layers with an exact GELU: `[B, T, C]` -> `[B, T, C]`."""
+    """Two linear layers with an exact GELU: `[B, T, C]` -> `[B, T, width]`, by default width = C."""
 
     hidden: int
     dropout: float = 0.0
     dtype: Dtype = jnp.float32
+    width: int | None = None
 
     @nn.compact
     def __call__(self, x: Array, draws: sample.Draws | None = None, path: tuple[int, ...] = ()) -> Array:
         """`draws` turns dropout on; `path` numbers the layer."""
-        width = x.shape[-1]
+        width = self.width or x.shape[-1]
         x = gelu(dense(self.hidden, name="fc1", dtype=self.dtype)(x))
         x = drop(x, self.dropout, draws, *path, 0)
         x = dense(width, name="fc2", dtype=self.dtype)(x)

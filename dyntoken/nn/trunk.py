@@ -61,7 +61,10 @@ class Context:
       policy: draws for scorers and Gumbel noise.
       noise: per site, replaces the Gumbel draws (`[B, n, 2]`).
       decisions: per site, `[B, n]` 0/1, replaces the site's own choice.
-      record: what to keep besides the output ("embed", "blocks", "stages").
+      bias: layer number -> `[B, heads, T, T]`, added to its attention logits.
+      extra: layer number -> `[B, T, context]`, features before its MLP.
+      record: what to keep besides the output ("embed", "blocks", "stages",
+        "relations").
     """
 
     train: bool = False
@@ -69,6 +72,8 @@ class Context:
     policy: sample.Draws | None = None
     noise: Sequence[Array] | None = None
     decisions: Sequence[Array] | None = None
+    bias: Callable[[int], Array] | None = None
+    extra: Callable[[int], Array] | None = None
     record: tuple[str, ...] = ()
 
 
@@ -99,11 +104,13 @@ class Trunk(nn.Module):
 
         Returns:
           The tokens after the last block, one `Reduction` per site, and the
-          records asked for: "blocks", the rows after each block, and "stages",
-          the rows before and after each site.
+          records asked for: "blocks", the rows after each block, "stages", the
+          rows before and after each site, and "relations", the attention logits
+          `[B, heads, T, T]` of each block.
         """
         reductions: list[Reduction] = []
-        stages, outs = [], []
+        stages, outs, relations = [], [], []
+        relate = "relations" in context.record
         stage_at = {site.at: stage for stage, site in enumerate(self.sites)}
         if context.train and self._masks():
             # The references run every block under the policy softmax, also those before the first site.
@@ -118,15 +125,19 @@ class Trunk(nn.Module):
                 reductions.append(reduction)
                 stages.append((before, tokens.x))
             inside = site is not None and site.inside
-            tokens, seen = block.attend(tokens, context.dropout, context.train, inside)
+            bias = None if context.bias is None else context.bias(index)
+            tokens, seen = block.attend(tokens, context.dropout, context.train, inside, relate, bias)
+            relations.append(seen.logits if relate else None)
             if inside:
                 before = tokens.x
                 tokens, reduction = self._reduce(stage, tokens, seen, context)
                 reductions.append(reduction)
                 stages.append((before, tokens.x))
-            tokens = block.feed(tokens, context.dropout)
+            tokens = block.feed(
+                tokens, context.dropout, None if context.extra is None else context.extra(index)
+            )
             outs.append(tokens.x)
-        records = {"blocks": tuple(outs), "stages": tuple(stages)}
+        records = {"blocks": tuple(outs), "stages": tuple(stages), "relations": tuple(relations)}
         return tokens, tuple(reductions), {k: v for k, v in records.items() if k in context.record}
 
     def _masks(self) -> bool:
@@ -147,6 +158,6 @@ class Trunk(nn.Module):
 
 
 def _rematerialised(block: type[Block]) -> type[Block]:
-    """`block` with each half recomputed in the backward pass (train, observe are static)."""
+    """`block` with each half recomputed in the backward pass (train, observe, relate are static)."""
     half = nn.remat(block, methods=["feed"])
-    return nn.remat(half, methods=["attend"], static_argnums=(3, 4))
+    return nn.remat(half, methods=["attend"], static_argnums=(3, 4, 5))

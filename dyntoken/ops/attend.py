@@ -54,11 +54,12 @@ def masked_softmax(logits: Array, policy: Array) -> Array:
     return jax.nn.softmax(logits, axis=-1)
 
 
-def attention(q: Array, k: Array, v: Array, *, scale: float) -> Array:
+def attention(q: Array, k: Array, v: Array, *, scale: float, bias: Array | None = None) -> Array:
     """Unmasked attention whose probabilities nobody reads.
 
     Args:
       q, k, v: `[B, H, T, D]`.
+      bias: `[B, H, T, T]`, added to the scaled logits.
 
     Returns:
       `[B, H, T, D]`. On the CPU the normalisation comes after the value product
@@ -66,21 +67,26 @@ def attention(q: Array, k: Array, v: Array, *, scale: float) -> Array:
       fused attention.
     """
     if backend.platform() == "cpu":
-        logits = jnp.einsum("bhqd,bhkd->bhqk", q, k, preferred_element_type=jnp.float32) * scale
-        p = jnp.exp(logits - jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True)))
+        scores = logits(q, k, scale=scale, bias=bias)
+        p = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
         y = jnp.einsum("bhqk,bhkd->bhqd", p.astype(v.dtype), v, preferred_element_type=jnp.float32)
         return (y / p.sum(axis=-1, keepdims=True)).astype(v.dtype)
     q, k, v = (jnp.swapaxes(t, 1, 2) for t in (q, k, v))
-    return jnp.swapaxes(jax.nn.dot_product_attention(q, k, v, scale=scale), 1, 2)
+    return jnp.swapaxes(jax.nn.dot_product_attention(q, k, v, bias, scale=scale), 1, 2)
 
 
-def probabilities(q: Array, k: Array, *, scale: float, policy: Array | None, train: bool) -> Array:
+def logits(q: Array, k: Array, *, scale: float, bias: Array | None = None) -> Array:
+    """Scaled products of queries and keys, plus a bias: `[B, H, T, T]` float32."""
+    products = jnp.einsum("bhqd,bhkd->bhqk", q, k, preferred_element_type=jnp.float32) * scale
+    return products if bias is None else products + bias.astype(jnp.float32)
+
+
+def normalise(logits: Array, *, policy: Array | None, train: bool) -> Array:
     """Attention weights `[B, H, T, T]` in float32, masked by `policy` if given.
 
     In training a policy is applied as the references do (`policy_softmax`), in
     evaluation exactly (`masked_softmax`).
     """
-    logits = jnp.einsum("bhqd,bhkd->bhqk", q, k, preferred_element_type=jnp.float32) * scale
     if policy is None:
         return jax.nn.softmax(logits, axis=-1)
     return policy_softmax(logits, policy) if train else masked_softmax(logits, policy)

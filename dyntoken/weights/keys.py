@@ -41,14 +41,20 @@ VIT_RULES = (
     (r"^head/dist/", r"head_dist/"),
     (r"^head/pre_logits/", r"pre_logits/fc/"),
 )
+T2T_RULES = (
+    # The performer's MLP is a torch Sequential.
+    (r"^backbone/tokens_to_token/(attention\d)/mlp_(\d)/", r"tokens_to_token/\1/mlp/\2/"),
+    (r"^backbone/tokens_to_token/", r"tokens_to_token/"),
+    *VIT_RULES,
+)
 # Other spellings of a reference key that some published files use.
 VIT_ALIASES = (
     (r"^blocks\.(\d+)\.gamma_([12])$", r"blocks.\1.ls\2.gamma"),  # DeiT-III
 )
 
-RULES = Table("weight family", {"vit": (VIT_RULES, VIT_ALIASES)})
+RULES = Table("weight family", {"vit": (VIT_RULES, VIT_ALIASES), "t2t": (T2T_RULES, ())})
 # Backbone class -> row of RULES.
-FAMILIES = {"ViT": "vit"}
+FAMILIES = {"ViT": "vit", "T2T": "t2t"}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,6 +22,7 @@ REPOSITORIES = (
     ("evit", ("evit",)),
     ("tps", ("tps",)),
     ("dynamicvit", ("dynamicvit",)),
+    ("t2t", ("t2t-vit",)),
     ("timm", ("timm",)),
     ("timm", ("pytorch-image-models",)),
     ("timm", ("facebookresearch/deit",)),
@@ -36,6 +37,7 @@ REFERENCES = Table(
         "tps/DynamicVit": "dyntoken.weights.reference_vit:tps",
         "evit/EViT": "dyntoken.weights.reference_vit:evit",
         "evit+tps/EViT": "dyntoken.weights.reference_vit:etps",
+        "t2t/T2T_ViT": "dyntoken.weights.reference_t2t:t2t",
     },
 )
 
@@ -63,7 +65,8 @@ def find_reference(repository: str, cls: str) -> str:
     text = repository.lower()
     for name, parts in REPOSITORIES:
         if all(part in text for part in parts):
-            row = f"{name}/{cls.split()[0] if cls.split() else cls}"
+            first = cls.split()[0] if cls.split() else cls
+            row = f"{name}/{first.rsplit('.', 1)[-1]}"  # a class may be given with its module
             if row in REFERENCES:
                 return row
             known = [other for other in REFERENCES if other.startswith(f"{name}/")]

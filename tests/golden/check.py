@@ -23,6 +23,7 @@ KINDS = {
     "tps_module": "tps_module",
     "evit_deit": "evit",
     "etps_deit": "evit",
+    "t2t_vit": "t2t",
     "pos_embed_resize": "resize",
     "schedules": "schedules",
     "flops": "flops",

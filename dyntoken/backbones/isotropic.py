@@ -1,0 +1,156 @@
+"""What all isotropic backbones share: class token, positions, one trunk, final norm."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from dyntoken.nn import layers
+from dyntoken.nn.block import Block
+from dyntoken.nn.trunk import Context, Site, Spec, Trunk
+from dyntoken.types import Reduction, Tokens
+
+Array = jax.Array
+
+
+def pair(value: int | tuple[int, int]) -> tuple[int, int]:
+    """`n` or `(rows, columns)` to a pair."""
+    return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
+
+
+class Isotropic(nn.Module):
+    """A stem, then blocks of one width.
+
+    Class (and other prefix) tokens come first, then one position embedding of
+    length prefix + N is added to all rows. A subclass gives the stem
+    (`setup_stem`, `stem_rows`), the `grid`, its prefix tokens and its positions.
+
+    Attributes:
+      img_size: pixels, `n` or `(height, width)`.
+      in_chans: image channels.
+      width, depth, heads, mlp_ratio, qkv_bias, qk_scale: as timm's.
+      dropout: after the position embedding, attention projection and MLP.
+      drop_path: stochastic depth of the last block.
+      drop_path_rule: "linear" from 0 (DeiT) or "constant" (TPS).
+      layer_scale: initial LayerScale value, None for none.
+      norm_eps: LayerNorm epsilon.
+      context: channels that something outside concatenates before each MLP.
+      remat: recompute block halves in the backward pass.
+      dtype: compute type; parameters stay float32.
+      sites: reduction sites.
+    """
+
+    img_size: int | tuple[int, int] = 224
+    in_chans: int = 3
+    width: int = 384
+    depth: int = 12
+    heads: int = 6
+    mlp_ratio: float = 4.0
+    qkv_bias: bool = True
+    qk_scale: float | None = None
+    dropout: float = 0.0
+    drop_path: float = 0.0
+    drop_path_rule: str = "linear"
+    layer_scale: float | None = None
+    norm_eps: float = 1e-6
+    context: int = 0
+    remat: bool = False
+    dtype: Any = jnp.float32
+    sites: tuple[Site, ...] = ()
+
+    @property
+    def default_sites(self) -> tuple[int, ...]:
+        """Three sites at the quarters of the depth: (3, 6, 9) of 12 blocks."""
+        return tuple(sorted({self.depth * q // 4 for q in (1, 2, 3)}))
+
+    @property
+    def prefix_names(self) -> tuple[str, ...]:
+        """Parameters of the rows that are no patches, in order."""
+        return ("cls_token",)
+
+    @property
+    def prefix(self) -> int:
+        """Rows that are no patches."""
+        return len(self.prefix_names)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(rows, columns) of patches."""
+        raise NotImplementedError(f"{type(self).__name__} does not say its grid")
+
+    def setup_stem(self) -> None:
+        """Builds the modules of the stem."""
+        raise NotImplementedError(f"{type(self).__name__} does not build a stem")
+
+    def stem_rows(self, images: Array) -> Array:
+        """Images to patch rows `[B, N, width]`."""
+        raise NotImplementedError(f"{type(self).__name__} does not run a stem")
+
+    def positions(self) -> Array:
+        """The position embedding `[1, prefix + N, width]`; called once, in `setup`."""
+        rows = self.prefix + self.grid[0] * self.grid[1]
+        return self.param("pos_embed", layers.trunc_normal(), (1, rows, self.width))
+
+    def setup(self) -> None:
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not divisible by {self.heads} heads")
+        self.setup_stem()
+        init = layers.trunc_normal()
+        self.first = [self.param(name, init, (1, 1, self.width)) for name in self.prefix_names]
+        self.added = self.positions()
+        self.trunk = Trunk(tuple(self._block(i) for i in range(self.depth)), self.sites, self.remat)
+        self.norm = nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype)
+
+    def _block(self, index: int) -> Spec:
+        if self.drop_path_rule not in ("linear", "constant"):
+            raise ValueError(f"drop_path_rule must be linear or constant, got {self.drop_path_rule!r}")
+        linear = self.drop_path * index / max(1, self.depth - 1)
+        return Spec.of(
+            Block,
+            layer=index,
+            width=self.width,
+            heads=self.heads,
+            mlp_ratio=self.mlp_ratio,
+            qkv_bias=self.qkv_bias,
+            qk_scale=self.qk_scale,
+            dropout=self.dropout,
+            drop_path=linear if self.drop_path_rule == "linear" else self.drop_path,
+            layer_scale=self.layer_scale,
+            norm_eps=self.norm_eps,
+            context=self.context,
+            dtype=self.dtype,
+        )
+
+    def embed(self, images: Array, context: Context) -> Tokens:
+        """Images `[B, H, W, in_chans]` to the tokens that enter block 0."""
+        size = pair(self.img_size)
+        if images.ndim != 4 or images.shape[1:] != (*size, self.in_chans):
+            raise ValueError(
+                f"this model takes images [B, {size[0]}, {size[1]}, {self.in_chans}], got {images.shape}; "
+                "create_model(..., img_size=, in_chans=) builds it for others"
+            )
+        x = self.stem_rows(images.astype(self.dtype))
+        batch = x.shape[0]
+        first = [jnp.broadcast_to(t.astype(x.dtype), (batch, 1, self.width)) for t in self.first]
+        x = jnp.concatenate([*first, x], axis=1) + self.added.astype(x.dtype)
+        # Layer number `depth` keys the draw: no block uses it.
+        x = layers.drop(x, self.dropout, context.dropout, self.depth)
+        return Tokens.start(x, prefix=self.prefix, grid=self.grid)
+
+    def __call__(
+        self, images: Array, context: Context
+    ) -> tuple[Tokens, tuple[Reduction, ...], dict[str, Any]]:
+        """Runs stem, trunk and final norm.
+
+        Returns:
+          Normalised tokens, one `Reduction` per site, records by name.
+        """
+        tokens = self.embed(images, context)
+        chex.assert_shape(tokens.x, (images.shape[0], self.prefix + tokens.initial, self.width))
+        embed = {"embed": tokens.x} if "embed" in context.record else {}
+        tokens, reductions, records = self.trunk(tokens, context)
+        return tokens.replace(x=self.norm(tokens.x)), reductions, {**embed, **records}

@@ -1,0 +1,112 @@
+"""Names of architectures: one table of families, each a pattern and what it stands for."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Arch:
+    """A named architecture.
+
+    Attributes:
+      backbone: row of `backbones.BACKBONES`.
+      options: fields of that backbone.
+      num_classes: default number of classes.
+    """
+
+    backbone: str
+    options: dict[str, Any]
+    num_classes: int = 1000
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """Names of one kind.
+
+    Attributes:
+      pattern: of a whole name.
+      build: the match to an `Arch`.
+      listed: the names that `list_models` shows.
+    """
+
+    pattern: str
+    build: Callable[[re.Match[str]], Arch]
+    listed: tuple[str, ...]
+
+
+VIT = {  # width, depth, heads; timm's
+    "tiny": (192, 12, 3),
+    "small": (384, 12, 6),
+    "base": (768, 12, 12),
+    "large": (1024, 24, 16),
+    "mini": (64, 6, 2),  # ours: trains on a laptop CPU
+}
+T2T = {  # width, depth, heads, mlp_ratio; yitu-opensource/T2T-ViT
+    "7": (256, 7, 4, 2.0),
+    "10": (256, 10, 4, 2.0),
+    "12": (256, 12, 4, 2.0),
+    "14": (384, 14, 6, 3.0),
+    "19": (448, 19, 7, 3.0),
+    "24": (512, 24, 8, 3.0),
+}
+
+
+def _sized(size: str) -> dict[str, Any]:
+    return dict(zip(("width", "depth", "heads"), VIT[size], strict=True))
+
+
+def _vit(found: re.Match[str]) -> Arch:
+    size, distilled, patch, pixels = found.groups()
+    options = {
+        **_sized(size),
+        "distilled": bool(distilled),
+        "patch_size": int(patch),
+        "img_size": int(pixels),
+        "in_chans": 3,
+    }
+    if size == "mini":  # made for Fashion-MNIST
+        return Arch("vit", {**options, "in_chans": 1, "stem": "conv"}, num_classes=10)
+    return Arch("vit", options)
+
+
+def _t2t(found: re.Match[str]) -> Arch:
+    kind, number = found.groups()
+    fields = dict(zip(("width", "depth", "heads", "mlp_ratio"), T2T[number], strict=True))
+    kind = "transformer" if kind else "performer"
+    return Arch("t2t", {**fields, "tokens_type": kind, "img_size": 224, "in_chans": 3})
+
+
+FAMILIES = (
+    Family(
+        rf"(?:deit|vit)_({'|'.join(VIT)})(_distilled)?_patch(\d+)_(\d+)",
+        _vit,
+        (
+            *(f"{f}_{s}_patch16_224" for f in ("deit", "vit") for s in ("tiny", "small", "base")),
+            *(f"deit_{s}_distilled_patch16_224" for s in ("tiny", "small", "base")),
+            "deit_small_patch16_384",
+            "deit_base_patch16_384",
+            "deit_base_distilled_patch16_384",
+            "vit_large_patch16_224",
+            "vit_mini_patch4_28",
+        ),
+    ),
+    Family(
+        rf"t2t_vit_(t_)?({'|'.join(T2T)})",
+        _t2t,
+        tuple(f"t2t_vit_{n}" for n in (*T2T, "t_14", "t_19", "t_24")),
+    ),
+)
+LISTED = tuple(name for family in FAMILIES for name in family.listed)
+
+
+def parse(name: str, families: tuple[Family, ...] = FAMILIES) -> Arch | None:
+    """The architecture of a name without its method, or None."""
+    for family in families:
+        found = re.fullmatch(family.pattern, name)
+        if found:
+            return family.build(found)
+    return None
