@@ -84,7 +84,9 @@ def match(
     if allowed is not None:
         sim = jnp.where(allowed[:, None, :] > 0.5, sim, MASKED)
     host = jax.lax.stop_gradient(sim).argmax(axis=-1).astype(jnp.int32)
-    return host, jnp.take_along_axis(sim, host[..., None], axis=-1)[..., 0]
+    # A select rather than a gather: the gather's gradient is a scatter, serial on a CPU.
+    chosen = host[..., None] == jnp.arange(sim.shape[-1])[None, None, :]
+    return host, jnp.where(chosen, sim, 0.0).sum(axis=-1)
 
 
 def _absorb(targets: Array, sources: Array, host: Array, weight: Array, own: float) -> Array:
