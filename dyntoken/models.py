@@ -13,10 +13,12 @@ import jax.numpy as jnp
 
 from dyntoken import names, reducers
 from dyntoken.backbones import BACKBONES
+from dyntoken.cascade import Cascade
 from dyntoken.heads import ClassHead
+from dyntoken.nn import draws
 from dyntoken.nn.trunk import Context, Site, Spec
-from dyntoken.ops import sample, select
-from dyntoken.registry import UnknownNameError, suggest
+from dyntoken.ops import select
+from dyntoken.registry import UnknownNameError, check_options, suggest
 from dyntoken.types import Output
 
 Array = jax.Array
@@ -130,8 +132,8 @@ class Model(nn.Module):
         ids = jnp.arange(images.shape[0], dtype=jnp.int32) if ids is None else ids
         context = Context(
             train=train,
-            dropout=self._dropout_draws(ids) if train else None,
-            policy=self._draws("policy", ids),
+            dropout=draws.of_dropout(self, dict(self.backbone.options), ids) if train else None,
+            policy=draws.of_stream(self, "policy", ids),
             noise=noise,
             decisions=decisions,
             record=tuple(record),
@@ -141,21 +143,6 @@ class Model(nn.Module):
         kept = tokens if "features" in record else None
         return Output(logits=logits, heads=heads, reductions=reductions, tokens=kept, records=records)
 
-    def _draws(self, stream: str, ids: Array) -> sample.Draws | None:
-        if self.has_rng(stream):
-            return sample.Draws(self.make_rng(stream), ids)
-        return sample.Draws(jax.random.key(0), ids) if self.is_initializing() else None
-
-    def _dropout_draws(self, ids: Array) -> sample.Draws | None:
-        options = dict(self.backbone.options)
-        rates = [options.get(k, 0.0) for k in ("dropout", "drop_path")]
-        if not any(rates):
-            return None
-        draws = self._draws("dropout", ids)
-        if draws is None:
-            raise ValueError("this model drops out in training: pass rngs={'dropout': key}")
-        return draws
-
 
 def list_models(pattern: str = "*") -> list[str]:
     """Names that `create_model` knows, by `fnmatch` pattern.
@@ -163,34 +150,43 @@ def list_models(pattern: str = "*") -> list[str]:
     Any patch size and resolution can be asked for besides those listed.
     """
     listed = names.LISTED
-    known = [*listed, *(f"{m}_{n}" for m in reducers.METHODS for n in listed)]
+    cascades = [f"{names.CASCADE}_{n}" for n in names.CASCADES]
+    known = [*listed, *(f"{m}_{n}" for m in reducers.METHODS for n in listed), *cascades]
     return sorted(fnmatch.filter(known, pattern))
 
 
 def split_name(name: str) -> tuple[str | None, str]:
     """`"dtps_deit_small_patch16_224"` to `("dtps", "deit_small_patch16_224")`.
 
+    The first part of a cascade's name is "dvt".
+
     Raises:
       UnknownNameError: with the nearest names.
     """
     first, _, rest = name.partition("_")
+    methods = (None, names.CASCADE, *reducers.METHODS)
     for method, arch in ((None, name), (first, rest)):
-        if (method is None or method in reducers.METHODS) and names.parse(arch) is not None:
+        if method in methods and names.parse(arch) is not None:
             return method, arch
     if names.parse(rest) is not None:
-        raise UnknownNameError(f"unknown method {first!r}: {suggest(first, reducers.METHODS)}")
+        raise UnknownNameError(f"unknown method {first!r}: {suggest(first, methods[1:])}")
     raise UnknownNameError(f"unknown model {name!r}: {suggest(name, list_models())}")
 
 
-def create_model(name: str, **overrides: Any) -> Model:
-    """Builds a model by name, `[method_]backbone_size_patchP_RES` (T2T-ViT: `[method_]t2t_vit_14`).
+def create_model(name: str, **overrides: Any) -> Model | Cascade:
+    """Builds a model by name.
+
+    `[method_]backbone_size_patchP_RES`, timm's spelling for the backbone part
+    (without `_patchP_RES` it is 16 and 224), or `[method_]t2t_vit_14`; a cascade
+    of exits is `dvt_deit_small`, `dvt_t2t_vit_12`.
 
     Args:
       name: for instance "dtps_deit_small_patch16_224"; see `list_models`.
       **overrides: any field: of the model (`num_classes`, `keep`, `at`, `form`,
         `pool`, `representation_size`), of the backbone (`img_size`, `in_chans`,
-        `drop_path`, `dtype`, ...) or of the method (`fuse`, `score`, `shuffle`,
-        `temperature`, `tau`). `dtype` may be a name ("bfloat16").
+        `drop_path`, `dtype`, ...), of the method (`fuse`, `score`, `shuffle`,
+        `temperature`, `tau`) or of the cascade (`exits`, `feature_reuse`,
+        `relation_reuse`, ...). `dtype` may be a name ("bfloat16").
 
     Returns:
       A linen module; `model.apply(variables, images)` returns an `Output`.
@@ -201,27 +197,22 @@ def create_model(name: str, **overrides: Any) -> Model:
     """
     method, arch_name = split_name(name)
     arch = names.parse(arch_name)
-    family = BACKBONES[arch.backbone]
-    of_backbone = {f.name for f in dataclasses.fields(family)} - {"parent", "name", "sites"}
+    of_backbone = _fields(BACKBONES[arch.backbone]) - {"sites", "context"}
+    if method == names.CASCADE:
+        return _cascade(name, arch_name, overrides, of_backbone)
     of_model = {"num_classes", "pool", "representation_size"}
     of_sites = {"keep", "at", "form"}
     of_method = set()
     if method is not None:
-        row = reducers.METHODS[method]
-        of_method = {f.name for f in dataclasses.fields(row.make)} - _SITE_FIELDS
+        of_method = _fields(reducers.METHODS[method].make) - {"keep", "current", "ratio", "form", "stage"}
     known = of_backbone | of_model | (of_sites | of_method if method else set())
     for key in overrides:
-        if key in known:
-            continue
-        if key in of_sites | {"fuse", "score"}:
+        if key not in known and key in of_sites | {"fuse", "score"}:
             raise UnknownNameError(
                 f"{name} is dense and takes no {key!r}: put a method before its name, as in dtps_{arch_name}"
             )
-        raise UnknownNameError(f"unknown option {key!r} of {name}: {suggest(key, known)}")
-    options = {**arch.options, **{k: _static(v) for k, v in overrides.items() if k in of_backbone}}
-    if "dtype" in options:
-        options["dtype"] = jnp.dtype(options["dtype"])
-    backbone = Spec.of(family, **options)
+    check_options(name, overrides, known)
+    backbone = _backbone(arch, arch.options, overrides, of_backbone)
     fields = {k: _static(v) for k, v in overrides.items() if k in of_model | of_sites}
     fields.setdefault("num_classes", arch.num_classes)
     if method is not None:
@@ -234,9 +225,36 @@ def create_model(name: str, **overrides: Any) -> Model:
     return model
 
 
-_SITE_FIELDS = {"keep", "current", "ratio", "form", "stage", "parent", "name"}
+def _cascade(name: str, arch_name: str, overrides: dict[str, Any], of_backbone: set[str]) -> Cascade:
+    """A cascade of one backbone; the exits' token grids stand in for its patches."""
+    arch = names.parse(arch_name)
+    patches = {"tokens", "patch_size", "stem"}
+    of_cascade = _fields(Cascade) - {"arch", "backbone"}
+    check_options(name, overrides, (of_backbone - patches) | of_cascade)
+    options = {k: v for k, v in arch.options.items() if k not in patches}
+    backbone = _backbone(arch, options, overrides, of_backbone)
+    fields = {k: _static(v) for k, v in overrides.items() if k in of_cascade}
+    fields.setdefault("num_classes", arch.num_classes)
+    model = Cascade(arch=arch_name, backbone=backbone, **fields)
+    model.validate()
+    return model
+
+
+def _backbone(
+    arch: names.Arch, options: dict[str, Any], overrides: dict[str, Any], of_backbone: set[str]
+) -> Spec:
+    """The recipe of a backbone: the name's options, then the user's."""
+    options = {**options, **{k: _static(v) for k, v in overrides.items() if k in of_backbone}}
+    if "dtype" in options:
+        options["dtype"] = jnp.dtype(options["dtype"])
+    return Spec.of(BACKBONES[arch.backbone], **options)
+
+
+def _fields(module: type[nn.Module]) -> set[str]:
+    """Names of a module's own fields."""
+    return {f.name for f in dataclasses.fields(module)} - {"parent", "name"}
 
 
 def _static(value: Any) -> Any:
     """Config lists to tuples: module fields must be hashable."""
-    return tuple(value) if isinstance(value, (list, tuple)) else value
+    return tuple(_static(v) for v in value) if isinstance(value, (list, tuple)) else value

@@ -55,17 +55,14 @@ T2T = {  # width, depth, heads, mlp_ratio; yitu-opensource/T2T-ViT
 }
 
 
-def _sized(size: str) -> dict[str, Any]:
-    return dict(zip(("width", "depth", "heads"), VIT[size], strict=True))
-
-
 def _vit(found: re.Match[str]) -> Arch:
     size, distilled, patch, pixels = found.groups()
+    usual = (4, 28) if size == "mini" else (16, 224)
     options = {
-        **_sized(size),
+        **dict(zip(("width", "depth", "heads"), VIT[size], strict=True)),
         "distilled": bool(distilled),
-        "patch_size": int(patch),
-        "img_size": int(pixels),
+        "patch_size": int(patch or usual[0]),
+        "img_size": int(pixels or usual[1]),
         "in_chans": 3,
     }
     if size == "mini":  # made for Fashion-MNIST
@@ -82,7 +79,7 @@ def _t2t(found: re.Match[str]) -> Arch:
 
 FAMILIES = (
     Family(
-        rf"(?:deit|vit)_({'|'.join(VIT)})(_distilled)?_patch(\d+)_(\d+)",
+        rf"(?:deit|vit)_({'|'.join(VIT)})(_distilled)?(?:_patch(\d+)_(\d+))?",
         _vit,
         (
             *(f"{f}_{s}_patch16_224" for f in ("deit", "vit") for s in ("tiny", "small", "base")),
@@ -100,12 +97,14 @@ FAMILIES = (
         tuple(f"t2t_vit_{n}" for n in (*T2T, "t_14", "t_19", "t_24")),
     ),
 )
+CASCADE = "dvt"  # prefix of a cascade over any of these
+CASCADES = (*(f"deit_{s}" for s in ("tiny", "small", "base")), *(f"t2t_vit_{n}" for n in T2T))
 LISTED = tuple(name for family in FAMILIES for name in family.listed)
 
 
-def parse(name: str, families: tuple[Family, ...] = FAMILIES) -> Arch | None:
+def parse(name: str) -> Arch | None:
     """The architecture of a name without its method, or None."""
-    for family in families:
+    for family in FAMILIES:
         found = re.fullmatch(family.pattern, name)
         if found:
             return family.build(found)

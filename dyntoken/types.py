@@ -137,6 +137,21 @@ class Attended:
 
 
 @flax.struct.dataclass
+class Upstream:
+    """What one exit of a cascade hands to the next.
+
+    Attributes:
+      features: `[B, prefix + N, C]`, rows after the last block, before the final
+        norm; None without feature reuse.
+      relations: per block `[B, heads, prefix + N, prefix + N]` float32, see
+        `Attended.logits`; None without relation reuse.
+    """
+
+    features: Array | None = None
+    relations: tuple[Array, ...] | None = None
+
+
+@flax.struct.dataclass
 class Output:
     """What a classifier returns; `jit` removes what the caller does not use.
 
@@ -146,13 +161,13 @@ class Output:
       heads: `[2, B, classes]` class-token and distillation head of a distilled
         model, else None; `logits` is their mean.
       reductions: one `Reduction` per site.
-      tokens: the final, normalised `Tokens`; None unless
-        `record=("features",)` was asked for.
+      tokens: the final, normalised `Tokens` (of a cascade: one per exit); None
+        unless `record=("features",)` was asked for.
       records: further arrays asked for by `record`, by name.
     """
 
     logits: Array
     heads: Array | None = None
     reductions: tuple[Reduction, ...] = ()
-    tokens: Tokens | None = None
+    tokens: Tokens | tuple[Tokens, ...] | None = None
     records: dict[str, Any] = flax.struct.field(default_factory=dict)

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent / "dyntoken"
 BASE = {"types", "registry"}
-CORE = BASE | {"ops", "nn", "reducers", "backbones", "heads", "names", "models"}
+CORE = BASE | {"ops", "nn", "reducers", "backbones", "heads", "cascade", "names", "models"}
 ALLOWED = {
     "__init__": set(),
     "types": set(),
@@ -21,6 +21,7 @@ ALLOWED = {
     "reducers": BASE | {"nn", "ops"},
     "backbones": BASE | {"nn", "ops"},
     "heads": {"nn", "ops", "types"},
+    "cascade": BASE | {"backbones", "heads", "nn", "ops"},
     "models": CORE - {"models"},
     "weights": BASE | {"models", "ops"},
     "losses": BASE | {"ops"},

@@ -23,6 +23,8 @@ from dyntoken.ops import backend
 RESIZE = "resize"  # the named scope whose work stands on its own line
 BLOCK = re.compile(r"blocks_\d+")
 REDUCER = re.compile(r"reducer_\d+")
+EXIT = re.compile(r"exit_\d+")
+REUSE = re.compile(r"reuse_\d+")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,13 +127,14 @@ class Count:
         return sum(n for path, n in self.by_params.items() if _within(path, module))
 
 
-def count(model: Any, image_shape: Sequence[int] | None = None) -> Count:
+def count(model: Any, image_shape: Sequence[int] | None = None, *, upto: int | None = None) -> Count:
     """Counts the multiply-adds of one image.
 
     Args:
       model: a classifier from `create_model`, or any linen module that maps
         images `[B, H, W, C]` to logits or an `Output`.
       image_shape: (height, width, channels); by default the model's own.
+      upto: of a cascade, number of the last exit that is run; None runs all.
 
     Raises:
       ValueError: no `image_shape` for a foreign module, or one of wrong rank.
@@ -144,7 +147,7 @@ def count(model: Any, image_shape: Sequence[int] | None = None) -> Count:
     images = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
     with backend.trace_for("cpu"):
         variables = jax.eval_shape(lambda x: model.init(jax.random.key(0), x), images)
-        ops = [*_trace(model, variables, images)]
+        ops = [*_trace(model, variables, images, upto)]
     return _tally(ops, _params_by_module(variables), shape)
 
 
@@ -168,12 +171,31 @@ def unit(path: str) -> str:
     for depth, name in enumerate(names):
         if REDUCER.fullmatch(name) or BLOCK.fullmatch(name):
             return "/".join(names[: depth + 1])
-    return "/".join(names[: 1 if names[0] == "head" else 2])
+    start = 1 if EXIT.fullmatch(names[0]) else 0
+    whole = names[start : start + 1] == ["head"] or REUSE.fullmatch(names[0])
+    return "/".join(names[: start + (1 if whole else 2)])
 
 
-def _trace(model: Any, variables: Any, images: Any) -> Sequence[Operation]:
+def exits(model: Any) -> int:
+    """Number of exits of a cascade, 0 of any other model."""
+    return len(getattr(model, "exits", ()))
+
+
+def gmacs_per_exit(model: Any, whole: Count) -> list[float]:
+    """Multiply-adds (1e9) up to each exit of a cascade, its earlier exits included.
+
+    Args:
+      whole: the count of all exits.
+    """
+    early = range(exits(model) - 1)
+    return [*(count(model, whole.image_shape, upto=index).gmacs for index in early), whole.gmacs]
+
+
+def _trace(model: Any, variables: Any, images: Any, upto: int | None) -> Sequence[Operation]:
+    options = {} if upto is None else {"upto": upto}
+
     def logits(variables, images):
-        out = model.apply(variables, images)
+        out = model.apply(variables, images, **options)
         return getattr(out, "logits", out)
 
     jaxpr = jax.make_jaxpr(logits)(variables, images).jaxpr

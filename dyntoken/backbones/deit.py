@@ -47,10 +47,6 @@ class ViT(Isotropic):
             raise ValueError(f"an image of {size} pixels does not give {tokens} patches")
         kernel = tuple(-(-s // n) for s, n in zip(size, tokens, strict=True))
         padding = tuple(-(-(k * n - s) // 2) for k, n, s in zip(kernel, tokens, size, strict=True))
-        if self.stem != "patch" and any(padding):
-            raise ValueError(
-                f"stem={self.stem!r} needs an img_size divisible by tokens, got {size}, {tokens}"
-            )
         return kernel, padding
 
     @property
@@ -64,12 +60,19 @@ class ViT(Isotropic):
         """Class token, then distillation token."""
         return ("cls_token",) * self.class_token + ("dist_token",) * self.distilled
 
-    def setup_stem(self) -> None:
-        """One convolution without overlap, or a few small ones."""
+    def check(self) -> None:
+        """Raises ValueError for fields that do not fit together."""
+        super().check()
         if self.distilled and not self.class_token:
             raise ValueError("a distilled model needs its class token")
         if self.stem not in STEMS:
             raise ValueError(f"stem must be one of {', '.join(STEMS)}, got {self.stem!r}")
+        _, padding = self.patches
+        if self.stem != "patch" and any(padding):
+            raise ValueError(f"stem={self.stem!r} needs an img_size divisible by the number of tokens")
+
+    def setup_stem(self) -> None:
+        """One convolution without overlap, or a few small ones."""
         kernel, padding = self.patches
         more = {"padding": padding} if self.stem == "patch" else {}
         self.patch_embed = STEMS[self.stem](kernel, self.width, dtype=self.dtype, **more)

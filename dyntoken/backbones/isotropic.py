@@ -82,6 +82,13 @@ class Isotropic(nn.Module):
         """(rows, columns) of patches."""
         raise NotImplementedError(f"{type(self).__name__} does not say its grid")
 
+    def check(self) -> None:
+        """Raises ValueError for fields that do not fit together."""
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not divisible by {self.heads} heads")
+        if self.drop_path_rule not in ("linear", "constant"):
+            raise ValueError(f"drop_path_rule must be linear or constant, got {self.drop_path_rule!r}")
+
     def setup_stem(self) -> None:
         """Builds the modules of the stem."""
         raise NotImplementedError(f"{type(self).__name__} does not build a stem")
@@ -96,8 +103,7 @@ class Isotropic(nn.Module):
         return self.param("pos_embed", layers.trunc_normal(), (1, rows, self.width))
 
     def setup(self) -> None:
-        if self.width % self.heads:
-            raise ValueError(f"width {self.width} is not divisible by {self.heads} heads")
+        self.check()
         self.setup_stem()
         init = layers.trunc_normal()
         self.first = [self.param(name, init, (1, 1, self.width)) for name in self.prefix_names]
@@ -106,8 +112,6 @@ class Isotropic(nn.Module):
         self.norm = nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype)
 
     def _block(self, index: int) -> Spec:
-        if self.drop_path_rule not in ("linear", "constant"):
-            raise ValueError(f"drop_path_rule must be linear or constant, got {self.drop_path_rule!r}")
         linear = self.drop_path * index / max(1, self.depth - 1)
         return Spec.of(
             Block,

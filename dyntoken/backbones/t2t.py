@@ -154,15 +154,23 @@ class T2T(Isotropic):
             return pair(self.tokens)
         return tuple(max(1, -(-size // 16)) for size in pair(self.img_size))
 
-    def setup_stem(self) -> None:
-        """The tokens-to-token module."""
+    @property
+    def split(self) -> tuple[tuple[int, int], ...]:
+        """(kernel, stride, padding) of the first split, each (vertical, horizontal)."""
+        axes = [first_split(s, n) for s, n in zip(pair(self.img_size), self.grid, strict=True)]
+        return tuple(zip(*axes, strict=True))
+
+    def check(self) -> None:
+        """Raises ValueError for fields that do not fit together."""
+        super().check()
         if self.tokens_type not in STEPS:
             raise ValueError(f"tokens_type must be one of {', '.join(STEPS)}, got {self.tokens_type!r}")
-        splits = [first_split(s, n) for s, n in zip(pair(self.img_size), self.grid, strict=True)]
-        kernel, stride, padding = zip(*splits, strict=True)
-        self.tokens_to_token = TokensToToken(
-            self.tokens_type, self.width, kernel, stride, padding, self.token_dim, self.dtype
-        )
+        _ = self.split
+
+    def setup_stem(self) -> None:
+        """The tokens-to-token module."""
+        options = (self.tokens_type, self.width, *self.split)
+        self.tokens_to_token = TokensToToken(*options, self.token_dim, self.dtype)
 
     def stem_rows(self, images: Array) -> Array:
         """`[B, H, W, Cin]` to `[B, N, width]`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -65,14 +66,15 @@ class Block(nn.Module):
         train: bool,
         observe: bool,
         relate: bool = False,
-        bias: Array | None = None,
+        bias: Callable[[], Array] | None = None,
     ) -> tuple[Tokens, Attended | None]:
         """First half: attention over the rows alive, residual added.
 
         Args:
           observe: return what a reducer may look at.
           relate: return the attention logits.
-          bias: `[B, heads, T, T]`, added to them.
+          bias: makes the `[B, heads, T, T]` that is added to them; called here,
+            so that recomputing this half recomputes it.
         """
         policy = None if tokens.alive is None else attend.with_prefix(tokens.alive, tokens.prefix)
         y, seen = self.attn(
@@ -82,7 +84,7 @@ class Block(nn.Module):
             train=train,
             observe=observe,
             relate=relate,
-            bias=bias,
+            bias=None if bias is None else bias(),
             draws=draws,
             path=(self.layer, ATTENTION),
         )

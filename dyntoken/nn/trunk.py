@@ -61,8 +61,9 @@ class Context:
       policy: draws for scorers and Gumbel noise.
       noise: per site, replaces the Gumbel draws (`[B, n, 2]`).
       decisions: per site, `[B, n]` 0/1, replaces the site's own choice.
-      bias: layer number -> `[B, heads, T, T]`, added to its attention logits.
-      extra: layer number -> `[B, T, context]`, features before its MLP.
+      bias: layer number -> a pytree function without arguments that makes the
+        `[B, heads, T, T]` added to that layer's attention logits.
+      extra: per layer `[B, T, context]`, features before its MLP.
       record: what to keep besides the output ("embed", "blocks", "stages",
         "relations").
     """
@@ -72,8 +73,8 @@ class Context:
     policy: sample.Draws | None = None
     noise: Sequence[Array] | None = None
     decisions: Sequence[Array] | None = None
-    bias: Callable[[int], Array] | None = None
-    extra: Callable[[int], Array] | None = None
+    bias: Callable[[int], Callable[[], Array]] | None = None
+    extra: Sequence[Array] | None = None
     record: tuple[str, ...] = ()
 
 
@@ -134,7 +135,7 @@ class Trunk(nn.Module):
                 reductions.append(reduction)
                 stages.append((before, tokens.x))
             tokens = block.feed(
-                tokens, context.dropout, None if context.extra is None else context.extra(index)
+                tokens, context.dropout, None if context.extra is None else context.extra[index]
             )
             outs.append(tokens.x)
         records = {"blocks": tuple(outs), "stages": tuple(stages), "relations": tuple(relations)}

@@ -1,6 +1,8 @@
-"""Resizing of position embeddings to another grid, as torch does it."""
+"""Resizing of position embeddings and of what a cascade reuses, as torch does it."""
 
 from __future__ import annotations
+
+import math
 
 import jax
 import jax.numpy as jnp
@@ -59,3 +61,49 @@ def resize_grid(x: Array, old: tuple[int, int], new: tuple[int, int], method: st
         y = jnp.einsum("yh,bhwc->bywc", rows, y, precision=jax.lax.Precision.HIGHEST)
         y = jnp.einsum("xw,bywc->byxc", columns, y, precision=jax.lax.Precision.HIGHEST)
     return y.reshape(x.shape[0], new[0] * new[1], x.shape[-1])
+
+
+def reuse_matrix(old: int, new: int) -> np.ndarray:
+    """Weights `[new, old]` of DVT's up-sampling along one axis.
+
+    Nearest neighbour by the factor ceil(new / old), then adaptive average
+    pooling; every row sums to 1. For 7 -> 10 and 10 -> 14 that is the official
+    code's way over 14 and 20 cells.
+    """
+    factor = -(-new // old)
+    weights = np.zeros((new, old))
+    for row in range(new):
+        first, last = row * old * factor // new, -(-(row + 1) * old * factor // new)
+        for cell in range(first, last):
+            weights[row, cell // factor] += 1 / (last - first)
+    return weights
+
+
+def reuse_axis(x: Array, axis: int, old: tuple[int, int], new: tuple[int, int]) -> Array:
+    """Resizes one axis that runs over the cells of a grid, row-major, by `reuse_matrix`.
+
+    Args:
+      x: any shape with old[0] * old[1] cells along `axis`.
+    """
+    axis %= x.ndim
+    if x.shape[axis] != old[0] * old[1]:
+        raise ValueError(f"{x.shape[axis]} rows do not fill a grid of {tuple(old)}")
+    with jax.named_scope("resize"):
+        rows, columns = (jnp.asarray(reuse_matrix(o, n), x.dtype) for o, n in zip(old, new, strict=True))
+        before, after = math.prod(x.shape[:axis]), x.shape[axis + 1 :]
+        y = x.reshape(before, *old, math.prod(after))
+        y = jnp.einsum("yh,bhwc->bywc", rows, y, precision=jax.lax.Precision.HIGHEST)
+        y = jnp.einsum("xw,bywc->byxc", columns, y, precision=jax.lax.Precision.HIGHEST)
+    return y.reshape(*x.shape[:axis], new[0] * new[1], *after)
+
+
+def reuse_maps(x: Array, *, prefix: int, old: tuple[int, int], new: tuple[int, int]) -> Array:
+    """Resizes both axes of attention maps, `[..., prefix + N, prefix + N]`.
+
+    Prefix rows and columns are resized along their other axis only: E x E^T with
+    E = blockdiag(1, kron(A, A)).
+    """
+    for axis in (-1, -2):
+        head, cells = jnp.split(x, [prefix], axis=axis)
+        x = jnp.concatenate([head, reuse_axis(cells, axis, old, new)], axis=axis)
+    return x

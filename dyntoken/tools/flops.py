@@ -17,7 +17,8 @@ and convolutions count, biases, norms, softmax and gathers do not (the papers'
 EXAMPLES = """\
   python -m dyntoken.tools.flops deit_small_patch16_224
   python -m dyntoken.tools.flops dtps_deit_small_patch16_224 --keep=0.5 --at=3,5,7,9
-  python -m dyntoken.tools.flops evit_deit_base_patch16_384 --json"""
+  python -m dyntoken.tools.flops evit_deit_base_patch16_384 --json
+  python -m dyntoken.tools.flops dvt_t2t_vit_12 --set=exits=7,14"""
 
 
 @cli.program
@@ -34,11 +35,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def as_json(name: str, model: Any, count: macs.Count) -> dict[str, Any]:
-    """The object that `--json` prints; multiply-adds are whole numbers, `gmacs` is in 1e9."""
+    """The object that `--json` prints; multiply-adds are whole numbers, `gmacs` is in 1e9.
+
+    Of a cascade, `gmacs` is a list: the cost up to each exit.
+    """
     return {
         "name": name,
         "image": list(count.image_shape),
-        "gmacs": count.gmacs,
+        "gmacs": macs.gmacs_per_exit(model, count) if macs.exits(model) else count.gmacs,
         "conv": count.conv,
         "dot": count.dot,
         "resize": count.resize,
@@ -82,6 +86,9 @@ def report(name: str, model: Any, count: macs.Count) -> str:
         keeps, sites = (", ".join(map(str, values)) for values in (kept(model), model.at))
         head += f", {keeps} patch tokens stay at blocks {sites}"
     parts = [head, cli.table(_modules(count))]
+    if macs.exits(model):
+        costs = macs.gmacs_per_exit(model, count)
+        parts.append("up to each exit: " + ", ".join(cli.short(cost * 1e9) for cost in costs))
     if len(count.stages) > 1:
         parts.append(cli.table(_stages(count)))
     if count.resize:
@@ -98,7 +105,7 @@ def _modules(count: macs.Count) -> list[list[str]]:
         cost, size = count.under(unit).total, count.params_under(unit)
         named += size
         share = f"{100 * cost / count.total:.1f} %"
-        label = unit.removeprefix("backbone/").removeprefix("trunk/")
+        label = unit.replace("backbone/", "").replace("trunk/", "")
         rows.append([label, _tokens(blocks.get(unit)), cli.short(cost), share, cli.short(size)])
     if count.params > named:
         rows.append(["embeddings, last norm", "", "", "", cli.short(count.params - named)])

@@ -169,7 +169,8 @@ def import_reference(
 
     Args:
       repository: e.g. "timm", "raoyongming/DynamicViT",
-        "megvii-research/TPS-CVPR2023", "youweiliang/evit".
+        "megvii-research/TPS-CVPR2023", "youweiliang/evit",
+        "yitu-opensource/T2T-ViT", "blackfeather-wang/Dynamic-Vision-Transformer".
       cls: class name in that repository, e.g. "VisionTransformerDiffPruning".
       constructor: its constructor arguments; layers are given as text
         (`norm_layer="LayerNorm(eps=1e-6)"`).

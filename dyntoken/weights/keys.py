@@ -52,6 +52,15 @@ VIT_ALIASES = (
     (r"^blocks\.(\d+)\.gamma_([12])$", r"blocks.\1.ls\2.gamma"),  # DeiT-III
 )
 
+# Exits of blackfeather-wang/Dynamic-Vision-Transformer, and what exit i takes from the one before.
+DVT_EXITS = ("less_less_token", "less_token", "normal_token")
+DVT_REUSE = (
+    (r"^context_(\d+)/norm/", r"blocks/\1/feature_resuse_mlp/0/"),
+    (r"^context_(\d+)/(fc\d)/", r"blocks/\1/feature_resuse_mlp/1/\2/"),
+    (r"^relation/fc1/", r"relation_reuse_conv/0/"),
+    (r"^relation/fc2/", r"relation_reuse_conv/2/"),
+)
+
 RULES = Table("weight family", {"vit": (VIT_RULES, VIT_ALIASES), "t2t": (T2T_RULES, ())})
 # Backbone class -> row of RULES.
 FAMILIES = {"ViT": "vit", "T2T": "t2t"}
@@ -64,8 +73,9 @@ class Entry:
     Attributes:
       path: "/"-joined path of our tree ("batch_stats/..." for statistics).
       key: the reference's key.
-      layout: "same", "linear" ([in, out] <-> [out, in]), "conv" (HWIO <->
-        OIHW), or "grid_only" (a position embedding without the prefix rows).
+      layout: "same", "linear" ([in, out] <-> [out, in]), "pointwise" ([in, out]
+        <-> [out, in, 1, 1]), "conv" (HWIO <-> OIHW), or "grid_only" (a position
+        embedding without the prefix rows).
       prefix: number of prefix rows, for "grid_only".
     """
 
@@ -79,6 +89,8 @@ class Entry:
         value = np.asarray(value)
         if self.layout == "linear":
             return np.ascontiguousarray(value.T)
+        if self.layout == "pointwise":
+            return np.ascontiguousarray(value.T[:, :, None, None])
         if self.layout == "conv":
             return np.ascontiguousarray(value.transpose(3, 2, 0, 1))
         if self.layout == "grid_only":
@@ -89,6 +101,8 @@ class Entry:
         """The reference's array in our layout."""
         if self.layout == "linear" and value.ndim == 2:
             return np.ascontiguousarray(value.T)
+        if self.layout == "pointwise" and value.ndim == 4:
+            return np.ascontiguousarray(value[:, :, 0, 0].T)
         if self.layout == "conv" and value.ndim == 4:
             return np.ascontiguousarray(value.transpose(2, 3, 1, 0))
         if self.layout == "grid_only":
@@ -151,6 +165,10 @@ def key_map(shapes: Mapping[str, tuple[int, ...]], family: str = "vit", *, grid_
 
 def reference_key(path: str, rules: Iterable[tuple[str, str]]) -> str:
     """The reference's key of one of our paths."""
+    part = re.match(r"(exit|reuse)_(\d+)/", path)
+    if part and int(part[2]) < len(DVT_EXITS):
+        inner = rules if part[1] == "exit" else DVT_REUSE
+        return f"{DVT_EXITS[int(part[2])]}.{reference_key(path[part.end() :], inner)}"
     for pattern, replacement in rules:
         name, count = re.subn(pattern, replacement, path.removeprefix("batch_stats/"))
         if count:
@@ -165,6 +183,8 @@ def layout(path: str, shape: tuple[int, ...]) -> str:
     """Layout of a leaf: kernels are transposed, everything else is the same."""
     if path.rsplit("/", 1)[-1] != "kernel":
         return "same"
+    if "/relation/" in path:  # a 1x1 convolution there
+        return "pointwise"
     return {2: "linear", 4: "conv"}.get(len(shape), "same")
 
 

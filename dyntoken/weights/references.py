@@ -23,6 +23,7 @@ REPOSITORIES = (
     ("tps", ("tps",)),
     ("dynamicvit", ("dynamicvit",)),
     ("t2t", ("t2t-vit",)),
+    ("dvt", ("dynamic-vision-transformer",)),
     ("timm", ("timm",)),
     ("timm", ("pytorch-image-models",)),
     ("timm", ("facebookresearch/deit",)),
@@ -38,6 +39,9 @@ REFERENCES = Table(
         "evit/EViT": "dyntoken.weights.reference_vit:evit",
         "evit+tps/EViT": "dyntoken.weights.reference_vit:etps",
         "t2t/T2T_ViT": "dyntoken.weights.reference_t2t:t2t",
+        "dvt/DVT_Deit_small_model": "dyntoken.weights.reference_dvt:deit",
+        "dvt/DVT_T2t_vit_12_model": "dyntoken.weights.reference_dvt:t2t_12",
+        "dvt/DVT_T2t_vit_14_model": "dyntoken.weights.reference_dvt:t2t_14",
     },
 )
 

@@ -24,6 +24,8 @@ KINDS = {
     "evit_deit": "evit",
     "etps_deit": "evit",
     "t2t_vit": "t2t",
+    "dvt_deit": "dvt",
+    "dvt_t2t": "dvt",
     "pos_embed_resize": "resize",
     "schedules": "schedules",
     "flops": "flops",

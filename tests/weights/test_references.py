@@ -190,3 +190,23 @@ def test_import_without_class_row():
     assert variables["params"]["backbone"]["pos_embed"].shape == (1, 17, 16)
     back = weights.export_reference(model, variables, no_embed_class=True)
     np.testing.assert_array_equal(back["pos_embed"], tensors["pos_embed"])
+
+
+def test_dvt_keys_and_layouts():
+    small = {"embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 5}
+    repository = "github.com/blackfeather-wang/Dynamic-Vision-Transformer"
+    cls = "models_deit.DVT_Deit_small_model over timm.models.vision_transformer.VisionTransformer"
+    found = weights.reference_keys(references.build(repository, cls, small).model).by_key
+    assert (
+        found["normal_token.blocks.1.feature_resuse_mlp.1.fc2.weight"].path == "reuse_2/context_1/fc2/kernel"
+    )
+    assert found["less_token.blocks.0.feature_resuse_mlp.0.bias"].path == "reuse_1/context_0/norm/bias"
+    assert found["less_less_token.head.weight"].path == "exit_0/head/cls/kernel"
+    assert not any("resuse" in key or "relation" in key for key in found if key.startswith("less_less"))
+    mixing = found["less_token.relation_reuse_conv.0.weight"]
+    kernel = np.arange(48.0).reshape(4, 12)
+    exported = mixing.to_reference(kernel)
+    assert exported.shape == (12, 4, 1, 1) and exported[5, 2, 0, 0] == kernel[2, 5]
+    np.testing.assert_array_equal(mixing.from_reference(exported), kernel)
+    with pytest.raises(WeightsError, match="img_size=384"):
+        references.build(repository, cls, {**small, "img_size": 384})

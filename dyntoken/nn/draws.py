@@ -1,0 +1,35 @@
+"""A module's random streams as per-example draws."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+
+from dyntoken.ops.sample import Draws
+
+Array = jax.Array
+
+
+def of_stream(module: nn.Module, stream: str, ids: Array) -> Draws | None:
+    """Draws of one stream of `module`, None if `apply` got no key for it."""
+    if module.has_rng(stream):
+        return Draws(module.make_rng(stream), ids)
+    return Draws(jax.random.key(0), ids) if module.is_initializing() else None
+
+
+def of_dropout(module: nn.Module, options: dict, ids: Array) -> Draws | None:
+    """Draws for a backbone's dropout and stochastic depth, None if it has neither.
+
+    Args:
+      options: the backbone's fields.
+      ids: `[B]` global example indices.
+
+    Raises:
+      ValueError: the model drops out and `apply` got no key.
+    """
+    if not any(options.get(rate, 0.0) for rate in ("dropout", "drop_path")):
+        return None
+    draws = of_stream(module, "dropout", ids)
+    if draws is None:
+        raise ValueError("this model drops out in training: pass rngs={'dropout': key}")
+    return draws
