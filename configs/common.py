@@ -87,6 +87,9 @@ def deit_name(size):
     return f"deit_{SIZES[size]}_patch16_224"
 
 
+DEMO_SITES = (4, 5)  # of 6 blocks: 49 patches bear less than the 196 of ImageNet
+
+
 def from_dense(c, method, keep, at):
     """Fine-tunes a reduced model from a dense one, which is its teacher where a loss wants one.
 
@@ -112,12 +115,19 @@ def demo(c):
     c.model = ml_collections.ConfigDict({"name": "vit_mini_patch4_28"})
     c.init.path = "pretrained:vit_mini_patch4_28"
     c.batch = 200
-    c.epochs = 2.0
+    c.epochs = 3.0
     c.eval_epochs = 0.0
     c.log_steps = 25
     c.checkpoint_steps = 50
     c.ema = 0.0
-    c.optim = {"lr": 5e-4, "min_lr": 1e-6, "schedule": "cosine", "warmup_epochs": 0.2, "weight_decay": 0.05}
+    c.optim = {
+        "lr": 1e-3,
+        "min_lr": 1e-6,
+        "schedule": "cosine",
+        "warmup_epochs": 0.2,
+        "weight_decay": 0.05,
+        "backbone_lr_scale": 0.2,  # trained already; the predictors are new
+    }
 
 
 def tiny(c):

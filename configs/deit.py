@@ -39,7 +39,7 @@ def get_config(arg=None):
     if arg.demo or arg.fashion:
         common.demo(c)
         c.init.path = ""
-        c.optim.update({"lr": 1.5e-3, "warmup_epochs": 0.3})
+        c.optim.update({"lr": 1.5e-3, "warmup_epochs": 0.3, "backbone_lr_scale": 1.0})
         c.epochs = 8.0
     if arg.fashion:
         c.data.name = "fashion_mnist"

@@ -39,6 +39,7 @@ def get_config(arg=None):
     }
     if arg.demo:
         common.demo(c)
+        arg.at = arg.at or common.DEMO_SITES
         c.compare = True
     if arg.tiny:
         common.tiny(c)

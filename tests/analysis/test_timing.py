@@ -85,7 +85,7 @@ def test_runs_return_logits_and_gradients():
     shapes = jax.tree.map(lambda leaf: leaf.shape, variables["params"])
     assert jax.tree.map(lambda leaf: leaf.shape, gradients) == shapes
     assert all(bool(np.isfinite(leaf).all()) for leaf in jax.tree.leaves(gradients))
-    assert float(abs(gradients["backbone"]["patch_embed"]["proj"]["kernel"]).max()) > 0
+    assert float(abs(gradients["backbone"]["patch_embed"]["conv_0"]["kernel"]).max()) > 0
 
 
 def test_random_variables_have_the_shapes_of_init():

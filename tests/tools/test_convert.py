@@ -13,8 +13,8 @@ from dyntoken.tools import convert
 from dyntoken.weights import load_weights, save_weights
 
 NAME = "dtps_vit_mini_patch4_28"
-SMALL = ["--set", "width=24", "--set", "depth=2", "--set", "heads=2", "--at=1"]
-OPTIONS = {"width": 24, "depth": 2, "heads": 2, "at": (1,)}
+SMALL = ["--set", "width=24", "--set", "depth=2", "--set", "heads=2", "--set", "stem=patch", "--at=1"]
+OPTIONS = {"width": 24, "depth": 2, "heads": 2, "stem": "patch", "at": (1,)}
 
 
 @pytest.fixture(scope="module")
