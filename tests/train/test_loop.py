@@ -90,7 +90,7 @@ def test_a_rerun_does_nothing(straight, monkeypatch):
     result, workdir, _ = straight
     before = (workdir / "metrics.jsonl").read_text()
     monkeypatch.setattr(loop, "_compile", lambda *_: pytest.fail("compiled a finished run"))
-    monkeypatch.setattr(loop, "_evaluate", lambda *_: pytest.fail("evaluated a finished run"))
+    monkeypatch.setattr(loop, "measure", lambda *_: pytest.fail("evaluated a finished run"))
     log = Log()
     again = train.run(CONFIG, workdir, log=log)
     assert again.finished and again.metrics == result.metrics
@@ -120,7 +120,7 @@ def test_crash_and_rerun_equal_no_crash(straight, tmp_path, at):
 def test_killed_during_the_last_evaluation(straight, tmp_path, monkeypatch):
     config = tiny_config(checkpoint_steps=2, ema=0.9, model__dropout=0.1)
     with pytest.raises(CrashError), monkeypatch.context() as patch:
-        patch.setattr(loop, "_evaluate", lambda *_: crash())
+        patch.setattr(loop, "measure", lambda *_: crash())
         train.run(config, tmp_path, log=Log())
     monkeypatch.setattr(loop, "_compile", lambda *_: pytest.fail("trained a finished run"))
     again = train.run(config, tmp_path, log=Log())
