@@ -40,6 +40,7 @@ def build(idx_dir: str | Path) -> dict[str, np.ndarray]:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Writes the embedded set; returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m dyntoken.data.make_mini", description=__doc__.split("\n")[0]
     )

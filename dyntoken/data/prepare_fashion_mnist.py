@@ -3,7 +3,7 @@
     python -m dyntoken.data.prepare_fashion_mnist --idx_dir=/usr/share/datasets/fashion-mnist --data_dir=DIR
 
 Afterwards `tfds.builder("fashion_mnist", data_dir=DIR)` and the data set
-`fashion_mnist` of this package read it. Takes about a minute.
+`fashion_mnist` of this package read it. Takes a few minutes.
 """
 
 from __future__ import annotations
@@ -57,6 +57,7 @@ def prepare(idx_dir: str, data_dir: str) -> Any:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Writes the data set; returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m dyntoken.data.prepare_fashion_mnist", description=__doc__.split("\n")[0]
     )
