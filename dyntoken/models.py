@@ -15,6 +15,7 @@ from dyntoken import names, reducers
 from dyntoken.backbones import BACKBONES
 from dyntoken.cascade import Cascade
 from dyntoken.heads import ClassHead
+from dyntoken.multiexit import MultiExit, default_exits
 from dyntoken.nn import draws
 from dyntoken.nn.trunk import Context, Site, Spec
 from dyntoken.ops import select
@@ -151,20 +152,22 @@ def list_models(pattern: str = "*") -> list[str]:
     """
     listed = names.LISTED
     cascades = [f"{names.CASCADE}_{n}" for n in names.CASCADES]
-    known = [*listed, *(f"{m}_{n}" for m in reducers.METHODS for n in listed), *cascades]
+    multiexits = [f"{names.MULTIEXIT}_{n}" for n in listed if "distilled" not in n]
+    known = [*listed, *(f"{m}_{n}" for m in reducers.METHODS for n in listed), *cascades, *multiexits]
     return sorted(fnmatch.filter(known, pattern))
 
 
 def split_name(name: str) -> tuple[str | None, str]:
     """`"dtps_deit_small_patch16_224"` to `("dtps", "deit_small_patch16_224")`.
 
-    The first part of a cascade's name is "dvt".
+    The first part of a cascade's name is "dvt", of a model with exits at several
+    depths "multiexit".
 
     Raises:
       UnknownNameError: with the nearest names.
     """
     first, _, rest = name.partition("_")
-    methods = (None, names.CASCADE, *reducers.METHODS)
+    methods = (None, names.CASCADE, names.MULTIEXIT, *reducers.METHODS)
     for method, arch in ((None, name), (first, rest)):
         if method in methods and names.parse(arch) is not None:
             return method, arch
@@ -173,12 +176,13 @@ def split_name(name: str) -> tuple[str | None, str]:
     raise UnknownNameError(f"unknown model {name!r}: {suggest(name, list_models())}")
 
 
-def create_model(name: str, **overrides: Any) -> Model | Cascade:
+def create_model(name: str, **overrides: Any) -> Model | Cascade | MultiExit:
     """Builds a model by name.
 
     `[method_]backbone_size_patchP_RES`, timm's spelling for the backbone part
     (without `_patchP_RES` it is 16 and 224), or `[method_]t2t_vit_14`; a cascade
-    of exits is `dvt_deit_small`, `dvt_t2t_vit_12`.
+    of exits is `dvt_deit_small`, `dvt_t2t_vit_12`, a dense model with exits at
+    several depths `multiexit_deit_small`.
 
     Args:
       name: for instance "dtps_deit_small_patch16_224"; see `list_models`.
@@ -200,6 +204,8 @@ def create_model(name: str, **overrides: Any) -> Model | Cascade:
     of_backbone = _fields(BACKBONES[arch.backbone]) - {"sites", "context"}
     if method == names.CASCADE:
         return _cascade(name, arch_name, overrides, of_backbone)
+    if method == names.MULTIEXIT:
+        return _multiexit(name, arch_name, overrides, of_backbone)
     of_model = {"num_classes", "pool", "representation_size"}
     of_sites = {"keep", "at", "form"}
     of_method = set()
@@ -236,6 +242,20 @@ def _cascade(name: str, arch_name: str, overrides: dict[str, Any], of_backbone: 
     fields = {k: _static(v) for k, v in overrides.items() if k in of_cascade}
     fields.setdefault("num_classes", arch.num_classes)
     model = Cascade(arch=arch_name, backbone=backbone, **fields)
+    model.validate()
+    return model
+
+
+def _multiexit(name: str, arch_name: str, overrides: dict[str, Any], of_backbone: set[str]) -> MultiExit:
+    """A dense backbone with a classifier after some of its blocks."""
+    arch = names.parse(arch_name)
+    of_exits = _fields(MultiExit) - {"arch", "backbone"}
+    check_options(name, overrides, of_backbone | of_exits)
+    backbone = _backbone(arch, arch.options, overrides, of_backbone)
+    fields = {k: _static(v) for k, v in overrides.items() if k in of_exits}
+    fields.setdefault("num_classes", arch.num_classes)
+    fields.setdefault("exits", default_exits(backbone(parent=None).depth))
+    model = MultiExit(arch=arch_name, backbone=backbone, **fields)
     model.validate()
     return model
 

@@ -99,6 +99,7 @@ FAMILIES = (
 )
 CASCADE = "dvt"  # prefix of a cascade over any of these
 CASCADES = (*(f"deit_{s}" for s in ("tiny", "small", "base")), *(f"t2t_vit_{n}" for n in T2T))
+MULTIEXIT = "multiexit"  # prefix of a dense model with classifiers after some of its blocks
 LISTED = tuple(name for family in FAMILIES for name in family.listed)
 
 

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent / "dyntoken"
 BASE = {"types", "registry"}
-CORE = BASE | {"ops", "nn", "reducers", "backbones", "heads", "cascade", "names", "models"}
+CORE = BASE | {"ops", "nn", "reducers", "backbones", "heads", "cascade", "multiexit", "names", "models"}
 ALLOWED = {
     "__init__": set(),
     "types": set(),
@@ -22,6 +22,7 @@ ALLOWED = {
     "backbones": BASE | {"nn", "ops"},
     "heads": {"nn", "ops", "types"},
     "cascade": BASE | {"backbones", "heads", "nn", "ops"},
+    "multiexit": BASE | {"backbones", "heads", "nn", "ops"},
     "models": CORE - {"models"},
     "weights": BASE | {"models", "ops"},
     "losses": BASE | {"ops"},

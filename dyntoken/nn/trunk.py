@@ -99,12 +99,15 @@ class Trunk(nn.Module):
             setattr(self, f"reducer_{stage}", site.reducer(stage=stage))
 
     def __call__(
-        self, tokens: Tokens, context: Context
+        self, tokens: Tokens, context: Context, some: range | None = None
     ) -> tuple[Tokens, tuple[Reduction, ...], dict[str, Any]]:
         """Runs the stack.
 
+        Args:
+          some: the blocks to run (static); by default all of them.
+
         Returns:
-          The tokens after the last block, one `Reduction` per site, and the
+          The tokens after the last block run, one `Reduction` per site, and the
           records asked for: "blocks", the rows after each block, "stages", the
           rows before and after each site, and "relations", the attention logits
           `[B, heads, T, T]` of each block.
@@ -116,7 +119,7 @@ class Trunk(nn.Module):
         if context.train and self._masks():
             # The references run every block under the policy softmax, also those before the first site.
             tokens = tokens.replace(alive=jnp.ones(tokens.place.shape, jnp.float32))
-        for index in range(len(self.blocks)):
+        for index in range(len(self.blocks)) if some is None else some:
             block = getattr(self, f"blocks_{index}")
             stage = stage_at.get(index)
             site = None if stage is None else self.sites[stage]

@@ -1,0 +1,206 @@
+"""Adaptive depth: one network with a classifier after several of its blocks.
+
+The multi-exit idea of MSDNet (Huang et al. 2018, arXiv 1703.09844, section 4) on a
+vision transformer: an image that is easy leaves after a few blocks. It is the
+baseline for cascades that adapt the number of tokens instead (`cascade`), under
+the same exit rules, thresholds and runner.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from dyntoken.backbones.isotropic import Isotropic, pair
+from dyntoken.heads import ClassHead
+from dyntoken.nn import draws as streams
+from dyntoken.nn.trunk import Context, Site, Spec
+from dyntoken.registry import UnknownNameError, suggest
+from dyntoken.types import Output, Tokens
+
+Array = jax.Array
+PER_BLOCK = ("blocks",)
+RECORDS = ("features", "embed", *PER_BLOCK)
+
+
+class Early(nn.Module):
+    """The classifier of an exit before the last: its own final norm and head."""
+
+    classes: int
+    pool: str
+    norm_eps: float
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, tokens: Tokens) -> tuple[Array, Tokens]:
+        """`(logits [B, classes], normalised tokens)`."""
+        norm = nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype, name="norm")
+        tokens = tokens.replace(x=norm(tokens.x))
+        return ClassHead(self.classes, self.pool, name="head")(tokens)[0], tokens
+
+
+class MultiExit(nn.Module):
+    """A dense backbone that can be left after some of its blocks.
+
+    Built by `create_model("multiexit_...")`. The backbone and the last
+    classifier have the parameter names of the dense model, so that its weights
+    load; the early classifiers are `early_0`, `early_1`, ... Every loss trains
+    the blocks before its exit.
+
+    Attributes:
+      arch: name of the backbone.
+      backbone: its recipe.
+      exits: 0-based block after which each exit sits; the last one is the last
+        block.
+      num_classes, pool: see `heads.ClassHead`.
+    """
+
+    arch: str
+    backbone: Spec
+    exits: tuple[int, ...]
+    num_classes: int = 1000
+    pool: str = "token"
+
+    @property
+    def method(self) -> str:
+        """What stands before the backbone in the model's name."""
+        return "multiexit"
+
+    @property
+    def at(self) -> tuple[int, ...]:
+        """No block reduces tokens."""
+        return ()
+
+    def sites(self) -> tuple[Site, ...]:
+        """No reduction sites."""
+        return ()
+
+    def plain(self) -> Isotropic:
+        """The backbone as a free-standing module, to read its static properties."""
+        return self.backbone(parent=None)
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """(height, width, channels) of an image."""
+        body = self.plain()
+        return (*pair(body.img_size), body.in_chans)
+
+    def validate(self) -> None:
+        """Raises ValueError for exits that do not fit the backbone."""
+        body, exits = self.plain(), self.exits
+        body.check()
+        if not exits or list(exits) != sorted(set(exits)) or exits[0] < 0 or exits[-1] != body.depth - 1:
+            raise ValueError(
+                f"exits={exits} must be increasing block indices that end with the last block, "
+                f"{body.depth - 1}, as in exits={default_exits(body.depth)}"
+            )
+        if dict(self.backbone.options).get("distilled"):
+            raise ValueError("exits have one classifier each: build the model without distilled=True")
+
+    def setup(self) -> None:
+        self.body = self.backbone(name="backbone")
+        for index in range(len(self.exits) - 1):
+            early = Early(self.num_classes, self.pool, self.body.norm_eps, self.body.dtype)
+            setattr(self, f"early_{index}", early)
+        self.head = ClassHead(self.num_classes, self.pool)
+
+    def __call__(
+        self,
+        images: Array,
+        *,
+        train: bool = False,
+        ids: Array | None = None,
+        upto: int | None = None,
+        record: Sequence[str] = (),
+    ) -> Output:
+        """Runs the exits 0 .. `upto`.
+
+        Args:
+          images: `[B, H, W, C]` float, normalised.
+          train: training mode.
+          ids: `[B]` global example indices that key every random draw.
+          upto: number of the last exit that is computed (static); None runs all.
+          record: "features" (`Output.tokens`: normalised tokens of each exit),
+            "embed" (rows entering block 0), "blocks" (rows after each block).
+
+        Returns:
+          `Output` with `logits [exits, B, classes]`.
+        """
+        for what in record:
+            if what not in RECORDS:
+                raise UnknownNameError(f"unknown record {what!r}: {suggest(what, RECORDS)}")
+        last = len(self.exits) - 1 if upto is None else upto
+        if not 0 <= last < len(self.exits):
+            raise ValueError(f"upto={upto}: this model has the exits 0 to {len(self.exits) - 1}")
+        context = self._context(images, ids, train, tuple(record))
+        logits, features, blocks = [], [], []
+        state = self.body.embed(images, context)
+        embed = state.x
+        for index in range(last + 1):
+            state, _, found = self.body.trunk(state, context, self._blocks(index))
+            result, seen = self._classify(index, state)
+            logits.append(result)
+            features.append(seen)
+            blocks.extend(found.get("blocks", ()))
+        records = {"embed": embed, "blocks": tuple(blocks)}
+        return Output(
+            logits=jnp.stack(logits),
+            tokens=tuple(features) if "features" in record else None,
+            records={what: records[what] for what in record if what in records},
+        )
+
+    def step(
+        self,
+        images: Array,
+        upstream: Array | None = None,
+        *,
+        index: int = 0,
+        train: bool = False,
+        ids: Array | None = None,
+    ) -> tuple[Array, Array | None]:
+        """Runs one exit: `model.apply(variables, images, upstream, index=1, method="step")`.
+
+        Args:
+          images: `[B, H, W, C]`; after exit 0 only their number counts.
+          upstream: what the exit before returned, for the same rows.
+          index: number of the exit (static).
+
+        Returns:
+          `(logits [B, classes], rows after its last block [B, prefix + N, width])`;
+          None instead of the rows after the last exit.
+        """
+        if (upstream is None) == (index > 0):
+            raise ValueError(
+                f"exit {index} takes {'the result of the exit before' if index else 'no upstream'}"
+            )
+        context = self._context(images, ids, train, ())
+        if index:
+            state = Tokens.start(upstream, prefix=self.body.prefix, grid=self.body.grid)
+        else:
+            state = self.body.embed(images, context)
+        state, _, _ = self.body.trunk(state, context, self._blocks(index))
+        return self._classify(index, state)[0], state.x if index + 1 < len(self.exits) else None
+
+    def _context(self, images: Array, ids: Array | None, train: bool, record: tuple[str, ...]) -> Context:
+        ids = jnp.arange(images.shape[0], dtype=jnp.int32) if ids is None else ids
+        dropout = streams.of_dropout(self, dict(self.backbone.options), ids) if train else None
+        return Context(train=train, dropout=dropout, record=record)
+
+    def _blocks(self, index: int) -> range:
+        """The blocks between the exit before and this one."""
+        return range(self.exits[index - 1] + 1 if index else 0, self.exits[index] + 1)
+
+    def _classify(self, index: int, state: Tokens) -> tuple[Array, Tokens]:
+        if index < len(self.exits) - 1:
+            return getattr(self, f"early_{index}")(state)
+        tokens = state.replace(x=self.body.norm(state.x))
+        return self.head(tokens)[0], tokens
+
+
+def default_exits(depth: int) -> tuple[int, ...]:
+    """Three exits at the thirds of the depth: after blocks 3, 7 and 11 of 12."""
+    return tuple(sorted({max(1, depth * third // 3) - 1 for third in (1, 2, 3)}))
