@@ -41,6 +41,7 @@ EXTRAS = {
         *DATA,
         *VIZ,
         "pytest>=8.3",
+        "pytest-xdist>=3.6",
         "hypothesis>=6.120",
         "nbclient>=0.10",
         "nbformat>=5.10",
