@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from etils import epath
 
@@ -153,8 +154,10 @@ def load(workdir: str, args: argparse.Namespace, unit: str) -> Loaded:
     logits, labels = collect.collect(step, opened.variables, opened.batches())
     gmacs = costs = np.array(macs.gmacs_per_exit(model, macs.count(model)))
     if unit == "ms":
+        # On one device: the variables lie on all of them.
+        variables = jax.device_put(jax.device_get(opened.variables), jax.devices()[0])
         images = plan.prepare(next(plan.eval_batches())["image"])
-        costs = 1e3 * np.asarray(timing.exit_times(model, opened.variables, images))
+        costs = 1e3 * np.asarray(timing.exit_times(model, variables, images))
     data = plan.settings.data
     return Loaded(
         plan.settings.model["name"],

@@ -91,7 +91,7 @@ class Calibration:
 
 def main(argv: Sequence[str]) -> int:
     """Writes the sheets; returns the exit status."""
-    args = _parser().parse_args(argv)
+    args = _parser().parse_intermixed_args(argv)  # NAME --weights=FILE DATA
     found = _calibration(args)
     seen = _of_run(args) if args.workdir else _of_weights(args)
     count = len(seen.logits)
@@ -255,7 +255,7 @@ def first_right_sheet(seen: Seen, scores: np.ndarray, correct: np.ndarray, examp
         what = f"first right at exit {exit_ + 1}" if exit_ < count else "never right"
         said = np.full(len(here), 0 if exit_ < count else count - 1)
         groups.append((f"{what}\n{100 * len(here) / len(first):.1f} % of images", order, said))
-    note = "Green: right at exit 1, with its score. Red: what exit 1 says; of those never right, what the last exit says."
+    note = "Green: right at exit 1, with its score. Red: what exit 1 says; if never right, what the last exit says."
     return _draw(
         seen, groups, scores, correct, f"{seen.title}: easy images above, hard ones below", note, examples
     )
