@@ -6,6 +6,7 @@ Needs matplotlib (`pip install dyntoken[viz]`), imported on first use.
 from __future__ import annotations
 
 import dataclasses
+import io
 from collections.abc import Sequence
 from typing import Any
 
@@ -116,6 +117,19 @@ def shares(cost: Sequence[float], parts: np.ndarray, *, xlabel: str, title: str)
     return figure
 
 
+def save(figure: Any, path: Any) -> None:
+    """Writes a figure as PNG at its own resolution, making the folder.
+
+    Args:
+      figure: a matplotlib `Figure`.
+      path: an `epath.Path`, also on `gs://`, or any other path object.
+    """
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=figure.dpi)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(buffer.getvalue())
+
+
 def _tone(index: int, exits: int) -> tuple[float, float, float]:
     """Pale for the first exit, dark for the last."""
     share = index / max(exits - 1, 1)
@@ -124,7 +138,9 @@ def _tone(index: int, exits: int) -> tuple[float, float, float]:
 
 
 def _figure(width: float, height: float) -> tuple[Any, Any]:
-    figure = matplotlib("figure").Figure(figsize=(width, height), layout="constrained", facecolor="white")
+    figure = matplotlib("figure").Figure(
+        figsize=(width, height), dpi=120, layout="constrained", facecolor="white"
+    )
     axis = figure.subplots()
     for side in ("top", "right"):
         axis.spines[side].set_visible(False)

@@ -257,7 +257,7 @@ def settle(correct: Array, ranks: Ranks, costs: Array, budget: float, start: Arr
     """Of the cuts around `start` with as many hits, those that would do best on other images.
 
     What a combination will be worth elsewhere is estimated by the mean hits of
-    the combinations around it, each cut up to 1/40 of the images away. The hits
+    the combinations around it, each cut up to 1/20 of the images away. The hits
     stay what they are and the budget is kept; of equal means, the cheapest.
 
     Args:
@@ -267,8 +267,8 @@ def settle(correct: Array, ranks: Ranks, costs: Array, budget: float, start: Arr
       cuts `[E - 1]`.
     """
     tops = np.array([len(values) for values in ranks.values])
-    side = min((int(round(cells ** (1 / len(tops)), 6)) - 1) // 2, ranks.images // 11)
-    near = min(-(-side // 4), ranks.images // 40)  # of which the mean is taken
+    side = min((int(round(cells ** (1 / len(tops)), 6)) - 1) // 2, ranks.images // 5)
+    near = min(-(-side // 3), ranks.images // 20)  # of which the mean is taken
     if near < 1:
         return np.asarray(start)
     cuts = [np.arange(max(0, c - side), min(top, c + side) + 1) for c, top in zip(start, tops, strict=True)]

@@ -253,7 +253,7 @@ def _evolve(
 
 CELLS = 1 << 21  # combinations that one grid may hold: two arrays of 16 MB
 ZOOM = 1 << 13  # and that a grid around a solution does
-AROUND = 1 << 15  # and the one that chooses among equals: 90 cuts to either side with three exits
+AROUND = 1 << 17  # and the one that chooses among equals: 180 cuts to either side with three exits
 WORK = 3 << 30  # cells of the three-exit sweep: 50,000 images are exact, in well under a minute
 EXITS = 9  # a grid around a solution needs three cuts per exit at least
 

@@ -260,8 +260,8 @@ class Result:
         (out / "calibration.json").write_text(json.dumps(self.as_json(args), indent=2) + "\n")
         (out / "curves.csv").write_text(as_csv([self] if other is None else [self, other]))
         try:
-            _save(draw_curves(self, other, cited), out / "curves.png")
-            _save(draw_shares(self), out / "shares.png")
+            plot.save(draw_curves(self, other, cited), out / "curves.png")
+            plot.save(draw_shares(self), out / "shares.png")
         except ModuleNotFoundError as error:
             say(f"no pictures: {error}")
 
@@ -333,12 +333,6 @@ def draw_shares(result: Result) -> Any:
         xlabel=f"average budget of an image ({UNITS[result.unit]})",
         title=f"{result.run.name}: where images leave ({result.best}, {result.rule})",
     )
-
-
-def _save(figure: Any, path: epath.Path) -> None:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
-    path.write_bytes(buffer.getvalue())
 
 
 def report(result: Result, other: Result | None = None) -> str:

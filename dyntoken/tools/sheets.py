@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import io
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -115,7 +114,7 @@ def main(argv: Sequence[str]) -> int:
             title=f"{seen.title}: where images leave ({rule} rule)",
         )
     for name, figure in pictures.items():
-        save(figure, epath.Path(out) / f"{name}.png")
+        plot.save(figure, epath.Path(out) / f"{name}.png")
         print(epath.Path(out) / f"{name}.png")
     right = np.take_along_axis(correct, taken[None], axis=0)[0]
     for exit_, share in enumerate(_shares(taken, count)):
@@ -314,11 +313,3 @@ def _cell(
     said = seen.name(int(seen.logits[exit_, image].argmax()))
     caption = said if not right or not by_class else f"{scores[exit_, image]:.3f}"
     return sheet.Cell(images[image], caption, right)
-
-
-def save(figure: Any, path: epath.Path) -> None:
-    """Writes a figure as PNG at its own resolution; the path may be on `gs://`."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=figure.dpi)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(buffer.getvalue())

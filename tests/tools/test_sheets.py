@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 
 import numpy as np
 import pytest
 
+import dyntoken
 from dyntoken import data
+from dyntoken.analysis import timing
 from dyntoken.eval import exits
 from dyntoken.tools import sheets, show
-from dyntoken.train.workdir import open_workdir
 from dyntoken.weights import save_weights
 from tests.tools import exit_run
 
@@ -115,19 +117,18 @@ def test_sheets_of_a_run_and_its_calibration(exit_workdir, tmp_path, capsys):
     for name in ("exits_taken", "first_right", "shares"):
         with Image.open(workdir / "shown" / f"{name}.png") as picture:
             assert picture.format == "PNG" and min(picture.size) > 300
-    assert (
-        show.main(["--exits", f"--workdir={workdir}", "--budget=0.2", f"--out={tmp_path}", "test[:9]"]) == 0
-    )
-    assert "exit 1: 100.0 % of 9 images" in capsys.readouterr().out
-    assert (tmp_path / "first_right.png").exists()
+
+
+def test_the_budget_nearest_to_the_one_asked_for():
+    found = sheets.Calibration("margin", 0, "ms", np.array([3.0, 1.0, 2.0]), np.array([[3.0], [1.0], [2.0]]))
+    for asked, limit, how in ((None, 2, "budget 2 ms"), (0.2, 1, "budget 1 ms"), (2.6, 3, "budget 3 ms")):
+        args = argparse.Namespace(budget=asked, thresholds=None)
+        assert sheets._thresholds(args, found, 1) == (limit, how)
 
 
 def test_sheets_of_weights_and_a_data_set(tmp_path, capsys):
     small = {**exit_run.SMALL, "exits": (1, 2), "in_chans": 1, "img_size": 28}
     options = [f"--set={key}={value}" for key, value in small.items() if key != "img_size"]
-    import dyntoken
-    from dyntoken.analysis import timing
-
     model = dyntoken.create_model("dvt_vit_mini", **small)
     path = tmp_path / "w.safetensors"
     save_weights(path, timing.random_variables(model), model=model)
@@ -146,7 +147,6 @@ def test_sheets_of_weights_and_a_data_set(tmp_path, capsys):
         (["--exits", "--workdir=WORKDIR", "--rule=margin"], "--rule belongs to --thresholds"),
         (["--exits", "--workdir=WORKDIR", "--thresholds=0.9", "--budget=1"], "give one of them"),
         (["--exits", "--workdir=WORKDIR", "--thresholds=0.9", "a", "b"], "--workdir knows its model"),
-        (["--exits", "--workdir=WORKDIR", "--thresholds=0.9"], "3 exits need 3 thresholds"),
         (["--exits", "--workdir=nowhere", "--thresholds=0.9"], "no run in"),
         (["--exits", "dvt_vit_mini", "--thresholds=0.9"], "give --workdir=DIR, or NAME --weights=FILE DATA"),
         (
@@ -162,10 +162,11 @@ def test_bad_input_is_one_line_and_status_1(exit_workdir, argv, message, capsys)
     assert message in error and error.count("\n") == 1
 
 
-def test_pixels_reach_the_sheet_as_they_are_in_the_split(exit_workdir):
-    plan = open_workdir(exit_workdir).plan
-    options = plan.settings.data.options
-    whole = next(iter(data.eval_batches("fake", batch=61, shards=1, **options)))
-    found = sheets.Seen("", None, None, (), plan.eval_batches).images([0, 17, 60])
+def test_pixels_reach_the_sheet_as_they_are_in_the_split():
+    def batches():
+        return data.eval_batches("fashion_mnist_mini", split="test[:61]", batch=16)
+
+    whole = next(iter(data.eval_batches("fashion_mnist_mini", batch=61, shards=1)))
+    found = sheets.Seen("", None, None, (), batches).images([0, 17, 60])
     for number, pixels in found.items():
         np.testing.assert_array_equal(pixels, whole["image"][number])
