@@ -67,7 +67,6 @@ def test_images_by_the_exit_they_take(seen):
         "leave at exit 1\n66.7 % of images\n50.0 % right",
         "leave at exit 2\n33.3 % of images\n100.0 % right",
     ]
-    captions = texts[-7:-1] if "Green" in texts[-1] else texts
     assert texts[0] == "a model: images by exit (how)" and texts[1:3] == ["cat", "dog"]
     assert [t for t in texts if t in ("cat", "dog")] == [
         "cat",
@@ -75,7 +74,7 @@ def test_images_by_the_exit_they_take(seen):
         "dog",
         "cat",
     ]  # two wrong ones say the other
-    assert "0.982" in captions + texts and "0.731" in texts
+    assert texts.count("0.982") == 1 and texts.count("0.731") == 2
 
 
 def test_images_by_the_first_exit_that_is_right(seen):
