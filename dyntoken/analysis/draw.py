@@ -116,7 +116,7 @@ def picture(
     rows, columns = 1 + second, 1 + len(fates)
     palette = _palette(fates)
     tall = PANEL * rgb.shape[0] / rgb.shape[1]
-    figure = _matplotlib("figure").Figure(
+    figure = matplotlib("figure").Figure(
         figsize=(PANEL * columns, (tall + 0.26) * rows + 0.4), layout="constrained", facecolor="white"
     )
     axes = figure.subplots(rows, columns, squeeze=False)
@@ -191,7 +191,7 @@ def _edges(labels: np.ndarray, grid: tuple[int, int]) -> list[tuple[tuple[int, i
 
 
 def _outline(axis: Any, labels: np.ndarray, grid: tuple[int, int], colour: Any, width: float) -> None:
-    lines = _matplotlib("collections").LineCollection(_edges(labels, grid), colors=[colour], linewidths=width)
+    lines = matplotlib("collections").LineCollection(_edges(labels, grid), colors=[colour], linewidths=width)
     axis.add_collection(lines)
 
 
@@ -229,7 +229,7 @@ def _ties(axis: Any, f: Fate, colours: dict[int, tuple[float, float, float]]) ->
     lines = [(centres[i], centres[f.host[i]]) for i in np.nonzero(f.absorbed)[0]]
     scale = 7.0 / max(f.grid)  # thinner on a finer grid
     style = {"colors": [INK], "linewidths": 0.45 + 0.4 * scale, "alpha": min(0.85, 0.3 + 0.5 * scale)}
-    axis.add_collection(_matplotlib("collections").LineCollection(lines, **style))
+    axis.add_collection(matplotlib("collections").LineCollection(lines, **style))
     hosts = list(colours)
     fill = [colours[host] for host in hosts]
     axis.scatter(*centres[hosts].T, s=40 * scale, c=fill, edgecolors=INK, linewidths=0.9, zorder=3)
@@ -248,7 +248,8 @@ def _legend(axis: Any, fates: Sequence[Fate]) -> None:
     axis.text(0.5, 0.5, text, ha="center", va="center", fontsize=9, color=INK, transform=axis.transAxes)
 
 
-def _matplotlib(module: str) -> Any:
+def matplotlib(module: str) -> Any:
+    """A module of matplotlib; the error says what to install."""
     try:
         return importlib.import_module(f"matplotlib.{module}")
     except ModuleNotFoundError as error:

@@ -11,6 +11,10 @@ an exit depends on every earlier threshold), so that the searches are joint:
 * `sweep`: three exits, every combination of cuts without enumerating them:
   prefix sums over the second exit's ranks, updated as images join.
 * `zoom`: `grid` around a known combination, closer and closer.
+* `settle`: of combinations near a known one that are exactly as good, the one
+  whose neighbours are best: the optimum of a small set is often a lucky edge.
+
+`between` then moves thresholds off the scores themselves.
 """
 
 from __future__ import annotations
@@ -247,3 +251,66 @@ def zoom(
             if (step == 1).all():
                 return current, tried
             step = -(-step // 2)
+
+
+def settle(correct: Array, ranks: Ranks, costs: Array, budget: float, start: Array, cells: int) -> Array:
+    """Of the cuts around `start` with as many hits, those that would do best on other images.
+
+    What a combination will be worth elsewhere is estimated by the mean hits of
+    the combinations around it, each cut up to 1/20 of the images away. The hits
+    stay what they are and the budget is kept; of equal means, the cheapest.
+
+    Args:
+      correct, ranks, costs, budget, start, cells: as `zoom`.
+
+    Returns:
+      cuts `[E - 1]`.
+    """
+    tops = np.array([len(values) for values in ranks.values])
+    side = min((int(round(cells ** (1 / len(tops)), 6)) - 1) // 2, ranks.images // 5)
+    near = min(-(-side // 3), ranks.images // 20)  # of which the mean is taken
+    if near < 1:
+        return np.asarray(start)
+    cuts = [np.arange(max(0, c - side), min(top, c + side) + 1) for c, top in zip(start, tops, strict=True)]
+    hits, spent = grid(correct, ranks, costs, cuts)
+    reach = side - near  # beyond, the means lack neighbours
+    allowed = spent <= budget * (1 + SLACK)
+    for axis, (row, cut) in enumerate(zip(cuts, start, strict=True)):
+        inside = np.abs(row - cut) <= reach
+        allowed &= inside.reshape([-1 if a == axis else 1 for a in range(hits.ndim)])
+    here = tuple(int(cut - row[0]) for row, cut in zip(cuts, start, strict=True))
+    equal = np.flatnonzero(allowed & (hits == hits[here]))
+    means = _mean_around(hits, near).ravel()[equal]
+    equal = equal[means >= means.max() * (1 - SLACK)]
+    place = np.unravel_index(equal[np.argmin(spent.ravel()[equal])], hits.shape)
+    return np.array([row[i] for row, i in zip(cuts, place, strict=True)])
+
+
+def _mean_around(values: Array, near: int) -> Array:
+    """Mean over the box of `near` cells in every direction, cut off at the edges."""
+    for axis, size in enumerate(values.shape):
+        total = np.cumsum(values, axis=axis)
+        total = np.concatenate([np.zeros_like(np.take(total, [0], axis)), total], axis=axis)
+        low, high = np.maximum(np.arange(size) - near, 0), np.minimum(np.arange(size) + near + 1, size)
+        count = (high - low).reshape([-1 if a == axis else 1 for a in range(values.ndim)])
+        values = (np.take(total, high, axis) - np.take(total, low, axis)) / count
+    return values
+
+
+def between(scores: Array, thresholds: Array) -> Array:
+    """Thresholds `[E]` midway between the lowest score that leaves and the highest that stays.
+
+    Every image of `scores [E, N]` leaves where it did. Elsewhere the last bits
+    of a score differ (another batch size, another device), and an image whose
+    score is the threshold itself would go either way.
+    """
+    limits = np.array(thresholds, dtype=scores.dtype)
+    here = np.ones(scores.shape[1], dtype=bool)
+    for exit_, row in enumerate(scores[:-1]):
+        leaves = here & (row >= limits[exit_])
+        here = here & ~leaves
+        if leaves.any() and here.any():
+            low, high = row[here].max(), row[leaves].min()
+            middle = scores.dtype.type(low / 2 + high / 2)
+            limits[exit_] = middle if middle > low else high  # neighbouring floats have none between them
+    return limits

@@ -40,7 +40,8 @@ class Solution:
     """Thresholds for one budget, and what they do on the calibration set.
 
     Attributes:
-      thresholds: `[E]`, in the dtype of the scores.
+      thresholds: `[E]`, in the dtype of the scores. Of `geometric` they are
+        scores, as released; of the others they lie between two scores.
       accuracy: top-1 fraction.
       cost: average cost of an image, at most the budget.
       counts: images that leave at each exit, int64 `[E]`.
@@ -245,13 +246,14 @@ def _evolve(
     for row in genes:
         fitness(row)
     best = max(known, key=lambda cuts: known[cuts])  # the first of equals
-    return ranks.thresholds(best), len(known)
+    return frontier.between(scores, ranks.thresholds(best)), len(known)
 
 
 # (c) ours
 
 CELLS = 1 << 21  # combinations that one grid may hold: two arrays of 16 MB
 ZOOM = 1 << 13  # and that a grid around a solution does
+AROUND = 1 << 17  # and the one that chooses among equals: 180 cuts to either side with three exits
 WORK = 3 << 30  # cells of the three-exit sweep: 50,000 images are exact, in well under a minute
 EXITS = 9  # a grid around a solution needs three cuts per exit at least
 
@@ -265,7 +267,7 @@ def optimal(
     levels: int | None = None,
     starts: Any = None,
 ) -> list[Solution]:
-    """Maximises calibration accuracy under each budget; of equals, the cheaper.
+    """Maximises calibration accuracy under each budget; of equals, what promises most elsewhere.
 
     Exact (`resolution` 0.0) with two exits, with three up to about 50,000
     images, and with more wherever all combinations fit two million. Beyond
@@ -273,6 +275,10 @@ def optimal(
     sweep and of `starts`, refined by grids around it down to single images.
     Never below `geometric`; never below `genetic` either where exact, or where
     its thresholds are among `starts`.
+
+    On a small set many combinations are equally good. Of those near the one
+    found, the one whose neighbours are best is taken (`frontier.settle`), and
+    of equals the cheapest; thresholds lie between scores (`frontier.between`).
 
     Args:
       correct, scores, costs, budgets: as `geometric`.
@@ -298,7 +304,10 @@ def optimal(
     if resolution > 0:
         cuts, more = _refine(correct, scores, ranks, costs, budgets, cuts, known)
         tried += more
-    chosen = np.stack([ranks.thresholds(row) for row in cuts])
+    chosen = []
+    for row, budget in zip(cuts, budgets, strict=True):
+        row = frontier.settle(correct, ranks, costs, float(budget), row, AROUND)
+        chosen.append(frontier.between(scores, ranks.thresholds(row)))
     facts = {"solver": "optimal", "resolution": resolution, "evaluations": tried}
     return _solutions(correct, scores, costs, budgets, chosen, start, facts)
 

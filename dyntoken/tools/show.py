@@ -1,4 +1,7 @@
-"""Pictures of what a model keeps: `python -m dyntoken.tools.show NAME --weights=... IMAGE...`."""
+"""Pictures of what a model keeps: `python -m dyntoken.tools.show NAME --weights=... IMAGE...`.
+
+With `--exits`: sheets of images by the exit they take, see `sheets`.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from dyntoken.analysis import draw
 from dyntoken.data.resample import resize_centre
 from dyntoken.models import Model
 from dyntoken.preprocessing import preprocess
-from dyntoken.tools import cli
+from dyntoken.tools import cli, sheets
 from dyntoken.weights import load_weights
 
 TEXT = """\
@@ -25,10 +28,14 @@ Draws for each IMAGE which patches stay as tokens at every stage and, where the
 method fuses, which kept patch absorbed which. One PNG per image.
 
 IMAGE is a picture file, or data:INDEX for a picture of a data set's test split
-(fashion_mnist_mini:7)."""
+(fashion_mnist_mini:7).
+
+--exits draws sheets of many images by the exit they take, for a model with
+exits: show --exits --help."""
 EXAMPLES = """\
   python -m dyntoken.tools.show dtps_vit_mini_patch4_28 --weights=runs/demo fashion_mnist_mini:7
-  python -m dyntoken.tools.show evit_deit_small_patch16_224 --weights=evit.pth cat.jpg dog.jpg --out=kept"""
+  python -m dyntoken.tools.show evit_deit_small_patch16_224 --weights=evit.pth cat.jpg dog.jpg --out=kept
+  python -m dyntoken.tools.show --exits --workdir=runs/dvt_demo"""
 OF_DATA_SET = re.compile(r"([A-Za-z_][\w/]*):(\d+)")
 
 
@@ -51,7 +58,10 @@ class Picture:
 
 @cli.program
 def main(argv: Sequence[str] | None = None) -> int:
-    """Writes one PNG per image; returns the exit status."""
+    """Writes one PNG per image, or with --exits sheets of many; returns the exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    if "--exits" in argv:
+        return sheets.main(argv)
     args = _parser().parse_args(argv)
     model = cli.build(args)
     if not model.sites():

@@ -20,15 +20,18 @@ import numpy as np
 from dyntoken.models import Model
 from dyntoken.weights import files, keys, positions, references
 from dyntoken.weights.files import WeightsError
+from dyntoken.weights.reference_dvt import StoredExits, stored_exits
 
 __all__ = [
     "Report",
+    "StoredExits",
     "WeightsError",
     "export_reference",
     "import_reference",
     "load_weights",
     "reference_keys",
     "save_weights",
+    "stored_exits",
     "with_image_size",
 ]
 
@@ -174,7 +177,8 @@ def import_reference(
       cls: class name in that repository, e.g. "VisionTransformerDiffPruning".
       constructor: its constructor arguments; layers are given as text
         (`norm_layer="LayerNorm(eps=1e-6)"`).
-      tensors: its state dict as numpy arrays, own key names and layouts.
+      tensors: its state dict as numpy arrays, own key names and layouts; or a
+        whole checkpoint that wraps one (`model_state_dict` and the like).
 
     Returns:
       `(model, variables)`.
@@ -184,6 +188,8 @@ def import_reference(
         over or of another shape.
     """
     reference = references.build(repository, cls, constructor)
+    if files.is_wrapped(tensors):
+        tensors = files.read(tensors, "params").tensors
     shapes = shapes_of(reference.model)
     key_map = keys.key_map(shapes, family_of(reference.model), grid_only=reference.grid_only)
     origin = f"{repository} {cls}"

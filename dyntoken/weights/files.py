@@ -23,10 +23,13 @@ import safetensors.numpy
 from etils import epath
 
 # Names under which the public repositories wrap a state dict: DeiT, DynamicViT and EViT "model" (and its
-# average "model_ema"), TPS "net"; our own checkpoints "params" and "ema".
-PARAMS_KEYS = ("params", "model", "net", "state_dict", "module")
+# average "model_ema"), TPS "net", DVT "model_state_dict"; our own checkpoints "params" and "ema".
+DVT_STATE = "model_state_dict"
+PARAMS_KEYS = ("params", "model", "net", "state_dict", "module", DVT_STATE)
 EMA_KEYS = ("ema", "model_ema", "state_dict_ema", "net_ema")
 PREFERENCES = ("ema", "params")
+# What DVT's checkpoints hold beside their weights; see `reference_dvt.stored_exits`.
+DVT_RESULTS = ("flops", "anytime_classification", "dynamic_threshold", "budgeted_batch_classification")
 PRETRAINED = epath.Path(__file__).resolve().parent / "pretrained"
 SAFETENSORS_TYPES = {
     **{f"F{bits}": np.dtype(f"float{bits}") for bits in (16, 32, 64)},
@@ -73,8 +76,16 @@ def read(source: Any, prefer: str = "ema") -> Bundle:
     """
     if prefer not in PREFERENCES:
         raise WeightsError(f"prefer={prefer!r}: choose 'ema' or 'params'")
+    return _bundle(*read_tree(source), prefer)
+
+
+def read_tree(source: Any) -> tuple[Any, dict[str, str], str]:
+    """A source as it is: its tree, the strings stored beside it, and its name for messages.
+
+    Arguments and errors as `read`. Leaves are arrays; of a torch file also plain numbers, strings and lists.
+    """
     if isinstance(source, Mapping):
-        return _bundle(source, {}, "the given mapping", prefer)
+        return source, {}, "the given mapping"
     name = str(source)
     if name.startswith("hf:"):
         name = fetch_hub(name)
@@ -85,14 +96,13 @@ def read(source: Any, prefer: str = "ema") -> Bundle:
             "checkpoint becomes ours by `python -m dyntoken.tools.convert IN OUT --model=NAME`)"
         )
     if path.is_dir():
-        return _bundle(read_orbax(path), {}, name, prefer)
+        return read_orbax(path), {}, name
     reader = READERS.get(path.suffix.lower())
     if reader is None:
         raise WeightsError(
             f"{name}: unknown weight format {path.suffix!r}; known: {', '.join(READERS)}, orbax directory"
         )
-    tree, metadata = reader(path)
-    return _bundle(tree, metadata, name, prefer)
+    return (*reader(path), name)
 
 
 def shipped(name: str) -> epath.Path:
@@ -139,7 +149,7 @@ def read_npz(path: epath.Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
 
 
 def read_torch(path: epath.Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """The nested dict of a torch checkpoint, tensors as numpy arrays.
+    """The nested dict of a torch checkpoint, tensors as numpy arrays; numbers, strings and lists as they are.
 
     Only with torch installed, and only with `weights_only=True`; the argument
     namespace that DeiT-style trainers store beside the weights is admitted.
@@ -162,7 +172,9 @@ def read_torch(path: epath.Path) -> tuple[dict[str, Any], dict[str, str]]:
             return (node.float() if node.dtype == torch.bfloat16 else node).numpy()
         if isinstance(node, Mapping):
             return {str(key): convert(value) for key, value in node.items()}
-        return None
+        if isinstance(node, (list, tuple)):
+            return [convert(value) for value in node]
+        return node if isinstance(node, (int, float, str)) else None
 
     return convert(tree), {}
 
@@ -322,8 +334,18 @@ def _bundle(tree: Mapping[str, Any], metadata: Mapping[str, str], origin: str, p
     return Bundle(flat, dict(metadata), origin, own=any("/" in key for key in flat))
 
 
+def is_wrapped(tree: Mapping[str, Any]) -> bool:
+    """Whether a mapping is a checkpoint around a state dict, not the state dict itself."""
+    return any(isinstance(value, Mapping) or key in DVT_RESULTS for key, value in _regroup(tree).items())
+
+
 def _regroup(tree: Mapping[str, Any]) -> Mapping[str, Any]:
     """Turns flat keys "params/a/b" into nested ones, so that one unwrapping serves all formats."""
+    for separator in "/.":
+        inside = [key for key in tree if str(key).startswith(DVT_STATE + separator)]
+        if inside:
+            state = {key[len(DVT_STATE) + 1 :]: tree[key] for key in inside}
+            return {**{key: value for key, value in tree.items() if key not in inside}, DVT_STATE: state}
     wrappers = (*PARAMS_KEYS, *EMA_KEYS, "batch_stats")
     if tree and all("/" in key and key.split("/")[0] in wrappers for key in tree):
         return nest(tree)
@@ -339,7 +361,8 @@ def _unwrap(
         inner = tree.get(key)
         if isinstance(inner, Mapping) and inner:
             return _unwrap(inner, prefer, stats)
-    return {key: value for key, value in tree.items() if key != "batch_stats"}, stats or {}
+    others = ("batch_stats", *DVT_RESULTS)
+    return {key: value for key, value in tree.items() if key not in others}, stats or {}
 
 
 def _float32(value: np.ndarray) -> np.ndarray:

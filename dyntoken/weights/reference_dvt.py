@@ -1,11 +1,16 @@
-"""Constructor arguments of DVT (blackfeather-wang/Dynamic-Vision-Transformer)."""
+"""DVT (blackfeather-wang/Dynamic-Vision-Transformer): constructor arguments, stored thresholds and curves."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from dyntoken.models import create_model
+from dyntoken.weights import files
+from dyntoken.weights.files import WeightsError
 from dyntoken.weights.references import Arguments, Reference
 
 WRAPPER = {"feature_reuse": True, "relation_reuse": True, "num_classes": 1000, "img_size": 224}
@@ -54,3 +59,64 @@ def _fields(arguments: Arguments) -> dict[str, Any]:
         "mlp_ratio": arguments.number("mlp_ratio"),
         "qkv_bias": arguments.flag("qkv_bias"),
     }
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredExits:
+    """What an official checkpoint says about its exits; M points of a curve, E exits.
+
+    Attributes:
+      gmacs: cost of leaving at each exit, in 1e9 multiply-adds, `[E]`.
+      anytime: top-1 fraction of each exit, `[E]`.
+      thresholds: of the confidence rule, float32 `[M, E]`; an image leaves at
+        the first exit whose largest softmax probability reaches its threshold.
+      cost, accuracy: average cost in 1e9 and top-1 fraction at each of these
+        sets of thresholds on the ImageNet validation set, `[M]`.
+    """
+
+    gmacs: np.ndarray
+    anytime: np.ndarray
+    thresholds: np.ndarray
+    cost: np.ndarray
+    accuracy: np.ndarray
+
+
+def stored_exits(source: Any) -> StoredExits:
+    """Thresholds and curves of an official DVT checkpoint.
+
+    Args:
+      source: as `load_weights` takes it: a `.pth.tar` file, or a converted
+        `.safetensors` or `.npz`, or a mapping, with the keys `flops`,
+        `anytime_classification`, `dynamic_threshold` and
+        `budgeted_batch_classification` (two rows, cost and accuracy).
+
+    Raises:
+      WeightsError: unreadable source, keys that are missing, or values of
+        shapes that do not fit one another.
+    """
+    tree, _, origin = files.read_tree(source)
+    missing = [key for key in files.DVT_RESULTS if key not in tree]
+    if missing:
+        raise WeightsError(f"{origin}: no stored thresholds and curves of DVT: lacks {', '.join(missing)}")
+    found = [_numbers(origin, key, tree[key]) for key in files.DVT_RESULTS]
+    gmacs, anytime, limits, curve = found
+    exits, points = gmacs.size, len(limits) if limits.ndim == 2 else 0
+    shapes = ((exits,), (exits,), (points, exits), (2, points))
+    for key, value, shape in zip(files.DVT_RESULTS, found, shapes, strict=True):
+        if value.shape != shape or not value.size:
+            raise WeightsError(
+                f"{origin}: {key} has shape {list(value.shape)}, {exits} exits and {points} points "
+                f"need {list(shape)}"
+            )
+    # Accuracies are in per cent there.
+    return StoredExits(gmacs, anytime / 100, limits.astype(np.float32), curve[0], curve[1] / 100)
+
+
+def _numbers(origin: str, key: str, value: Any) -> np.ndarray:
+    try:
+        array = np.asarray(value, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise WeightsError(f"{origin}: {key} holds no regular table of numbers") from error
+    if not np.isfinite(array).all():
+        raise WeightsError(f"{origin}: {key} holds NaN or infinite values")
+    return array

@@ -306,12 +306,86 @@ def test_grid_equals_evaluate():
         assert spent[place] == pytest.approx(point.cost)
 
 
-def test_thresholds_are_calibration_scores_never_or_always():
+def test_thresholds_lie_midway_between_the_last_to_leave_and_the_first_to_stay():
+    scores = np.float32([[9, 7, 4, 2, 1], [0, 0, 8, 6, 3], [0] * 5])
+    found = frontier.between(scores, np.float32([7, 6, ALWAYS]))
+    np.testing.assert_array_equal(found, np.float32([5.5, 4.5, ALWAYS]))
+    assert found.dtype == np.float32
+    # Image 1 has left when exit 1 decides: its 5 is no reason to lift the threshold.
+    scores[1, 1] = 5
+    np.testing.assert_array_equal(frontier.between(scores, np.float32([7, 6, ALWAYS]))[:2], [5.5, 4.5])
+
+
+def test_no_number_lies_between_neighbouring_floats():
+    low = np.float32(0.5)
+    high = np.nextafter(low, np.float32(1))
+    scores = np.array([[low, high], [0, 0]], np.float32)
+    np.testing.assert_array_equal(frontier.between(scores, [high, ALWAYS])[0], high)
+    np.testing.assert_array_equal(exits.exit_of(scores, frontier.between(scores, [high, ALWAYS])), [1, 0])
+
+
+@pytest.mark.parametrize(
+    "limits", [[NEVER, NEVER, ALWAYS], [ALWAYS, ALWAYS, ALWAYS], [NEVER, ALWAYS, ALWAYS]]
+)
+def test_never_and_always_stay(limits):
+    _, scores, _ = cascade(3, 50)
+    np.testing.assert_array_equal(frontier.between(scores, limits), np.float32(limits))
+
+
+@hypothesis.given(calibrations((2, 4), 30), st.lists(st.integers(0, 6), min_size=4, max_size=4))
+def test_moving_thresholds_moves_no_image(calibration, limits):
+    scores = calibration[1]
+    limits = np.float32(limits[: len(scores)])
+    moved = frontier.between(scores, limits)
+    np.testing.assert_array_equal(exits.exit_of(scores, moved), exits.exit_of(scores, limits))
+
+
+@pytest.mark.parametrize("solver", ["genetic", "optimal"])
+def test_noise_in_the_last_bits_moves_no_image(solver):
+    """The thresholds of the released code are scores themselves: there an image flips."""
     correct, scores, costs = cascade(3, 300)
-    first, middle = thresholds.optimal(correct, scores, costs, [costs[0], 2.5])
-    np.testing.assert_array_equal(first.thresholds[[0, 2]], np.float32([ALWAYS, ALWAYS]))
-    assert middle.thresholds.dtype == np.float32
-    assert set(middle.thresholds[:2].tolist()) <= {*scores.ravel().tolist(), NEVER, ALWAYS}
+    scores = np.float32(np.round(scores, 3))
+    draw = np.random.default_rng(0)
+    noisy = scores * (1 + 2e-7 * draw.choice([-1, 1], scores.shape)).astype(np.float32)
+    more = {"generations": 5} if solver == "genetic" else {}
+    (found,) = thresholds.SOLVERS[solver](correct, scores, costs, 3.0, **more)
+    np.testing.assert_array_equal(
+        exits.exit_of(noisy, found.thresholds), exits.exit_of(scores, found.thresholds)
+    )
+    (released,) = thresholds.geometric(correct, scores, costs, 3.0)
+    assert (exits.exit_of(noisy, released.thresholds) != exits.exit_of(scores, released.thresholds)).any()
+
+
+def test_of_equals_the_one_with_the_best_neighbours():
+    """Two exits, 200 images: letting 100 to 110 of the surest leave is equally right, fewer or more is worse."""
+    images, costs = 200, np.array([1.0, 2.0])
+    scores = np.stack([np.arange(images, dtype=np.float32), np.zeros(images, np.float32)])
+    gain = np.repeat(
+        [0, 1, 0, -1], [80, 20, 10, 90]
+    )  # right at exit 0 minus right at exit 1, from the surest on
+    correct = np.stack([gain[::-1] == 1, gain[::-1] == -1])
+    ranks = frontier.Ranks(scores)
+    for leaving in (100, 103, 110):
+        found = frontier.settle(correct, ranks, costs, 2.0, np.array([images - leaving]), 1 << 15)
+        assert images - found == [105]
+    # 105 images at exit 0 cost 1.475 on average: a smaller budget asks for more of them.
+    found = frontier.settle(correct, ranks, costs, 1.46, np.array([images - 110]), 1 << 15)
+    assert images - found == [108]
+    (whole,) = thresholds.optimal(correct, scores, costs, 2.0)
+    assert (whole.counts.tolist(), whole.accuracy) == ([105, 95], 0.55)
+    assert whole.thresholds[0] == 94.5
+
+
+@hypothesis.given(calibrations((2, 4), 200))
+def test_settling_keeps_hits_and_budget(calibration):
+    correct, scores, costs, budget = calibration
+    ranks = frontier.Ranks(scores)
+    start = np.zeros(len(scores) - 1, np.int64)
+    before = exits.measure(correct, scores, ranks.thresholds(start), costs)
+    after = frontier.settle(correct, ranks, costs, budget, start, 1 << 12)
+    found = exits.measure(correct, scores, ranks.thresholds(after), costs)
+    assert found.correct.sum() == before.correct.sum()
+    assert found.cost <= budget * (1 + EPS)
 
 
 def test_a_cascade_that_only_gets_worse_stops_at_once():

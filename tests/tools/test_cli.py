@@ -8,9 +8,9 @@ import sys
 
 import pytest
 
-from dyntoken.tools import bench, cli, convert, flops, show
+from dyntoken.tools import bench, budget, cli, convert, flops, show
 
-PROGRAMS = {"flops": flops, "bench": bench, "show": show, "convert": convert}
+PROGRAMS = {"flops": flops, "bench": bench, "show": show, "convert": convert, "budget": budget}
 
 
 @pytest.mark.parametrize(

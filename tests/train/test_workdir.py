@@ -1,0 +1,43 @@
+"""A run opened from its folder alone."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+
+from dyntoken import train
+from dyntoken.train.workdir import open_workdir
+from tests.train.tiny import tiny_config
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("opened") / "run"
+    return workdir, train.run(tiny_config(steps=2, ema=0.5), workdir, log=lambda line: None)
+
+
+def test_variables_average_and_batches(trained):
+    workdir, result = trained
+    for ema, wanted in ((False, result.state.variables), (True, result.state.ema)):
+        opened = open_workdir(workdir, ema=ema)
+        assert opened.step == 2
+        for found, expected in zip(jax.tree.leaves(opened.variables), jax.tree.leaves(wanted), strict=True):
+            np.testing.assert_array_equal(found, expected)
+    whole = np.concatenate([np.asarray(batch["mask"]) for batch in opened.batches()])
+    assert whole.sum() == 37
+    batch = next(opened.batches())
+    assert batch["image"].sharding.mesh.size == opened.plan.mesh.size == 4
+    part = open_workdir(workdir, split="train[:5]")
+    assert sum(float(batch["mask"].sum()) for batch in part.batches()) == 5
+
+
+def test_one_clear_error_each(trained, tmp_path):
+    workdir, _ = trained
+    with pytest.raises(ValueError, match=r"no run in .*config.json.: give the workdir of a training run"):
+        open_workdir(tmp_path)
+    (tmp_path / "config.json").write_text((workdir / "config.json").read_text())
+    with pytest.raises(ValueError, match="no checkpoints in"):
+        open_workdir(tmp_path)
+    with pytest.raises(ValueError, match="has no split 'tset'"):
+        open_workdir(workdir, split="tset")
