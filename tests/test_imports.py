@@ -21,7 +21,7 @@ ALLOWED = {
     "reducers": BASE | {"nn", "ops"},
     "backbones": BASE | {"nn", "ops"},
     "heads": {"nn", "ops", "types"},
-    "cascade": BASE | {"backbones", "heads", "nn", "ops"},
+    "cascade": BASE | {"backbones", "heads", "nn", "ops", "reducers"},
     "models": CORE - {"models"},
     "weights": BASE | {"models", "ops"},
     "losses": BASE | {"ops"},
