@@ -249,7 +249,8 @@ def _site_fields(
     fields: dict[str, Any], overrides: dict[str, Any], of_method: set[str], backbone: Spec
 ) -> dict[str, Any]:
     """`at` (by default the backbone's) and the method's own options."""
-    at = fields.get("at") or backbone(parent=None).default_sites
+    at = fields.get("at", ())
+    at = backbone(parent=None).default_sites if at is None or at == () else at
     options = tuple(sorted((k, _static(v)) for k, v in overrides.items() if k in of_method))
     return {"at": (at,) if isinstance(at, int) else tuple(at), "method_options": options}
 

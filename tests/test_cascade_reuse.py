@@ -9,18 +9,36 @@ import pytest
 
 import dyntoken
 from dyntoken.analysis import macs
-from dyntoken.cascade.reuse import ContextMlp, RelationLinear, RelationMlp, Reuse
+from dyntoken.cascade.reuse import ContextMlp, RelationMlp, Reuse
 from dyntoken.ops import resample
 
 TINY = {"img_size": 12, "width": 8, "depth": 2, "heads": 2, "num_classes": 3, "exits": (2, 3)}
 IMAGES = np.random.default_rng(7).normal(size=(2, 12, 12, 3)).astype(np.float32)
 RECORD = ("blocks", "relations", "context", "maps", "biases")
-ABLATIONS = {  # each row holds a switch of the features and one of the relations
-    "layer": {"feature_source": "layer", "relation_source": "layer"},
-    "class_token": {"feature_class_token": True, "relation_source": "last"},
-    "first": {"feature_layers": "first", "relation_mixer": "linear"},
-    "no_norm": {"feature_norm": False, "relation_resize": "flat"},
+ABLATIONS = {  # together they hold every switch; alone each is trained in the slow suite
+    "layer": {
+        "feature_source": "layer",
+        "feature_class_token": True,
+        "feature_norm": False,
+        "relation_source": "layer",
+    },
+    "first": {
+        "feature_layers": "first",
+        "relation_source": "last",
+        "relation_mixer": "linear",
+        "relation_resize": "flat",
+    },
+    **{
+        f"{name}={value}": {name: value}
+        for options in (
+            {"feature_source": "layer", "feature_class_token": True, "feature_norm": False},
+            {"feature_layers": "first", "relation_source": "layer", "relation_mixer": "linear"},
+            {"relation_source": "last", "relation_resize": "flat"},
+        )
+        for name, value in options.items()
+    },
 }
+CASES = [pytest.param(c, marks=pytest.mark.slow if "=" in c else ()) for c in ABLATIONS]
 
 
 def _random(shapes):
@@ -49,9 +67,9 @@ def _trained(case):
     return model, params, out, grads, twice, (float(before), float(after))
 
 
-@pytest.mark.parametrize("case", ABLATIONS)
+@pytest.mark.parametrize("case", CASES)
 def test_ablation_trains(case):
-    model, params, _, grads, twice, (before, after) = _trained(case)
+    model, _, _, grads, twice, (before, after) = _trained(case)
     assert after < before
     for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
         key = jax.tree_util.keystr(path, simple=True, separator="/")
@@ -71,54 +89,42 @@ def _embedded(params, layer, features, **options):
     return ContextMlp(128, 48, 1e-6, **options).apply({"params": params[f"context_{layer}"]}, features)
 
 
-def test_layer_wise_sources():
+def test_layer_wise_sources_class_token_and_no_norm():
     _, params, out, *_ = _trained("layer")
     reuse, records = params["reuse_1"], out.records
+    assert set(reuse["context_0"]) == {"fc1", "fc2"}
     for layer in range(2):
-        features = records["blocks"][0][layer][:, 1:]
-        expected = resample.reuse_axis(_embedded(reuse, layer, features), 1, (2, 2), (3, 3))
-        np.testing.assert_allclose(records["context"][1][layer][:, 1:], expected, atol=1e-5)
-        mixed = RelationMlp().apply(
-            {"params": reuse[f"relation_{layer}"]}, records["relations"][0][layer]
-        )
+        expected = _embedded(reuse, layer, records["blocks"][0][layer], normalise=False)
+        found = records["context"][1][layer]
+        np.testing.assert_allclose(found[:, :1], expected[:, :1], atol=1e-5)
+        cells = resample.reuse_axis(expected[:, 1:], 1, (2, 2), (3, 3))
+        np.testing.assert_allclose(found[:, 1:], cells, atol=1e-5)
+        mixer = {"params": reuse[f"relation_{layer}"]}
+        mixed = RelationMlp().apply(mixer, records["relations"][0][layer])
         np.testing.assert_allclose(records["maps"][1][layer], mixed, atol=1e-5)
     assert reuse["relation_0"]["fc1"]["kernel"].shape == (2, 6) and "relation" not in reuse
 
 
-def test_class_token_is_embedded_too_and_relations_of_the_last_layer():
-    _, params, out, *_ = _trained("class_token")
-    reuse, records = params["reuse_1"], out.records
-    last = records["blocks"][0][-1]
-    np.testing.assert_allclose(
-        records["context"][1][0][:, :1], _embedded(reuse, 0, last[:, :1]), atol=1e-5
-    )
-    assert (_trained("layer")[2].records["context"][1][0][:, 0] == 0).all()
-    for layer in range(2):
-        mixed = RelationMlp().apply({"params": reuse[f"relation_{layer}"]}, records["relations"][0][-1])
-        np.testing.assert_allclose(records["maps"][1][layer], mixed, atol=1e-5)
-
-
-def test_first_layer_only_and_linear():
+def test_first_layer_only():
     _, params, out, *_ = _trained("first")
-    reuse, records = params["reuse_1"], out.records
-    assert records["context"][1][1] is None and "context_1" not in reuse
+    records = out.records
+    assert records["context"][1][1] is None and "context_1" not in params["reuse_1"]
     blocks = params["exit_1"]["backbone"]["trunk"]
     widths = [blocks[f"blocks_{layer}"]["norm2"]["scale"].shape[0] for layer in range(2)]
     assert widths == [8 + 48, 8]  # no block but the first has further channels at all
-    whole = jnp.concatenate(records["relations"][0], axis=1)
-    mixed = RelationLinear().apply({"params": reuse["relation"]}, whole)
-    np.testing.assert_allclose(jnp.concatenate(records["maps"][1], axis=1), mixed, atol=1e-5)
-    kernel, bias = reuse["relation"]["fc"]["kernel"], reuse["relation"]["fc"]["bias"]
-    np.testing.assert_allclose(mixed[0, :, 1, 2], whole[0, :, 1, 2] @ kernel + bias, atol=1e-5)
+    expected = _embedded(params["reuse_1"], 0, records["blocks"][0][-1][:, 1:])
+    cells = resample.reuse_axis(expected, 1, (2, 2), (3, 3))
+    np.testing.assert_allclose(records["context"][1][0][:, 1:], cells, atol=1e-5)
+    assert (records["context"][1][0][:, 0] == 0).all()
 
 
-def test_without_norm_and_naive_resizing():
-    _, params, out, *_ = _trained("no_norm")
-    assert set(params["reuse_1"]["context_0"]) == {"fc1", "fc2"}
-    features = out.records["blocks"][0][-1][:, 1:]
-    expected = _embedded(params["reuse_1"], 0, features, normalise=False)
-    expected = resample.reuse_axis(expected, 1, (2, 2), (3, 3))
-    np.testing.assert_allclose(out.records["context"][1][0][:, 1:], expected, atol=1e-5)
+def test_relations_of_the_last_layer_by_a_linear_layer_and_naive_resizing():
+    _, params, out, *_ = _trained("first")
+    maps, last = out.records["maps"][1], np.asarray(out.records["relations"][0][-1])
+    for layer in range(2):
+        mixer = params["reuse_1"][f"relation_{layer}"]["fc"]
+        mixed = np.einsum("bcqk,cd->bdqk", last, mixer["kernel"]) + np.asarray(mixer["bias"])[:, None, None]
+        np.testing.assert_allclose(maps[layer], mixed, atol=1e-5)
     flat = np.zeros((10, 5))
     flat[0, 0] = 1
     # 4 cells by the factor 3, then 9 cells of them: by hand, without a grid.
@@ -126,7 +132,7 @@ def test_without_norm_and_naive_resizing():
     flat[4:7, 1:5] = [[0, 1, 0, 0], [0, 0.5, 0.5, 0], [0, 0, 1, 0]]
     flat[7:, 3:] = [[0.5, 0.5], [0, 1], [0, 1]]
     found = np.asarray(out.records["biases"][1][0])
-    np.testing.assert_allclose(found, flat @ np.asarray(out.records["maps"][1][0]) @ flat.T, atol=1e-5)
+    np.testing.assert_allclose(found, flat @ np.asarray(maps[0]) @ flat.T, atol=1e-5)
 
 
 def _reuse(**options):
@@ -135,8 +141,15 @@ def _reuse(**options):
     return Reuse(**{**fields, "resize": "grid", "chunks": 1, **options})
 
 
-@pytest.mark.parametrize(("source", "remat"), [("all", True), ("layer", False)])
-def test_maps_in_pieces_are_the_same_maps(source, remat):
+@pytest.mark.parametrize(
+    ("source", "remat", "chunks"),
+    [
+        ("all", True, 3),  # with a row left over
+        pytest.param("layer", False, 3, marks=pytest.mark.slow),
+        pytest.param("all", False, 99, marks=pytest.mark.slow),  # more pieces than rows
+    ],
+)
+def test_maps_in_pieces_are_the_same_maps(source, remat, chunks):
     relations = [jax.random.normal(jax.random.key(i), (2, 2, 10, 10)) for i in range(2)]
 
     def run(chunks):
@@ -152,9 +165,8 @@ def test_maps_in_pieces_are_the_same_maps(source, remat):
 
     whole = run(1)
     assert whole[0].shape == (4, 2, 10, 10)
-    for chunks in (3, 99):  # with a row left over; more pieces than rows
-        for one, other in zip(jax.tree.leaves(whole), jax.tree.leaves(run(chunks)), strict=True):
-            np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+    for one, other in zip(jax.tree.leaves(whole), jax.tree.leaves(run(chunks)), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
 
 
 def test_pieces_take_less_memory_and_as_many_multiply_adds():
@@ -172,7 +184,8 @@ def test_pieces_take_less_memory_and_as_many_multiply_adds():
 
     assert temporary(13) < 0.6 * temporary(1)
     counts = [
-        macs.count(dyntoken.create_model("dvt_deit_tiny", **TINY, relation_chunks=chunks)) for chunks in (1, 2)
+        macs.count(dyntoken.create_model("dvt_deit_tiny", **TINY, relation_chunks=chunks))
+        for chunks in (1, 2)
     ]
     assert counts[0].total == counts[1].total and counts[0].by_module == counts[1].by_module
 
@@ -204,7 +217,10 @@ def test_grids_and_image_sizes(name, exits):
         ({"relation_chunks": 0}, "relation_chunks must be a whole number from 1"),
         ({"feature_reuse": False, "feature_norm": False}, "feature_norm says how feature_reuse works"),
         ({"relation_reuse": False, "relation_chunks": 2}, "relation_chunks says how relation_reuse works"),
-        ({"class_token": False, "pool": "mean", "feature_class_token": True}, "needs a backbone with a class"),
+        (
+            {"class_token": False, "pool": "mean", "feature_class_token": True},
+            "needs a backbone with a class",
+        ),
     ],
 )
 def test_bad_requests_say_what_to_do(options, message):
