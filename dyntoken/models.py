@@ -13,17 +13,18 @@ import jax.numpy as jnp
 
 from dyntoken import names, reducers
 from dyntoken.backbones import BACKBONES
-from dyntoken.cascade import Cascade
+from dyntoken.cascade import Cascade, checks
 from dyntoken.heads import ClassHead
 from dyntoken.multiexit import MultiExit, default_exits
 from dyntoken.nn import draws
 from dyntoken.nn.trunk import Context, Site, Spec
-from dyntoken.ops import select
+from dyntoken.reducers.sites import make_sites
 from dyntoken.registry import UnknownNameError, check_options, suggest
 from dyntoken.types import Output
 
 Array = jax.Array
 RECORDS = ("features", "embed", "blocks", "stages")
+OF_SITES = {"keep", "at", "form"}  # keywords that say where and how much a method reduces
 
 
 class Model(nn.Module):
@@ -75,26 +76,8 @@ class Model(nn.Module):
         """
         if self.method is None:
             return ()
-        body = self.plain()
-        at = tuple(self.at)
-        if list(at) != sorted(set(at)) or not at or at[0] < 0 or at[-1] >= body.depth:
-            raise ValueError(f"at={at} must be increasing block indices between 0 and {body.depth - 1}")
-        row = reducers.method(self.method, **dict(self.method_options))
-        if dict(row.options).get("score") == "class_attention" and not body.prefix:
-            raise ValueError(
-                f"method {self.method!r} ranks patches by the class token, which {self.arch} lacks: "
-                "dynamicvit and dtps work without one"
-            )
-        initial = body.grid[0] * body.grid[1]
-        counts = select.keep_counts(self.keep, len(at), initial, relative=row.relative, fused=row.fused)
-        sites, current = [], initial
-        for index, (keep, ratio) in zip(at, counts, strict=True):
-            spec = Spec.of(
-                row.make, keep=keep, current=current, ratio=ratio, form=self.form, **dict(row.options)
-            )
-            sites.append(Site(index, spec, row.inside))
-            current = keep + int(row.fused and keep < current)
-        return tuple(sites)
+        options = {"keep": self.keep, "at": self.at, "form": self.form, "arch": self.arch}
+        return make_sites(self.plain(), self.method, dict(self.method_options), **options)
 
     def setup(self) -> None:
         self.body = self.backbone(sites=self.sites(), name="backbone")
@@ -153,6 +136,7 @@ def list_models(pattern: str = "*") -> list[str]:
     listed = names.LISTED
     cascades = [f"{names.CASCADE}_{n}" for n in names.CASCADES]
     multiexits = [f"{names.MULTIEXIT}_{n}" for n in listed if "distilled" not in n]
+    cascades += [f"{names.CASCADE}_{m}_{n}" for m in reducers.METHODS for n in names.REDUCED_CASCADES]
     known = [*listed, *(f"{m}_{n}" for m in reducers.METHODS for n in listed), *cascades, *multiexits]
     return sorted(fnmatch.filter(known, pattern))
 
@@ -160,13 +144,18 @@ def list_models(pattern: str = "*") -> list[str]:
 def split_name(name: str) -> tuple[str | None, str]:
     """`"dtps_deit_small_patch16_224"` to `("dtps", "deit_small_patch16_224")`.
 
-    The first part of a cascade's name is "dvt", of a model with exits at several
-    depths "multiexit".
+    The first part of a cascade's name is "dvt", or "dvt_dtps" with a method; of a
+    model with exits at several depths "multiexit".
 
     Raises:
       UnknownNameError: with the nearest names.
     """
     first, _, rest = name.partition("_")
+    inner, _, arch = rest.partition("_")
+    if first == names.CASCADE and names.parse(arch) is not None and names.parse(rest) is None:
+        if inner not in reducers.METHODS:
+            raise UnknownNameError(f"unknown method {inner!r}: {suggest(inner, reducers.METHODS)}")
+        return f"{first}_{inner}", arch
     methods = (None, names.CASCADE, names.MULTIEXIT, *reducers.METHODS)
     for method, arch in ((None, name), (first, rest)):
         if method in methods and names.parse(arch) is not None:
@@ -181,8 +170,9 @@ def create_model(name: str, **overrides: Any) -> Model | Cascade | MultiExit:
 
     `[method_]backbone_size_patchP_RES`, timm's spelling for the backbone part
     (without `_patchP_RES` it is 16 and 224), or `[method_]t2t_vit_14`; a cascade
-    of exits is `dvt_deit_small`, `dvt_t2t_vit_12`, a dense model with exits at
-    several depths `multiexit_deit_small`.
+    of exits is `dvt_deit_small`, `dvt_t2t_vit_12`, or with a method in each exit
+    `dvt_dtps_deit_small`; a dense model with exits at several depths is
+    `multiexit_deit_small`.
 
     Args:
       name: for instance "dtps_deit_small_patch16_224"; see `list_models`.
@@ -202,45 +192,44 @@ def create_model(name: str, **overrides: Any) -> Model | Cascade | MultiExit:
     method, arch_name = split_name(name)
     arch = names.parse(arch_name)
     of_backbone = _fields(BACKBONES[arch.backbone]) - {"sites", "context"}
-    if method == names.CASCADE:
-        return _cascade(name, arch_name, overrides, of_backbone)
     if method == names.MULTIEXIT:
         return _multiexit(name, arch_name, overrides, of_backbone)
+    if method is not None and method.partition("_")[0] == names.CASCADE:
+        return _cascade(name, method.partition("_")[2] or None, arch_name, overrides, of_backbone)
     of_model = {"num_classes", "pool", "representation_size"}
-    of_sites = {"keep", "at", "form"}
-    of_method = set()
-    if method is not None:
-        of_method = _fields(reducers.METHODS[method].make) - {"keep", "current", "ratio", "form", "stage"}
-    known = of_backbone | of_model | (of_sites | of_method if method else set())
-    for key in overrides:
-        if key not in known and key in of_sites | {"fuse", "score"}:
-            raise UnknownNameError(
-                f"{name} is dense and takes no {key!r}: put a method before its name, as in dtps_{arch_name}"
-            )
-    check_options(name, overrides, known)
+    of_method = _of_method(method)
+    _refuse_sites(name, overrides, method, f"dtps_{arch_name}")
+    check_options(name, overrides, of_backbone | of_model | (OF_SITES | of_method if method else set()))
     backbone = _backbone(arch, arch.options, overrides, of_backbone)
-    fields = {k: _static(v) for k, v in overrides.items() if k in of_model | of_sites}
+    fields = {k: _static(v) for k, v in overrides.items() if k in of_model | OF_SITES}
     fields.setdefault("num_classes", arch.num_classes)
     if method is not None:
-        at = fields.get("at") or backbone(parent=None).default_sites
-        fields["at"] = (at,) if isinstance(at, int) else tuple(at)
-        fields["method_options"] = tuple(sorted((k, v) for k, v in overrides.items() if k in of_method))
+        fields |= _site_fields(fields, overrides, of_method, backbone)
     model = Model(arch=arch_name, backbone=backbone, method=method, **fields)
     model.plain()
     model.sites()  # so that a bad value fails here, not inside a jitted step
     return model
 
 
-def _cascade(name: str, arch_name: str, overrides: dict[str, Any], of_backbone: set[str]) -> Cascade:
+def _cascade(
+    name: str, method: str | None, arch_name: str, overrides: dict[str, Any], of_backbone: set[str]
+) -> Cascade:
     """A cascade of one backbone; the exits' token grids stand in for its patches."""
     arch = names.parse(arch_name)
     patches = {"tokens", "patch_size", "stem"}
-    of_cascade = _fields(Cascade) - {"arch", "backbone"}
-    check_options(name, overrides, (of_backbone - patches) | of_cascade)
+    of_method = _of_method(method)
+    of_reduced = OF_SITES | {"dropped"}
+    of_cascade = _fields(Cascade) - {"arch", "backbone", "reducer", "method_options"}
+    of_cascade -= set() if method else of_reduced
+    _refuse_sites(name, overrides, method, f"{names.CASCADE}_dtps_{arch_name}")
+    check_options(name, overrides, (of_backbone - patches) | of_cascade | of_method)
     options = {k: v for k, v in arch.options.items() if k not in patches}
     backbone = _backbone(arch, options, overrides, of_backbone)
+    checks.one_backbone(dict(backbone.options))
     fields = {k: _static(v) for k, v in overrides.items() if k in of_cascade}
     fields.setdefault("num_classes", arch.num_classes)
+    if method is not None:
+        fields |= {"reducer": method, **_site_fields(fields, overrides, of_method, backbone)}
     model = Cascade(arch=arch_name, backbone=backbone, **fields)
     model.validate()
     return model
@@ -258,6 +247,32 @@ def _multiexit(name: str, arch_name: str, overrides: dict[str, Any], of_backbone
     model = MultiExit(arch=arch_name, backbone=backbone, **fields)
     model.validate()
     return model
+
+
+def _of_method(method: str | None) -> set[str]:
+    """Keywords that a method takes."""
+    if method is None:
+        return set()
+    return _fields(reducers.METHODS[method].make) - {"keep", "current", "ratio", "form", "stage"}
+
+
+def _refuse_sites(name: str, overrides: dict[str, Any], method: str | None, other: str) -> None:
+    """Raises UnknownNameError where a model without a method is told how to reduce."""
+    for key in overrides:
+        if method is None and key in OF_SITES | {"fuse", "score", "dropped"}:
+            raise UnknownNameError(
+                f"{name} is dense and takes no {key!r}: put a method into its name, as in {other}"
+            )
+
+
+def _site_fields(
+    fields: dict[str, Any], overrides: dict[str, Any], of_method: set[str], backbone: Spec
+) -> dict[str, Any]:
+    """`at` (by default the backbone's) and the method's own options."""
+    at = fields.get("at", ())
+    at = backbone(parent=None).default_sites if at is None or at == () else at
+    options = tuple(sorted((k, _static(v)) for k, v in overrides.items() if k in of_method))
+    return {"at": (at,) if isinstance(at, int) else tuple(at), "method_options": options}
 
 
 def _backbone(

@@ -138,17 +138,22 @@ class Attended:
 
 @flax.struct.dataclass
 class Upstream:
-    """What one exit of a cascade hands to the next.
+    """What one exit of a cascade hands to the next; every array leads with the batch.
 
     Attributes:
-      features: `[B, prefix + N, C]`, rows after the last block, before the final
-        norm; None without feature reuse.
-      relations: per block `[B, heads, prefix + N, prefix + N]` float32, see
-        `Attended.logits`; None without relation reuse.
+      features: one array, or one per block: `[B, prefix + n, C]`, rows after the
+        block and before the final norm; None without feature reuse.
+      relations: one array, or one per block: `[B, heads, prefix + n, prefix + n]`
+        float32, see `Attended.logits`; None without relation reuse.
+      feature_rows, relation_rows: one entry for each of the above: for each
+        patch `[B, N0]` int32, the row (of the n) to read it from, or -1 for
+        zeros; None where the rows are the patches in order.
     """
 
-    features: Array | None = None
+    features: tuple[Array, ...] | None = None
     relations: tuple[Array, ...] | None = None
+    feature_rows: tuple[Array | None, ...] | None = None
+    relation_rows: tuple[Array | None, ...] | None = None
 
 
 @flax.struct.dataclass

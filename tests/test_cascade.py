@@ -164,7 +164,7 @@ def test_names():
         ({"heads": 3}, "width 16 is not divisible by 3 heads"),
         ({"context_width": 0}, "must be at least 1"),
         ({"patch_size": 8}, "unknown option 'patch_size'"),
-        ({"keep": 0.7}, "unknown option 'keep'"),
+        ({"keep": 0.7}, "takes no .keep.: put a method into its name, as in dvt_dtps_deit_tiny"),
         ({"context": 3}, "unknown option 'context'"),
     ],
 )

@@ -38,7 +38,8 @@ class Isotropic(nn.Module):
       drop_path_rule: "linear" from 0 (DeiT) or "constant" (TPS).
       layer_scale: initial LayerScale value, None for none.
       norm_eps: LayerNorm epsilon.
-      context: channels that something outside concatenates before each MLP.
+      context: channels that something outside concatenates before each MLP,
+        one number or one per block.
       remat: recompute block halves in the backward pass.
       dtype: compute type; parameters stay float32.
       sites: reduction sites.
@@ -57,7 +58,7 @@ class Isotropic(nn.Module):
     drop_path_rule: str = "linear"
     layer_scale: float | None = None
     norm_eps: float = 1e-6
-    context: int = 0
+    context: int | tuple[int, ...] = 0
     remat: bool = False
     dtype: Any = jnp.float32
     sites: tuple[Site, ...] = ()
@@ -125,7 +126,7 @@ class Isotropic(nn.Module):
             drop_path=linear if self.drop_path_rule == "linear" else self.drop_path,
             layer_scale=self.layer_scale,
             norm_eps=self.norm_eps,
-            context=self.context,
+            context=self.context if isinstance(self.context, int) else self.context[index],
             dtype=self.dtype,
         )
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from dyntoken.nn.block import Block
-from dyntoken.ops import sample
+from dyntoken.ops import sample, select
 from dyntoken.types import Attended, Reduction, Tokens
 
 Array = jax.Array
@@ -63,9 +64,10 @@ class Context:
       decisions: per site, `[B, n]` 0/1, replaces the site's own choice.
       bias: layer number -> a pytree function without arguments that makes the
         `[B, heads, T, T]` added to that layer's attention logits.
-      extra: per layer `[B, T, context]`, features before its MLP.
+      extra: per layer `[B, T, context]`, features before its MLP, or None for
+        none. Both are over all rows; after a site each token takes its own.
       record: what to keep besides the output ("embed", "blocks", "stages",
-        "relations").
+        "relations", "addresses").
     """
 
     train: bool = False
@@ -74,8 +76,19 @@ class Context:
     noise: Sequence[Array] | None = None
     decisions: Sequence[Array] | None = None
     bias: Callable[[int], Callable[[], Array]] | None = None
-    extra: Sequence[Array] | None = None
+    extra: Sequence[Array | None] | None = None
     record: tuple[str, ...] = ()
+
+
+class Address(NamedTuple):
+    """Where patches are after a reduction.
+
+    Attributes:
+      carrier: `[B, N0]`; place: `[B, n]`, see `Tokens`.
+    """
+
+    carrier: Array
+    place: Array
 
 
 class Trunk(nn.Module):
@@ -109,11 +122,13 @@ class Trunk(nn.Module):
         Returns:
           The tokens after the last block run, one `Reduction` per site, and the
           records asked for: "blocks", the rows after each block, "stages", the
-          rows before and after each site, and "relations", the attention logits
-          `[B, heads, T, T]` of each block.
+          rows before and after each site, "relations", the attention logits
+          `[B, heads, T, T]` of each block, and "addresses", per block the
+          `Address` of the rows that its attention saw and of those that its MLP
+          saw, None ahead of the first site.
         """
         reductions: list[Reduction] = []
-        stages, outs, relations = [], [], []
+        stages, outs, relations, addresses = [], [], [], []
         relate = "relations" in context.record
         stage_at = {site.at: stage for stage, site in enumerate(self.sites)}
         if context.train and self._masks():
@@ -129,7 +144,8 @@ class Trunk(nn.Module):
                 reductions.append(reduction)
                 stages.append((before, tokens.x))
             inside = site is not None and site.inside
-            bias = None if context.bias is None else context.bias(index)
+            bias = self._bias(index, tokens, context)
+            addresses.append([self._address(index, tokens, fed=False)])
             tokens, seen = block.attend(tokens, context.dropout, context.train, inside, relate, bias)
             relations.append(seen.logits if relate else None)
             if inside:
@@ -137,12 +153,40 @@ class Trunk(nn.Module):
                 tokens, reduction = self._reduce(stage, tokens, seen, context)
                 reductions.append(reduction)
                 stages.append((before, tokens.x))
-            tokens = block.feed(
-                tokens, context.dropout, None if context.extra is None else context.extra[index]
-            )
+            addresses[-1].append(self._address(index, tokens, fed=True))
+            tokens = block.feed(tokens, context.dropout, self._extra(index, tokens, context))
             outs.append(tokens.x)
-        records = {"blocks": tuple(outs), "stages": tuple(stages), "relations": tuple(relations)}
+        records = {
+            "blocks": tuple(outs),
+            "stages": tuple(stages),
+            "relations": tuple(relations),
+            "addresses": tuple(tuple(pair) for pair in addresses),
+        }
         return tokens, tuple(reductions), {k: v for k, v in records.items() if k in context.record}
+
+    def _reduced(self, index: int, *, fed: bool) -> bool:
+        """Whether a site lies ahead of the attention of a block, or of its MLP (`fed`)."""
+        return any(site.at < index or (site.at == index and (fed or not site.inside)) for site in self.sites)
+
+    def _address(self, index: int, tokens: Tokens, *, fed: bool) -> Address | None:
+        return Address(tokens.carrier, tokens.place) if self._reduced(index, fed=fed) else None
+
+    def _bias(self, index: int, tokens: Tokens, context: Context) -> Callable[[], Array] | None:
+        """The bias of a block, for the rows that are left."""
+        bias = None if context.bias is None else context.bias(index)
+        if bias is None or not self._reduced(index, fed=False):
+            return bias
+        # A pytree, so that recomputing the attention takes its arrays as inputs.
+        rows, new = _rows(tokens)
+        return jax.tree_util.Partial(functools.partial(_bias_of_rows, new=new), bias, rows)
+
+    def _extra(self, index: int, tokens: Tokens, context: Context) -> Array | None:
+        """The features of a block, for the rows that are left."""
+        extra = None if context.extra is None else context.extra[index]
+        if extra is None or not self._reduced(index, fed=True):
+            return extra
+        rows, new = _rows(tokens)
+        return _of_rows(extra, rows, new, axes=(1,))
 
     def _masks(self) -> bool:
         return any(getattr(self, f"reducer_{s}").resolved(True) == "mask" for s in range(len(self.sites)))
@@ -159,6 +203,31 @@ class Trunk(nn.Module):
             noise=None if context.noise is None else context.noise[stage],
             decision=None if context.decisions is None else context.decisions[stage],
         )
+
+
+def _rows(tokens: Tokens) -> tuple[Array | None, int]:
+    """Which rows of something laid out over all patches belong to `tokens`.
+
+    Returns:
+      Row numbers `[B, prefix + n]`, -1 for a fused row; or in the mask form,
+      whose rows stay where they are, None and how many fused rows follow them.
+    """
+    if tokens.alive is not None:
+        return None, tokens.count - tokens.initial
+    return select.beside_prefix(tokens.place, tokens.prefix), 0
+
+
+def _of_rows(x: Array, rows: Array | None, new: int, axes: tuple[int, ...]) -> Array:
+    """`x` for the rows that `_rows` found, zeros for fused ones."""
+    if rows is None:
+        return jnp.pad(x, [(0, new if axis in axes else 0) for axis in range(x.ndim)]) if new else x
+    for axis in axes:
+        x = select.read(x, rows, axis)
+    return x
+
+
+def _bias_of_rows(bias: Callable[[], Array], rows: Array | None, *, new: int) -> Array:
+    return _of_rows(bias(), rows, new, axes=(2, 3))
 
 
 def _rematerialised(block: type[Block]) -> type[Block]:

@@ -56,6 +56,44 @@ def take(x: Array, rows: Array) -> Array:
     return jnp.take_along_axis(x, index, axis=1)
 
 
+def read(x: Array, rows: Array, axis: int = 1) -> Array:
+    """Rows of `x [B, ...]` along one axis at `rows [B, k]`, zero where `rows` is -1.
+
+    A gather, or on a TPU a one-hot product (exact), as in `take`.
+    """
+    axis %= x.ndim
+    if backend.platform() == "tpu":
+        at = jax.nn.one_hot(rows, x.shape[axis], dtype=x.dtype)  # -1 gives a row of zeros
+        y = jnp.einsum("bkn,bn...->bk...", at, jnp.moveaxis(x, axis, 1), precision=HIGHEST)
+        return jnp.moveaxis(y, 1, axis)
+    shape = [1] * x.ndim
+    shape[0], shape[axis] = rows.shape
+    index = rows.reshape(shape)
+    found = jnp.take_along_axis(x, jnp.maximum(index, 0), axis=axis)
+    return jnp.where(index >= 0, found, jnp.zeros((), x.dtype))
+
+
+def read_maps(x: Array, rows: Array) -> Array:
+    """`S x S^T` with S the one-hot rows: maps `[B, heads, n, n]` to `[B, heads, k, k]`."""
+    return read(read(x, rows, axis=2), rows, axis=3)
+
+
+def beside_prefix(rows: Array, prefix: int) -> Array:
+    """Numbers of patch rows `[B, k]` (or -1) to numbers among all rows, `[B, prefix + k]`."""
+    first = jnp.broadcast_to(jnp.arange(prefix, dtype=jnp.int32)[None], (rows.shape[0], prefix))
+    return jnp.concatenate([first, jnp.where(rows >= 0, rows + prefix, -1)], axis=1)
+
+
+def survivors(carrier: Array, place: Array) -> Array:
+    """Carriers `[B, N0]` of the patches whose own row still stands, -1 for all others.
+
+    Args:
+      carrier: `[B, N0]`; place: `[B, n]`, both of `Tokens`.
+    """
+    cells = jnp.arange(carrier.shape[1], dtype=jnp.int32)[None, :]
+    return jnp.where(lookup(place, carrier) == cells, carrier, -1)
+
+
 def mask_of(rows: Array, n: int) -> Array:
     """Row numbers `[B, k]` to a 0/1 float mask `[B, n]`."""
     return (rows[:, :, None] == jnp.arange(n)[None, None, :]).any(axis=1).astype(jnp.float32)

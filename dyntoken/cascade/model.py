@@ -1,0 +1,371 @@
+"""The cascade itself: exits, what travels between them, `upto` and `step`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from dyntoken.backbones.isotropic import Isotropic, pair
+from dyntoken.cascade import checks
+from dyntoken.cascade.reuse import Grid, Reuse
+from dyntoken.heads import ClassHead
+from dyntoken.nn import draws as streams
+from dyntoken.nn.trunk import Address, Context, Site, Spec
+from dyntoken.ops import select
+from dyntoken.ops.sample import Draws
+from dyntoken.reducers.sites import make_sites
+from dyntoken.types import Output, Reduction, Tokens, Upstream
+
+Array = jax.Array
+
+
+class Exit(nn.Module):
+    """A backbone with its classifier."""
+
+    backbone: Spec
+    classes: int
+    pool: str
+
+    def setup(self) -> None:
+        self.body = self.backbone(name="backbone")
+        self.head = ClassHead(self.classes, self.pool)
+
+    def __call__(
+        self, images: Array, context: Context
+    ) -> tuple[Array, Tokens, tuple[Reduction, ...], dict[str, Any]]:
+        """`(logits [B, classes], normalised tokens, reductions, records)`."""
+        tokens, reductions, records = self.body(images, context)
+        return self.head(tokens)[0], tokens, reductions, records
+
+
+class Cascade(nn.Module):
+    """Exits on growing token grids, each reusing the one before.
+
+    Built by `create_model("dvt_...")`. Nothing is detached between exits, so
+    training all of them trains the early ones for the late ones too. The
+    switches of the reuse are the rows of the paper's ablation tables (sections
+    3.2 and 3.3 describe what they change); their defaults are the paper's model.
+
+    With a method in the name (`dvt_dtps_...`, not in the paper) each exit also
+    reduces its tokens. What it hands on is read back onto its full grid: a patch
+    takes the features and attention logits of the row that carries it, see
+    `dropped`; the next exit, if it is reduced too, takes from all that the share
+    of the tokens it still has. `model.clone(keep=...)` runs the same variables
+    with other counts.
+
+    Attributes:
+      arch: name of the backbone.
+      backbone: its recipe, without the token grid; all exits share it, so depth
+        and heads are equal, which relation reuse needs.
+      exits: token grid of each exit, `n` or `(rows, columns)`.
+      num_classes, pool: see `heads.ClassHead`.
+      feature_reuse: a context embedding, made of the features of the exit
+        before, enters every MLP (section 3.2).
+      feature_source: the features are those after the "last" block of the exit
+        before, or for each block those after the same "layer".
+      feature_class_token: also embed the class token's row, which otherwise is
+        replaced by zeros.
+      feature_layers: "all" blocks get an embedding, or the "first" only.
+      feature_norm: LayerNorm at the start of the embedding MLP.
+      relation_reuse: the attention logits of the exit before, mixed by an MLP,
+        are added to those of every block (section 3.3).
+      relation_source: the MLP sees the logits of "all" blocks at once; or every
+        block has an MLP of its own, over its heads, that sees those of the same
+        "layer" or of the "last" block of the exit before.
+      relation_mixer: "mlp" or one "linear" layer.
+      relation_resize: "grid" resizes the queries and the keys each on their grid
+        of tokens. "flat" is the naive way: the map as one picture whose two
+        axes are the flattened tokens, resized by the same rule (nearest, then
+        average) without knowing that a row of tokens ends; class token beside.
+      relation_chunks: the mixer passes over the query rows of the maps in about
+        that many pieces, one after the other: less memory, the same numbers.
+        With the backbone's `remat` each piece is recomputed in the backward pass.
+      context_width, context_hidden: channels of a context embedding and of the
+        MLP that makes it.
+      reducer: row of `reducers.METHODS` that each exit runs, or None.
+      method_options, form: as in `Model`.
+      keep: as in `Model` for every exit, or one such value per exit as a tuple
+        with a tuple in it: `((0.9, 0.8), (0.7, 0.5), (0.7, 0.5))`.
+      at: block indices for every exit, or a tuple of them per exit; an empty one
+        leaves its exit unreduced: `((), (), (3, 6, 9))`.
+      dropped: what stands for a patch without a row of its own: "host" takes
+        the row it went into, zeros if there is none (a method that drops); "zero"
+        always takes zeros.
+    """
+
+    arch: str
+    backbone: Spec
+    exits: tuple[int | Grid, ...] = (7, 10, 14)
+    num_classes: int = 1000
+    pool: str = "token"
+    feature_reuse: bool = True
+    feature_source: str = "last"
+    feature_class_token: bool = False
+    feature_layers: str = "all"
+    feature_norm: bool = True
+    relation_reuse: bool = True
+    relation_source: str = "all"
+    relation_mixer: str = "mlp"
+    relation_resize: str = "grid"
+    relation_chunks: int = 1
+    context_width: int = 48
+    context_hidden: int = 128
+    reducer: str | None = None
+    method_options: tuple[tuple[str, Any], ...] = ()
+    keep: Any = 0.7
+    at: tuple[Any, ...] = ()
+    form: str = "auto"
+    dropped: str = "host"
+
+    @property
+    def method(self) -> str:
+        """What stands before the backbone in the model's name."""
+        return "dvt" if self.reducer is None else f"dvt_{self.reducer}"
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """(height, width, channels) of an image."""
+        body = self.plain()
+        return (*pair(body.img_size), body.in_chans)
+
+    @property
+    def grids(self) -> tuple[Grid, ...]:
+        """(rows, columns) of tokens of each exit."""
+        return tuple(pair(tokens) for tokens in self.exits)
+
+    def plain(self, index: int = -1) -> Isotropic:
+        """The backbone of one exit as a free-standing module, to read its static properties."""
+        return self._recipe(range(len(self.exits))[index])(parent=None)
+
+    def sites(self) -> tuple[Site, ...]:
+        """The reduction sites of all exits, exit after exit."""
+        return tuple(site for index in range(len(self.exits)) for site in self.exit_sites(index))
+
+    def exit_sites(self, index: int) -> tuple[Site, ...]:
+        """The reduction sites of one exit with their static counts.
+
+        Raises:
+          ValueError: `keep` or `at` with another number of entries than exits, a
+            site outside the depth, or a keep that leaves no token.
+        """
+        if self.reducer is None:
+            return ()
+        keep = checks.per_exit("keep", self.keep, len(self.exits))[index]
+        at = checks.per_exit("at", self.at, len(self.exits))[index]
+        if not at and at is not self.at:  # its own, empty entry
+            return ()
+        at = (at,) if isinstance(at, int) else at
+        options = {"keep": keep, "at": at, "form": self.form, "arch": self.arch}
+        try:
+            return make_sites(self.plain(index), self.reducer, dict(self.method_options), **options)
+        except ValueError as error:
+            raise type(error)(f"exit {index}: {error}") from error
+
+    def validate(self) -> None:
+        """Raises ValueError for fields that make no cascade."""
+        checks.exits(self)
+        checks.switches(self)
+        for index in range(len(self.exits)):
+            self.plain(index).check()
+        self.sites()
+
+    def _recipe(self, index: int, sites: tuple[Site, ...] = ()) -> Spec:
+        """The backbone of one exit."""
+        context = self._context_widths(index)
+        tokens = self.grids[index]
+        options = {**dict(self.backbone.options), "tokens": tokens, "context": context, "sites": sites}
+        return Spec.of(self.backbone.make, **options)
+
+    def _context_widths(self, index: int) -> tuple[int, ...]:
+        """Channels of the context embedding of each block of an exit."""
+        depth = dict(self.backbone.options)["depth"]
+        if not index or not self.feature_reuse:
+            return (0,) * depth
+        rest = self.context_width if self.feature_layers == "all" else 0
+        return (self.context_width, *((rest,) * (depth - 1)))
+
+    def setup(self) -> None:
+        for index in range(len(self.exits)):
+            recipe = self._recipe(index, self.exit_sites(index))
+            setattr(self, f"exit_{index}", Exit(recipe, self.num_classes, self.pool))
+            if index and (self.feature_reuse or self.relation_reuse):
+                setattr(self, f"reuse_{index}", self._reuse(index))
+
+    def _reuse(self, index: int) -> Reuse:
+        body = self.plain(index)
+        return Reuse(
+            old=self.grids[index - 1],
+            new=self.grids[index],
+            heads=body.heads,
+            prefix=body.prefix,
+            norm_eps=body.norm_eps,
+            context=body.context,
+            hidden=self.context_hidden,
+            with_prefix=self.feature_class_token,
+            normalise=self.feature_norm,
+            relations=self.relation_source if self.relation_reuse else None,
+            mixer=self.relation_mixer,
+            resize=self.relation_resize,
+            chunks=self.relation_chunks,
+            remat=body.remat,
+            dtype=body.dtype,
+        )
+
+    def __call__(
+        self,
+        images: Array,
+        *,
+        train: bool = False,
+        ids: Array | None = None,
+        noise: Sequence[Array] | None = None,
+        decisions: Sequence[Array] | None = None,
+        upto: int | None = None,
+        record: Sequence[str] = (),
+    ) -> Output:
+        """Runs the exits 0 .. `upto`.
+
+        Args:
+          images: `[B, H, W, C]` float, normalised.
+          train: training mode.
+          ids: `[B]` global example indices that key every random draw.
+          noise, decisions: as in `Model`, over the sites of all exits, exit after
+            exit.
+          upto: number of the last exit that is computed (static); None runs all.
+          record: "features" (`Output.tokens`: final tokens), and by name, one
+            entry per exit: "embed", "blocks", "stages", "relations" (attention
+            logits), "context", "maps" and "biases" (see `Reuse`).
+
+        Returns:
+          `Output` with `logits [exits, B, classes]` and the `reductions` of all
+          exits, exit after exit.
+        """
+        checks.records(record)
+        last = len(self.exits) - 1 if upto is None else upto
+        checks.upto(upto, last, len(self.exits))
+        counts = [len(self.exit_sites(index)) for index in range(len(self.exits))]
+        noise = checks.by_exit("noise", noise, counts)
+        decisions = checks.by_exit("decisions", decisions, counts)
+        draws = self._draws(images, ids, train)
+        logits, tokens, reductions, records, upstream = [], [], [], [], None
+        for index in range(last + 1):
+            imposed = {"noise": noise[index], "decisions": decisions[index]}
+            needed = index < last
+            result = self._run(index, images, upstream, train, draws, imposed, tuple(record), needed)
+            for found, held in zip(result, (logits, tokens, reductions, records), strict=False):
+                held.append(found)
+            upstream = result[-1]
+        return Output(
+            logits=jnp.stack(logits),
+            reductions=tuple(r for of_exit in reductions for r in of_exit),
+            tokens=tuple(tokens) if "features" in record else None,
+            records={what: tuple(r[what] for r in records) for what in record if what != "features"},
+        )
+
+    def step(
+        self,
+        images: Array,
+        upstream: Upstream | None = None,
+        *,
+        index: int = 0,
+        train: bool = False,
+        ids: Array | None = None,
+        noise: Sequence[Array] | None = None,
+        decisions: Sequence[Array] | None = None,
+    ) -> tuple[Array, Upstream]:
+        """Runs one exit: `model.apply(variables, images, upstream, index=1, method="step")`.
+
+        Args:
+          images: `[B, H, W, C]`.
+          upstream: what the exit before returned, for the same rows.
+          index: number of the exit (static).
+          train, ids: as in a call of the whole.
+          noise, decisions: as there, over the sites of this exit.
+
+        Returns:
+          `(logits [B, classes], what the next exit needs)`.
+        """
+        if (upstream is None) == (index > 0 and (self.feature_reuse or self.relation_reuse)):
+            raise ValueError(
+                f"exit {index} takes {'the result of the exit before' if index else 'no upstream'}"
+            )
+        counts = [len(self.exit_sites(index))]
+        imposed = {
+            "noise": checks.by_exit("noise", noise, counts)[0],
+            "decisions": checks.by_exit("decisions", decisions, counts)[0],
+        }
+        needed = index + 1 < len(self.exits)
+        draws = self._draws(images, ids, train)
+        logits, *_, upstream = self._run(index, images, upstream, train, draws, imposed, (), needed)
+        return logits, upstream
+
+    def _draws(self, images: Array, ids: Array | None, train: bool) -> dict[str, Draws | None]:
+        ids = jnp.arange(images.shape[0], dtype=jnp.int32) if ids is None else ids
+        options = dict(self.backbone.options)
+        return {
+            "dropout": streams.of_dropout(self, options, ids) if train else None,
+            "policy": streams.of_stream(self, "policy", ids) if self.reducer else None,
+        }
+
+    def _run(
+        self,
+        index: int,
+        images: Array,
+        upstream: Upstream | None,
+        train: bool,
+        draws: dict[str, Draws | None],
+        imposed: dict[str, Sequence[Array] | None],
+        record: tuple[str, ...],
+        needed: bool,
+    ) -> tuple[Array, Tokens, tuple[Reduction, ...], dict[str, Any], Upstream]:
+        """One exit: logits, final tokens, reductions, records, and what the next one needs."""
+        contexts, maps, bias = None, (), None
+        if index and self.feature_reuse:
+            reuse = getattr(self, f"reuse_{index}")
+            contexts = reuse.contexts(upstream.features, upstream.feature_rows)
+        if index and self.relation_reuse:
+            reuse = getattr(self, f"reuse_{index}")
+            maps = reuse.maps(upstream.relations, upstream.relation_rows)
+            bias = reuse.bias(maps)
+        handed = ("addresses", *(("relations",) * self.relation_reuse)) if needed else ()
+        # Exits have their own draws, also where their blocks or sites share a number.
+        own = {k: d and d.replace(key=jax.random.fold_in(d.key, index)) for k, d in draws.items()}
+        context = Context(
+            train=train,
+            **own,
+            **imposed,
+            bias=bias,
+            extra=contexts,
+            record=("blocks", *(r for r in record if r in checks.OF_TRUNK), *handed),
+        )
+        logits, tokens, reductions, found = getattr(self, f"exit_{index}")(images, context)
+        upstream = self._hand_on(found) if needed else Upstream()
+        found |= {"context": contexts or (), "maps": maps}
+        if "biases" in record:
+            found["biases"] = tuple(bias(layer)() for layer in range(len(maps)))
+        return logits, tokens, reductions, found, upstream
+
+    def _hand_on(self, found: dict[str, Any]) -> Upstream:
+        """What the next exit reads of the records of this one."""
+        attended, fed = zip(*found["addresses"], strict=True)
+        upstream = Upstream()
+        if self.feature_reuse:
+            layers = slice(-1, None)
+            if self.feature_source == "layer":
+                layers = slice(None) if self.feature_layers == "all" else slice(1)
+            rows = tuple(self._rows(address) for address in fed[layers])
+            upstream = upstream.replace(features=found["blocks"][layers], feature_rows=rows)
+        if self.relation_reuse:
+            layers = slice(-1, None) if self.relation_source == "last" else slice(None)
+            rows = tuple(self._rows(address) for address in attended[layers])
+            upstream = upstream.replace(relations=found["relations"][layers], relation_rows=rows)
+        return upstream
+
+    def _rows(self, address: Address | None) -> Array | None:
+        """Where each patch is read, see `Upstream`."""
+        if address is None:
+            return None
+        return address.carrier if self.dropped == "host" else select.survivors(*address)
