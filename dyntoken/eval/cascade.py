@@ -258,8 +258,7 @@ class _Run:
         self.runner, self.start = runner, start
         self.programs = runner._programs
         self.count = self.programs.exits
-        self.rings = runner._spare or self.programs.rings()
-        runner._spare = None  # one run at a time may write into them
+        self.rings: list[Rows | None] | None = None
         self.waiting = [Ring(self.programs.devices, 2 * runner.rows) for _ in range(self.count)]
         self.batches: dict[int, _Batch] = {}
         self.pushed = self.released = 0
@@ -269,6 +268,9 @@ class _Run:
         """Starts exit 0 on a batch."""
         runner = self.runner
         rows, count = runner._place(images, leave, self.start)
+        if self.rings is None:
+            self.rings = runner._spare or self.programs.rings()
+            runner._spare = None  # one run at a time may write into them
         ids = np.arange(runner.batch)
         ids = np.where(ids < count, self.pushed * runner.batch + ids, -1).reshape(self.programs.devices, -1)
         self.batches[self.pushed] = _Batch(count, count)
@@ -290,7 +292,7 @@ class _Run:
             while fullest := self.waiting[index].fullest:
                 self._advance(index, next(b for b in runner.buckets if b >= min(fullest, runner.rows)))
                 self.drain(index + 1)  # makes room
-        runner._spare = self.rings
+        runner._spare = self.rings or runner._spare
 
     def _advance(self, index: int, rows: int) -> None:
         ring = self.waiting[index]

@@ -115,12 +115,14 @@ def test_everybody_at_one_exit(devices, leaving):
 
 
 def test_random_draws_are_those_of_the_host():
-    runner = shared("both", 8, 4, "random", steps=1)
-    runner.thresholds = limits = [0.6, 0.4, 0.0]
-    assert min(check([*runner.stream(batches(8))], "both", limits, "random")) > 0
-    calls = [runner(b, start=8 * i) for i, b in enumerate(batches(8))]
-    check(calls, "both", limits, "random")
-    assert (runner(IMAGES[:8], start=100).exit != calls[0].exit).any()
+    """Also where the images are on a device already."""
+    runner = shared("none", 8, 4, "random", steps=1)
+    given = [jax.device_put(images) for images in batches(8, "none")]
+    runner.thresholds = limits = [0.6, 0.0]
+    assert min(check([*runner.stream(given)], "none", limits, "random")) > 0
+    calls = [runner(images, start=8 * i) for i, images in enumerate(given)]
+    check(calls, "none", limits, "random")
+    assert (runner(given[0], start=100).exit != calls[0].exit).any()
 
 
 @pytest.mark.parametrize("rule", ["entropy", "margin"])
