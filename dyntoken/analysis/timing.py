@@ -8,6 +8,7 @@ transfers are not part of it.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -161,3 +162,32 @@ def training(model: Any, variables: Any, images: jax.Array) -> Run:
     step = jax.jit(jax.grad(loss))
     key = jax.random.key(0)
     return lambda: step(variables["params"], images, key)
+
+
+def exit_times(model: Any, variables: Any, images: jax.Array, *, calls: int = 5) -> np.ndarray:
+    """Cumulative seconds per image, float64 `[E]`, when every image leaves at exit i.
+
+    Each exit runs alone on the full batch, as the early-exit runner runs it when its
+    buckets are full; the median of `calls` timed calls counts.
+
+    Args:
+      model: a model with exits (a cascade).
+      images: `[B, H, W, C]` on the device.
+      calls: timed calls of each exit.
+
+    Raises:
+      ValueError: a model without exits, or fewer than one call.
+    """
+    count = macs.exits(model)
+    if not count:
+        raise ValueError(f"{getattr(model, 'arch', type(model).__name__)} has no exits to time")
+    if calls < 1:
+        raise ValueError(f"calls must be at least 1, got {calls}")
+    upstream, seconds = None, []
+    for index in range(count):
+        step = jax.jit(functools.partial(model.apply, index=index, method="step"))
+        run = functools.partial(step, variables, images, upstream)
+        result = jax.block_until_ready(run())  # compiles
+        seconds.append(np.median([measure(run) for _ in range(calls)]))
+        upstream = result[1] if jax.tree.leaves(result[1]) else None
+    return np.cumsum(seconds) / len(images)

@@ -2,8 +2,9 @@
 
 Follows DVT (arXiv 2105.15075; `inference.py` of
 blackfeather-wang/Dynamic-Vision-Transformer) and MSDNet (arXiv 1703.09844:
-anytime and budgeted-batch classification). NumPy only: logits of a whole
-calibration set are searched on the host.
+anytime and budgeted-batch classification). Logits of a whole calibration set are
+searched on the host, in NumPy; `step_score` is the same rules inside a compiled
+program, for the runner of `eval.cascade`.
 
 Everywhere `E` is the number of exits, `N` of images, `K` of classes. Scores are
 higher where an exit is surer. Costs are *cumulative*: what an image costs in
@@ -13,9 +14,12 @@ total if it leaves at that exit (MACs, or a measured time), in any one unit.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from dyntoken.registry import Table
@@ -27,12 +31,12 @@ NEVER = 1e8  # nobody leaves at this exit
 ALWAYS = -1e8  # everybody does
 
 
-def confidence(logits: Any, *, seed: int = 0) -> Array:
+def confidence(logits: Any, *, seed: int = 0, start: int = 0) -> Array:
     """Largest softmax probability: the rule of the paper and of the released code.
 
     Args:
       logits: `[E, N, K]`.
-      seed: not used by a deterministic rule; every rule takes it.
+      seed, start: not used by a deterministic rule; every rule takes them.
 
     Returns:
       `[E, N]` in (0, 1].
@@ -40,55 +44,115 @@ def confidence(logits: Any, *, seed: int = 0) -> Array:
     Raises:
       ValueError: not `[E, N, K]`, or NaN.
     """
-    del seed
-    return _softmax(logits).max(axis=-1)
+    del seed, start
+    return _largest(_softmax(_logits(logits), np), np)
 
 
-def entropy(logits: Any, *, seed: int = 0) -> Array:
+def entropy(logits: Any, *, seed: int = 0, start: int = 0) -> Array:
     """Negative entropy of the softmax in nats, `[E, N]` in [-log K, 0] (DVT's ablation of the rule).
 
     Arguments and errors as `confidence`.
     """
-    del seed
-    probs = _softmax(logits)
-    # 0 log 0 = 0: an underflowed class adds nothing.
-    logs = np.log(probs, out=np.zeros_like(probs), where=probs > 0)
-    return np.sum(probs * logs, axis=-1)
+    del seed, start
+    return _negative_entropy(_softmax(_logits(logits), np), np)
 
 
-def margin(logits: Any, *, seed: int = 0) -> Array:
+def margin(logits: Any, *, seed: int = 0, start: int = 0) -> Array:
     """Largest minus second largest softmax probability, `[E, N]` in [0, 1].
 
     Arguments and errors as `confidence`; at least two classes.
     """
-    del seed
-    probs = _softmax(logits)
-    if probs.shape[-1] < 2:
-        raise ValueError("the margin rule needs at least two classes, the logits have one")
-    second, first = np.moveaxis(np.partition(probs, -2, axis=-1)[..., -2:], -1, 0)
-    return first - second
+    del seed, start
+    return _lead(_softmax(_logits(logits), np), np)
 
 
-def random(logits: Any, *, seed: int = 0) -> Array:
-    """Uniform draws `[E, N]` in [0, 1), the same for the same seed and shape (DVT's ablation of the rule).
+def random(logits: Any, *, seed: int = 0, start: int = 0) -> Array:
+    """Uniform draws `[E, N]` in [0, 1) that ignore the logits (DVT's ablation of the rule).
 
-    Arguments and errors as `confidence`.
+    A draw is a function of the seed, the exit and the number of the image, so
+    that a set may be scored in parts, or by the runner, with the same result.
+
+    Args:
+      logits: `[E, N, K]`.
+      seed: another seed, other draws.
+      start: number of the first image.
+
+    Raises:
+      ValueError: as `confidence`.
     """
-    logits = _logits(logits)
-    return np.random.default_rng(seed).random(logits.shape[:2], dtype=np.float32)
+    count, images = _logits(logits).shape[:2]
+    numbers = np.arange(start, start + images, dtype=np.int32)
+    return np.stack([np.asarray(_host_draws(seed, exit_, numbers)) for exit_ in range(count)])
 
 
 RULES = Table("exit rule", {"confidence": confidence, "entropy": entropy, "margin": margin, "random": random})
 
 
-def score(rule: str, logits: Any, *, seed: int = 0) -> Array:
+def score(rule: str, logits: Any, *, seed: int = 0, start: int = 0) -> Array:
     """Scores `[E, N]` of logits `[E, N, K]` under a rule of `RULES`.
+
+    Args:
+      seed, start: see `random`.
 
     Raises:
       UnknownNameError: no such rule (a ValueError).
       ValueError: not `[E, N, K]`, or NaN.
     """
-    return RULES[rule](logits, seed=seed)
+    return RULES[rule](logits, seed=seed, start=start)
+
+
+def step_score(rule: str, logits: jax.Array, *, exit_: int, numbers: jax.Array, seed: int = 0) -> jax.Array:
+    """`score` of one exit inside a compiled program: logits `[B, K]` to float32 `[B]`.
+
+    The arithmetic is that of the host, up to the rounding of exponentials and
+    sums. NaN logits make a NaN score, which is below every threshold.
+
+    Args:
+      rule: row of `RULES`.
+      exit_: number of the exit.
+      numbers: int32 `[B]`, number of each image in its set (for `random`).
+      seed: see `random`.
+    """
+    if RULES[rule] is random:
+        return _draws(seed, exit_, numbers)
+    return _OF_PROBABILITIES[rule](_softmax(logits.astype(jnp.float32), jnp), jnp)
+
+
+# The rules on probabilities [..., K], by NumPy or by jax.numpy (`xp`): host and device cannot drift.
+
+
+def _softmax(logits: Any, xp: Any) -> Any:
+    raised = xp.exp(logits - logits.max(axis=-1, keepdims=True))
+    return raised / raised.sum(axis=-1, keepdims=True)
+
+
+def _largest(probs: Any, xp: Any) -> Any:
+    return xp.max(probs, axis=-1)
+
+
+def _negative_entropy(probs: Any, xp: Any) -> Any:
+    # 0 log 0 = 0: an underflowed class adds nothing.
+    return xp.sum(probs * xp.log(xp.where(probs > 0, probs, 1)), axis=-1)
+
+
+def _lead(probs: Any, xp: Any) -> Any:
+    if probs.shape[-1] < 2:
+        raise ValueError("the margin rule needs at least two classes, the logits have one")
+    first = xp.argmax(probs, axis=-1, keepdims=True)
+    others = xp.where(xp.arange(probs.shape[-1]).reshape((1,) * (probs.ndim - 1) + (-1,)) == first, 0, probs)
+    return xp.max(probs, axis=-1) - xp.max(others, axis=-1)
+
+
+_OF_PROBABILITIES = {"confidence": _largest, "entropy": _negative_entropy, "margin": _lead}
+
+
+def _draws(seed: int, exit_: Any, numbers: Any) -> jax.Array:
+    """Uniform float32 `[B]`, one per image number."""
+    key = jax.random.fold_in(jax.random.key(seed), exit_)
+    return jax.vmap(lambda number: jax.random.uniform(jax.random.fold_in(key, number)))(numbers)
+
+
+_host_draws = functools.partial(jax.jit, static_argnums=0)(_draws)
 
 
 def correct_of(logits: Any, labels: Any) -> Array:
@@ -306,12 +370,6 @@ def _logits(logits: Any) -> Array:
     if np.isnan(logits).any() or (logits == np.inf).any():
         raise ValueError("logits are NaN or infinite: no exit rule can score them")
     return logits
-
-
-def _softmax(logits: Any) -> Array:
-    logits = _logits(logits)
-    raised = np.exp(logits - logits.max(axis=-1, keepdims=True))
-    return raised / raised.sum(axis=-1, keepdims=True)
 
 
 def _correct(correct: Any) -> Array:

@@ -97,3 +97,27 @@ def test_random_variables_have_the_shapes_of_init():
     )
     again = timing.random_variables(model, seed=1)
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), variables, again))
+
+
+def test_exit_times_are_cumulative_seconds_per_image(monkeypatch):
+    """Exit i is said to last i + 1 seconds; one slow call of five does not count."""
+    model = dyntoken.create_model(
+        "dvt_vit_mini", img_size=14, width=8, depth=1, heads=1, exits=(1, 2), relation_reuse=False
+    )
+    shapes, spans = [], iter([1.0, 1.0, 9.0, 1.0, 1.0, 2.0, 2.0, 2.0, 2.0, 2.0])
+
+    def measure(run):
+        logits, upstream = run()
+        shapes.append((logits.shape, upstream.features is None))
+        return next(spans)
+
+    monkeypatch.setattr(timing, "measure", measure)
+    images = timing.random_images(model, 4)
+    times = timing.exit_times(model, timing.random_variables(model), images)
+    np.testing.assert_allclose(times, [1 / 4, 3 / 4])
+    assert shapes == [((4, 10), False)] * 5 + [((4, 10), True)] * 5
+
+
+def test_exit_times_refuses_what_has_no_exits():
+    with pytest.raises(ValueError, match="vit_mini_patch4_28 has no exits to time"):
+        timing.exit_times(dyntoken.create_model("vit_mini_patch4_28"), {}, np.zeros((1, 28, 28, 1)))
