@@ -47,14 +47,20 @@ def _demo(c, arg):
         "feature_reuse": arg.feature_reuse,
         "relation_reuse": arg.relation_reuse,
         "depth": 3,
-        "pool": "mean",  # learns from few images faster than a class token does
-        "class_token": False,
     }
     c.losses.ce.weights = (1.0,) * len(c.model.exits)
     c.data.augment = {"crop": "pad", "pad": 1, "flip": 0.0}
     c.batch = 40
-    c.epochs = 8.0
+    c.data.eval.batch = 200
+    c.epochs = 7.0
     c.log_steps = 125
     c.checkpoint_steps = 500
-    c.optim = {"lr": 2e-3, "min_lr": 1e-6, "schedule": "cosine", "warmup_epochs": 0.5, "weight_decay": 0.05}
+    c.optim = {
+        "lr": 2e-3,
+        "min_lr": 1e-6,
+        "schedule": "cosine",
+        "warmup_epochs": 0.5,
+        "weight_decay": 0.05,
+        "betas": (0.9, 0.98),
+    }
     c.compare = True

@@ -82,7 +82,7 @@ def groups(
         raise UnknownNameError(f"unknown decay rule {decay!r}: {suggest(decay, DECAYS)}")
     freeze = round(backbone_freeze_epochs * steps_per_epoch)
     found = {}
-    for path, leaf in _leaves(params):
+    for path, leaf in leaves(params):
         if _matches(frozen, path):
             found[path] = Group("frozen", 0.0, 0.0, 0)
             continue
@@ -291,14 +291,15 @@ def describe(table: Mapping[str, Group]) -> list[str]:
     ]
 
 
-def _leaves(params: Any) -> list[tuple[str, Any]]:
+def leaves(params: Any) -> list[tuple[str, Any]]:
+    """`(path, leaf)` of a tree, the path as the patterns of `groups` see it."""
     found, _ = jax.tree_util.tree_flatten_with_path(params)
     return [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in found]
 
 
 def _group_tree(table: Mapping[str, Group], params: Any) -> Any:
     """The groups in the shape of `params`."""
-    paths = [path for path, _ in _leaves(params)]
+    paths = [path for path, _ in leaves(params)]
     if set(paths) != set(table):
         odd = sorted(set(paths) ^ set(table))[0]
         raise ValueError(

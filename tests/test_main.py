@@ -14,6 +14,7 @@ from dyntoken import main
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RECIPES = ("deit", "dynamicvit_deit", "tps_deit", "evit_deit")
+CASCADES = ("dvt_deit", "dvt_t2t", "dvt_cifar")
 
 
 def _program(*args, cwd):
@@ -117,7 +118,67 @@ def test_every_recipe_builds(recipe, argument):
     )
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize(
+    "recipe", [*CASCADES, "dvt_deit:demo", "dvt_deit:exits=7-14", "dvt_deit:exits=4-7-14", "dvt_t2t:depth=14"]
+)
+def test_every_recipe_of_a_cascade_builds(recipe):
+    from dyntoken import train
+
+    name, _, argument = recipe.partition(":")
+    c = recipes.load(f"configs/{name}.py:{argument}")
+    plan = train.build(c)
+    assert plan.model.method == "dvt" and len(c.losses.ce.weights) == len(plan.model.exits) > 1
+    if c.optim.get("cooldown_epochs"):
+        rates = [plan.lr_fn(epoch * plan.steps_per_epoch) for epoch in (0, 20, 299, 300, 309)]
+        assert rates[0] == pytest.approx(1e-6) and rates[1] < c.optim.lr and rates[3:] == [1e-5, 1e-5]
+        assert 1e-5 < rates[2] < 1.01e-5 and plan.total_steps == 310 * plan.steps_per_epoch
+
+
+FIXED = {  # what the official scripts do not train
+    "dvt_deit": (),
+    "dvt_t2t": ("pos_embed", "/w"),
+    "dvt_cifar": ("pos_embed", "/w", "cls_token", "backbone/norm/scale", "backbone/norm/bias"),
+}
+
+
+@pytest.mark.parametrize("recipe", CASCADES)
+def test_two_steps_of_every_cascade(recipe, tmp_path, capsys):
+    """All parameters move but the fixed ones; every exit is reported by training and `--mode=eval`."""
+    import jax
+    import numpy as np
+
+    from dyntoken import optim, train
+
+    config = recipes.load(f"configs/{recipe}.py:tiny{',distill=0.5' if recipe == 'dvt_deit' else ''}")
+    result = train.run(config, tmp_path, log=[].append)
+    row = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])
+    assert row["ce"] == pytest.approx(sum(row["ce_per_exit"]), rel=1e-5)
+    if recipe == "dvt_deit":
+        assert row["loss"] == pytest.approx(row["ce"] + 0.5 * sum(row["exit_kl_per_exit"]), rel=1e-5)
+    before = result.plan.new_state().params
+    same = jax.tree.map(lambda a, b: np.array_equal(a, b), before, result.state.params)
+    for path, kept in optim.leaves(same):
+        # Read by nothing after the last block of the last exit, where only decay moves it.
+        if not path.startswith("reuse_2/context_1"):
+            assert kept == path.endswith(FIXED[recipe] or ("nothing",)), path
+    main.run(config, str(tmp_path), "eval", False)
+    facts = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert facts["top1_per_exit"] == result.metrics["top1_per_exit"] and len(facts["top1_per_exit"]) == 3
+    assert facts["top1"] == facts["top1_per_exit"][-1] and facts["count"] == 24
+    assert facts["gmacs"] == sorted(facts["gmacs"]) and len(facts["gmacs"]) == 3
+
+
+def test_dry_run_of_a_cascade_prints_every_exit(tmp_path, capsys):
+    main.run(recipes.load("configs/dvt_deit.py:tiny"), str(tmp_path), "train", True)
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("gmacs: "))
+    assert line.endswith(" up to each exit")
+    costs = [
+        float(word) for word in line.removeprefix("gmacs: ").removesuffix(" up to each exit").split(" / ")
+    ]
+    assert len(costs) == 3 and 0 < costs[0] < costs[1] < costs[2] and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("recipe", [*RECIPES, *CASCADES])
 def test_every_header_command_parses_and_says_what_was_not_run(recipe):
     file = recipes.locate(f"configs/{recipe}.py")
     header = file.read_text().split('"""')[1]
@@ -133,6 +194,7 @@ def test_learning_rates_scale_with_the_batch_where_the_papers_do():
         ("evit_deit", True),
         ("deit", True),
         ("dynamicvit_deit", False),
+        ("dvt_t2t", False),
     ):
         c = recipes.load(f"configs/{recipe}.py")
         before, c.batch = c.optim.lr, c.batch * 2
