@@ -1,8 +1,8 @@
 """Every default once, and what the recipes share.
 
 A recipe is a file with `get_config(arg)`; `arg` is what follows the colon in
-`--config=configs/tps_deit.py:size=t,keep=0.5`. Every recipe also takes `demo`
-(embedded real images, minutes on a laptop) and `tiny` (made images, seconds).
+`--config=configs/tps_deit.py:size=t,keep=0.5`. Every recipe also takes `tiny` (made
+images, seconds), and most `demo` (embedded real images, minutes on a laptop).
 """
 
 import ast

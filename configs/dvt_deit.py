@@ -38,7 +38,7 @@ def get_config(arg=None):
 
 
 def _demo(c, arg):
-    """A small cascade from scratch on the embedded images; measured in the README."""
+    """A small cascade from scratch on the embedded images."""
     common.demo(c)
     c.init.path = ""
     c.model = {

@@ -168,6 +168,24 @@ def test_two_steps_of_every_cascade(recipe, tmp_path, capsys):
     assert facts["gmacs"] == sorted(facts["gmacs"]) and len(facts["gmacs"]) == 3
 
 
+def test_a_cascade_ends_with_a_table_of_its_exits(tmp_path, capsys):
+    config = recipes.load("configs/dvt_deit.py:tiny")
+    config.compare = True
+    main.run(config, str(tmp_path), "train", False)
+    lines = capsys.readouterr().out.splitlines()
+    table = lines[lines.index("fake, test split") + 1 :]
+    assert table[0].split() == ["top-1", "%", "GMACs"]  # no dense model of these images ships
+    assert [line.split("  ")[0] for line in table[1:5]] == [
+        "linear classifier",
+        *(f"dvt_deit_small, exit {index}" for index in range(3)),
+    ]
+    rows = json.loads((tmp_path / "compare.json").read_text())
+    assert [row.get("exit") for row in rows] == [None, 0, 1, 2] and rows[1]["gmacs"] < rows[3]["gmacs"]
+    assert (tmp_path / "exits.png").read_bytes().startswith(b"\x89PNG")
+    main.run(config, str(tmp_path), "train", False)  # shows what is there
+    assert table[0] in capsys.readouterr().out.splitlines()
+
+
 def test_dry_run_of_a_cascade_prints_every_exit(tmp_path, capsys):
     main.run(recipes.load("configs/dvt_deit.py:tiny"), str(tmp_path), "train", True)
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("gmacs: "))

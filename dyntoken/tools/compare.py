@@ -40,8 +40,8 @@ def report(config: Mapping[str, Any], result: train.Result, *, log: Log = print)
       result: what `train.run` returned.
 
     Returns:
-      One dict per row: `model`, `top1` (fraction), `gmacs`, `images_per_s` (not
-      of exits).
+      One dict per row: `model`, `top1` (fraction), `gmacs`, and `images_per_s` or
+      `exit`, its number.
     """
     target = result.workdir / "compare.json"
     exits = hasattr(result.model, "exits")
@@ -71,9 +71,8 @@ def _measure_exits(config: Mapping[str, Any], result: train.Result, log: Log) ->
         gmacs = macs.count(reference).gmacs
         rows.append({"model": f"dense {SHIPPED}", "top1": top1, "gmacs": gmacs})
     costs = macs.gmacs_per_exit(result.model, macs.count(result.model))
-    for exit_, (top1, gmacs) in enumerate(zip(result.metrics["top1_per_exit"], costs, strict=True)):
-        grid = "x".join(str(n) for n in result.model.grids[exit_])
-        rows.append({"model": f"{name}, exit {exit_} ({grid} tokens)", "top1": top1, "gmacs": gmacs})
+    for index, (top1, gmacs) in enumerate(zip(result.metrics["top1_per_exit"], costs, strict=True)):
+        rows.append({"model": f"{name}, exit {index}", "top1": top1, "gmacs": gmacs, "exit": index})
     return rows
 
 
@@ -226,7 +225,7 @@ def _draw_exits(rows: list[dict[str, Any]], target: epath.Path) -> None:
 
     figure = Figure(figsize=(5.5, 4), layout="constrained")
     axes = figure.subplots()
-    exits = [row for row in rows if ", exit " in row["model"]]
+    exits = [row for row in rows if "exit" in row]
     axes.plot(
         [1e3 * row["gmacs"] for row in exits], [100 * row["top1"] for row in exits], "o-", label="exits"
     )
