@@ -50,17 +50,17 @@ def _demo(c, arg):
     }
     c.losses.ce.weights = (1.0,) * len(c.model.exits)
     c.data.augment = {"crop": "pad", "pad": 1, "flip": 0.0}
-    c.batch = 40
+    c.batch = 16  # small: what counts from scratch is the number of steps
     c.data.eval.batch = 200
-    c.epochs = 7.0
-    c.log_steps = 125
-    c.checkpoint_steps = 500
+    c.epochs = 6.0
+    c.log_steps = 250
+    c.checkpoint_steps = 1000
     c.optim = {
-        "lr": 2e-3,
+        "lr": 1e-3,
         "min_lr": 1e-6,
         "schedule": "cosine",
-        "warmup_epochs": 0.5,
+        "warmup_epochs": 0.25,
         "weight_decay": 0.05,
-        "betas": (0.9, 0.98),
+        "betas": (0.9, 0.99),
     }
     c.compare = True
