@@ -178,7 +178,7 @@ def tiny(c, **model):
 
 def tiny_dvt(c, **model):
     """`tiny` for a cascade: three exits on the grids 2, 3 and 4."""
-    tiny(c, exits=(2, 3, 4), depth=1, **model)
+    tiny(c, exits=(2, 3, 4), depth=2, **model)
     if "weights" in c.losses.ce:
         c.losses.ce.weights = (1.0, 1.0, 1.0)
     c.optim.update({"warmup_epochs": 0, "cooldown_epochs": 0})

@@ -266,7 +266,7 @@ def test_a_cascade_moves_to_other_classes(tmp_path):
     variables = init(source)
     weights.save_weights(tmp_path / "source.safetensors", variables, model=source)
     target = dyntoken.create_model("dvt_deit_tiny", num_classes=3, **options)
-    with pytest.raises(WeightsError, match="head='reset' for a new classifier, or .* num_classes=5"):
+    with pytest.raises(WeightsError, match=r"head='reset' for a new classifier, or .* num_classes=5"):
         weights.load_weights(target, tmp_path / "source.safetensors")
     moved, report = weights.load_weights(
         target, tmp_path / "source.safetensors", head="reset", return_report=True
