@@ -1,8 +1,8 @@
 """Every default once, and what the recipes share.
 
 A recipe is a file with `get_config(arg)`; `arg` is what follows the colon in
-`--config=configs/tps_deit.py:size=t,keep=0.5`. Every recipe also takes `demo`
-(embedded real images, minutes on a laptop) and `tiny` (made images, seconds).
+`--config=configs/tps_deit.py:size=t,keep=0.5`. Every recipe also takes `tiny` (made
+images, seconds), and most `demo` (embedded real images, minutes on a laptop).
 """
 
 import ast
@@ -87,6 +87,34 @@ def deit_name(size):
     return f"deit_{SIZES[size]}_patch16_224"
 
 
+def dvt(c, arg, recipe):
+    """What the cascades share; follows blackfeather-wang/Dynamic-Vision-Transformer's main.py.
+
+    `arg` has the entries of `DVT`; `recipe` is the learning rate and weight decay.
+    """
+    c.model.exits = arg.exits
+    c.model.feature_reuse = arg.feature_reuse
+    c.model.relation_reuse = arg.relation_reuse
+    c.model.drop_path = 0.1
+    c.epochs = 310.0
+    c.ema = 0.99996
+    c.losses = {"ce": {"weight": 1.0, "weights": (1.0,) * len(arg.exits)}}
+    if arg.distill:
+        c.losses.exit_kl = {"weight": arg.distill, "temperature": 1.0}
+    c.optim = {
+        "min_lr": 1e-5,
+        "schedule": "cosine_epoch_start",
+        "warmup_epochs": 20,
+        "warmup_lr": 1e-6,
+        "cooldown_epochs": 10,
+        "decay": "not_1d",
+        "no_decay": (),  # the official wrapper names no parameter: class token and positions decay
+        **recipe,
+    }
+
+
+DVT = {"exits": (7, 10, 14), "feature_reuse": True, "relation_reuse": True, "distill": 0.0}
+T2T_FROZEN = ("pos_embed$", r"attention\d/w$")  # the sinusoid and the performer's random features
 DEMO_SITES = (4, 5)  # of 6 blocks: 49 patches bear less than the 196 of ImageNet
 
 
@@ -130,16 +158,27 @@ def demo(c):
     }
 
 
-def tiny(c):
-    """Made images and a toy model: two steps, to see that everything fits."""
+def tiny(c, **model):
+    """Made images and a toy model: two steps, to see that everything fits.
+
+    `model` replaces the toy's patch size by what another kind of model needs.
+    """
     c.data.name = "fake"
     c.data.eval_split = "test"
     c.data.size = 16
     c.data.options = {"num_classes": 4, "train": 64, "test": 24, "image_size": 16, "channels": 3}
-    c.model.update({"patch_size": 4, "width": 24, "depth": 4, "heads": 2})
+    c.model.update({"width": 24, "depth": 4, "heads": 2, **(model or {"patch_size": 4})})
     c.init.path = ""
     c.losses = {key: spec for key, spec in c.losses.items() if key not in ("logit_kl", "token_distill")}
     c.batch = 16
     c.steps = 2
     c.log_steps = 1
     c.checkpoint_steps = 1
+
+
+def tiny_dvt(c, **model):
+    """`tiny` for a cascade: three exits on the grids 2, 3 and 4."""
+    tiny(c, exits=(2, 3, 4), depth=2, **model)
+    if "weights" in c.losses.ce:
+        c.losses.ce.weights = (1.0, 1.0, 1.0)
+    c.optim.update({"warmup_epochs": 0, "cooldown_epochs": 0})

@@ -44,24 +44,39 @@ def run(config, workdir: str, mode: str, dry_run: bool) -> None:
     """Does what the flags ask for; raises what goes wrong."""
     use_all_cores(config.batch)  # before jax starts
     from dyntoken import train
-    from dyntoken.analysis import macs
 
     logging.set_verbosity(logging.WARNING)  # Orbax narrates every file it touches
     config = config.to_dict()
     if dry_run:
         facts = train.dry_run(config)
-        print(f"gmacs: {macs.count(train.build(config).model).total / 1e9:.3f}")
+        print(f"gmacs: {_spell(_gmacs(train.build(config).model))}")
         print(f"plan: {facts['steps']} steps of {config['batch']} images into {workdir}")
     elif mode == "eval":
         metrics = train.evaluate(config, workdir)
-        gmacs = macs.count(train.build(config).model).total / 1e9
-        print(json.dumps({**metrics, "count": int(metrics["count"]), "gmacs": round(gmacs, 6)}))
+        gmacs = _gmacs(train.build(config).model)
+        print(json.dumps({**metrics, "count": int(metrics["count"]), "gmacs": gmacs}))
     else:
         result = train.run(config, workdir)
         if config.get("compare") and result.finished:
             from dyntoken.tools import compare as comparison
 
             comparison.report(config, result)
+
+
+def _gmacs(model) -> float | list[float]:
+    """Multiply-adds (1e9) of one image, of a model with exits up to each of them."""
+    from dyntoken.analysis import macs
+
+    count = macs.count(model)
+    if macs.exits(model):
+        return [round(gmacs, 6) for gmacs in macs.gmacs_per_exit(model, count)]
+    return round(count.gmacs, 6)
+
+
+def _spell(gmacs: float | list[float]) -> str:
+    if isinstance(gmacs, list):
+        return " / ".join(f"{value:.4g}" for value in gmacs) + " up to each exit"
+    return f"{gmacs:.3f}"
 
 
 def main(argv: list[str]) -> None:

@@ -32,12 +32,14 @@ class Group:
       weight_decay: its own factor; times the learning rate for AdamW.
       lr_scale: factor on the schedule.
       freeze_steps: first steps at learning rate 0.
+      lr_shift: added to the scaled rate.
     """
 
     name: str
     weight_decay: float
     lr_scale: float
     freeze_steps: int
+    lr_shift: float = 0.0
 
 
 def groups(
@@ -80,7 +82,7 @@ def groups(
         raise UnknownNameError(f"unknown decay rule {decay!r}: {suggest(decay, DECAYS)}")
     freeze = round(backbone_freeze_epochs * steps_per_epoch)
     found = {}
-    for path, leaf in _leaves(params):
+    for path, leaf in leaves(params):
         if _matches(frozen, path):
             found[path] = Group("frozen", 0.0, 0.0, 0)
             continue
@@ -116,6 +118,7 @@ def make(
     warmup_epochs: float = 0,
     warmup_steps: int | None = None,
     warmup_lr: float = 0.0,
+    cooldown_epochs: float = 0,
     weight_decay: float = 0.05,
     decay: str = "not_1d",
     no_decay: Sequence[str] = NO_DECAY,
@@ -125,6 +128,7 @@ def make(
     nesterov: bool = False,
     clip: float | None = None,
     backbone_lr_scale: float = 1.0,
+    backbone_min_lr: float | None = None,
     backbone_freeze_epochs: float = 0,
     new_params: Sequence[str] = NEW_PARAMS,
     frozen: Sequence[str] = (),
@@ -144,10 +148,11 @@ def make(
       name: `"adamw"` or `"sgd"`.
       lr: peak rate.
       min_lr: see `schedules.learning_rate`.
-      schedule: `"cosine"`, `"cosine_epoch"` or `"constant"`.
+      schedule: `"cosine"`, `"cosine_epoch"`, `"cosine_epoch_start"` or `"constant"`.
       warmup_epochs: see `schedules.learning_rate`.
       warmup_steps: see `schedules.learning_rate`.
       warmup_lr: see `schedules.learning_rate`.
+      cooldown_epochs: see `schedules.learning_rate`.
       weight_decay: see `groups`.
       decay: see `groups`.
       no_decay: see `groups`.
@@ -157,6 +162,9 @@ def make(
       nesterov: SGD's Nesterov momentum.
       clip: largest global gradient norm, or None.
       backbone_lr_scale: see `groups`.
+      backbone_min_lr: rate at which the backbone ends, by default `min_lr *
+        backbone_lr_scale`. Torch's schedulers end all groups at one rate; for
+        runs without warm-up.
       backbone_freeze_epochs: see `groups`.
       new_params: see `groups`.
       frozen: see `groups`.
@@ -183,6 +191,7 @@ def make(
         warmup_steps=warmup_steps,
         total_steps=total_steps,
         steps_per_epoch=steps_per_epoch,
+        cooldown_epochs=cooldown_epochs,
     )
     table = groups(
         params,
@@ -195,11 +204,29 @@ def make(
         new_params=new_params,
         frozen=frozen,
     )
+    if backbone_min_lr is not None:
+        table = _with_floor(table, lr, min_lr, lr * backbone_lr_scale, backbone_min_lr)
     if name == "adamw":
         moments = optax.scale_by_adam(b1=betas[0], b2=betas[1], eps=eps)
     else:
         moments = optax.trace(momentum, nesterov=nesterov)
     return _transformation(moments, table, lr_fn, coupled=name == "sgd", clip=clip), lr_fn
+
+
+def _with_floor(
+    table: Mapping[str, Group], lr: float, min_lr: float, start: float, end: float
+) -> dict[str, Group]:
+    """The backbone from `start` to `end` while the schedule falls from `lr` to `min_lr`."""
+    if not lr > min_lr:
+        raise ValueError(f"backbone_min_lr={end} needs a schedule that falls: lr={lr}, min_lr={min_lr}")
+    slope = (start - end) / (lr - min_lr)
+    shift = end - slope * min_lr
+    return {
+        path: dataclasses.replace(group, lr_scale=slope, lr_shift=shift)
+        if group.name in ("decay", "no_decay")
+        else group
+        for path, group in table.items()
+    }
 
 
 def _transformation(
@@ -234,7 +261,7 @@ def _transformation(
         def move(direction: jax.Array, p: jax.Array, group: Group) -> jax.Array:
             if group.name == "frozen":
                 return jnp.zeros_like(p)
-            rate = jnp.where(step < group.freeze_steps, 0.0, base * group.lr_scale)
+            rate = jnp.where(step < group.freeze_steps, 0.0, base * group.lr_scale + group.lr_shift)
             if not coupled:
                 direction = direction + group.weight_decay * p
             return -rate.astype(p.dtype) * direction
@@ -264,14 +291,15 @@ def describe(table: Mapping[str, Group]) -> list[str]:
     ]
 
 
-def _leaves(params: Any) -> list[tuple[str, Any]]:
+def leaves(params: Any) -> list[tuple[str, Any]]:
+    """`(path, leaf)` of a tree, the path as the patterns of `groups` see it."""
     found, _ = jax.tree_util.tree_flatten_with_path(params)
     return [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in found]
 
 
 def _group_tree(table: Mapping[str, Group], params: Any) -> Any:
     """The groups in the shape of `params`."""
-    paths = [path for path, _ in _leaves(params)]
+    paths = [path for path, _ in leaves(params)]
     if set(paths) != set(table):
         odd = sorted(set(paths) ^ set(table))[0]
         raise ValueError(

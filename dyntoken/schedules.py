@@ -12,7 +12,7 @@ import numpy as np
 
 from dyntoken.registry import UnknownNameError, suggest
 
-KINDS = ("cosine", "cosine_epoch", "constant")
+KINDS = ("cosine", "cosine_epoch", "cosine_epoch_start", "constant")
 
 
 def learning_rate(
@@ -25,6 +25,7 @@ def learning_rate(
     warmup_steps: int | None,
     total_steps: int,
     steps_per_epoch: int,
+    cooldown_epochs: float = 0,
 ) -> Callable[[Any], Any]:
     """The base learning rate as a function of the step, from 0.
 
@@ -35,6 +36,9 @@ def learning_rate(
       as TPS and EViT call it: epoch e runs at the rate of e - 1, so the first
       two epochs both run at `warmup_lr` (at `lr` without warm-up). The cosine
       counts from epoch 0, not from the end of the warm-up.
+    - `"cosine_epoch_start"`: the same, but epoch e runs at its own rate, as
+      timm's and T2T-ViT's training scripts and torch's `CosineAnnealingLR` have
+      it: epoch 0 at `warmup_lr`, epoch 1 one step of the warm-up higher.
     - `"constant"`: `lr` after the warm-up of `"cosine"`.
 
     Args:
@@ -46,6 +50,8 @@ def learning_rate(
       warmup_steps: the same in steps; overrides `warmup_epochs` if not None.
       total_steps: length of the run; later steps stay at `min_lr`.
       steps_per_epoch: steps per epoch.
+      cooldown_epochs: epochs at `min_lr` that end the run; the cosine is over
+        before them.
 
     Returns:
       `lr_fn(step)` of an integer step. A Python or numpy step gives a numpy
@@ -62,6 +68,13 @@ def learning_rate(
             f"total_steps={total_steps} and steps_per_epoch={steps_per_epoch} must be at least 1"
         )
     warm = round(warmup_epochs * steps_per_epoch) if warmup_steps is None else warmup_steps
+    cool = round(cooldown_epochs * steps_per_epoch)
+    if cool < 0 or (cool > 0 and (cool >= total_steps or kind == "constant")):
+        raise ValueError(
+            f"a cool-down of {cool} steps does not fit into a {kind} schedule of {total_steps} steps: "
+            "lower cooldown_epochs"
+        )
+    total_steps -= cool
     if warm < 0 or (warm > 0 and warm >= total_steps):
         raise ValueError(
             f"a warm-up of {warm} steps does not fit into a run of {total_steps}: "
@@ -77,13 +90,13 @@ def learning_rate(
 
     def per_epoch(step: Any) -> Any:
         xp, epoch = _real(step // steps_per_epoch)  # in integers: a float quotient may round up
-        at = xp.maximum(epoch - 1.0, 0.0)
+        at = epoch if kind == "cosine_epoch_start" else xp.maximum(epoch - 1.0, 0.0)
         epochs, warm_epochs = total_steps / steps_per_epoch, warm / steps_per_epoch
         rise = warmup_lr + (lr - warmup_lr) * (at / max(warm_epochs, 1e-9))
         fall = min_lr + (lr - min_lr) * _half_cosine(xp, xp.clip((epochs - at) / epochs, 0.0, 1.0))
         return _where(xp, at < warm_epochs, rise, fall)
 
-    return per_epoch if kind == "cosine_epoch" else per_step
+    return per_epoch if kind.startswith("cosine_epoch") else per_step
 
 
 def _real(step: Any) -> tuple[Any, Any]:

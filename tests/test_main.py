@@ -1,6 +1,8 @@
 """The command line: what it prints when all is well, and one clear line when not."""
 
+import contextlib
 import importlib.metadata
+import io
 import json
 import os
 import pathlib
@@ -14,6 +16,7 @@ from dyntoken import main
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RECIPES = ("deit", "dynamicvit_deit", "tps_deit", "evit_deit")
+CASCADES = ("dvt_deit", "dvt_t2t", "dvt_cifar")
 
 
 def _program(*args, cwd):
@@ -117,7 +120,111 @@ def test_every_recipe_builds(recipe, argument):
     )
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", [*CASCADES, "dvt_deit:demo", "dvt_deit:exits=7-14", "dvt_t2t:depth=14"])
+def test_every_recipe_of_a_cascade_builds(recipe):
+    from dyntoken import train
+
+    name, _, argument = recipe.partition(":")
+    c = recipes.load(f"configs/{name}.py:{argument}")
+    plan = train.build(c)
+    assert plan.model.method == "dvt" and len(c.losses.ce.weights) == len(plan.model.exits) > 1
+    if c.optim.get("cooldown_epochs"):
+        rates = [plan.lr_fn(epoch * plan.steps_per_epoch) for epoch in (0, 20, 299, 300, 309)]
+        assert rates[0] == pytest.approx(1e-6) and rates[1] < c.optim.lr and rates[3:] == [1e-5, 1e-5]
+        assert 1e-5 < rates[2] < 1.01e-5 and plan.total_steps == 310 * plan.steps_per_epoch
+
+
+FIXED = {  # what the official scripts do not train
+    "dvt_deit": (),
+    "dvt_t2t": ("pos_embed", "/w"),
+    "dvt_cifar": ("pos_embed", "/w", "cls_token", "backbone/norm/scale", "backbone/norm/bias"),
+}
+
+
+def _check_moves(recipe, result):
+    """Every parameter has moved but those that the recipe fixes."""
+    import jax
+    import numpy as np
+
+    from dyntoken import optim
+
+    before = result.plan.new_state().params
+    same = jax.tree.map(lambda a, b: np.array_equal(a, b), before, result.state.params)
+    # Read by nothing after the last block of the last exit, where only decay moves it.
+    unread = f"reuse_{len(result.model.exits) - 1}/context_1"
+    for path, kept in optim.leaves(same):
+        if not path.startswith(unread):
+            assert kept == path.endswith(FIXED[recipe] or ("nothing",)), path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", CASCADES)
+def test_two_steps_of_a_cascade(recipe, tmp_path):
+    from dyntoken import train
+
+    result = train.run(recipes.load(f"configs/{recipe}.py:tiny"), tmp_path, log=[].append)
+    assert len(result.metrics["top1_per_exit"]) == 3
+    _check_moves(recipe, result)
+
+
+@pytest.fixture(scope="module")
+def cascade(tmp_path_factory):
+    """A tiny cascade of two exits, trained as the command line does, with the final table."""
+    config = recipes.load("configs/dvt_deit.py:tiny,distill=0.5")
+    config.model.exits, config.losses.ce.weights = (1, 2), (1.0, 1.0)
+    config.compare = True
+    workdir = tmp_path_factory.mktemp("cascade")
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        main.run(config, str(workdir), "train", False)
+    return config, workdir, printed.getvalue().splitlines()
+
+
+def test_a_cascade_reports_every_exit(cascade):
+    _, workdir, lines = cascade
+    row = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[0])
+    assert row["ce"] == pytest.approx(sum(row["ce_per_exit"]), rel=1e-5)
+    assert row["loss"] == pytest.approx(row["ce"] + 0.5 * sum(row["exit_kl_per_exit"]), rel=1e-5)
+    assert len(row["ce_per_exit"]) == 2 and len(row["exit_kl_per_exit"]) == 1
+    assert any(line.startswith("eval at step 2/2") and "top1_per_exit " in line for line in lines)
+
+
+def test_a_cascade_ends_with_a_table_of_its_exits(cascade):
+    _, workdir, lines = cascade
+    table = lines[lines.index("fake, test split") + 1 :]
+    assert table[0].split() == ["top-1", "%", "GMACs"]  # no dense model of these images ships
+    names = ["linear classifier", "dvt_deit_small, exit 0", "dvt_deit_small, exit 1"]
+    assert [line.split("  ")[0] for line in table[1:4]] == names
+    rows = json.loads((workdir / "compare.json").read_text())
+    assert [row.get("exit") for row in rows] == [None, 0, 1] and rows[1]["gmacs"] < rows[2]["gmacs"]
+    assert (workdir / "exits.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_eval_and_rerun_of_a_cascade(cascade, capsys):
+    from dyntoken import train
+
+    config, workdir, _ = cascade
+    main.run(config, str(workdir), "eval", False)
+    facts = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert facts["top1"] == facts["top1_per_exit"][-1] and facts["count"] == 24
+    assert len(facts["top1_per_exit"]) == len(facts["gmacs"]) == 2
+    assert facts["gmacs"][0] < facts["gmacs"][1]
+    assert {"ema/top1", "ema/top1_per_exit"} <= set(facts)
+    result = train.run(config, workdir, log=[].append)  # nothing to do
+    assert result.metrics["top1_per_exit"] == facts["top1_per_exit"]
+    _check_moves("dvt_deit", result)
+
+
+def test_dry_run_of_a_cascade_prints_every_exit(cascade, tmp_path, capsys):
+    main.run(cascade[0], str(tmp_path), "train", True)
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("gmacs: "))
+    assert line.endswith(" up to each exit")
+    costs = [
+        float(word) for word in line.removeprefix("gmacs: ").removesuffix(" up to each exit").split(" / ")
+    ]
+    assert len(costs) == 2 and 0 < costs[0] < costs[1] and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("recipe", [*RECIPES, *CASCADES])
 def test_every_header_command_parses_and_says_what_was_not_run(recipe):
     file = recipes.locate(f"configs/{recipe}.py")
     header = file.read_text().split('"""')[1]
@@ -133,6 +240,7 @@ def test_learning_rates_scale_with_the_batch_where_the_papers_do():
         ("evit_deit", True),
         ("deit", True),
         ("dynamicvit_deit", False),
+        ("dvt_t2t", False),
     ):
         c = recipes.load(f"configs/{recipe}.py")
         before, c.batch = c.optim.lr, c.batch * 2

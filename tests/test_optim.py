@@ -82,12 +82,29 @@ def test_cosine_per_epoch_runs_one_epoch_late():
     assert plain(0) == plain(7) == 1e-3 and plain(8) < 1e-3
 
 
+def test_cosine_at_the_start_of_an_epoch_with_cool_down():
+    """timm's CosineLRScheduler(t_initial=20, warmup_t=5) as its train.py steps it, then 10 epochs at min_lr."""
+    rate = schedule("cosine_epoch_start", warmup_lr=1e-6, min_lr=1e-5, lr=2e-3, cooldown_epochs=10)
+    by_epoch = [rate(4 * epoch + 3) for epoch in range(30)]
+    assert by_epoch[:2] == [1e-6, pytest.approx(1e-6 + 1.999e-3 / 5, rel=1e-14)]
+    assert by_epoch[5] == pytest.approx(1e-5 + 1.99e-3 * (1 + np.sqrt(0.5)) / 2, rel=1e-12)  # cos(pi / 4)
+    assert by_epoch[10] == pytest.approx(1.005e-3, rel=1e-12)
+    assert by_epoch[19] > 1e-5 and by_epoch[20:] == [1e-5] * 10
+    steps = schedule("cosine", cooldown_epochs=10)
+    assert steps(79) > 1e-6 and steps(80) == steps(119) == 1e-6
+    assert (
+        schedule("cosine_epoch", cooldown_epochs=10)(84)
+        == 1e-6
+        < schedule("cosine_epoch", cooldown_epochs=10)(80)
+    )
+
+
 def test_constant_after_warm_up():
     rate = schedule("constant", warmup_epochs=0.5)
     assert [rate(step) for step in (0, 1, 2, 200)] == [0.0, 1e-3, 1e-3, 1e-3]
 
 
-@pytest.mark.parametrize("kind", ["cosine", "cosine_epoch", "constant"])
+@pytest.mark.parametrize("kind", ["cosine", "cosine_epoch", "cosine_epoch_start", "constant"])
 def test_schedule_under_jit(kind):
     rate = schedule(kind, warmup_lr=1e-6)
     steps = np.arange(130, dtype=np.int32)
@@ -101,6 +118,12 @@ def test_schedule_errors():
         schedule("cosine", warmup_epochs=30)
     with pytest.raises(ValueError, match="at least 1"):
         schedule("cosine", total_steps=0)
+    with pytest.raises(ValueError, match="cool-down of 120 steps does not fit into a cosine schedule of 120"):
+        schedule("cosine", cooldown_epochs=30)
+    with pytest.raises(ValueError, match="cool-down of 4 steps does not fit into a constant schedule"):
+        schedule("constant", cooldown_epochs=1)
+    with pytest.raises(ValueError, match="warm-up of 40 steps does not fit into a run of 40"):
+        schedule("cosine", warmup_epochs=10, cooldown_epochs=20)
 
 
 EVIT = {"base": 0.7, "steps_per_epoch": 5, "warmup_epochs": 2, "total_epochs": 8}
@@ -225,6 +248,28 @@ def test_frozen_backbone_gathers_moments_then_moves_slowly():
     assert float(state["mu"]["trunk"]["kernel"][0, 0]) == pytest.approx(1 - 0.9**3, rel=1e-6)
 
 
+def test_backbone_and_head_end_at_one_rate():
+    """torch's CosineAnnealingLR(eta_min=2e-4) over groups at 0.05 and 0.01 x 0.05."""
+    params = {"trunk": weight(0.0), "head": weight(0.0)}
+    history, _ = train(
+        params,
+        [jax.tree.map(jnp.ones_like, params)] * 3,
+        name="sgd",
+        momentum=0.0,
+        weight_decay=0.0,
+        lr=0.05,
+        min_lr=2e-4,
+        schedule="cosine_epoch_start",
+        total_steps=2,
+        new_params=("head",),
+        backbone_lr_scale=0.01,
+        backbone_min_lr=2e-4,
+    )
+    found = [[-float(h[k]["kernel"][0, 0]) for h in history] for k in ("head", "trunk")]
+    rates = np.diff(np.array(found), prepend=0.0)
+    np.testing.assert_allclose(rates, [[0.05, 0.0251, 2e-4], [5e-4, 3.5e-4, 2e-4]], rtol=1e-4)
+
+
 def test_update_uses_the_schedule_of_its_own_step():
     params = weight(0.0)
     tx, rate = optim.make(
@@ -278,6 +323,7 @@ def test_ema_literal():
         ({"schedule": "cosinus"}, "unknown schedule 'cosinus'"),
         ({"clip": 0.0}, "clip=0.0 must be positive"),
         ({"frozen": ("clstoken",)}, "no parameter matches any of frozen"),
+        ({"backbone_min_lr": 0.1, "min_lr": 0.1}, "backbone_min_lr=0.1 needs a schedule that falls"),
     ],
 )
 def test_bad_options(options, message):

@@ -25,17 +25,20 @@ def make_eval_step(
     """Builds `(variables, batch) -> sums` for one device.
 
     Args:
-      model: returns an `Output` with logits `[b, classes]`.
+      model: returns an `Output` with logits `[b, classes]`, or `[exits, b,
+        classes]`.
       prepare: uint8 images -> normalised float images, both `[b, H, W, C]`.
       axis: name of the mapped axis over devices.
 
     The batch holds `image`, `label` int32 `[b]` and `mask` `[b]` (0.0 for
     padding). The sums are `top1`, `top5` (with more than five classes only),
-    `loss` (cross-entropy, nats) and `count`, over all devices.
+    `loss` (cross-entropy, nats) and `count`, over all devices. Of a model with
+    exits they are those of the last one, and `top1_per_exit` is `[exits]`.
     """
 
     def eval_step(variables, batch):
-        logits = model.apply(variables, prepare(batch["image"]), train=False).logits  # [b, classes]
+        every = model.apply(variables, prepare(batch["image"]), train=False).logits
+        logits = every[-1] if every.ndim == 3 else every  # [b, classes]
         labels, mask = batch["label"], batch["mask"]
         loss = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), labels)
         sums = {
@@ -47,7 +50,11 @@ def make_eval_step(
         if logits.shape[-1] > 5:
             best = jax.lax.top_k(logits, 5)[1]  # [b, 5]
             sums["top5"] = mask * jnp.any(best == labels[:, None], -1)
-        return jax.lax.psum({name: jnp.sum(value) for name, value in sums.items()}, axis)
+        totals = {name: jnp.sum(value) for name, value in sums.items()}
+        if every.ndim == 3:
+            hits = jnp.argmax(every, -1) == labels[None]  # [exits, b]
+            totals["top1_per_exit"] = jnp.sum(mask[None] * hits, axis=1)
+        return jax.lax.psum(totals, axis)
 
     return eval_step
 
@@ -56,7 +63,7 @@ def classify(
     step: Callable[[Tree, Mapping[str, Array]], Mapping[str, Array]],
     variables: Tree,
     batches: Iterable[Mapping[str, Array]],
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Runs a compiled evaluation step over all batches.
 
     Args:
@@ -65,7 +72,8 @@ def classify(
       batches: device batches, as many on every process.
 
     Returns:
-      `top1`, `top5` (fractions in [0, 1]), `loss` (mean) and `count` (an int).
+      `top1`, `top5` (fractions in [0, 1]), `loss` (mean) and `count` (an int);
+      of a model with exits also the list `top1_per_exit`.
 
     Raises:
       ValueError: if there is no example.
@@ -82,10 +90,11 @@ def classify(
     count = round(float(totals.pop("count", 0.0)))
     if count == 0:
         raise ValueError("no example to evaluate: the split is empty")
-    return {name: float(total) / count for name, total in sorted(totals.items())} | {"count": count}
+    means = {name: (total / count).tolist() for name, total in sorted(totals.items())}
+    return means | {"count": count}
 
 
 def _add(totals: dict[str, Any], sums: Mapping[str, Array]) -> None:
     # Float64 on the host: counts stay whole however long the split is.
     for name, value in jax.device_get(dict(sums)).items():
-        totals[name] = totals.get(name, np.float64(0)) + np.float64(value)
+        totals[name] = totals.get(name, 0.0) + np.asarray(value, np.float64)

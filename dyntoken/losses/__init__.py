@@ -6,12 +6,18 @@ add up over devices and steps, so a mean never becomes a mean of means. `count`
 carries no gradient, so that it can be summed over devices before the backward
 pass. Where nothing counts, sum and count are 0 and every gradient is finite.
 
+Of a model with exits (`Output.logits` `[E, B, K]`) a loss may return one sum per
+exit, `[E]`, with a common count: the loss is then the sum over the exits of
+`weights[e] * sum[e] / count`, by default with all weights 1, as DVT trains
+(blackfeather-wang/Dynamic-Vision-Transformer).
+
 `batch` is a dict: `"target"` `[B, K]` soft targets, `"mask"` `[B]` weight of
 each row (0 for padding; all ones if absent), and for distillation `"teacher"`,
 the `Output` of the frozen teacher on the same images.
 
 A list of losses is written as `(name, options)` pairs, or as a mapping, where
-`options` may hold `weight` (default 1). `"ce#small"` is the loss `ce` under
+`options` may hold `weight` (default 1) and, of a model with exits, `weights` (one
+number per exit). `"ce#small"` is the loss `ce` under
 another name, so that one loss can be used twice. To add a loss: one function,
 one line in `LOSSES`.
 """
@@ -26,6 +32,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from dyntoken.losses import distill
 from dyntoken.registry import Table, UnknownNameError, check_options
 from dyntoken.types import Array, Output
 
@@ -33,6 +40,7 @@ LOSSES = Table(
     "loss",
     {
         "ce": "dyntoken.losses.classify:ce",
+        "exit_kl": "dyntoken.losses.distill:exit_kl",
         "keep_ratio": "dyntoken.losses.ratio:keep_ratio",
         "logit_kl": "dyntoken.losses.distill:logit_kl",
         "token_distill": "dyntoken.losses.distill:token_distill",
@@ -44,17 +52,40 @@ Specs = Sequence[tuple[str, Mapping[str, Any]]] | Mapping[str, Mapping[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """One line of a loss list: `key` as logged, `name` as in `LOSSES`."""
+    """One line of a loss list: `key` as logged, `name` as in `LOSSES`, `weights` of the exits."""
 
     key: str
     name: str
     weight: float
     options: Mapping[str, Any]
+    weights: tuple[float, ...] | None = None
 
     def __call__(self, output: Output, batch: Mapping[str, Any]) -> tuple[Array, Array]:
-        """Returns (sum, count) of this loss, unweighted."""
+        """Returns (sum, count) of this loss, unweighted; the sum may be `[exits]`."""
         total, count = LOSSES[self.name](output, batch, **self.options)
         return total.astype(jnp.float32), jax.lax.stop_gradient(count).astype(jnp.float32)
+
+    def over_exits(self, values: Array) -> Array:
+        """The weighted sum of one value per exit; a scalar is returned as it is.
+
+        Raises:
+          ValueError: if the number of weights is another.
+        """
+        self.check_weights(len(values) if values.ndim else 0)
+        if not values.ndim:
+            return values
+        return values.sum() if self.weights is None else jnp.dot(jnp.asarray(self.weights), values)
+
+    def check_weights(self, terms: int) -> None:
+        """Raises ValueError unless there is one weight for each of `terms` exits (0: a model without)."""
+        if self.weights is None or len(self.weights) == terms:
+            return
+        if not terms:
+            raise ValueError(f"loss {self.key!r}: weights is for a model with exits, this one has none")
+        which = "each exit but the last" if _mark(self.name) == "earlier" else "each exit"
+        raise ValueError(
+            f"loss {self.key!r} has {len(self.weights)} weights for {terms} terms: give one for {which}"
+        )
 
 
 def parse(specs: Specs) -> tuple[Spec, ...]:
@@ -70,14 +101,41 @@ def parse(specs: Specs) -> tuple[Spec, ...]:
         options = dict(given)
         name = key.partition("#")[0]
         known = [p for p, v in inspect.signature(LOSSES[name]).parameters.items() if v.kind is v.KEYWORD_ONLY]
-        check_options(f"loss {key!r}", options, ["weight", *known])
+        each = ["weights"] if _mark(name) in ("each", "earlier") else []
+        check_options(f"loss {key!r}", options, ["weight", *each, *known])
         if key in parsed:
             raise ValueError(f"loss {key!r} is listed twice: tell them apart as '{name}#a' and '{name}#b'")
         weight = float(options.pop("weight", 1.0))
-        parsed[key] = Spec(key, name, weight, options)
+        shares = options.pop("weights", None)
+        shares = None if shares is None else tuple(float(share) for share in shares)
+        parsed[key] = Spec(key, name, weight, options, shares)
     if not parsed:
         raise ValueError(f"no loss given: name at least one of {', '.join(LOSSES)}")
     return tuple(parsed.values())
+
+
+def _mark(name: str) -> str | None:
+    """What a loss makes of exits, see `common.exits`."""
+    return getattr(LOSSES[name], "exits", None)
+
+
+def check(specs: Specs, exits: int) -> None:
+    """Refuses losses that do not fit a model before it is built.
+
+    Args:
+      specs: the loss list.
+      exits: how many the model has; 0 for a model without.
+
+    Raises:
+      ValueError: names the loss and what to do.
+    """
+    for spec in parse(specs):
+        mark = _mark(spec.name)
+        if mark == "none" and exits:
+            raise ValueError(distill.NO_EXITS)
+        if mark == "earlier" and exits < 2:
+            raise ValueError(distill.TWO_EXITS)
+        spec.check_weights(exits - 1 if mark == "earlier" else exits)
 
 
 def weights(specs: Specs) -> dict[str, float]:
@@ -95,7 +153,10 @@ def needs(specs: Specs) -> frozenset[str]:
 
 
 def evaluate(specs: Specs, output: Output, batch: Mapping[str, Any]) -> dict[str, tuple[Array, Array]]:
-    """Every loss as an unweighted pair (sum, count) over this batch, by key."""
+    """Every loss as an unweighted pair (sum, count) over this batch, by key.
+
+    The sum of a model with exits may be `[exits]`.
+    """
     return {spec.key: spec(output, batch) for spec in parse(specs)}
 
 
@@ -117,8 +178,23 @@ def total(specs: Specs, pairs: Mapping[str, tuple[Array, Array]]) -> Array:
     Returns:
       float32 scalar.
     """
-    shares = [spec.weight * average(*pairs[spec.key]) for spec in parse(specs)]
+    shares = [spec.weight * spec.over_exits(average(*pairs[spec.key])) for spec in parse(specs)]
     return sum(shares[1:], shares[0])
+
+
+def metrics(specs: Specs, pairs: Mapping[str, tuple[Array, Array]]) -> dict[str, tuple[Array, Array]]:
+    """Pairs to be reported: a loss with one sum per exit becomes two rows.
+
+    `key` is its weighted sum over the exits, so that the total stays the sum of
+    weight times row, and `key_per_exit` has the unweighted sums `[exits]`.
+    """
+    rows = {}
+    for spec in parse(specs):
+        total, count = pairs[spec.key]
+        rows[spec.key] = (spec.over_exits(total), count)
+        if total.ndim:
+            rows[f"{spec.key}_per_exit"] = (total, count)
+    return rows
 
 
 __all__ = [
@@ -127,7 +203,9 @@ __all__ = [
     "Specs",
     "UnknownNameError",
     "average",
+    "check",
     "evaluate",
+    "metrics",
     "needs",
     "parse",
     "total",

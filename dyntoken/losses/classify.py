@@ -1,4 +1,4 @@
-"""Cross entropy with soft targets."""
+"""Cross entropy with soft targets, of one classifier or of every exit."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dyntoken.losses.common import blank, row_mask
+from dyntoken.losses.common import blank, exits, row_mask
 from dyntoken.types import Array, Output
 
 
+@exits("each")
 def ce(output: Output, batch: Mapping[str, Any]) -> tuple[Array, Array]:
     """Soft-target cross entropy in nats, `-sum_k target_k log softmax(logits)_k`.
 
@@ -19,22 +20,25 @@ def ce(output: Output, batch: Mapping[str, Any]) -> tuple[Array, Array]:
     loss of the mean logits), as DeiT trains it (facebookresearch/deit).
 
     Args:
-      output: `logits` `[B, K]`, or `heads` `[2, B, K]`.
+      output: `logits` `[B, K]`, or `heads` `[2, B, K]`; of a model with exits
+        `logits` `[E, B, K]`.
       batch: `"target"` `[B, K]` and `"mask"` `[B]`.
 
     Returns:
-      (sum over rows, number of rows).
+      (sum over rows, number of rows); the sum of a model with exits is `[E]`.
 
     Raises:
       ValueError: if the targets do not fit the logits.
     """
     target = batch["target"].astype(jnp.float32)
-    if target.shape != output.logits.shape:
+    if target.shape != output.logits.shape[-2:]:
         raise ValueError(
             f"targets of shape {target.shape} do not fit logits of shape {output.logits.shape}: "
             "soft targets are [batch, num_classes]"
         )
     mask = row_mask(batch, target.shape[0])
-    heads = (output.logits,) if output.heads is None else tuple(output.heads)
-    rows = sum(-jnp.sum(target * jax.nn.log_softmax(blank(head, mask), axis=-1), axis=-1) for head in heads)
-    return jnp.sum(mask * rows) / len(heads), jnp.sum(mask)
+    logits = output.logits if output.heads is None else output.heads
+    stack = logits.reshape(-1, *target.shape)  # [S, B, K]: one classifier, two heads or all exits
+    rows = [-jnp.sum(target * jax.nn.log_softmax(blank(one, mask), axis=-1), axis=-1) for one in stack]
+    sums = jnp.stack([jnp.sum(mask * row) for row in rows])  # [S]
+    return (sums if output.logits.ndim == 3 else jnp.mean(sums)), jnp.sum(mask)

@@ -1,4 +1,4 @@
-"""What the losses share: the mask of a batch, its teacher, stated needs."""
+"""What the losses share: the mask of a batch, its teacher, stated needs, exits."""
 
 from __future__ import annotations
 
@@ -16,6 +16,21 @@ def needs(*what: str) -> Callable[[Callable], Callable]:
 
     def mark(fn: Callable) -> Callable:
         fn.needs = frozenset(what)
+        return fn
+
+    return mark
+
+
+def exits(which: str) -> Callable[[Callable], Callable]:
+    """Marks what a loss makes of a model with exits.
+
+    "each": its sum is `[E]`, one per exit. "earlier": it needs exits, and its
+    sum is `[E - 1]`, one per exit before the last. "none": it refuses them. A
+    loss without a mark has a scalar sum whatever the model.
+    """
+
+    def mark(fn: Callable) -> Callable:
+        fn.exits = which
         return fn
 
     return mark

@@ -1,4 +1,4 @@
-"""Distillation from a frozen dense teacher: logits and final tokens."""
+"""Distillation: from a frozen dense teacher (logits, final tokens) or from the last exit."""
 
 from __future__ import annotations
 
@@ -8,43 +8,86 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dyntoken.losses.common import blank, kl_rows, needs, row_mask, teacher_of
+from dyntoken.losses.common import blank, exits, kl_rows, needs, row_mask, teacher_of
 from dyntoken.registry import UnknownNameError, suggest
 from dyntoken.types import Array, Output, Tokens
 
 VARIANTS = ("mse", "kl")
+TWO_EXITS = (
+    "loss 'exit_kl' needs a model with at least two exits, whose last one teaches: dvt_..., multiexit_..."
+)
+NO_EXITS = (
+    "loss 'token_distill' compares the final tokens of one network, a model with exits has those of "
+    "each exit: use logit_kl or exit_kl instead"
+)
 
 
 @needs("teacher")
+@exits("each")
 def logit_kl(output: Output, batch: Mapping[str, Any]) -> tuple[Array, Array]:
     """KL(teacher || student) of the class distributions, in nats.
 
     Temperature 1, mean over the batch (raoyongming/DynamicViT,
     `DistillDiffPruningLoss_dynamic`; megvii-research/TPS-CVPR2023,
-    `DistillKLLoss`).
+    `DistillKLLoss`). In a model with exits every exit learns from the same
+    teacher.
 
     Args:
-      output: `logits` `[B, K]`.
+      output: `logits` `[B, K]`, or `[E, B, K]` of a model with exits.
       batch: `"teacher"` with logits `[B, K]`, `"mask"` `[B]`.
 
     Returns:
-      (sum over rows, number of rows).
+      (sum over rows, number of rows); the sum of a model with exits is `[E]`.
 
     Raises:
       ValueError: without a teacher, or if its classes are others.
     """
     teacher = teacher_of(batch, "logit_kl").logits
-    if teacher.shape != output.logits.shape:
+    if teacher.shape != output.logits.shape[-2:]:
         raise ValueError(
             f"the teacher's logits have shape {teacher.shape}, the student's {output.logits.shape}: "
             "loss 'logit_kl' needs a teacher with the same classes"
         )
     mask = row_mask(batch, teacher.shape[0])
-    rows = kl_rows(blank(output.logits, mask), blank(teacher, mask))
-    return jnp.sum(mask * rows), jnp.sum(mask)
+    aim = blank(teacher, mask)
+    stack = output.logits.reshape(-1, *teacher.shape)  # [1 or E, B, K]
+    sums = jnp.stack([jnp.sum(mask * kl_rows(blank(one, mask), aim)) for one in stack])
+    return (sums if output.logits.ndim == 3 else sums[0]), jnp.sum(mask)
+
+
+@exits("earlier")
+def exit_kl(output: Output, batch: Mapping[str, Any], *, temperature: float = 1.0) -> tuple[Array, Array]:
+    """KL(last exit || earlier exit) of the class distributions, in nats.
+
+    The last exit of a model teaches the earlier ones: it is detached, so no
+    gradient reaches it through this loss. With a temperature T both
+    distributions are softened and the result is multiplied by T squared, which
+    keeps the size of its gradient (Hinton et al. 2015, section 2).
+
+    Args:
+      output: `logits` `[E, B, K]`, E at least 2.
+      batch: `"mask"` `[B]`.
+      temperature: positive.
+
+    Returns:
+      (sums over rows `[E - 1]`, number of rows).
+
+    Raises:
+      ValueError: for a model without exits or a temperature that is not positive.
+    """
+    if output.logits.ndim != 3 or len(output.logits) < 2:
+        raise ValueError(TWO_EXITS)
+    if not temperature > 0:
+        raise ValueError(f"loss 'exit_kl' needs a positive temperature, not {temperature}")
+    mask = row_mask(batch, output.logits.shape[1])
+    *early, last = [blank(one, mask) / temperature for one in output.logits]
+    last = jax.lax.stop_gradient(last)
+    sums = [temperature**2 * jnp.sum(mask * kl_rows(one, last)) for one in early]
+    return jnp.stack(sums), jnp.sum(mask)
 
 
 @needs("teacher", "features")
+@exits("none")
 def token_distill(output: Output, batch: Mapping[str, Any], *, variant: str = "mse") -> tuple[Array, Array]:
     """Distance of the surviving tokens from the teacher's at the same place.
 
@@ -63,7 +106,8 @@ def token_distill(output: Output, batch: Mapping[str, Any], *, variant: str = "m
       (sum over tokens, number of tokens).
 
     Raises:
-      ValueError: without a teacher, without features, or if they do not fit.
+      ValueError: without a teacher, without features, if they do not fit, or
+        for a model with exits.
       UnknownNameError: for an unknown variant.
     """
     if variant not in VARIANTS:
@@ -72,6 +116,8 @@ def token_distill(output: Output, batch: Mapping[str, Any], *, variant: str = "m
         )
     teacher = teacher_of(batch, "token_distill").tokens
     tokens = output.tokens
+    if isinstance(tokens, tuple):
+        raise ValueError(NO_EXITS)
     _check(tokens, teacher)
     masked = _decision(output)
     alive = (tokens.place >= 0) if masked is None else (masked > 0.5) & (tokens.place >= 0)  # [B, N]

@@ -1,4 +1,4 @@
-"""What a fine-tuned reduced model is worth: linear floor, dense, drop, this run, side by side."""
+"""What a run is worth: linear floor, dense reference, and the run or each of its exits, side by side."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from etils import epath
 
 from dyntoken import data, train
 from dyntoken.analysis import macs, timing
-from dyntoken.models import split_name
+from dyntoken.models import create_model, split_name
 from dyntoken.tools import cli
 
 Log = Callable[[str], None]
+SHIPPED = "vit_mini_patch4_28"  # the trained dense model in the package: what exits are measured against
 
 
 def report(config: Mapping[str, Any], result: train.Result, *, log: Log = print) -> list[dict[str, Any]]:
@@ -30,21 +31,48 @@ def report(config: Mapping[str, Any], result: train.Result, *, log: Log = print)
     `compare.json` and, with the extra [viz], `kept.png` into the workdir; when
     they are there they are only shown.
 
+    Of a model with exits the rows are the linear classifier, the trained dense
+    model of the package where it fits the images, and each exit with the
+    multiply-adds up to it; the picture is `exits.png`.
+
     Args:
       config: of the run.
       result: what `train.run` returned.
 
     Returns:
-      One dict per row: `model`, `top1` (fraction), `gmacs`, `images_per_s`.
+      One dict per row: `model`, `top1` (fraction), `gmacs`, and `images_per_s` or
+      `exit`, its number.
     """
     target = result.workdir / "compare.json"
+    exits = hasattr(result.model, "exits")
     if not target.exists():
-        rows = _measure(config, result, log)
+        rows = (_measure_exits if exits else _measure)(config, result, log)
         target.write_text(json.dumps(rows, indent=2) + "\n")
     rows = json.loads(target.read_text())
     log("")
     log(_table(rows, result.plan.info.name))
-    _picture(result, log)
+    if exits:
+        _picture(
+            result.workdir / "exits.png", "top-1 against multiply-adds of the exits", _draw_exits, rows, log
+        )
+    else:
+        _picture(result.workdir / "kept.png", "kept tokens of a test image", _draw_kept, result, log)
+    return rows
+
+
+def _measure_exits(config: Mapping[str, Any], result: train.Result, log: Log) -> list[dict[str, Any]]:
+    name = result.plan.settings.model["name"]
+    log("fitting the linear classifier")
+    rows = [{"model": "linear classifier", "top1": linear_top1(result.plan)}]
+    reference = create_model(SHIPPED)
+    if (reference.input_shape, reference.num_classes) == (result.plan.shape, result.plan.info.num_classes):
+        log("evaluating the dense model of the package")
+        top1 = train.evaluate(_shipped_config(config), log=_silent)["top1"]
+        gmacs = macs.count(reference).gmacs
+        rows.append({"model": f"dense {SHIPPED}", "top1": top1, "gmacs": gmacs})
+    costs = macs.gmacs_per_exit(result.model, macs.count(result.model))
+    for index, (top1, gmacs) in enumerate(zip(result.metrics["top1_per_exit"], costs, strict=True)):
+        rows.append({"model": f"{name}, exit {index}", "top1": top1, "gmacs": gmacs, "exit": index})
     return rows
 
 
@@ -72,6 +100,14 @@ def _measure(config: Mapping[str, Any], result: train.Result, log: Log) -> list[
 
 def _silent(line: str) -> None:
     """The dense model's own report is not of interest here."""
+
+
+def _shipped_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of the package's dense model on the run's images, for evaluation."""
+    dense = copy.deepcopy(dict(config))
+    dense["model"], dense["init"] = {"name": SHIPPED}, {"path": f"pretrained:{SHIPPED}"}
+    dense["losses"], dense["teacher"], dense["optim"] = {"ce": {"weight": 1.0}}, {}, {}
+    return dense
 
 
 def _dense_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -145,34 +181,32 @@ def _speed(dense: Any, model: Any, batch: int = 200) -> tuple[float, float, floa
 
 
 def _table(rows: list[dict[str, Any]], name: str) -> str:
-    cells = [["", "top-1 %", "GMACs", "images/s", "x dense"]]
-    for row in rows:
-        cells.append(
-            [
-                row["model"],
-                f"{100 * row['top1']:.2f}",
-                f"{row['gmacs']:.4f}" if row.get("gmacs") else "-",
-                f"{row['images_per_s']:.0f}" if row.get("images_per_s") else "-",
-                f"{row['speedup']:.2f}" if row.get("speedup") else "-",
-            ]
-        )
-    return f"{name}, test split\n{cli.table(cells)}"
+    columns = {
+        "top-1 %": lambda row: f"{100 * row['top1']:.2f}",
+        "GMACs": lambda row: f"{row['gmacs']:.4f}" if row.get("gmacs") else "-",
+        "images/s": lambda row: f"{row['images_per_s']:.0f}" if row.get("images_per_s") else "-",
+        "x dense": lambda row: f"{row['speedup']:.2f}" if row.get("speedup") else "-",
+    }
+    cells = [["", *columns], *([row["model"], *(cell(row) for cell in columns.values())] for row in rows)]
+    used = [c for c in range(len(cells[0])) if c == 0 or any(row[c] != "-" for row in cells[1:])]
+    return f"{name}, test split\n{cli.table([[row[c] for c in used] for row in cells])}"
 
 
-def _picture(result: train.Result, log: Log) -> None:
-    target = epath.Path(result.workdir) / "kept.png"
+def _picture(
+    target: epath.Path, what: str, paint: Callable[[Any, epath.Path], None], source: Any, log: Log
+) -> None:
     if not target.exists():
         try:
-            from dyntoken.analysis import draw
-
-            _draw(result, target, draw)
+            paint(source, target)
         except ImportError as error:
             log(f"no picture: {error}")
             return
-    log(f"kept tokens of a test image: {target}")
+    log(f"{what}: {target}")
 
 
-def _draw(result: train.Result, target: epath.Path, draw: Any) -> None:
+def _draw_kept(result: train.Result, target: epath.Path) -> None:
+    from dyntoken.analysis import draw
+
     batch = next(iter(result.plan.eval_batches()))
     image = batch["image"][:1]
     out = jax.jit(result.model.apply)(
@@ -181,3 +215,27 @@ def _draw(result: train.Result, target: epath.Path, draw: Any) -> None:
     names = result.plan.info.class_names
     title = f"{result.plan.settings.model['name']}: {names[int(out.logits[0].argmax())] if names else ''}"
     draw.save(draw.picture(image[0], out.reductions, at=result.model.at, title=title), target)
+
+
+def _draw_exits(rows: list[dict[str, Any]], target: epath.Path) -> None:
+    """Top-1 against multiply-adds: a line through the exits, the others for reference."""
+    from matplotlib.figure import Figure
+
+    from dyntoken.analysis import draw
+
+    figure = Figure(figsize=(5.5, 4), layout="constrained")
+    axes = figure.subplots()
+    exits = [row for row in rows if "exit" in row]
+    axes.plot(
+        [1e3 * row["gmacs"] for row in exits], [100 * row["top1"] for row in exits], "o-", label="exits"
+    )
+    for row in rows:
+        if row in exits:
+            continue
+        if row.get("gmacs"):
+            axes.plot(1e3 * row["gmacs"], 100 * row["top1"], "s", color="black", label=row["model"])
+        else:
+            axes.axhline(100 * row["top1"], color="grey", linestyle=":", label=row["model"])
+    axes.set(xlabel="multiply-adds per image (millions)", ylabel="top-1 (%)")
+    axes.legend()
+    draw.save(figure, target, dpi=150)

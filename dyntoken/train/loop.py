@@ -26,7 +26,7 @@ from dyntoken.eval.classify import classify
 from dyntoken.train import mesh as meshes
 from dyntoken.train.checkpoint import Checkpoints, Restored, folder, restore_from
 from dyntoken.train.plan import Plan, build
-from dyntoken.train.report import Clock, Report, atomic_write, duration
+from dyntoken.train.report import Clock, Report, Value, atomic_write, duration, spell
 from dyntoken.train.state import TrainError, TrainState
 
 Tree = Any
@@ -39,8 +39,9 @@ class Result:
 
     Attributes:
       state: after the last step.
-      metrics: of the final evaluation (`top1`, ... and `ema/top1`, ...); empty
-        if the run was stopped before its end.
+      metrics: of the final evaluation (`top1`, ... and `ema/top1`, ...; lists
+        where there is a value per exit); empty if the run was stopped before
+        its end.
       model: the module; `model.apply(result.state.variables, images)`.
       plan: what was run.
       workdir: folder of the run.
@@ -48,7 +49,7 @@ class Result:
     """
 
     state: TrainState
-    metrics: dict[str, float]
+    metrics: dict[str, Value]
     model: nn.Module
     plan: Plan
     workdir: epath.Path
@@ -119,13 +120,14 @@ def run(config: Mapping[str, Any], workdir: str | epath.PathLike, *, log: Log = 
 
 def evaluate(
     config: Mapping[str, Any], workdir: str | epath.PathLike | None = None, *, log: Log = print
-) -> dict[str, float]:
+) -> dict[str, Value]:
     """Evaluates the newest checkpoint of a workdir, else the weights of `config.init`.
 
     Returns:
-      `top1`, `top5` (fractions), `loss`, `count`, `images_per_s`, the same with
-      the prefix `ema/` where the run keeps an average, and the `step` of a
-      checkpoint.
+      `top1`, `top5` (fractions), `loss`, `count`, `images_per_s`, of a model
+      with exits `top1_per_exit` (the others are those of the last exit), the
+      same with the prefix `ema/` where the run keeps an average, and the `step`
+      of a checkpoint.
 
     Raises:
       ValueError: if there is neither a checkpoint nor `config.init.path`.
@@ -253,7 +255,7 @@ def _peak(memory: Any) -> int:
     return held + memory.temp_size_in_bytes
 
 
-def measure(plan: Plan, variables: Tree, ema: Tree | None = None) -> dict[str, float]:
+def measure(plan: Plan, variables: Tree, ema: Tree | None = None) -> dict[str, Value]:
     """Evaluates variables on the plan's evaluation split: `top1`, ..., and `ema/top1`, ... ."""
     metrics = classify(plan.eval_step, variables, _placed(plan))
     if ema is not None:
@@ -286,7 +288,7 @@ class _Watch:
 
     def __init__(self) -> None:
         self._waiting: tuple[int, Mapping[str, Any]] | None = None
-        self._sums: dict[str, tuple[float, float]] = {}
+        self._sums: dict[str, tuple[np.ndarray, float]] = {}
 
     def add(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Takes the metrics of a step that may still run; looks at those before."""
@@ -302,19 +304,19 @@ class _Watch:
             self._look(*self._waiting)
             self._waiting = None
 
-    def means(self) -> dict[str, float]:
+    def means(self) -> dict[str, Value]:
         """Sum over count of each metric since the last call."""
         self.flush()
-        means = {name: total / max(count, 1e-30) for name, (total, count) in self._sums.items()}
+        means = {name: _mean(total, count) for name, (total, count) in self._sums.items()}
         self._sums = {}
         return means
 
     def _look(self, step: int, metrics: Mapping[str, Any]) -> None:
-        values = {name: (float(total), float(count)) for name, (total, count) in metrics.items()}
-        if not all(np.isfinite(total) for total, _ in values.values()):
-            told = ", ".join(
-                f"{name} {total / max(count, 1e-30):.6g}" for name, (total, count) in values.items()
-            )
+        values = {
+            name: (np.asarray(total, np.float64), float(count)) for name, (total, count) in metrics.items()
+        }
+        if not all(np.isfinite(total).all() for total, _ in values.values()):
+            told = ", ".join(f"{name} {spell(_mean(*pair), '.6g')}" for name, pair in values.items())
             raise TrainError(
                 f"not finite at step {step}: {told}; nothing after step {step - 1} was saved. "
                 "Lower optim.lr, set optim.clip or lengthen the warm-up, then run again"
@@ -322,6 +324,10 @@ class _Watch:
         for name, (total, count) in values.items():
             before = self._sums.get(name, (0.0, 0.0))
             self._sums[name] = (before[0] + total, before[1] + count)
+
+
+def _mean(total: np.ndarray, count: float) -> Value:
+    return (total / max(count, 1e-30)).tolist()
 
 
 class _Stop:

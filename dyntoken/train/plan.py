@@ -296,6 +296,7 @@ def build(config: Mapping[str, Any] | Settings, *, devices: Sequence[jax.Device]
     total = settings.steps if settings.steps > 0 else max(1, round(settings.epochs * per_epoch))
     shape = (*check_size(chosen.size, info.image_shape), info.channels)
     model = _model(settings.model, info, shape, "config.model")
+    losses.check(settings.losses, len(getattr(model, "exits", ())))
     teacher = _teacher(settings, info, shape)
     params = jax.eval_shape(lambda: init_variables(model, shape, settings.seed))["params"]
     tx, lr_fn = optim.make(params, total_steps=total, steps_per_epoch=per_epoch, **settings.optim)
@@ -347,7 +348,13 @@ def _teacher(settings: Settings, info: data.DataInfo, shape: tuple[int, int, int
         raise ValueError("config.teacher is set but no loss reads it: add logit_kl, or clear teacher.name")
     if not source:
         raise ValueError("config.teacher.weights is empty: name a weight file (or a workdir) for the teacher")
-    return _model(section, info, shape, "config.teacher")
+    teacher = _model(section, info, shape, "config.teacher")
+    if hasattr(teacher, "exits"):
+        raise ValueError(
+            f"config.teacher.name is {section['name']!r}, which has exits: a teacher is one network. Name a "
+            "plain model; the last exit of a model teaches its earlier ones through the loss exit_kl"
+        )
+    return teacher
 
 
 def _fill(cls: type, given: Mapping[str, Any], what: str) -> Any:

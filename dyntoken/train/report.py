@@ -12,6 +12,7 @@ import jax
 from etils import epath
 
 Log = Callable[[str], None]
+Value = float | list[float]  # a list has one entry per exit
 
 
 class Clock:
@@ -78,38 +79,43 @@ class Report:
             return []
         return [row for row in map(_parse, self._path.read_text().splitlines()) if row is not None]
 
-    def train(self, step: int, metrics: Mapping[str, float], *, lr: float, clock: Clock) -> None:
+    def train(self, step: int, metrics: Mapping[str, Value], *, lr: float, clock: Clock) -> None:
         """Reports the means since the last report."""
         speed = clock.speed(step)
         rate = speed * self._batch
         self._write(step, "train", {**metrics, "lr": lr, "images_per_s": rate, "seconds": clock.seconds})
         left = (self._total - step) / speed
-        losses = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+        losses = "  ".join(f"{name} {spell(value, '.4g')}" for name, value in metrics.items())
         self._log(
             f"step {step}/{self._total}  {100 * step / self._total:.1f}%  {rate:.4g} img/s  "
             f"ETA {duration(left)}  lr {lr:.3g}  {losses}"
         )
 
-    def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
+    def evaluation(self, step: int, metrics: Mapping[str, Value]) -> None:
         """Reports an evaluation; keys may carry the prefix `ema/`."""
         self._write(step, "eval", metrics)
         values = "  ".join(
-            f"{name} {100 * value:.2f}%" if "top" in name else f"{name} {value:.6g}"
+            f"{name} {spell(value, '.2f', 100)}%" if "top" in name else f"{name} {spell(value, '.6g')}"
             for name, value in metrics.items()
         )
         self._log(f"eval at step {step}/{self._total}  {values}")
 
-    def evaluated(self, step: int) -> dict[str, float] | None:
+    def evaluated(self, step: int) -> dict[str, Value] | None:
         """The latest evaluation that was reported at a step, if any."""
         for row in reversed(self.rows()):
             if row["step"] == step and row["kind"] == "eval":
                 return {name: value for name, value in row.items() if name not in ("step", "kind")}
         return None
 
-    def _write(self, step: int, kind: str, values: Mapping[str, float]) -> None:
+    def _write(self, step: int, kind: str, values: Mapping[str, Value]) -> None:
         if self._writes:
             with self._path.open("a") as file:
                 file.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
+
+
+def spell(value: Value, form: str, scale: float = 1) -> str:
+    """A number, or one per exit as `1.25/0.98/0.87`."""
+    return "/".join(f"{scale * one:{form}}" for one in (value if isinstance(value, list) else [value]))
 
 
 def atomic_write(path: epath.Path, text: str) -> None:

@@ -49,8 +49,9 @@ def make_train_step(
 
     The batch holds this device's rows: `image` uint8 `[b, H, W, C]`, `label`
     int32 `[b]`, `mask` float32 `[b]`, `id` int32 `[b]` (global positions).
-    Metrics are (sum, count): each loss unweighted, `loss` (the weighted total),
-    `grad_norm` before clipping and `update_norm`.
+    Metrics are (sum, count): each loss unweighted (of a model with exits also
+    `..._per_exit`, with sums `[exits]`), `loss` (the weighted total), `grad_norm`
+    before clipping and `update_norm`.
     """
     record = ("features",) if "features" in losses.needs(specs) else ()
 
@@ -93,7 +94,7 @@ def make_train_step(
         average = state.ema
         if ema:
             average = optim.ema(average, {"params": params, **extra}, ema)
-        metrics = {name: (sums[name], counts[name]) for name in sums}
+        metrics = losses.metrics(specs, {name: (sums[name], counts[name]) for name in sums})
         norms = {"loss": total, "grad_norm": optax.tree.norm(grads), "update_norm": optax.tree.norm(updates)}
         metrics |= {name: (value, jnp.ones(())) for name, value in norms.items()}
         state = TrainState(state.step + 1, params, extra, opt_state, average)

@@ -114,7 +114,7 @@ def load_weights(
     key_map = _own_keys(shapes) if bundle.own else keys.key_map(shapes, family_of(model))
     found, unexpected = _sort(bundle, key_map)
     if head == "reset":
-        found = {path: value for path, value in found.items() if not path.startswith("head/")}
+        found = {path: value for path, value in found.items() if not _of_head(path)}
     _check_kinship(found, shapes, bundle.origin)
     missing = tuple(path for path in shapes if path not in found)
     fresh = functools.cache(lambda: _initialised(model, seed))
@@ -283,11 +283,16 @@ def _sort(bundle: files.Bundle, key_map: keys.KeyMap) -> tuple[dict[str, np.ndar
     return found, tuple(unexpected)
 
 
+def _of_head(path: str) -> bool:
+    """Whether a parameter belongs to a classifier; a cascade has one per exit."""
+    return path.startswith("head/") or "/head/" in path
+
+
 def _check_kinship(
     found: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]], origin: str
 ) -> None:
     """Refuses weights that have little to do with the model."""
-    own = [path for path in shapes if not any(part in path for part in NEW) and not path.startswith("head/")]
+    own = [path for path in shapes if not any(part in path for part in NEW) and not _of_head(path)]
     matched = sum(path in found for path in own)
     if matched * 2 < len(own):
         raise WeightsError(
@@ -305,7 +310,7 @@ def _check_shapes(
     path = wrong[0]
     listed = ", ".join(f"{p} {list(found[p].shape)} (model: {list(shapes[p])})" for p in wrong[:4])
     listed += f", and {len(wrong) - 4} more" if len(wrong) > 4 else ""
-    if all(p.startswith("head/") for p in wrong):
+    if all(_of_head(p) for p in wrong):
         kernel = next((p for p in wrong if p.endswith("kernel")), path)
         classes = found[kernel].shape[-1]
         remedy = f"pass head='reset' for a new classifier, or create the model with num_classes={classes}"

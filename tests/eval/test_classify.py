@@ -53,6 +53,36 @@ def test_by_hand():
     assert found["loss"] == pytest.approx(np.mean(losses[:3]), rel=1e-6)
 
 
+class Exits:
+    """Two exits: the first reads row 0 of the pixels, the second row 1."""
+
+    exits = (1, 2)
+
+    def apply(self, variables, images, *, train):
+        return Output(logits=jnp.moveaxis(images[..., 0], 1, 0) * variables["scale"])
+
+
+def test_exits_by_hand():
+    """The first exit is right once of three, the second twice; padding counts nowhere."""
+    guesses = [[0, 1, 2, 3], [0, 4, 2, 3]]  # exit, row
+    images = np.zeros((4, 2, 6, 1), np.uint8)
+    for exit_, row in enumerate(guesses):
+        images[np.arange(4), exit_, row, 0] = 1
+    batch = {
+        "image": images,
+        "label": np.array([5, 4, 2, 3], np.int32),
+        "mask": np.array([1, 1, 1, 0], np.float32),
+    }
+    as_float = functools.partial(jnp.asarray, dtype=jnp.float32)
+    for devices in (1, 4):
+        found = evaluate(Exits(), {"scale": jnp.float32(1.0)}, [batch], devices, as_float)
+        assert found["top1_per_exit"] == [pytest.approx(1 / 3), pytest.approx(2 / 3)]
+        assert found["top1"] == found["top1_per_exit"][-1] and found["count"] == 3
+        right, wrong = np.log(np.e + 5) - 1, np.log(np.e + 5)
+        assert found["loss"] == pytest.approx((wrong + 2 * right) / 3, rel=1e-6)  # of the last exit
+        assert set(found) == {"top1", "top1_per_exit", "top5", "loss", "count"}
+
+
 def test_no_top5_of_five_classes():
     batch = {
         "image": np.zeros((4, 2, 5, 1), np.uint8),

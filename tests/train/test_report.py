@@ -61,6 +61,22 @@ def test_lines(tmp_path, now):
     assert reports.evaluated(100) is None
 
 
+def test_lines_of_a_model_with_exits(tmp_path, now):
+    lines = []
+    reports = Report(epath.Path(tmp_path), total=200, batch=32, log=lines.append)
+    clock = Clock()
+    clock.start(0)
+    now[0] += 10.0
+    reports.train(50, {"ce": 3.0, "ce_per_exit": [1.23456, 0.9, 0.86544]}, lr=5e-4, clock=clock)
+    assert lines[0].endswith("ce 3  ce_per_exit 1.235/0.9/0.8654")
+    metrics = {"top1": 0.5, "top1_per_exit": [0.25, 0.375, 0.5], "loss": 1.25, "count": 8}
+    reports.evaluation(50, metrics)
+    assert lines[1] == (
+        "eval at step 50/200  top1 50.00%  top1_per_exit 25.00/37.50/50.00%  loss 1.25  count 8"
+    )
+    assert reports.evaluated(50) == metrics and reports.rows()[0]["ce_per_exit"] == [1.23456, 0.9, 0.86544]
+
+
 def test_resume_forgets_what_came_after(tmp_path):
     path = tmp_path / "metrics.jsonl"
     rows = [{"step": s, "kind": "train"} for s in (10, 20, 30)]

@@ -257,3 +257,21 @@ def test_with_image_size_runs_other_images():
     variables = weights.load_weights(other, init(model))
     out = jax.eval_shape(other.apply, variables, np.zeros((2, 8, 16, 3), np.float32))
     assert out.logits.shape == (2, 5)
+
+
+def test_a_cascade_moves_to_other_classes(tmp_path):
+    """Transfer: every exit's head starts fresh, all else is taken over."""
+    options = {"img_size": 16, "width": 8, "depth": 1, "heads": 2, "exits": (1, 2)}
+    source = dyntoken.create_model("dvt_deit_tiny", num_classes=5, **options)
+    variables = init(source)
+    weights.save_weights(tmp_path / "source.safetensors", variables, model=source)
+    target = dyntoken.create_model("dvt_deit_tiny", num_classes=3, **options)
+    with pytest.raises(WeightsError, match=r"head='reset' for a new classifier, or .* num_classes=5"):
+        weights.load_weights(target, tmp_path / "source.safetensors")
+    moved, report = weights.load_weights(
+        target, tmp_path / "source.safetensors", head="reset", return_report=True
+    )
+    assert report.missing == tuple(f"exit_{i}/head/cls/{what}" for i in (0, 1) for what in ("bias", "kernel"))
+    assert moved["params"]["exit_1"]["head"]["cls"]["kernel"].shape == (8, 3)
+    same(moved["params"]["exit_0"]["backbone"], variables["params"]["exit_0"]["backbone"])
+    same(moved["params"]["reuse_1"], variables["params"]["reuse_1"])
