@@ -96,9 +96,15 @@ def dvt(c, arg, recipe):
     c.model.feature_reuse = arg.feature_reuse
     c.model.relation_reuse = arg.relation_reuse
     c.model.drop_path = 0.1
+    exits_recipe(c, arg, recipe)
+    c.losses.ce.weights = (1.0,) * len(arg.exits)
+
+
+def exits_recipe(c, arg, recipe):
+    """Losses and schedule of a model with exits; `arg` has `distill`."""
     c.epochs = 310.0
     c.ema = 0.99996
-    c.losses = {"ce": {"weight": 1.0, "weights": (1.0,) * len(arg.exits)}}
+    c.losses = {"ce": {"weight": 1.0}}
     if arg.distill:
         c.losses.exit_kl = {"weight": arg.distill, "temperature": 1.0}
     c.optim = {

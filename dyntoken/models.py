@@ -216,14 +216,14 @@ def _cascade(
 ) -> Cascade:
     """A cascade of one backbone; the exits' token grids stand in for its patches."""
     arch = names.parse(arch_name)
-    patches = {"tokens", "patch_size", "stem"}
+    patches = {"tokens", "patch_size"}
     of_method = _of_method(method)
     of_reduced = OF_SITES | {"dropped"}
     of_cascade = _fields(Cascade) - {"arch", "backbone", "reducer", "method_options"}
     of_cascade -= set() if method else of_reduced
     _refuse_sites(name, overrides, method, f"{names.CASCADE}_dtps_{arch_name}")
     check_options(name, overrides, (of_backbone - patches) | of_cascade | of_method)
-    options = {k: v for k, v in arch.options.items() if k not in patches}
+    options = {k: v for k, v in arch.options.items() if k not in patches | {"stem"}}
     backbone = _backbone(arch, options, overrides, of_backbone)
     checks.one_backbone(dict(backbone.options))
     fields = {k: _static(v) for k, v in overrides.items() if k in of_cascade}

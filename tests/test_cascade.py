@@ -179,3 +179,18 @@ def test_bad_calls_say_what_to_do():
         model.apply(variables, IMAGES, upto=3)
     with pytest.raises(UnknownNameError, match=r"unknown record 'relation'.*relations"):
         model.apply(variables, IMAGES, record=("relation",))
+
+
+def test_a_convolutional_stem_gives_every_grid():
+    """CCT's stem in a cascade: its patches are powers of 2, the image is padded to fit."""
+    model = dyntoken.create_model("dvt_vit_mini", exits=(2, 4, 7), stem="conv", depth=1, width=16, img_size=26)
+    images = np.ones((1, 26, 26, 1), np.float32)
+    out = jax.eval_shape(lambda: model.init_with_output(jax.random.key(0), images, record=("features",)))[0]
+    assert [tokens.grid for tokens in out.tokens] == [(2, 2), (4, 4), (7, 7)]
+    assert [model.plain(i).patches for i in range(3)] == [
+        ((16, 16), (3, 3)),
+        ((8, 8), (3, 3)),
+        ((4, 4), (1, 1)),
+    ]
+    with pytest.raises(ValueError, match=r"stem='conv' needs square patches of 2, 4, 8"):
+        dyntoken.create_model("dvt_vit_mini", exits=(4, (4, 8)), stem="conv")

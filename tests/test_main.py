@@ -120,6 +120,16 @@ def test_every_recipe_builds(recipe, argument):
     )
 
 
+@pytest.mark.parametrize("argument", ["", "demo", "tiny", "exits=5-11,distill=1"])
+def test_the_recipe_of_adaptive_depth_builds(argument):
+    from dyntoken import train
+
+    c = recipes.load(f"configs/multiexit_deit.py:{argument}")
+    plan = train.build(c)
+    assert plan.model.method == "multiexit" and set(c.losses) >= {"ce"}
+    assert plan.model.exits == {"": (3, 7, 11), "demo": (1, 3, 5), "tiny": (0, 1, 3)}.get(argument, (5, 11))
+
+
 @pytest.mark.parametrize("recipe", [*CASCADES, "dvt_deit:demo", "dvt_deit:exits=7-14", "dvt_t2t:depth=14"])
 def test_every_recipe_of_a_cascade_builds(recipe):
     from dyntoken import train
@@ -224,7 +234,7 @@ def test_dry_run_of_a_cascade_prints_every_exit(cascade, tmp_path, capsys):
     assert len(costs) == 2 and 0 < costs[0] < costs[1] and not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("recipe", [*RECIPES, *CASCADES])
+@pytest.mark.parametrize("recipe", [*RECIPES, *CASCADES, "multiexit_deit"])
 def test_every_header_command_parses_and_says_what_was_not_run(recipe):
     file = recipes.locate(f"configs/{recipe}.py")
     header = file.read_text().split('"""')[1]

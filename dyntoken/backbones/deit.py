@@ -19,7 +19,8 @@ class ViT(Isotropic):
       tokens: wanted (rows, columns) of patches in place of `patch_size`: kernel
         and stride are ceil(size / tokens), with zeros around the image, which
         gives DVT's three stems (blackfeather-wang/Dynamic-Vision-Transformer).
-      stem: "patch" (one product per patch) or "conv" (`layers.ConvStem`).
+      stem: "patch" (one product per patch) or "conv" (`layers.ConvStem`, whose
+        patches are powers of 2: with `tokens`, the next one).
       distilled: a distillation token beside the class token.
       class_token: False leaves the class token out (mean pooling only).
     """
@@ -46,6 +47,8 @@ class ViT(Isotropic):
         if min(tokens) < 1 or any(n > s for n, s in zip(tokens, size, strict=True)):
             raise ValueError(f"an image of {size} pixels does not give {tokens} patches")
         kernel = tuple(-(-s // n) for s, n in zip(size, tokens, strict=True))
+        if self.stem == "conv":
+            kernel = tuple(max(2, 1 << (k - 1).bit_length()) for k in kernel)
         padding = tuple(-(-(k * n - s) // 2) for k, n, s in zip(kernel, tokens, size, strict=True))
         return kernel, padding
 
@@ -67,15 +70,14 @@ class ViT(Isotropic):
             raise ValueError("a distilled model needs its class token")
         if self.stem not in STEMS:
             raise ValueError(f"stem must be one of {', '.join(STEMS)}, got {self.stem!r}")
-        _, padding = self.patches
-        if self.stem != "patch" and any(padding):
-            raise ValueError(f"stem={self.stem!r} needs an img_size divisible by the number of tokens")
+        kernel, _ = self.patches
+        if self.stem == "conv" and (kernel[0] != kernel[1] or kernel[0].bit_count() > 1 or kernel[0] < 2):
+            raise ValueError(f"stem='conv' needs square patches of 2, 4, 8, ... pixels, not {kernel}")
 
     def setup_stem(self) -> None:
         """One convolution without overlap, or a few small ones."""
         kernel, padding = self.patches
-        more = {"padding": padding} if self.stem == "patch" else {}
-        self.patch_embed = STEMS[self.stem](kernel, self.width, dtype=self.dtype, **more)
+        self.patch_embed = STEMS[self.stem](kernel, self.width, padding, self.dtype)
 
     def stem_rows(self, images: Array) -> Array:
         """`[B, H, W, Cin]` to `[B, N, width]`."""
