@@ -38,32 +38,23 @@ def get_config(arg=None):
 
 
 def _demo(c, arg):
-    """A small cascade from scratch on the embedded images; the shipped dense model is its teacher."""
+    """A small cascade on the embedded images, every exit from the shipped dense model, which also teaches."""
     common.demo(c)
-    c.teacher = {"name": "vit_mini_patch4_28", "weights": c.init.path}
-    c.init.path = ""
+    c.teacher = {"name": "vit_mini_patch4_28", "weights": c.init.get_ref("path")}
     c.model = {
         "name": "dvt_vit_mini",
         "exits": arg.exits if arg.exits != common.DVT["exits"] else (2, 4, 7),
         "feature_reuse": arg.feature_reuse,
         "relation_reuse": arg.relation_reuse,
-        "stem": "conv",  # as the dense model's: far fewer epochs from scratch
-        "depth": 3,
+        "stem": "conv",
     }
     weights = (1.0,) * len(c.model.exits)
     c.losses.ce.weights = weights
     c.losses.logit_kl = {"weight": 1.0, "weights": weights}
-    c.data.augment = {"crop": "pad", "pad": 1, "flip": 0.5}
     c.batch = 40
     c.data.eval.batch = 200
-    c.epochs = 8.0
-    c.log_steps = 200
-    c.checkpoint_steps = 1000
-    c.optim = {
-        "lr": 2e-3,
-        "min_lr": 1e-6,
-        "schedule": "cosine",
-        "warmup_epochs": 0.3,
-        "weight_decay": 0.05,
-    }
+    c.epochs = 4.0
+    c.log_steps = 100
+    c.checkpoint_steps = 400
+    c.optim.update({"lr": 1e-3, "backbone_lr_scale": 1.0})
     c.compare = True

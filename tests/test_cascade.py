@@ -183,7 +183,9 @@ def test_bad_calls_say_what_to_do():
 
 def test_a_convolutional_stem_gives_every_grid():
     """CCT's stem in a cascade: its patches are powers of 2, the image is padded to fit."""
-    model = dyntoken.create_model("dvt_vit_mini", exits=(2, 4, 7), stem="conv", depth=1, width=16, img_size=26)
+    model = dyntoken.create_model(
+        "dvt_vit_mini", exits=(2, 4, 7), stem="conv", depth=1, width=16, img_size=26
+    )
     images = np.ones((1, 26, 26, 1), np.float32)
     out = jax.eval_shape(lambda: model.init_with_output(jax.random.key(0), images, record=("features",)))[0]
     assert [tokens.grid for tokens in out.tokens] == [(2, 2), (4, 4), (7, 7)]

@@ -175,10 +175,13 @@ class Cascade(nn.Module):
 
     def _recipe(self, index: int, sites: tuple[Site, ...] = ()) -> Spec:
         """The backbone of one exit."""
+        dense = self.dense_recipe(index)
         context = self._context_widths(index)
-        tokens = self.grids[index]
-        options = {**dict(self.backbone.options), "tokens": tokens, "context": context, "sites": sites}
-        return Spec.of(self.backbone.make, **options)
+        return Spec.of(dense.make, **{**dict(dense.options), "context": context, "sites": sites})
+
+    def dense_recipe(self, index: int) -> Spec:
+        """The backbone of one exit on its own: without reuse and reduction."""
+        return Spec.of(self.backbone.make, **{**dict(self.backbone.options), "tokens": self.grids[index]})
 
     def _context_widths(self, index: int) -> tuple[int, ...]:
         """Channels of the context embedding of each block of an exit."""

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dyntoken.models import Model
-from dyntoken.weights import files, keys, positions, references
+from dyntoken.weights import dense_start, files, keys, positions, references
 from dyntoken.weights.files import WeightsError
 from dyntoken.weights.reference_dvt import StoredExits, stored_exits
 
@@ -88,7 +88,8 @@ def load_weights(
 
     Args:
       model: from `create_model`.
-      source: a `.safetensors`, `.npz` or `.pth` file in timm's DeiT keys, in
+      source: weights of the model; of a cascade also those of the dense model,
+        which every exit starts from. A `.safetensors`, `.npz` or `.pth` file in timm's DeiT keys, in
         those of the official repositories, or in our own; an orbax workdir;
         "pretrained:NAME" (ships with the package); "hf:org/name[/file]"; or a
         mapping of arrays.
@@ -111,8 +112,10 @@ def load_weights(
         raise WeightsError(f"head={head!r}: choose 'keep' or 'reset'")
     bundle = files.read(source, prefer)
     shapes = shapes_of(model)
-    key_map = _own_keys(shapes) if bundle.own else keys.key_map(shapes, family_of(model))
-    found, unexpected = _sort(bundle, key_map)
+    found, unexpected = _sort_for(model, bundle)
+    spread = dense_start.applies(model, found)
+    if spread:
+        found, unexpected = dense_start.spread(model, functools.partial(_sort_for, bundle=bundle), shapes)
     if head == "reset":
         found = {path: value for path, value in found.items() if not _of_head(path)}
     _check_kinship(found, shapes, bundle.origin)
@@ -121,11 +124,13 @@ def load_weights(
     resized, notes = [], []
     for path in [path for path in found if path.endswith("pos_embed")]:
         old = found[path]
-        found[path] = _fit_positions(model, bundle, old, shapes[path], resize, source_grid, fresh)
+        found[path] = _fit_positions(model, path, bundle, old, shapes[path], resize, source_grid, fresh)
         if found[path] is not old:
             resized.append(f"{path}: {list(old.shape)} -> {list(found[path].shape)}")
     _check_shapes(found, shapes, bundle.origin)
     notes.extend(_notes(model, bundle, missing))
+    if spread:
+        notes.append("weights of a dense model: every exit starts from them, the reuse between exits fresh")
     report = Report(
         tuple(p for p in shapes if p in found),
         missing,
@@ -270,6 +275,12 @@ def _own_keys(shapes: Mapping[str, tuple[int, ...]]) -> keys.KeyMap:
     return keys.KeyMap(keys.Entry(path, path) for path in shapes)
 
 
+def _sort_for(model: Model, bundle: files.Bundle) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
+    """Arrays by the model's paths, and the source's keys that it does not want."""
+    shapes = shapes_of(model)
+    return _sort(bundle, _own_keys(shapes) if bundle.own else keys.key_map(shapes, family_of(model)))
+
+
 def _sort(bundle: files.Bundle, key_map: keys.KeyMap) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
     """Arrays by our path, and the source's keys that no parameter wants."""
     found: dict[str, np.ndarray] = {}
@@ -323,6 +334,7 @@ def _check_shapes(
 
 def _fit_positions(
     model: Model,
+    path: str,
     bundle: files.Bundle,
     value: np.ndarray,
     want: tuple[int, ...],
@@ -331,7 +343,8 @@ def _fit_positions(
     fresh: Callable[[], Mapping[str, Any]],
 ) -> np.ndarray:
     """The source's position embedding on the model's grid; `value` itself if it fits."""
-    body = model.plain()
+    exit_, nested, _ = path.partition("/backbone/")
+    body = model.plain(int(exit_.removeprefix("exit_"))) if nested else model.plain()
     if source_grid is None and "x" in bundle.metadata.get("grid", ""):
         rows, columns = bundle.metadata["grid"].split("x")
         source_grid = (int(rows), int(columns))
@@ -348,7 +361,7 @@ def _fit_positions(
         source_grid=source_grid,
         bare=not bundle.own,
         method=method,
-        fresh=lambda: fresh()["backbone/pos_embed"],
+        fresh=lambda: fresh()[path],
         origin=bundle.origin,
     )
 
