@@ -19,7 +19,8 @@ from dyntoken.data.augment import AugmentOptions
 from dyntoken.data.errors import DataError
 from dyntoken.data.plan import DataInfo, EvalPlan, Part, TrainPlan, slice_parts
 from dyntoken.data.tf_image import eval_image, train_image
-from dyntoken.data.tfds_source import features_of, tensorflow
+from dyntoken.data.tf_import import tensorflow
+from dyntoken.data.tfds_source import features_of
 
 SHUFFLE_BUFFER = 2048  # records per virtual shard
 _CYCLE, _BLOCK = 4, 16  # files read in turn, records at a time

@@ -10,7 +10,7 @@ import math
 from typing import Any
 
 from dyntoken.data.augment import TRIES, AugmentOptions
-from dyntoken.data.tfds_source import tensorflow
+from dyntoken.data.tf_import import tensorflow
 
 
 def _decode(data: Any, box: Any | None, channels: int) -> Any:

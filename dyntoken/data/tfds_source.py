@@ -8,7 +8,6 @@ are streamed by tf.data (`stream`).
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib.util
 import os
@@ -23,27 +22,12 @@ from dyntoken.data.cards import CARDS, default_moments
 from dyntoken.data.errors import DataError, MissingDataError
 from dyntoken.data.plan import DataInfo, EvalPlan, TrainPlan
 from dyntoken.data.sources import SOURCES
+from dyntoken.data.tf_import import INSTALL, tensorflow
 from dyntoken.registry import UnknownNameError, suggest
 
 IN_MEMORY_BYTES = 512 * 2**20  # decoded, all splits together
 _NAME = re.compile(r"^\w+(/[\w.+-]+)?(:[\d.*]+)?$")
 _VERSION = re.compile(r"^\d+\.\d+\.\d+$")
-_INSTALL = 'TensorFlow is not installed: pip install "dyntoken[data]"'
-
-
-@functools.cache
-def tensorflow() -> Any:
-    """TensorFlow, kept away from the accelerators that JAX uses."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    try:
-        import tensorflow as tf
-    except ImportError:
-        raise MissingDataError(_INSTALL) from None
-    for kind in ("GPU", "TPU"):
-        # Refused once TensorFlow runs: then its user has decided about devices.
-        with contextlib.suppress(RuntimeError):
-            tf.config.set_visible_devices([], kind)
-    return tf
 
 
 def default_data_dir() -> str:
@@ -115,7 +99,7 @@ def _absent(name: str, data_dir: str) -> Exception:
                 f"unknown data set {name!r}, and not in {data_dir}: {suggest(base, known)}"
             )
         how = f"run `tfds build {name} --data_dir={data_dir}`"
-    need = "" if importlib.util.find_spec("tensorflow") else f" ({_INSTALL})"
+    need = "" if importlib.util.find_spec("tensorflow") else f" ({INSTALL})"
     return MissingDataError(
         f"data set {name!r} is not in data_dir {data_dir}: {how}, or give another data_dir{need}"
     )
