@@ -10,6 +10,7 @@ import math
 from typing import Any
 
 from dyntoken.data.augment import TRIES, AugmentOptions
+from dyntoken.data.distort import Distortion
 from dyntoken.data.tf_import import tensorflow
 
 
@@ -76,13 +77,24 @@ def random_box(draws: Any, height: Any, width: Any, options: AugmentOptions) -> 
     return tf.where(tf.reduce_any(fits), tf.stack([top, left, h, w]), whole)
 
 
-def train_image(data: Any, seed: Any, size: tuple[int, int], channels: int, options: AugmentOptions) -> Any:
-    """Decodes, crops, resizes and flips one image.
+_DISTORT = 1  # what the seed of the distortion's draws is folded with
+
+
+def train_image(
+    data: Any,
+    seed: Any,
+    size: tuple[int, int],
+    channels: int,
+    options: AugmentOptions,
+    distortion: Distortion | None = None,
+) -> Any:
+    """Decodes, crops, resizes, flips and distorts one image.
 
     Args:
       data: the encoded image.
       seed: int64 `[2]`, keys every draw.
       size: (h, w) of the result.
+      distortion: of `options`, see `AugmentOptions.distortion`.
 
     Returns:
       uint8 `[h, w, channels]`.
@@ -95,7 +107,11 @@ def train_image(data: Any, seed: Any, size: tuple[int, int], channels: int, opti
     else:
         image = eval_image(data, size, channels, 1.0, options.interpolation)
     image = tf.where(draws[-1] < options.flip, image[:, ::-1], image)
-    return tf.ensure_shape(image, (*size, channels))
+    image = tf.ensure_shape(image, (*size, channels))
+    if distortion is None:
+        return image
+    seed = tf.random.experimental.stateless_fold_in(seed, _DISTORT)
+    return distortion(image, tf.random.stateless_uniform((distortion.width,), seed))
 
 
 def eval_image(data: Any, size: tuple[int, int], channels: int, crop_pct: float, interpolation: str) -> Any:
