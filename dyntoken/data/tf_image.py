@@ -6,7 +6,9 @@ TensorFlow's stateless draws.
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 from dyntoken.data.augment import TRIES, AugmentOptions
@@ -14,33 +16,41 @@ from dyntoken.data.distort import Distortion
 from dyntoken.data.tf_import import tensorflow
 
 
-def _decode(data: Any, box: Any | None, channels: int) -> Any:
-    """uint8 `[h, w, channels]`; of a JPEG only the box (top, left, h, w) is decoded."""
+def _decode(data: Any, channels: int, box: Callable[[Any, Any], Any] | None = None) -> Any:
+    """Decodes an image once; of a JPEG only the crop.
+
+    JPEGs may be grey or CMYK, and what is no JPEG (PNG, BMP, GIF under whatever
+    name) is recognised by its content.
+
+    Args:
+      data: the encoded image.
+      channels: 1 or 3.
+      box: (height, width) -> int32 `[4]` (top, left, height, width) to keep;
+        None keeps all.
+
+    Returns:
+      uint8 `[h, w, channels]`.
+    """
     tf = tensorflow()
     accurate = "INTEGER_ACCURATE"  # what Pillow decodes with
 
     def jpeg() -> Any:
         if box is None:
             return tf.image.decode_jpeg(data, channels=channels, dct_method=accurate)
-        return tf.image.decode_and_crop_jpeg(data, box, channels=channels, dct_method=accurate)
+        shape = tf.image.extract_jpeg_shape(data)
+        crop = box(shape[0], shape[1])
+        return tf.image.decode_and_crop_jpeg(data, crop, channels=channels, dct_method=accurate)
 
     def other() -> Any:
         image = tf.io.decode_image(data, channels=channels, expand_animations=False)
-        return image if box is None else image[box[0] : box[0] + box[2], box[1] : box[1] + box[3]]
+        if box is None:
+            return image
+        shape = tf.shape(image)
+        top, left, height, width = tf.unstack(box(shape[0], shape[1]))
+        return image[top : top + height, left : left + width]
 
     image = tf.cond(tf.io.is_jpeg(data), jpeg, other)
     return tf.ensure_shape(image, (None, None, channels))
-
-
-def _shape(data: Any, channels: int) -> tuple[Any, Any]:
-    """(height, width) as int32 scalars; of a JPEG from its header."""
-    tf = tensorflow()
-    shape = tf.cond(
-        tf.io.is_jpeg(data),
-        lambda: tf.image.extract_jpeg_shape(data),
-        lambda: tf.shape(tf.io.decode_image(data, channels=channels, expand_animations=False)),
-    )
-    return shape[0], shape[1]
 
 
 def _resize(image: Any, height: Any, width: Any, interpolation: str) -> Any:
@@ -102,8 +112,8 @@ def train_image(
     tf = tensorflow()
     draws = tf.random.stateless_uniform((2 * TRIES + 3,), seed)
     if options.crop == "random_resized":
-        box = random_box(draws[:-1], *_shape(data, channels), options)
-        image = _resize(_decode(data, box, channels), *size, options.interpolation)
+        box = functools.partial(random_box, draws[:-1], options=options)
+        image = _resize(_decode(data, channels, box), *size, options.interpolation)
     else:
         image = eval_image(data, size, channels, 1.0, options.interpolation)
     image = tf.where(draws[-1] < options.flip, image[:, ::-1], image)
@@ -121,7 +131,7 @@ def eval_image(data: Any, size: tuple[int, int], channels: int, crop_pct: float,
       uint8 `[h, w, channels]`; an image of the right size comes back unchanged.
     """
     tf = tensorflow()
-    image = _decode(data, None, channels)
+    image = _decode(data, channels)
     height, width = tf.shape(image)[0], tf.shape(image)[1]
     tall, wide = int(size[0] / crop_pct), int(size[1] / crop_pct)
 

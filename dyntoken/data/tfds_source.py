@@ -12,19 +12,23 @@ import functools
 import importlib.util
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
+from dyntoken.data import stateless
 from dyntoken.data.arrays import ArrayRows, ArraySource, Batch
 from dyntoken.data.cards import CARDS, default_moments
 from dyntoken.data.errors import DataError, MissingDataError
-from dyntoken.data.plan import DataInfo, EvalPlan, TrainPlan
+from dyntoken.data.plan import DataInfo, EvalPlan, Part, TrainPlan
 from dyntoken.data.sources import SOURCES
+from dyntoken.data.stream import MAX_CORRUPT, StreamSource
 from dyntoken.data.tf_import import INSTALL, tensorflow
 from dyntoken.registry import UnknownNameError, suggest
 
+SHUFFLE_BUFFER = 2048  # records per virtual shard
+_CYCLE, _BLOCK = 4, 16  # files read in turn, records at a time
 IN_MEMORY_BYTES = 512 * 2**20  # decoded, all splits together
 _NAME = re.compile(r"^\w+(/[\w.+-]+)?(:[\d.*]+)?$")
 _VERSION = re.compile(r"^\d+\.\d+\.\d+$")
@@ -174,11 +178,62 @@ def _decoded(name: str, path: str, split: str) -> ArrayRows:
     return ArrayRows(np.ascontiguousarray(arrays[image]), arrays[label].astype(np.int32))
 
 
+class _TfdsRecords:
+    """`stream.Records` over a prepared builder."""
+
+    buffer = SHUFFLE_BUFFER
+
+    def __init__(self, builder: Any):
+        self._builder = builder
+        self._image, self._label = features_of(builder)
+
+    def rows(self, parts: Sequence[Part], key: tuple[int, ...] | None) -> Any:
+        """(encoded image, int32 label, file and place); files in a drawn order if keyed."""
+        import tensorflow_datasets as tfds
+
+        tf = tensorflow()
+
+        def reorder(files: list[Any]) -> list[Any]:
+            return [files[i] for i in stateless.permutation(len(files), *key)]
+
+        if not parts:
+            return tf.data.Dataset.from_tensors((b"", np.int32(0), b"")).take(0)
+        config = tfds.ReadConfig(
+            try_autocache=False,
+            interleave_cycle_length=_CYCLE,
+            interleave_block_length=_BLOCK,
+            enable_ordering_guard=False,
+            skip_prefetch=True,
+            add_tfds_id=True,
+            experimental_interleave_sort_fn=reorder if key is not None else None,
+        )
+        keys = {self._image: True, self._label: True}
+        instruction = None
+        for name, start, stop in parts:
+            one = tfds.core.ReadInstruction(name, from_=start, to=stop, unit="abs")
+            instruction = one if instruction is None else instruction + one
+        records = self._builder.as_dataset(
+            split=instruction,
+            read_config=config,
+            decoders=tfds.decode.PartialDecoding(keys, decoders={self._image: tfds.decode.SkipDecoding()}),
+            shuffle_files=False,
+        )
+
+        @tf.autograph.experimental.do_not_convert
+        def pick(row: Any) -> tuple[Any, Any, Any]:
+            return row[self._image], tf.cast(row[self._label], tf.int32), row["tfds_id"]
+
+        return records.map(pick)
+
+    def load(self, pointer: Any) -> Any:
+        return pointer
+
+
 class TfdsSource:
     """A TFDS data set by name; see `open_tfds`."""
 
-    def __init__(self, name: str, data_dir: str):
-        self._name, self._data_dir = name, data_dir
+    def __init__(self, name: str, data_dir: str, max_corrupt: int):
+        self._name, self._data_dir, self._max_corrupt = name, data_dir, max_corrupt
         self._path = _find(name, data_dir)
 
     def _open(self) -> tuple[Any, DataInfo]:
@@ -193,14 +248,12 @@ class TfdsSource:
         return card if self._path is None and card is not None else self._open()[1]
 
     def _source(self) -> Any:
-        from dyntoken.data.stream import StreamSource
-
         builder, info = self._open()
         shape = info.image_shape
         if shape is not None and sum(info.splits.values()) * int(np.prod(shape)) < IN_MEMORY_BYTES:
             path = os.fspath(self._path)
             return ArraySource(info, lambda split: _decoded(self._name, path, split))
-        return StreamSource(builder, info)
+        return StreamSource(_TfdsRecords(builder), info, self._max_corrupt)
 
     def train(self, plan: TrainPlan) -> Iterator[Batch]:
         return self._source().train(plan)
@@ -209,12 +262,16 @@ class TfdsSource:
         return self._source().evaluate(plan)
 
 
-def open_tfds(name: str, data_dir: str | None) -> TfdsSource:
+def open_tfds(name: str, data_dir: str | None, *, max_corrupt: int = MAX_CORRUPT) -> TfdsSource:
     """The TFDS set `name[/config][:version]`, read from `data_dir`.
+
+    Args:
+      max_corrupt: images of a streamed set that may fail to decode before a run
+        gives up.
 
     Raises:
       UnknownNameError: the name is not of that form.
     """
     if not _NAME.match(name):
         raise UnknownNameError(f"data set {name!r} is not of the form name, name:1.0.0 or name/config")
-    return TfdsSource(name, data_dir or default_data_dir())
+    return TfdsSource(name, data_dir or default_data_dir(), max_corrupt)

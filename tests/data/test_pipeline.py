@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dyntoken import data
-from dyntoken.data import stateless
+from dyntoken.data import mini, stateless
 
 MINI = "fashion_mnist_mini"
 PAD = {"crop": "pad", "pad_mode": "reflect"}
@@ -113,7 +113,7 @@ def test_evaluation_counts_exactly(batch, processes):
 
 
 def test_evaluation_keeps_order_and_pixels():
-    with np.load(data.mini.DATA, allow_pickle=False) as stored:
+    with np.load(mini.DATA, allow_pickle=False) as stored:
         images = np.concatenate([b["image"] for b in data.eval_batches(MINI, batch=200)])
         np.testing.assert_array_equal(images, stored["test_images"])
 
@@ -122,7 +122,7 @@ def test_evaluation_of_several_splits():
     batches = list(data.eval_batches(MINI, split=("test[:30]", "train[:10]+train[-5:]"), batch=16))
     labels = np.concatenate([b["label"] for b in batches])
     assert sum(b["mask"].sum() for b in batches) == 45 and len(batches) == 3
-    with np.load(data.mini.DATA, allow_pickle=False) as stored:
+    with np.load(mini.DATA, allow_pickle=False) as stored:
         train, test = stored["train_labels"], stored["test_labels"]
     np.testing.assert_array_equal(labels[:45], np.concatenate([test[:30], train[:10], train[-5:]]))
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dyntoken import data
-from dyntoken.data import prepare_fashion_mnist, resample, stateless, tfds_source
+from dyntoken.data import mini, prepare_fashion_mnist, resample, stateless, tfds_source
 from dyntoken.data.augment import AugmentOptions, random_boxes
 
 pytest.importorskip("tensorflow")
@@ -37,7 +37,7 @@ def fashion(tmp_path_factory):
     """A slice of the embedded images, through idx files, in TFDS layout."""
     idx_dir, data_dir = tmp_path_factory.mktemp("idx"), tmp_path_factory.mktemp("tfds")
     arrays = {}
-    with np.load(data.mini.DATA, allow_pickle=False) as stored:
+    with np.load(mini.DATA, allow_pickle=False) as stored:
         for split, prefix, count in (("train", "train", TRAIN), ("test", "t10k", TEST)):
             images, labels = stored[f"{split}_images"][:count], stored[f"{split}_labels"][:count]
             write_idx(idx_dir / f"{prefix}-images-idx3-ubyte.gz", images[..., 0])
