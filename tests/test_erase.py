@@ -78,7 +78,7 @@ def test_mix_erases_before_it_mixes():
     still, targets = mix(jax.random.key(0), images, labels, **options)
     np.testing.assert_allclose(still, images, atol=1e-5)
     np.testing.assert_allclose(targets, [[1.0, 0.0]] * 8)
-    with pytest.raises(ValueError, match=r"erase=0.25 draws per image"):
+    with pytest.raises(ValueError, match=r"erase=0\.25 draws per image"):
         mix(jax.random.key(0), images, labels, erase=0.25, **options)
-    with pytest.raises(ValueError, match="erase=1.5"):
+    with pytest.raises(ValueError, match=r"erase=1\.5"):
         mix(jax.random.key(0), images, labels, erase=1.5, **options)

@@ -13,12 +13,15 @@ together in order, are the batch of a single process, bit for bit.
 
 Batches are `{"image": uint8 [b, H, W, C], "label": int32 [b], "mask": float32
 [b]}`, mask 0 for the padding of evaluation. Normalisation is the device's job,
-with `info(name).mean` and `.std`.
+with `info(name).mean` and `.std`. Evaluation batches of `imagenet2012_real`
+hold `labels` bool `[b, 1000]` besides: every label that fits the image (Beyer et
+al., arXiv:2006.07159); images that none fits have mask 0.
 
 The embedded `fashion_mnist_mini` and the generated `fake` need numpy alone. Any
 other name is a TFDS data set (`name`, `name:version`, `name/config:version`)
 that is already on disk under `data_dir`, else `$TFDS_DATA_DIR`, else
-`~/tensorflow_datasets`. Nothing is ever downloaded.
+`~/tensorflow_datasets`. `folder:DIR` is a folder per class (`folder`). Nothing
+is ever downloaded.
 """
 
 from __future__ import annotations

@@ -20,6 +20,9 @@ SOURCES = Table(
         "cifar10": _TFDS,
         "cifar100": _TFDS,
         "imagenet2012": _TFDS,
+        "imagenet2012_real": _TFDS,
+        "imagenet_v2": _TFDS,
+        "i_naturalist2019": _TFDS,
     },
 )
 

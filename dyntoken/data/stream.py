@@ -40,8 +40,9 @@ _log = logging.getLogger(__name__)
 class Records(Protocol):
     """Encoded images on disk.
 
-    `rows(parts, key)` is a tf.data.Dataset of (pointer, int32 label, name), in
-    stored order or, given a key, in an order drawn from it; `load(pointer)`
+    `rows(parts, key)` is a tf.data.Dataset of (pointer, int32 label, name) or
+    (pointer, int32 label, name, bool `[K]`: every label that fits), in stored
+    order or, given a key, in an order drawn from it; `load(pointer)`
     gives the encoded image; `buffer` is the size of the shuffle buffer that the
     drawn order still wants, 0 for none.
     """
@@ -151,7 +152,10 @@ class StreamSource:
                 lambda: decode(self._records.load(row[0])),
                 lambda: (tf.zeros(shape, tf.uint8), False),
             )
-            return {"image": image, "label": row[1], "mask": mask, "bad": bad, "name": row[2]}
+            out = {"image": image, "label": row[1], "mask": mask, "bad": bad, "name": row[2]}
+            if len(row) > 3:  # what no label fits is not evaluated
+                out |= {"labels": row[3], "mask": mask * tf.cast(tf.reduce_any(row[3]), tf.float32)}
+            return out
 
         log = _Corrupt(self.info.name, self._max_corrupt)
         rows = _in_turn(tf, streams, per_shard)

@@ -29,6 +29,21 @@ from dyntoken.registry import UnknownNameError, suggest
 
 SHUFFLE_BUFFER = 2048  # records per virtual shard
 _CYCLE, _BLOCK = 4, 16  # files read in turn, records at a time
+_TARS = {
+    "imagenet2012": "ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar",
+    "imagenet2012_real": "ILSVRC2012_img_val.tar",
+}
+_PROGRAMS = {
+    "fashion_mnist": (
+        "run `python -m dyntoken.data.prepare_fashion_mnist --idx_dir=/usr/share/datasets/fashion-mnist "
+        "--data_dir={data_dir}` (the idx files: apt install dataset-fashion-mnist)"
+    ),
+    "i_naturalist2019": (
+        "run `python -m dyntoken.data.inat2019 --source=DIR --data_dir={data_dir}` (DIR holds train2019.json, "
+        "val2019.json and the unpacked train_val2019.tar.gz of github.com/visipedia/inat_comp)"
+    ),
+}
+_REAL_LABEL = "real_label"  # of imagenet2012_real: every label that fits, or none
 IN_MEMORY_BYTES = 512 * 2**20  # decoded, all splits together
 _NAME = re.compile(r"^\w+(/[\w.+-]+)?(:[\d.*]+)?$")
 _VERSION = re.compile(r"^\d+\.\d+\.\d+$")
@@ -86,16 +101,15 @@ def _known_names() -> list[str]:
 def _absent(name: str, data_dir: str) -> Exception:
     """The error for a set that is not on disk: how to get it, or its nearest names."""
     base = re.split("[:/]", name)[0]
-    if base == "imagenet2012":
+    if base in _TARS:
         how = (
-            f"put ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar (from image-net.org) into "
-            f"{data_dir}/downloads/manual and run `tfds build imagenet2012 --data_dir={data_dir}`"
+            f"put {_TARS[base]} (from image-net.org) into {data_dir}/downloads/manual and run "
+            f"`tfds build {base} --data_dir={data_dir}`"
         )
-    elif base == "fashion_mnist":
-        how = (
-            "run `python -m dyntoken.data.prepare_fashion_mnist --idx_dir=/usr/share/datasets/fashion-mnist "
-            f"--data_dir={data_dir}` (the idx files: apt install dataset-fashion-mnist)"
-        )
+    elif name == "imagenet_v2":
+        how = f"run `tfds build imagenet_v2/matched-frequency --data_dir={data_dir}`"
+    elif base in _PROGRAMS:
+        how = _PROGRAMS[base].format(data_dir=data_dir)
     else:
         known = _known_names()
         if base not in known:
@@ -186,6 +200,9 @@ class _TfdsRecords:
     def __init__(self, builder: Any):
         self._builder = builder
         self._image, self._label = features_of(builder)
+        features = builder.info.features
+        self._several = _REAL_LABEL if _REAL_LABEL in features else None
+        self._classes = features[self._label].num_classes
 
     def rows(self, parts: Sequence[Part], key: tuple[int, ...] | None) -> Any:
         """(encoded image, int32 label, file and place); files in a drawn order if keyed."""
@@ -197,7 +214,8 @@ class _TfdsRecords:
             return [files[i] for i in stateless.permutation(len(files), *key)]
 
         if not parts:
-            return tf.data.Dataset.from_tensors((b"", np.int32(0), b"")).take(0)
+            empty = (b"", np.int32(0), b"") + ((np.zeros(self._classes, bool),) if self._several else ())
+            return tf.data.Dataset.from_tensors(empty).take(0)
         config = tfds.ReadConfig(
             try_autocache=False,
             interleave_cycle_length=_CYCLE,
@@ -208,6 +226,8 @@ class _TfdsRecords:
             experimental_interleave_sort_fn=reorder if key is not None else None,
         )
         keys = {self._image: True, self._label: True}
+        if self._several:
+            keys[self._several] = True
         instruction = None
         for name, start, stop in parts:
             one = tfds.core.ReadInstruction(name, from_=start, to=stop, unit="abs")
@@ -221,7 +241,11 @@ class _TfdsRecords:
 
         @tf.autograph.experimental.do_not_convert
         def pick(row: Any) -> tuple[Any, Any, Any]:
-            return row[self._image], tf.cast(row[self._label], tf.int32), row["tfds_id"]
+            fields = row[self._image], tf.cast(row[self._label], tf.int32), row["tfds_id"]
+            if not self._several:
+                return fields
+            known = tf.one_hot(row[self._several], self._classes)  # [labels, K]
+            return *fields, tf.reduce_any(known > 0, 0)
 
         return records.map(pick)
 
@@ -244,7 +268,7 @@ class TfdsSource:
     @property
     def info(self) -> DataInfo:
         """From the folder; for an absent set from the table of common ones."""
-        card = CARDS.get(self._name.partition(":")[0])
+        card = CARDS.get(re.split("[:/]", self._name)[0])
         return card if self._path is None and card is not None else self._open()[1]
 
     def _source(self) -> Any:
