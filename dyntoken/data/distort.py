@@ -231,16 +231,35 @@ class Distortion:
             rows = tf.reshape(draws[:used], (self.policy.layers, _PER_LAYER))
             chosen = self.policy.decode(rows)
             for layer in range(self.policy.layers):
-                kind, applied, magnitude, sign = (x[layer] for x in chosen)
-                branches = operations(image, magnitude, sign, self.interpolation, self.fill)
-                branches.append(functools.partial(tf.identity, image))
-                image = _switch(tf.where(applied, kind, len(OPERATIONS)), branches, image)
+                image = _layer(self, tuple(image.shape))(image, *(x[layer] for x in chosen))
         return jitter(image, draws[used:], self.jitter) if self.jitter else image
 
     def batch(self, images: np.ndarray, draws: np.ndarray) -> np.ndarray:
         """The same for numpy images uint8 `[n, h, w, C]` and draws `[n, width]`."""
         below_one = np.minimum(draws.astype(np.float32), np.float32(1 - 2**-24))
         return _compiled(self, images.shape[1:])(images, below_one).numpy()
+
+
+@functools.lru_cache(maxsize=8)
+def _layer(distortion: Distortion, shape: Any) -> Any:
+    """One operation of RandAugment as a graph that all layers share."""
+    tf = tensorflow()
+    scalar = functools.partial(tf.TensorSpec, ())
+    signature = (
+        tf.TensorSpec(shape, tf.uint8),
+        scalar(tf.int32),
+        scalar(tf.bool),
+        scalar(tf.float32),
+        scalar(tf.float32),
+    )
+
+    @tf.function(input_signature=signature, autograph=False)
+    def run(image: Any, kind: Any, applied: Any, magnitude: Any, sign: Any) -> Any:
+        branches = operations(image, magnitude, sign, distortion.interpolation, distortion.fill)
+        branches.append(functools.partial(tf.identity, image))
+        return _switch(tf.where(applied, kind, len(OPERATIONS)), branches, image)
+
+    return run
 
 
 @functools.lru_cache(maxsize=8)

@@ -27,7 +27,7 @@ from dyntoken.data.arrays import Batch
 from dyntoken.data.augment import AugmentOptions
 from dyntoken.data.errors import DataError
 from dyntoken.data.plan import DataInfo, EvalPlan, Part, TrainPlan, slice_parts
-from dyntoken.data.tf_image import eval_image, train_image
+from dyntoken.data.tf_image import compiled_eval, compiled_train
 from dyntoken.data.tf_import import tensorflow
 
 MAX_CORRUPT = 50  # images, before a run gives up
@@ -101,16 +101,11 @@ class StreamSource:
         per_shard, steps = plan.batch // plan.shards, plan.steps_per_epoch
         streams = [self._views(plan, epoch, s, skip * per_shard) for s in _local_shards(plan)]
         local, key = per_shard * len(streams), _int63(plan.seed, epoch, _AUGMENT)
-        channels, options = self.info.channels, plan.augment
-        distortion = options.distortion(self.info.mean)
-
-        def decode(number: Any, data: Any) -> Any:
-            return train_image(data, tf.stack([key, number]), plan.size, channels, options, distortion)
-
-        decode = _guarded(tf, decode, (*plan.size, channels))
+        shape, distortion = (*plan.size, self.info.channels), plan.augment.distortion(self.info.mean)
+        decode = _guarded(tf, compiled_train(plan.size, shape[-1], plan.augment, distortion), shape)
 
         def example(number: Any, row: Any) -> dict[str, Any]:
-            image, bad = decode(number, self._records.load(row[0]))
+            image, bad = decode(self._records.load(row[0]), tf.stack([key, number]))
             return {"image": image, "label": row[1], "mask": 1.0, "bad": bad, "name": row[2]}
 
         return _batches(tf, _in_turn(tf, streams, per_shard), example, local, steps - skip)
@@ -141,9 +136,7 @@ class StreamSource:
             streams.append(rows.take(plan.steps * per_shard))
         shape = (*plan.size, self.info.channels)
 
-        def decode(data: Any) -> Any:
-            return eval_image(data, plan.size, shape[-1], plan.crop_pct, plan.interpolation)
-
+        decode = compiled_eval(plan.size, shape[-1], plan.crop_pct, plan.interpolation)
         decode = _guarded(tf, decode, shape)
 
         def example(row: Any, mask: Any) -> dict[str, Any]:

@@ -124,6 +124,35 @@ def train_image(
     return distortion(image, tf.random.stateless_uniform((distortion.width,), seed))
 
 
+@functools.lru_cache(maxsize=16)
+def compiled_train(
+    size: tuple[int, int], channels: int, options: AugmentOptions, distortion: Distortion | None
+) -> Callable[[Any, Any], Any]:
+    """`train_image` of (data, seed) as a graph that every epoch reuses: tracing RandAugment takes seconds."""
+    tf = tensorflow()
+    signature = (tf.TensorSpec((), tf.string), tf.TensorSpec((2,), tf.int64))
+
+    @tf.function(input_signature=signature, autograph=False)
+    def run(data: Any, seed: Any) -> Any:
+        return train_image(data, seed, size, channels, options, distortion)
+
+    return run
+
+
+@functools.lru_cache(maxsize=16)
+def compiled_eval(
+    size: tuple[int, int], channels: int, crop_pct: float, interpolation: str
+) -> Callable[[Any], Any]:
+    """`eval_image` of the encoded image, likewise."""
+    tf = tensorflow()
+
+    @tf.function(input_signature=(tf.TensorSpec((), tf.string),), autograph=False)
+    def run(data: Any) -> Any:
+        return eval_image(data, size, channels, crop_pct, interpolation)
+
+    return run
+
+
 def eval_image(data: Any, size: tuple[int, int], channels: int, crop_pct: float, interpolation: str) -> Any:
     """Decodes one image, resizes it as `resample.covering_size` says, crops the centre.
 
