@@ -27,7 +27,7 @@ from dyntoken.data.arrays import Batch
 from dyntoken.data.augment import AugmentOptions
 from dyntoken.data.errors import DataError
 from dyntoken.data.plan import DataInfo, EvalPlan, Part, TrainPlan, slice_parts
-from dyntoken.data.tf_image import compiled_eval, compiled_train
+from dyntoken.data.tf_image import compiled_eval, compiled_train, distort_image
 from dyntoken.data.tf_import import tensorflow
 
 MAX_CORRUPT = 50  # images, before a run gives up
@@ -102,10 +102,13 @@ class StreamSource:
         streams = [self._views(plan, epoch, s, skip * per_shard) for s in _local_shards(plan)]
         local, key = per_shard * len(streams), _int63(plan.seed, epoch, _AUGMENT)
         shape, distortion = (*plan.size, self.info.channels), plan.augment.distortion(self.info.mean)
-        decode = _guarded(tf, compiled_train(plan.size, shape[-1], plan.augment, distortion), shape)
+        decode = _guarded(tf, compiled_train(plan.size, shape[-1], plan.augment), shape)
 
         def example(number: Any, row: Any) -> dict[str, Any]:
-            image, bad = decode(self._records.load(row[0]), tf.stack([key, number]))
+            seed = tf.stack([key, number])
+            image, bad = decode(self._records.load(row[0]), seed)
+            if distortion is not None:
+                image = distort_image(image, seed, distortion)
             return {"image": image, "label": row[1], "mask": 1.0, "bad": bad, "name": row[2]}
 
         return _batches(tf, _in_turn(tf, streams, per_shard), example, local, steps - skip)
@@ -215,7 +218,10 @@ def mask_bad(batch: Batch, log: _Corrupt) -> Batch:
 
 
 def _guarded(tf: Any, decode: Callable[..., Any], shape: tuple[int, ...]) -> Callable[..., tuple[Any, Any]]:
-    """`decode`, but returning (image, did it fail) instead of raising inside the graph."""
+    """`decode`, but returning (image, did it fail) instead of raising inside the graph.
+
+    Its graph is set up anew for each image, so it is to be small.
+    """
     black = tf.data.Dataset.from_tensors((tf.zeros(shape, tf.uint8), True))
 
     def run(*arguments: Any) -> tuple[Any, Any]:
