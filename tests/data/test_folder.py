@@ -141,19 +141,15 @@ DEIT = {"rand_augment": "rand-m9-mstd0.5-inc1"}
 
 
 def test_randaugment_of_a_stream_and_of_arrays(tree):
-    for name, more in ((f"folder:{tree}", {}), ("fashion_mnist_mini", {}), ("fake", {"image_size": 20})):
-        request = {**REQUEST, **more}
-        plain, drawn, again = (
-            next(data.train_batches(name, **request, augment=augment)) for augment in ({}, DEIT, DEIT)
-        )
-        assert_same(drawn, again)
+    for name in (f"folder:{tree}", "fashion_mnist_mini"):
+        plain, drawn = (next(data.train_batches(name, **REQUEST, augment=augment)) for augment in ({}, DEIT))
         np.testing.assert_array_equal(plain["label"], drawn["label"])
         changed = (plain["image"] != drawn["image"]).any((1, 2, 3))
-        assert 4 <= changed.sum() < 12  # three quarters, and what leaves an image as it is
-        (part,) = take(data.train_batches(name, **request, process=(1, 3), augment=DEIT), 1)
+        assert 4 <= changed.sum() < 12  # three quarters, less what leaves an image as it is
+        part = next(data.train_batches(name, **REQUEST, process=(1, 3), augment=DEIT))
         np.testing.assert_array_equal(part["image"], drawn["image"][4:8])
-        jittered = next(data.train_batches(name, **request, augment={"color_jitter": 0.4}))
-        assert (plain["image"] != jittered["image"]).any((1, 2, 3)).sum() > 8
+    jittered = next(data.train_batches(name, **REQUEST, augment={"color_jitter": 0.4}))
+    assert (plain["image"] != jittered["image"]).any((1, 2, 3)).sum() > 8
 
 
 @pytest.fixture(scope="module")
