@@ -4,7 +4,8 @@ Nothing is carried from batch to batch: an iterator started at step k yields
 what an uninterrupted one yields from step k on, so a resumed run needs no
 iterator state. A training epoch is `count // batch` batches of a permutation
 seeded by (seed, epoch); what is left over is dropped and differs from epoch to
-epoch. Crops and flips are keyed by (seed, epoch, example).
+epoch. Crops, flips and RandAugment are keyed by (seed, epoch, example, view); an
+image that does not decode never shifts the others (`stream`).
 
 The data set has `shards` fixed virtual shards, whatever the number of
 processes, and the global batch is shard-major: process p of P yields rows

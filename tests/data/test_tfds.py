@@ -156,6 +156,19 @@ def test_streamed_resume_and_processes(photos):
     assert (other["image"] != whole[0]["image"]).any() and (other["label"] != whole[0]["label"]).any()
 
 
+def test_streamed_repeats_through_the_shuffle_buffer(photos):
+    request = {"batch": 12, "shards": 3, "seed": 1, "size": 16, "data_dir": photos, "augment": {"repeats": 3}}
+    whole = take(data.train_batches("photos", **request), 7)  # one epoch: 28 slots of each shard
+    labels = np.stack([b["label"] for b in whole])
+    images, counts = np.unique(labels, return_counts=True)
+    assert len(images) == 30 and sorted(counts) == [1] * 3 + [3] * 27
+    shards = labels.reshape(7, 3, 4)
+    for image in images[counts == 3]:
+        assert set(np.nonzero(shards == image)[1]) == {0, 1, 2}
+    (resumed,) = take(data.train_batches("photos", start_step=4, **request), 1)
+    assert_same(resumed, whole[4])
+
+
 def test_streamed_evaluation_pads_empty_shards(photos):
     # Three examples on eight shards: five of them hold nothing.
     request = {"split": "validation[:3]", "batch": 8, "size": 16, "data_dir": photos}
