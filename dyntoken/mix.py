@@ -1,13 +1,17 @@
-"""Normalisation, soft targets, mixup and CutMix, on the device and under `jit`."""
+"""Normalisation, soft targets, random erasing, mixup and CutMix, on the device and under `jit`."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
 from dyntoken.types import Array
+
+_ERASE = 1  # what the step's key is folded with for erasing
+_ERASE_TRIES = 10
 
 
 def normalize(images: Array, mean: Sequence[float], std: Sequence[float]) -> Array:
@@ -50,6 +54,7 @@ def mix(
     key: Array,
     images: Array,
     labels: Array,
+    ids: Array | None = None,
     *,
     num_classes: int,
     mixup: float = 0.8,
@@ -57,8 +62,9 @@ def mix(
     prob: float = 1.0,
     switch_prob: float = 0.5,
     smoothing: float = 0.1,
+    erase: float = 0.0,
 ) -> tuple[Array, Array]:
-    """Mixup or CutMix of neighbours, one draw for the whole global batch.
+    """Random erasing, then mixup or CutMix of neighbours, one draw for the whole global batch.
 
     timm's `Mixup` in batch mode: one method, one lambda and one box, drawn from
     `key` alone. Unlike there, the partner of row 2i is row 2i + 1 and the other
@@ -69,6 +75,7 @@ def mix(
       key: the step's key, the same on every device.
       images: `[B, H, W, C]` floating point; B is even, all or part of the batch.
       labels: `[B]` integers.
+      ids: `[B]` integers, positions in the global batch; erasing needs them.
       num_classes: number of classes K.
       mixup: alpha of the Beta(alpha, alpha) that mixup draws lambda from; 0: no
         mixup.
@@ -76,18 +83,24 @@ def mix(
       prob: probability that the batch is mixed at all.
       switch_prob: probability of CutMix when both are on.
       smoothing: label smoothing.
+      erase: probability of random erasing, 0.25 in DeiT; see `random_erase`.
 
     Returns:
       images as given, mixed, and soft targets `[B, K]` float32.
 
     Raises:
-      ValueError: for an odd batch, or an alpha or probability out of range.
+      ValueError: for an odd batch, erasing without `ids`, or an alpha or
+        probability out of range.
     """
-    if min(mixup, cutmix) < 0 or not 0 <= prob <= 1 or not 0 <= switch_prob <= 1:
+    if min(mixup, cutmix) < 0 or not all(0 <= share <= 1 for share in (prob, switch_prob, erase)):
         raise ValueError(
-            "mixup and cutmix are alphas >= 0, prob and switch_prob lie in [0, 1]; got "
-            f"mixup={mixup}, cutmix={cutmix}, prob={prob}, switch_prob={switch_prob}"
+            "mixup and cutmix are alphas >= 0, prob, switch_prob and erase lie in [0, 1]; got "
+            f"mixup={mixup}, cutmix={cutmix}, prob={prob}, switch_prob={switch_prob}, erase={erase}"
         )
+    if erase:
+        if ids is None:
+            raise ValueError(f"erase={erase} draws per image: give mix the rows' global positions (ids)")
+        images = random_erase(jax.random.fold_in(key, _ERASE), images, ids, prob=erase)
     targets = soft_targets(labels, num_classes, smoothing)
     if max(mixup, cutmix) == 0 or prob == 0:
         return images, targets
@@ -100,6 +113,88 @@ def mix(
     own = weight[None, :, :, None]
     mixed = images.astype(jnp.float32) * own + _partner(images).astype(jnp.float32) * (1.0 - own)
     return mixed.astype(images.dtype), targets * lam + _partner(targets) * (1.0 - lam)
+
+
+def random_erase(
+    key: Array,
+    images: Array,
+    ids: Array,
+    *,
+    prob: float = 0.25,
+    area: tuple[float, float] = (0.02, 1 / 3),
+    aspect: tuple[float, float] = (0.3, 1 / 0.3),
+) -> Array:
+    """Random erasing as DeiT has it: a box of each image becomes normal noise.
+
+    timm's `RandomErasing` in pixel mode (Zhong et al., arXiv:1708.04896): the
+    images are normalised, and every value in the box is drawn from a standard
+    normal distribution. That is why it happens here and not before the images
+    become 8-bit, which would cut the noise off. Ten attempts at an area and an
+    aspect ratio; the first that is lower and narrower than the image counts.
+
+    Args:
+      key: the step's key, the same on every device.
+      images: `[B, H, W, C]` floating point, normalised.
+      ids: `[B]` integers, positions in the global batch; they key the draws, so
+        that the result does not depend on the number of devices.
+      prob: probability per image.
+      area: share of the image that the box covers.
+      aspect: height / width of the box, log-uniform.
+
+    Returns:
+      `[B, H, W, C]`, of the type of `images`.
+    """
+    height, width = images.shape[1:3]
+    row = jnp.arange(height)[:, None, None]
+    column = jnp.arange(width)[None, :, None]
+
+    def one(image: Array, number: Array) -> Array:
+        draws, noise = jax.random.split(jax.random.fold_in(key, number))
+        top, left, tall, wide = erase_box(
+            jax.random.uniform(draws, (2 * _ERASE_TRIES + 3,)),
+            height,
+            width,
+            prob=prob,
+            area=area,
+            aspect=aspect,
+        )
+        inside = (row >= top) & (row < top + tall) & (column >= left) & (column < left + wide)
+        return jnp.where(
+            inside, jax.random.normal(noise, image.shape, jnp.float32).astype(image.dtype), image
+        )
+
+    return jax.vmap(one)(images, ids)
+
+
+def erase_box(
+    draws: Array,
+    height: int,
+    width: int,
+    *,
+    prob: float,
+    area: tuple[float, float],
+    aspect: tuple[float, float],
+) -> tuple[Array, Array, Array, Array]:
+    """(top, left, height, width) of the box to erase, int32 scalars; of size 0 for none.
+
+    Args:
+      draws: `[23]` uniform in [0, 1): 10 areas, 10 ratios, two places, whether.
+      height: of the image.
+      width: of the image.
+      prob: see `random_erase`, as the others.
+    """
+    share = area[0] + draws[:_ERASE_TRIES] * (area[1] - area[0])
+    log_low, log_high = math.log(aspect[0]), math.log(aspect[1])
+    ratio = jnp.exp(log_low + draws[_ERASE_TRIES : 2 * _ERASE_TRIES] * (log_high - log_low))
+    tall = jnp.round(jnp.sqrt(share * (height * width) * ratio)).astype(jnp.int32)
+    wide = jnp.round(jnp.sqrt(share * (height * width) / ratio)).astype(jnp.int32)
+    fits = (tall < height) & (wide < width)
+    first = jnp.argmax(fits)
+    on = jnp.any(fits) & (draws[-1] < prob)
+    tall, wide = jnp.where(on, tall[first], 0), jnp.where(on, wide[first], 0)
+    top = jnp.minimum((draws[-3] * (height - tall + 1)).astype(jnp.int32), height - tall)
+    left = jnp.minimum((draws[-2] * (width - wide + 1)).astype(jnp.int32), width - wide)
+    return top, left, tall, wide
 
 
 def draw(

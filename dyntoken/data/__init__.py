@@ -4,7 +4,8 @@ Nothing is carried from batch to batch: an iterator started at step k yields
 what an uninterrupted one yields from step k on, so a resumed run needs no
 iterator state. A training epoch is `count // batch` batches of a permutation
 seeded by (seed, epoch); what is left over is dropped and differs from epoch to
-epoch. Crops and flips are keyed by (seed, epoch, example).
+epoch. Crops, flips and RandAugment are keyed by (seed, epoch, example, view); an
+image that does not decode never shifts the others (`stream`).
 
 The data set has `shards` fixed virtual shards, whatever the number of
 processes, and the global batch is shard-major: process p of P yields rows
@@ -13,12 +14,15 @@ together in order, are the batch of a single process, bit for bit.
 
 Batches are `{"image": uint8 [b, H, W, C], "label": int32 [b], "mask": float32
 [b]}`, mask 0 for the padding of evaluation. Normalisation is the device's job,
-with `info(name).mean` and `.std`.
+with `info(name).mean` and `.std`. Evaluation batches of `imagenet2012_real`
+hold `labels` bool `[b, 1000]` besides: every label that fits the image (Beyer et
+al., arXiv:2006.07159); images that none fits have mask 0.
 
 The embedded `fashion_mnist_mini` and the generated `fake` need numpy alone. Any
 other name is a TFDS data set (`name`, `name:version`, `name/config:version`)
 that is already on disk under `data_dir`, else `$TFDS_DATA_DIR`, else
-`~/tensorflow_datasets`. Nothing is ever downloaded.
+`~/tensorflow_datasets`. `folder:DIR` is a folder per class (`folder`). Nothing
+is ever downloaded.
 """
 
 from __future__ import annotations

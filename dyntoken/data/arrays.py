@@ -10,8 +10,10 @@ import numpy as np
 
 from dyntoken.data import stateless
 from dyntoken.data.augment import augment
+from dyntoken.data.distort import Distortion
 from dyntoken.data.plan import DataInfo, EvalPlan, Part, TrainPlan, local_rows
 from dyntoken.data.resample import resize_centre
+from dyntoken.data.tf_import import tensorflow
 
 Batch = dict[str, np.ndarray]
 _ORDER = 0  # name of the draw that shuffles an epoch
@@ -66,6 +68,20 @@ class _Joined:
         return images, labels
 
 
+def _places(plan: TrainPlan) -> np.ndarray:
+    """Place in the epoch's order of each row of a batch, from the batch's first, int64 `[batch]`.
+
+    With repeated augmentation that order is a a a b b b c c c ..., and its
+    entries are dealt to the virtual shards in turn, as DeiT's RASampler deals
+    them to the devices: the views of an image lie in different shards, whatever
+    the number of devices, and never form a pair for mixup.
+    """
+    places = np.arange(plan.batch)
+    if plan.augment.repeats == 1:
+        return places
+    return places.reshape(-1, plan.shards).T.ravel()
+
+
 class ArraySource:
     """A `Source` over random-access rows.
 
@@ -82,15 +98,24 @@ class ArraySource:
         return _Joined([(self._rows(name), start, stop) for name, start, stop in parts])
 
     def train(self, plan: TrainPlan) -> Iterator[Batch]:
+        distortion = plan.augment.distortion(self.info.mean)
+        if distortion is not None:
+            tensorflow()  # said now if it is absent
+        return self._train(plan, distortion)
+
+    def _train(self, plan: TrainPlan, distortion: Distortion | None) -> Iterator[Batch]:
         rows, mine = self._join(plan.parts), local_rows(plan.batch, plan.process)
+        places, repeats = _places(plan)[mine], plan.augment.repeats
         step, known, order = plan.start_step, -1, np.zeros(0, np.int64)
         while True:
             epoch, position = divmod(step, plan.steps_per_epoch)
             if epoch != known:
                 known, order = epoch, stateless.permutation(plan.count, plan.seed, epoch, _ORDER)
-            ids = order[position * plan.batch : (position + 1) * plan.batch][mine]
+            image, view = np.divmod(position * plan.batch + places, repeats)
+            ids = order[image]
             images, labels = rows.take(ids)
-            images = augment(images, ids, plan.seed, epoch, plan.size, plan.augment)
+            keys = ids + view * plan.count  # every view has draws of its own
+            images = augment(images, keys, plan.seed, epoch, plan.size, plan.augment, distortion)
             yield {"image": images, "label": labels, "mask": np.ones(len(ids), np.float32)}
             step += 1
 

@@ -1,25 +1,28 @@
-"""Random crops and flips of training images, a function of (seed, epoch, example).
+"""How a training image is changed, a function of (seed, epoch, example).
 
-Mixup, cutmix and label smoothing act on the device batch and live elsewhere.
+Crops and flips are made here; RandAugment and colour jitter in `distort`.
+Random erasing, mixup, cutmix and label smoothing act on the normalised batch
+on the device (`dyntoken.mix`).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from dyntoken.data import resample, stateless
+from dyntoken.data.distort import Distortion, RandAugment, fill_colour
 from dyntoken.data.errors import DataError
 from dyntoken.registry import check_options, suggest
 
 CROPS = ("random_resized", "pad", "none")
 PAD_MODES = ("zero", "reflect")
 TRIES = 10
-_CROP, _FLIP = 1, 2  # names of the draws
+_CROP, _FLIP, _DISTORT = 1, 2, 6  # names of the draws
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +39,16 @@ class AugmentOptions:
       pad: pixels per side for crop="pad".
       pad_mode: "zero" or "reflect".
       flip: probability of a left-right flip (True is 0.5, False is 0).
+      rand_augment: timm's spelling, "rand-m9-mstd0.5-inc1" in DeiT; None for
+        none. Warps use `interpolation` and fill with the data set's mean.
+      color_jitter: torchvision's ColorJitter of brightness, contrast and
+        saturation with this strength; 0 for none. timm, and so DeiT, drops its
+        `color_jitter=0.4` where RandAugment is on, so the two exclude each
+        other here.
+      repeats: repeated augmentation (DeiT: 3): every image of an epoch comes
+        this many times, each time changed anew, and an epoch of the same length
+        shows that many times fewer images. The views lie in different virtual
+        shards.
     """
 
     crop: str = "random_resized"
@@ -45,6 +58,9 @@ class AugmentOptions:
     pad: int = 4
     pad_mode: str = "zero"
     flip: float = 0.5
+    rand_augment: str | None = None
+    color_jitter: float = 0.0
+    repeats: int = 1
 
     def __post_init__(self):
         for what, value, known in (("crop", self.crop, CROPS), ("pad_mode", self.pad_mode, PAD_MODES)):
@@ -62,6 +78,37 @@ class AugmentOptions:
             raise DataError(f"augment.flip is {self.flip}; it is a probability")
         if self.pad < 0:
             raise DataError(f"augment.pad is {self.pad}; it must be 0 or more pixels")
+        if self.repeats < 1 or self.repeats != int(self.repeats):
+            raise DataError(f"augment.repeats is {self.repeats}; it is a whole number of views, at least 1")
+        self._check_colours()
+
+    def _check_colours(self) -> None:
+        policy = RandAugment.parse(self.rand_augment) if self.rand_augment else None
+        if self.color_jitter < 0:
+            raise DataError(f"augment.color_jitter is {self.color_jitter}; it is a strength of 0 or more")
+        if policy and self.color_jitter:
+            raise DataError(
+                "augment.color_jitter and augment.rand_augment exclude each other (timm, and so DeiT, drops "
+                "the jitter where RandAugment is on): set color_jitter to 0"
+            )
+
+    def distortion(self, mean: Sequence[float]) -> Distortion | None:
+        """RandAugment or colour jitter, None if neither is on.
+
+        Args:
+          mean: of the data set per channel, in [0, 1].
+
+        Raises:
+          DataError: the images are neither grey nor RGB.
+        """
+        if not self.rand_augment and not self.color_jitter:
+            return None
+        if len(mean) not in (1, 3):
+            raise DataError(
+                f"augment.rand_augment and color_jitter need 1 or 3 channels, not {len(mean)}: set them to None, 0"
+            )
+        policy = RandAugment.parse(self.rand_augment) if self.rand_augment else None
+        return Distortion(policy, float(self.color_jitter), self.interpolation, fill_colour(mean))
 
     @classmethod
     def of(cls, options: Mapping[str, Any] | AugmentOptions | None) -> AugmentOptions:
@@ -155,18 +202,35 @@ def pad_crop(
 
 
 def augment(
-    images: np.ndarray, ids: np.ndarray, seed: int, epoch: int, size: tuple[int, int], options: AugmentOptions
+    images: np.ndarray,
+    ids: np.ndarray,
+    seed: int,
+    epoch: int,
+    size: tuple[int, int],
+    options: AugmentOptions,
+    distortion: Distortion | None = None,
 ) -> np.ndarray:
-    """Crops and flips a batch.
+    """Crops, flips and distorts a batch.
 
     Args:
       images: uint8 `[n, H, W, C]`.
       ids: `[n]` example indices; they key the draws together with seed, epoch.
       size: (h, w) of the result.
+      distortion: of `options`; needs TensorFlow.
 
     Returns:
       uint8 `[n, h, w, C]`.
     """
+    images = _crop(images, ids, seed, epoch, size, options)
+    if distortion is None:
+        return images
+    draws = stateless.uniform(seed, epoch, _DISTORT, ids[:, None], np.arange(distortion.width)[None])
+    return distortion.batch(images, draws)
+
+
+def _crop(
+    images: np.ndarray, ids: np.ndarray, seed: int, epoch: int, size: tuple[int, int], options: AugmentOptions
+) -> np.ndarray:
     flip = stateless.uniform(seed, epoch, _FLIP, ids) < options.flip if options.flip else None
     if options.crop == "random_resized":
         draws = stateless.uniform(seed, epoch, _CROP, ids[:, None], np.arange(2 * TRIES + 2)[None])

@@ -152,6 +152,16 @@ class TrainPlan:
             raise DataError(
                 f"batch {self.batch} is larger than the split ({self.count} images): use a smaller one"
             )
+        if self.augment.repeats > self.shards:
+            raise DataError(
+                f"augment.repeats={self.augment.repeats} needs as many data shards, not {self.shards} (the "
+                "views of an image lie in different shards): set shards or repeats"
+            )
+        if self.augment.repeats > 1 and self.batch < 2 * self.shards:
+            raise DataError(
+                f"augment.repeats needs two rows per data shard, else mixup pairs the views of an image: batch "
+                f"{self.batch} on {self.shards} shards is too small"
+            )
 
     @property
     def count(self) -> int:

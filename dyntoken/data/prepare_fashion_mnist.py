@@ -16,6 +16,7 @@ from typing import Any
 from dyntoken.data import idx, tfds_source
 from dyntoken.data.cards import FASHION_NAMES
 from dyntoken.data.errors import DataError
+from dyntoken.data.tf_import import tensorflow
 
 
 def prepare(idx_dir: str, data_dir: str) -> Any:
@@ -26,7 +27,7 @@ def prepare(idx_dir: str, data_dir: str) -> Any:
         or `data_dir` holds the set already.
     """
     splits = {split: idx.read_split(idx_dir, split) for split in idx.FILES}
-    tf = tfds_source.tensorflow()
+    tf = tensorflow()
     import tensorflow_datasets as tfds
 
     data_dir = os.path.expanduser(data_dir)

@@ -20,17 +20,22 @@ SOURCES = Table(
         "cifar10": _TFDS,
         "cifar100": _TFDS,
         "imagenet2012": _TFDS,
+        "imagenet2012_real": _TFDS,
+        "imagenet_v2": _TFDS,
+        "i_naturalist2019": _TFDS,
     },
 )
 
 
 def open_source(name: str, data_dir: str | None = None, **options: Any) -> Source:
-    """The data set of that name; any name outside the table is looked for in TFDS.
+    """The data set of that name; any name outside the table is looked for in TFDS, `folder:DIR` on disk.
 
     Raises:
       UnknownNameError: no such data set or option, with the nearest names.
     """
-    if name in SOURCES:
+    if name.startswith("folder:"):
+        from dyntoken.data.folder import open_folder as opener
+    elif name in SOURCES:
         opener = SOURCES[name]
     else:
         from dyntoken.data.tfds_source import open_tfds as opener

@@ -6,46 +6,83 @@ TensorFlow's stateless draws.
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 from dyntoken.data.augment import TRIES, AugmentOptions
-from dyntoken.data.tfds_source import tensorflow
+from dyntoken.data.distort import Distortion
+from dyntoken.data.tf_import import tensorflow
 
 
-def _decode(data: Any, box: Any | None, channels: int) -> Any:
-    """uint8 `[h, w, channels]`; of a JPEG only the box (top, left, h, w) is decoded."""
+def _decode(data: Any, channels: int, box: Callable[[Any, Any], Any] | None = None) -> Any:
+    """Decodes an image once; of a JPEG only the crop.
+
+    JPEGs may be grey or CMYK, and what is no JPEG (PNG, BMP, GIF under whatever
+    name) is recognised by its content.
+
+    Args:
+      data: the encoded image.
+      channels: 1 or 3.
+      box: (height, width) -> int32 `[4]` (top, left, height, width) to keep;
+        None keeps all.
+
+    Returns:
+      uint8 `[h, w, channels]`.
+    """
     tf = tensorflow()
     accurate = "INTEGER_ACCURATE"  # what Pillow decodes with
 
     def jpeg() -> Any:
         if box is None:
             return tf.image.decode_jpeg(data, channels=channels, dct_method=accurate)
-        return tf.image.decode_and_crop_jpeg(data, box, channels=channels, dct_method=accurate)
+        shape = tf.image.extract_jpeg_shape(data)
+        crop = box(shape[0], shape[1])
+        return tf.image.decode_and_crop_jpeg(data, crop, channels=channels, dct_method=accurate)
 
     def other() -> Any:
         image = tf.io.decode_image(data, channels=channels, expand_animations=False)
-        return image if box is None else image[box[0] : box[0] + box[2], box[1] : box[1] + box[3]]
+        if box is None:
+            return image
+        shape = tf.shape(image)
+        top, left, height, width = tf.unstack(box(shape[0], shape[1]))
+        return image[top : top + height, left : left + width]
 
     image = tf.cond(tf.io.is_jpeg(data), jpeg, other)
     return tf.ensure_shape(image, (None, None, channels))
 
 
-def _shape(data: Any, channels: int) -> tuple[Any, Any]:
-    """(height, width) as int32 scalars; of a JPEG from its header."""
+def _stretch(image: Any, size: Any, interpolation: str) -> Any:
+    """Resizes the first axis of `[n, m]` to `size`, antialiased; float32 `[size, m]`."""
     tf = tensorflow()
-    shape = tf.cond(
-        tf.io.is_jpeg(data),
-        lambda: tf.image.extract_jpeg_shape(data),
-        lambda: tf.shape(tf.io.decode_image(data, channels=channels, expand_animations=False)),
+    shape = tf.shape(image)
+    out = tf.raw_ops.ScaleAndTranslate(
+        images=image[None, :, None],  # one column whose pixels have m channels
+        size=tf.stack([size, 1]),
+        scale=tf.stack([tf.cast(size, tf.float32) / tf.cast(shape[0], tf.float32), 1.0]),
+        translation=(0.0, 0.0),
+        kernel_type={"bicubic": "keyscubic", "bilinear": "triangle"}[interpolation],
+        antialias=True,
     )
-    return shape[0], shape[1]
+    return tf.reshape(out, tf.stack([size, shape[1]]))
 
 
 def _resize(image: Any, height: Any, width: Any, interpolation: str) -> Any:
+    """uint8 `[h, w, C]` -> uint8 `[height, width, C]`, antialiased as `tf.image.resize`.
+
+    Rows, then columns, each as a matrix: that takes half the time of both at
+    once, whose inner loop is over three channels.
+    """
     tf = tensorflow()
-    image = tf.image.resize(image, (height, width), method=interpolation, antialias=True)
-    return tf.cast(tf.clip_by_value(tf.floor(image + 0.5), 0.0, 255.0), tf.uint8)
+    shape = tf.shape(image)
+    channels = image.shape[-1]
+    rows = _stretch(tf.reshape(image, tf.stack([shape[0], -1])), height, interpolation)  # [height, w C]
+    rows = tf.reshape(tf.transpose(rows), tf.stack([shape[1], -1]))  # [w, C height]
+    both = tf.transpose(_stretch(rows, width, interpolation))  # [C height, width]
+    both = tf.cast(tf.clip_by_value(tf.floor(both + 0.5), 0.0, 255.0), tf.uint8)
+    both = tf.transpose(tf.reshape(both, (channels, -1)))
+    return tf.reshape(both, tf.stack([height, width, channels]))
 
 
 def random_box(draws: Any, height: Any, width: Any, options: AugmentOptions) -> Any:
@@ -76,6 +113,9 @@ def random_box(draws: Any, height: Any, width: Any, options: AugmentOptions) -> 
     return tf.where(tf.reduce_any(fits), tf.stack([top, left, h, w]), whole)
 
 
+_DISTORT = 1  # what the seed of the distortion's draws is folded with
+
+
 def train_image(data: Any, seed: Any, size: tuple[int, int], channels: int, options: AugmentOptions) -> Any:
     """Decodes, crops, resizes and flips one image.
 
@@ -90,12 +130,48 @@ def train_image(data: Any, seed: Any, size: tuple[int, int], channels: int, opti
     tf = tensorflow()
     draws = tf.random.stateless_uniform((2 * TRIES + 3,), seed)
     if options.crop == "random_resized":
-        box = random_box(draws[:-1], *_shape(data, channels), options)
-        image = _resize(_decode(data, box, channels), *size, options.interpolation)
+        box = functools.partial(random_box, draws[:-1], options=options)
+        image = _resize(_decode(data, channels, box), *size, options.interpolation)
     else:
         image = eval_image(data, size, channels, 1.0, options.interpolation)
     image = tf.where(draws[-1] < options.flip, image[:, ::-1], image)
     return tf.ensure_shape(image, (*size, channels))
+
+
+def distort_image(image: Any, seed: Any, distortion: Distortion) -> Any:
+    """RandAugment or colour jitter of a cropped uint8 image `[h, w, C]`, keyed like `train_image`."""
+    tf = tensorflow()
+    seed = tf.random.experimental.stateless_fold_in(seed, _DISTORT)
+    return distortion(image, tf.random.stateless_uniform((distortion.width,), seed))
+
+
+@functools.lru_cache(maxsize=16)
+def compiled_train(
+    size: tuple[int, int], channels: int, options: AugmentOptions
+) -> Callable[[Any, Any], Any]:
+    """`train_image` of (data, seed) as a graph that every epoch reuses."""
+    tf = tensorflow()
+    signature = (tf.TensorSpec((), tf.string), tf.TensorSpec((2,), tf.int64))
+
+    @tf.function(input_signature=signature, autograph=False)
+    def run(data: Any, seed: Any) -> Any:
+        return train_image(data, seed, size, channels, options)
+
+    return run
+
+
+@functools.lru_cache(maxsize=16)
+def compiled_eval(
+    size: tuple[int, int], channels: int, crop_pct: float, interpolation: str
+) -> Callable[[Any], Any]:
+    """`eval_image` of the encoded image, likewise."""
+    tf = tensorflow()
+
+    @tf.function(input_signature=(tf.TensorSpec((), tf.string),), autograph=False)
+    def run(data: Any) -> Any:
+        return eval_image(data, size, channels, crop_pct, interpolation)
+
+    return run
 
 
 def eval_image(data: Any, size: tuple[int, int], channels: int, crop_pct: float, interpolation: str) -> Any:
@@ -105,7 +181,7 @@ def eval_image(data: Any, size: tuple[int, int], channels: int, crop_pct: float,
       uint8 `[h, w, channels]`; an image of the right size comes back unchanged.
     """
     tf = tensorflow()
-    image = _decode(data, None, channels)
+    image = _decode(data, channels)
     height, width = tf.shape(image)[0], tf.shape(image)[1]
     tall, wide = int(size[0] / crop_pct), int(size[1] / crop_pct)
 

@@ -8,42 +8,45 @@ are streamed by tf.data (`stream`).
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib.util
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
+from dyntoken.data import stateless
 from dyntoken.data.arrays import ArrayRows, ArraySource, Batch
 from dyntoken.data.cards import CARDS, default_moments
 from dyntoken.data.errors import DataError, MissingDataError
-from dyntoken.data.plan import DataInfo, EvalPlan, TrainPlan
+from dyntoken.data.plan import DataInfo, EvalPlan, Part, TrainPlan
 from dyntoken.data.sources import SOURCES
+from dyntoken.data.stream import MAX_CORRUPT, StreamSource
+from dyntoken.data.tf_import import INSTALL, tensorflow
 from dyntoken.registry import UnknownNameError, suggest
 
+SHUFFLE_BUFFER = 2048  # records per virtual shard
+_CYCLE, _BLOCK = 4, 16  # files read in turn, records at a time
+_TARS = {
+    "imagenet2012": "ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar",
+    "imagenet2012_real": "ILSVRC2012_img_val.tar",
+}
+_PROGRAMS = {
+    "fashion_mnist": (
+        "run `python -m dyntoken.data.prepare_fashion_mnist --idx_dir=/usr/share/datasets/fashion-mnist "
+        "--data_dir={data_dir}` (the idx files: apt install dataset-fashion-mnist)"
+    ),
+    "i_naturalist2019": (
+        "run `python -m dyntoken.data.inat2019 --source=DIR --data_dir={data_dir}` (DIR holds train2019.json, "
+        "val2019.json and the unpacked train_val2019.tar.gz of github.com/visipedia/inat_comp)"
+    ),
+}
+_REAL_LABEL = "real_label"  # of imagenet2012_real: every label that fits, or none
 IN_MEMORY_BYTES = 512 * 2**20  # decoded, all splits together
 _NAME = re.compile(r"^\w+(/[\w.+-]+)?(:[\d.*]+)?$")
 _VERSION = re.compile(r"^\d+\.\d+\.\d+$")
-_INSTALL = 'TensorFlow is not installed: pip install "dyntoken[data]"'
-
-
-@functools.cache
-def tensorflow() -> Any:
-    """TensorFlow, kept away from the accelerators that JAX uses."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    try:
-        import tensorflow as tf
-    except ImportError:
-        raise MissingDataError(_INSTALL) from None
-    for kind in ("GPU", "TPU"):
-        # Refused once TensorFlow runs: then its user has decided about devices.
-        with contextlib.suppress(RuntimeError):
-            tf.config.set_visible_devices([], kind)
-    return tf
 
 
 def default_data_dir() -> str:
@@ -98,16 +101,15 @@ def _known_names() -> list[str]:
 def _absent(name: str, data_dir: str) -> Exception:
     """The error for a set that is not on disk: how to get it, or its nearest names."""
     base = re.split("[:/]", name)[0]
-    if base == "imagenet2012":
+    if base in _TARS:
         how = (
-            f"put ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar (from image-net.org) into "
-            f"{data_dir}/downloads/manual and run `tfds build imagenet2012 --data_dir={data_dir}`"
+            f"put {_TARS[base]} (from image-net.org) into {data_dir}/downloads/manual and run "
+            f"`tfds build {base} --data_dir={data_dir}`"
         )
-    elif base == "fashion_mnist":
-        how = (
-            "run `python -m dyntoken.data.prepare_fashion_mnist --idx_dir=/usr/share/datasets/fashion-mnist "
-            f"--data_dir={data_dir}` (the idx files: apt install dataset-fashion-mnist)"
-        )
+    elif name == "imagenet_v2":
+        how = f"run `tfds build imagenet_v2/matched-frequency --data_dir={data_dir}`"
+    elif base in _PROGRAMS:
+        how = _PROGRAMS[base].format(data_dir=data_dir)
     else:
         known = _known_names()
         if base not in known:
@@ -115,7 +117,7 @@ def _absent(name: str, data_dir: str) -> Exception:
                 f"unknown data set {name!r}, and not in {data_dir}: {suggest(base, known)}"
             )
         how = f"run `tfds build {name} --data_dir={data_dir}`"
-    need = "" if importlib.util.find_spec("tensorflow") else f" ({_INSTALL})"
+    need = "" if importlib.util.find_spec("tensorflow") else f" ({INSTALL})"
     return MissingDataError(
         f"data set {name!r} is not in data_dir {data_dir}: {how}, or give another data_dir{need}"
     )
@@ -190,11 +192,72 @@ def _decoded(name: str, path: str, split: str) -> ArrayRows:
     return ArrayRows(np.ascontiguousarray(arrays[image]), arrays[label].astype(np.int32))
 
 
+class _TfdsRecords:
+    """`stream.Records` over a prepared builder."""
+
+    buffer = SHUFFLE_BUFFER
+
+    def __init__(self, builder: Any):
+        self._builder = builder
+        self._image, self._label = features_of(builder)
+        features = builder.info.features
+        self._several = _REAL_LABEL if _REAL_LABEL in features else None
+        self._classes = features[self._label].num_classes
+
+    def rows(self, parts: Sequence[Part], key: tuple[int, ...] | None) -> Any:
+        """(encoded image, int32 label, file and place); files in a drawn order if keyed."""
+        import tensorflow_datasets as tfds
+
+        tf = tensorflow()
+
+        def reorder(files: list[Any]) -> list[Any]:
+            return [files[i] for i in stateless.permutation(len(files), *key)]
+
+        if not parts:
+            empty = (b"", np.int32(0), b"") + ((np.zeros(self._classes, bool),) if self._several else ())
+            return tf.data.Dataset.from_tensors(empty).take(0)
+        config = tfds.ReadConfig(
+            try_autocache=False,
+            interleave_cycle_length=_CYCLE,
+            interleave_block_length=_BLOCK,
+            enable_ordering_guard=False,
+            skip_prefetch=True,
+            add_tfds_id=True,
+            experimental_interleave_sort_fn=reorder if key is not None else None,
+        )
+        keys = {self._image: True, self._label: True}
+        if self._several:
+            keys[self._several] = True
+        instruction = None
+        for name, start, stop in parts:
+            one = tfds.core.ReadInstruction(name, from_=start, to=stop, unit="abs")
+            instruction = one if instruction is None else instruction + one
+        records = self._builder.as_dataset(
+            split=instruction,
+            read_config=config,
+            decoders=tfds.decode.PartialDecoding(keys, decoders={self._image: tfds.decode.SkipDecoding()}),
+            shuffle_files=False,
+        )
+
+        @tf.autograph.experimental.do_not_convert
+        def pick(row: Any) -> tuple[Any, Any, Any]:
+            fields = row[self._image], tf.cast(row[self._label], tf.int32), row["tfds_id"]
+            if not self._several:
+                return fields
+            known = tf.one_hot(row[self._several], self._classes)  # [labels, K]
+            return *fields, tf.reduce_any(known > 0, 0)
+
+        return records.map(pick)
+
+    def load(self, pointer: Any) -> Any:
+        return pointer
+
+
 class TfdsSource:
     """A TFDS data set by name; see `open_tfds`."""
 
-    def __init__(self, name: str, data_dir: str):
-        self._name, self._data_dir = name, data_dir
+    def __init__(self, name: str, data_dir: str, max_corrupt: int):
+        self._name, self._data_dir, self._max_corrupt = name, data_dir, max_corrupt
         self._path = _find(name, data_dir)
 
     def _open(self) -> tuple[Any, DataInfo]:
@@ -205,18 +268,16 @@ class TfdsSource:
     @property
     def info(self) -> DataInfo:
         """From the folder; for an absent set from the table of common ones."""
-        card = CARDS.get(self._name.partition(":")[0])
+        card = CARDS.get(re.split("[:/]", self._name)[0])
         return card if self._path is None and card is not None else self._open()[1]
 
     def _source(self) -> Any:
-        from dyntoken.data.stream import StreamSource
-
         builder, info = self._open()
         shape = info.image_shape
         if shape is not None and sum(info.splits.values()) * int(np.prod(shape)) < IN_MEMORY_BYTES:
             path = os.fspath(self._path)
             return ArraySource(info, lambda split: _decoded(self._name, path, split))
-        return StreamSource(builder, info)
+        return StreamSource(_TfdsRecords(builder), info, self._max_corrupt)
 
     def train(self, plan: TrainPlan) -> Iterator[Batch]:
         return self._source().train(plan)
@@ -225,12 +286,16 @@ class TfdsSource:
         return self._source().evaluate(plan)
 
 
-def open_tfds(name: str, data_dir: str | None) -> TfdsSource:
+def open_tfds(name: str, data_dir: str | None, *, max_corrupt: int = MAX_CORRUPT) -> TfdsSource:
     """The TFDS set `name[/config][:version]`, read from `data_dir`.
+
+    Args:
+      max_corrupt: images of a streamed set that may fail to decode before a run
+        gives up.
 
     Raises:
       UnknownNameError: the name is not of that form.
     """
     if not _NAME.match(name):
         raise UnknownNameError(f"data set {name!r} is not of the form name, name:1.0.0 or name/config")
-    return TfdsSource(name, data_dir or default_data_dir())
+    return TfdsSource(name, data_dir or default_data_dir(), max_corrupt)

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from dyntoken import data
 from dyntoken.data import augment, resample, stateless
 from dyntoken.data.augment import AugmentOptions
 
@@ -174,3 +175,21 @@ def test_options():
     assert AugmentOptions.of({"flip": True, "scale": [0.5, 1]}) == AugmentOptions(flip=0.5, scale=(0.5, 1.0))
     assert AugmentOptions(flip=False).flip == 0.0
     hash(AugmentOptions.of({"ratio": [1, 1]}))
+
+
+def test_colour_options():
+    deit = AugmentOptions(rand_augment="rand-m9-mstd0.5-inc1")
+    made = deit.distortion((0.485, 0.456, 0.406))
+    assert made.width == 10 and made.fill == (124, 116, 104) and made.policy.magnitude == 9
+    assert AugmentOptions(color_jitter=0.4).distortion((0.5,)).width == 4
+    assert AugmentOptions().distortion((0.5,)) is None
+    for options, message in (
+        ({"rand_augment": "rand-m9-mstd0.5-inc1", "color_jitter": 0.4}, "exclude each other"),
+        ({"color_jitter": -1}, "color_jitter is -1"),
+        ({"repeats": 0}, "repeats is 0"),
+        ({"repeats": 1.5}, "repeats is 1.5"),
+    ):
+        with pytest.raises(data.DataError, match=message):
+            AugmentOptions(**options)
+    with pytest.raises(data.DataError, match="1 or 3 channels, not 2"):
+        deit.distortion((0.5, 0.5))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dyntoken import data
-from dyntoken.data import stateless
+from dyntoken.data import mini, stateless
 
 MINI = "fashion_mnist_mini"
 PAD = {"crop": "pad", "pad_mode": "reflect"}
@@ -113,7 +113,7 @@ def test_evaluation_counts_exactly(batch, processes):
 
 
 def test_evaluation_keeps_order_and_pixels():
-    with np.load(data.mini.DATA, allow_pickle=False) as stored:
+    with np.load(mini.DATA, allow_pickle=False) as stored:
         images = np.concatenate([b["image"] for b in data.eval_batches(MINI, batch=200)])
         np.testing.assert_array_equal(images, stored["test_images"])
 
@@ -122,7 +122,7 @@ def test_evaluation_of_several_splits():
     batches = list(data.eval_batches(MINI, split=("test[:30]", "train[:10]+train[-5:]"), batch=16))
     labels = np.concatenate([b["label"] for b in batches])
     assert sum(b["mask"].sum() for b in batches) == 45 and len(batches) == 3
-    with np.load(data.mini.DATA, allow_pickle=False) as stored:
+    with np.load(mini.DATA, allow_pickle=False) as stored:
         train, test = stored["train_labels"], stored["test_labels"]
     np.testing.assert_array_equal(labels[:45], np.concatenate([test[:30], train[:10], train[-5:]]))
 
@@ -174,3 +174,37 @@ def test_bad_evaluation_requests():
         data.eval_batches(MINI, batch=8, crop_pct=1.5)
     with pytest.raises(data.DataError, match="interpolation"):
         data.eval_batches(MINI, batch=8, interpolation="lanczos")
+
+
+REPEATED = {"batch": 48, "seed": 2, "shards": 4, "augment": {"crop": "pad", "pad": 3, "repeats": 3}}
+
+
+def test_repeated_augmentation_shows_each_image_three_times():
+    options = {"num_classes": 1000, "train": 200, "image_size": 16}  # the label names the image
+    batches = take(data.train_batches("fake", **REPEATED, **options), 8)  # 4 steps per epoch
+    epochs = [np.stack([b["label"] for b in batches[i : i + 4]]) for i in (0, 4)]
+    for epoch in epochs:
+        images, counts = np.unique(epoch, return_counts=True)
+        assert len(images) == 64 and (counts == 3).all()  # 192 rows
+    assert set(epochs[0].ravel()) != set(epochs[1].ravel())
+    shards = epochs[0].reshape(4, 4, 12)  # step, shard, row
+    for image in np.unique(epochs[0]):
+        step, shard, _ = np.nonzero(shards == image)
+        assert len(set(shard)) == 3 and len(set(step)) == 1
+    pairs = epochs[0].reshape(4, 24, 2)
+    assert (pairs[..., 0] != pairs[..., 1]).all()  # mixup never meets the same image
+    views = batches[0]["image"][batches[0]["label"] == batches[0]["label"][0]]
+    assert len({v.tobytes() for v in views}) == 3
+
+
+def test_repeated_augmentation_resumes_and_is_the_same_on_any_topology():
+    request = {**REPEATED, "split": "train[:200]"}
+    whole = take(data.train_batches(MINI, **request), 6)
+    for step, batch in enumerate(take(data.train_batches(MINI, start_step=3, **request), 3), 3):
+        assert_same(batch, whole[step])
+    parts = [take(data.train_batches(MINI, process=(p, 4), **request), 6) for p in range(4)]
+    for step, batch in enumerate(whole):
+        rows = [part[step] for part in parts]
+        assert_same({key: np.concatenate([r[key] for r in rows]) for key in batch}, batch)
+    with pytest.raises(data.DataError, match="repeats=3 needs as many data shards, not 2"):
+        data.train_batches(MINI, **{**request, "shards": 2})

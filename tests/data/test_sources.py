@@ -180,5 +180,11 @@ except data.MissingDataError as error:
     assert "tfds build" in str(error) and "dyntoken[data]" in str(error), error
 else:
     raise AssertionError
+try:
+    data.train_batches("fake", batch=8, seed=0, augment={{"rand_augment": "rand-m9-mstd0.5-inc1"}})
+except data.MissingDataError as error:
+    assert str(error) == 'TensorFlow is not installed: pip install "dyntoken[data]"', error
+else:
+    raise AssertionError
 """
     subprocess.run([sys.executable, "-c", script], check=True)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dyntoken import data
-from dyntoken.data import prepare_fashion_mnist, resample, stateless, tfds_source
+from dyntoken.data import mini, prepare_fashion_mnist, resample, stateless, tfds_source
 from dyntoken.data.augment import AugmentOptions, random_boxes
 
 pytest.importorskip("tensorflow")
@@ -37,7 +37,7 @@ def fashion(tmp_path_factory):
     """A slice of the embedded images, through idx files, in TFDS layout."""
     idx_dir, data_dir = tmp_path_factory.mktemp("idx"), tmp_path_factory.mktemp("tfds")
     arrays = {}
-    with np.load(data.mini.DATA, allow_pickle=False) as stored:
+    with np.load(mini.DATA, allow_pickle=False) as stored:
         for split, prefix, count in (("train", "train", TRAIN), ("test", "t10k", TEST)):
             images, labels = stored[f"{split}_images"][:count], stored[f"{split}_labels"][:count]
             write_idx(idx_dir / f"{prefix}-images-idx3-ubyte.gz", images[..., 0])
@@ -154,6 +154,19 @@ def test_streamed_resume_and_processes(photos):
     assert_same({key: np.concatenate([r[key] for r in rows]) for key in rows[0]}, whole[1])
     other = next(data.train_batches("photos", **{**request, "seed": 6}))
     assert (other["image"] != whole[0]["image"]).any() and (other["label"] != whole[0]["label"]).any()
+
+
+def test_streamed_repeats_through_the_shuffle_buffer(photos):
+    request = {"batch": 12, "shards": 3, "seed": 1, "size": 16, "data_dir": photos, "augment": {"repeats": 3}}
+    whole = take(data.train_batches("photos", **request), 7)  # one epoch: 28 slots of each shard
+    labels = np.stack([b["label"] for b in whole])
+    images, counts = np.unique(labels, return_counts=True)
+    assert len(images) == 30 and sorted(counts) == [1] * 3 + [3] * 27
+    shards = labels.reshape(7, 3, 4)
+    for image in images[counts == 3]:
+        assert set(np.nonzero(shards == image)[1]) == {0, 1, 2}
+    (resumed,) = take(data.train_batches("photos", start_step=4, **request), 1)
+    assert_same(resumed, whole[4])
 
 
 def test_streamed_evaluation_pads_empty_shards(photos):

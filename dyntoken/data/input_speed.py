@@ -1,0 +1,154 @@
+"""How fast training images are made, against decoding alone.
+
+The images are JPEGs of ImageNet's usual shape (500 x 375), made from the
+photographs that scikit-image and scikit-learn ship.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import itertools
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dyntoken.data.augment import AugmentOptions
+from dyntoken.data.cards import IMAGENET_MEAN, IMAGENET_STD
+from dyntoken.data.errors import MissingDataError
+from dyntoken.data.plan import DataInfo, Part, TrainPlan
+from dyntoken.data.stream import StreamSource
+from dyntoken.data.tf_image import eval_image
+from dyntoken.data.tf_import import tensorflow
+
+PHOTOGRAPHS = {
+    "skimage": ("data/astronaut.png", "data/chelsea.png", "data/coffee.png", "data/rocket.jpg"),
+    "sklearn": ("datasets/images/china.jpg", "datasets/images/flower.jpg"),
+}
+SHAPE, QUALITY = (375, 500), 95
+
+
+@dataclasses.dataclass(frozen=True)
+class InputSpeed:
+    """What `measure` returns.
+
+    Attributes:
+      decode, full: images per second of decoding alone and of the whole input.
+      ratio: full / decode, the median over the rounds.
+      cpu_ratio: the same of images per second of processor time, which other
+        programs on the machine hardly change.
+      kilobytes: mean size of a JPEG.
+    """
+
+    decode: float
+    full: float
+    ratio: float
+    cpu_ratio: float
+    kilobytes: float
+
+
+def photographs() -> list[bytes]:
+    """The JPEGs, 375 pixels high and 500 wide.
+
+    Raises:
+      MissingDataError: scikit-image or scikit-learn is not installed.
+    """
+    tf = tensorflow()
+    encoded = []
+    for package, files in PHOTOGRAPHS.items():
+        found = importlib.util.find_spec(package)
+        if found is None:
+            raise MissingDataError(
+                "the photographs are those of scikit-image and scikit-learn: pip install scikit-image scikit-learn"
+            )
+        for file in files:
+            content = (Path(found.submodule_search_locations[0]) / file).read_bytes()
+            image = eval_image(tf.constant(content), SHAPE, 3, 1.0, "bicubic")
+            encoded.append(tf.io.encode_jpeg(image, quality=QUALITY).numpy())
+    return encoded
+
+
+class _Repeated:
+    """`stream.Records` of a few JPEGs in memory, over and over."""
+
+    buffer = 0
+
+    def __init__(self, images: Sequence[bytes]):
+        self._images = list(images)
+
+    def rows(self, parts: Sequence[Part], key: tuple[int, ...] | None) -> Any:
+        tf = tensorflow()
+        count = sum(stop - start for _, start, stop in parts)
+        images = tf.data.Dataset.from_tensor_slices(self._images).repeat().take(count)
+        return images.map(lambda data: (data, 0, ""))
+
+    def load(self, pointer: Any) -> Any:
+        return pointer
+
+
+def _rates(run: Callable[[], int]) -> tuple[float, float]:
+    wall, cpu = time.perf_counter(), time.process_time()
+    count = run()
+    return count / (time.perf_counter() - wall), count / (time.process_time() - cpu)
+
+
+def measure(
+    augment: Mapping[str, Any] | AugmentOptions,
+    *,
+    size: int = 224,
+    batch: int = 64,
+    steps: int = 8,
+    rounds: int = 3,
+) -> InputSpeed:
+    """Times decoding alone and the whole input in turn, on all cores that TensorFlow uses.
+
+    Decoding alone is tf.data mapping `decode_jpeg` over the encoded images. The
+    whole input is what `train_batches` does with a streamed set: guarded decoding
+    of the crop, resizing, flip, the distortions, batching. Random erasing and
+    mixup run on the device and are not part of it. Starting up is not timed.
+
+    Args:
+      augment: `AugmentOptions` or its fields.
+      size: pixels of the result.
+      batch: images per batch.
+      steps: batches per round.
+      rounds: repetitions, of which the median ratio counts.
+    """
+    tf = tensorflow()
+    images = photographs()
+    count = batch * (steps + 1)
+    info = DataInfo("photographs", 2, None, {"train": 10 * rounds * count}, IMAGENET_MEAN, IMAGENET_STD)
+    plan = TrainPlan(
+        parts=(("train", 0, info.splits["train"]),),
+        batch=batch,
+        size=(size, size),
+        seed=0,
+        start_step=0,
+        shards=8,
+        process=(0, 1),
+        augment=AugmentOptions.of(augment),
+    )
+    batches = StreamSource(_Repeated(images), info).train(plan)
+    decode = tf.data.Dataset.from_tensor_slices(images).repeat().take(batch * steps)
+    decode = decode.map(
+        lambda data: tf.shape(tf.image.decode_jpeg(data, channels=3, dct_method="INTEGER_ACCURATE"))[0],
+        num_parallel_calls=tf.data.AUTOTUNE,
+    )
+
+    def decode_once() -> int:
+        return sum(1 for _ in decode.batch(batch)) * batch
+
+    def full_once() -> int:
+        return sum(len(b["label"]) for b in itertools.islice(batches, steps))
+
+    decode_once(), full_once()
+    rows = [(_rates(decode_once), _rates(full_once)) for _ in range(rounds)]
+    middle = rounds // 2
+    return InputSpeed(
+        decode=sorted(d[0] for d, _ in rows)[middle],
+        full=sorted(f[0] for _, f in rows)[middle],
+        ratio=sorted(f[0] / d[0] for d, f in rows)[middle],
+        cpu_ratio=sorted(f[1] / d[1] for d, f in rows)[middle],
+        kilobytes=sum(map(len, images)) / len(images) / 1000,
+    )
