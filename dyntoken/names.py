@@ -53,6 +53,12 @@ T2T = {  # width, depth, heads, mlp_ratio; yitu-opensource/T2T-ViT
     "19": (448, 19, 7, 3.0),
     "24": (512, 24, 8, 3.0),
 }
+LVVIT = {  # width, depth, heads, skip_lam, channels of the stem; zihangJiang/TokenLabeling
+    "t": (240, 12, 4, 1.0, 64),
+    "s": (384, 16, 6, 2.0, 64),
+    "m": (512, 20, 8, 2.0, 64),
+    "l": (768, 24, 12, 3.0, 128),
+}
 
 
 def _vit(found: re.Match[str]) -> Arch:
@@ -77,6 +83,11 @@ def _t2t(found: re.Match[str]) -> Arch:
     return Arch("t2t", {**fields, "tokens_type": kind, "img_size": 224, "in_chans": 3})
 
 
+def _lvvit(found: re.Match[str]) -> Arch:
+    fields = dict(zip(("width", "depth", "heads", "skip_lam", "stem_width"), LVVIT[found[1]], strict=True))
+    return Arch("lvvit", {**fields, "aux_weight": 0.5, "img_size": 224, "in_chans": 3})
+
+
 FAMILIES = (
     Family(
         rf"(?:deit|vit)_({'|'.join(VIT)})(_distilled)?(?:_patch(\d+)_(\d+))?",
@@ -96,6 +107,7 @@ FAMILIES = (
         _t2t,
         tuple(f"t2t_vit_{n}" for n in (*T2T, "t_14", "t_19", "t_24")),
     ),
+    Family(rf"lvvit_({'|'.join(LVVIT)})", _lvvit, tuple(f"lvvit_{size}" for size in LVVIT)),
 )
 CASCADE = "dvt"  # prefix of a cascade over any of these
 CASCADES = (*(f"deit_{s}" for s in ("tiny", "small", "base")), *(f"t2t_vit_{n}" for n in T2T))

@@ -7,8 +7,9 @@ carries no gradient, so that it can be summed over devices before the backward
 pass. Where nothing counts, sum and count are 0 and every gradient is finite.
 
 `batch` is a dict: `"target"` `[B, K]` soft targets, `"mask"` `[B]` weight of
-each row (0 for padding; all ones if absent), and for distillation `"teacher"`,
-the `Output` of the frozen teacher on the same images.
+each row (0 for padding; all ones if absent), for distillation `"teacher"`,
+the `Output` of the frozen teacher on the same images, and optionally `"dense"`
+`[B, N, K]`, labels of the patches (`token_label`).
 
 A list of losses is written as `(name, options)` pairs, or as a mapping, where
 `options` may hold `weight` (default 1). `"ce#small"` is the loss `ce` under
@@ -36,6 +37,8 @@ LOSSES = Table(
         "keep_ratio": "dyntoken.losses.ratio:keep_ratio",
         "logit_kl": "dyntoken.losses.distill:logit_kl",
         "token_distill": "dyntoken.losses.distill:token_distill",
+        "dense_distill": "dyntoken.losses.distill:dense_distill",
+        "token_label": "dyntoken.losses.token_label:token_label",
     },
 )
 
@@ -86,10 +89,10 @@ def weights(specs: Specs) -> dict[str, float]:
 
 
 def needs(specs: Specs) -> frozenset[str]:
-    """What the losses want beside logits: a subset of {"teacher", "features"}.
+    """What the losses want beside logits: a subset of {"teacher", "features", "dense"}.
 
     `"teacher"`: `batch["teacher"]`. `"features"`: `Output.tokens` of student
-    and teacher, i.e. `record=("features",)`.
+    and teacher, i.e. `record=("features",)`; `"dense"`: `Output.dense` likewise.
     """
     return frozenset().union(*(getattr(LOSSES[spec.name], "needs", ()) for spec in parse(specs)))
 

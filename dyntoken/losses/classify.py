@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dyntoken.losses.common import blank, row_mask
+from dyntoken.losses.common import blank, mixed_target, row_mask
 from dyntoken.types import Array, Output
 
 
@@ -16,7 +16,9 @@ def ce(output: Output, batch: Mapping[str, Any]) -> tuple[Array, Array]:
     """Soft-target cross entropy in nats, `-sum_k target_k log softmax(logits)_k`.
 
     A distilled model pays the mean of the losses of its two heads (not the
-    loss of the mean logits), as DeiT trains it (facebookresearch/deit).
+    loss of the mean logits), as DeiT trains it (facebookresearch/deit). Where
+    MixToken swapped tokens, the target is mixed with that of the partner row by
+    their share (zihangJiang/TokenLabeling).
 
     Args:
       output: `logits` `[B, K]`, or `heads` `[2, B, K]`.
@@ -34,6 +36,7 @@ def ce(output: Output, batch: Mapping[str, Any]) -> tuple[Array, Array]:
             f"targets of shape {target.shape} do not fit logits of shape {output.logits.shape}: "
             "soft targets are [batch, num_classes]"
         )
+    target = mixed_target(target, output.mixed)
     mask = row_mask(batch, target.shape[0])
     heads = (output.logits,) if output.heads is None else tuple(output.heads)
     rows = sum(-jnp.sum(target * jax.nn.log_softmax(blank(head, mask), axis=-1), axis=-1) for head in heads)

@@ -35,6 +35,7 @@ __all__ = [
 FORMAT = "dyntoken"
 # Parameters that a dense checkpoint cannot have; they start fresh without a warning.
 NEW = ("/reducer_",)
+HEADS = ("head/", "aux_head/")  # classifiers
 _log = logging.getLogger(__name__)
 
 
@@ -111,7 +112,7 @@ def load_weights(
     key_map = _own_keys(shapes) if bundle.own else keys.key_map(shapes, family_of(model))
     found, unexpected = _sort(bundle, key_map)
     if head == "reset":
-        found = {path: value for path, value in found.items() if not path.startswith("head/")}
+        found = {path: value for path, value in found.items() if not path.startswith(HEADS)}
     _check_kinship(found, shapes, bundle.origin)
     missing = tuple(path for path in shapes if path not in found)
     fresh = functools.cache(lambda: _initialised(model, seed))
@@ -281,7 +282,7 @@ def _check_kinship(
     found: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]], origin: str
 ) -> None:
     """Refuses weights that have little to do with the model."""
-    own = [path for path in shapes if not any(part in path for part in NEW) and not path.startswith("head/")]
+    own = [path for path in shapes if not any(part in path for part in NEW) and not path.startswith(HEADS)]
     matched = sum(path in found for path in own)
     if matched * 2 < len(own):
         raise WeightsError(

@@ -47,6 +47,7 @@ T2T_RULES = (
     (r"^backbone/tokens_to_token/", r"tokens_to_token/"),
     *VIT_RULES,
 )
+LVVIT_RULES = ((r"^backbone/patch_embed/", r"patch_embed/"), (r"^aux_head/", r"aux_head/"), *VIT_RULES)
 # Other spellings of a reference key that some published files use.
 VIT_ALIASES = (
     (r"^blocks\.(\d+)\.gamma_([12])$", r"blocks.\1.ls\2.gamma"),  # DeiT-III
@@ -61,9 +62,11 @@ DVT_REUSE = (
     (r"^relation/fc2/", r"relation_reuse_conv/2/"),
 )
 
-RULES = Table("weight family", {"vit": (VIT_RULES, VIT_ALIASES), "t2t": (T2T_RULES, ())})
+RULES = Table(
+    "weight family", {"vit": (VIT_RULES, VIT_ALIASES), "t2t": (T2T_RULES, ()), "lvvit": (LVVIT_RULES, ())}
+)
 # Backbone class -> row of RULES.
-FAMILIES = {"ViT": "vit", "T2T": "t2t"}
+FAMILIES = {"ViT": "vit", "T2T": "t2t", "LVViT": "lvvit"}
 
 
 @dataclasses.dataclass(frozen=True)
