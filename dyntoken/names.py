@@ -59,6 +59,10 @@ LVVIT = {  # width, depth, heads, skip_lam, channels of the stem; zihangJiang/To
     "m": (512, 20, 8, 2.0, 64),
     "l": (768, 24, 12, 3.0, 128),
 }
+PSVIT = {  # width, blocks after the sampling, heads, channels after the first bottleneck; yuexy/PS-ViT
+    "ti": (192, 8, 3, 192),
+    "b": (384, 10, 6, 256),
+}
 
 
 def _vit(found: re.Match[str]) -> Arch:
@@ -88,6 +92,12 @@ def _lvvit(found: re.Match[str]) -> Arch:
     return Arch("lvvit", {**fields, "aux_weight": 0.5, "img_size": 224, "in_chans": 3})
 
 
+def _psvit(found: re.Match[str]) -> Arch:
+    width, depth, heads, middle = PSVIT[found[1]]
+    fields = {"width": width, "depth": depth, "heads": heads, "points": int(found[2])}
+    return Arch("psvit", {**fields, "stem_channels": (64, 64, middle, 64), "img_size": 224, "in_chans": 3})
+
+
 FAMILIES = (
     Family(
         rf"(?:deit|vit)_({'|'.join(VIT)})(_distilled)?(?:_patch(\d+)_(\d+))?",
@@ -108,6 +118,11 @@ FAMILIES = (
         tuple(f"t2t_vit_{n}" for n in (*T2T, "t_14", "t_19", "t_24")),
     ),
     Family(rf"lvvit_({'|'.join(LVVIT)})", _lvvit, tuple(f"lvvit_{size}" for size in LVVIT)),
+    Family(
+        rf"psvit_({'|'.join(PSVIT)})_(\d+)",  # the number: points per side
+        _psvit,
+        ("psvit_ti_14", *(f"psvit_b_{n}" for n in (10, 14, 16, 18))),
+    ),
 )
 CASCADE = "dvt"  # prefix of a cascade over any of these
 CASCADES = (*(f"deit_{s}" for s in ("tiny", "small", "base")), *(f"t2t_vit_{n}" for n in T2T))

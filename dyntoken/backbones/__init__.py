@@ -8,5 +8,6 @@ BACKBONES = Table(
         "vit": "dyntoken.backbones.deit:ViT",
         "t2t": "dyntoken.backbones.t2t:T2T",
         "lvvit": "dyntoken.backbones.lvvit:LVViT",
+        "psvit": "dyntoken.backbones.psvit:PSViT",
     },
 )

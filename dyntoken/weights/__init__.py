@@ -273,6 +273,8 @@ def _sort(bundle: files.Bundle, key_map: keys.KeyMap) -> tuple[dict[str, np.ndar
         entry = key_map.find(key)
         if entry is not None and entry.path not in found:
             found[entry.path] = entry.from_reference(value)
+        elif entry is not None and np.array_equal(entry.from_reference(value), found[entry.path]):
+            continue  # a shared layer, listed once more
         elif not keys.is_buffer(key):
             unexpected.append(key)
     return found, tuple(unexpected)

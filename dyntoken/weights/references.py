@@ -19,6 +19,7 @@ from dyntoken.weights.files import WeightsError
 # Recognised in the repository string, in this order; a composition names two.
 REPOSITORIES = (
     ("lvvit", ("tokenlabeling",)),
+    ("psvit", ("ps-vit",)),
     ("evit+tps", ("evit", "tps")),
     ("evit", ("evit",)),
     ("tps", ("tps",)),
@@ -40,6 +41,7 @@ REFERENCES = Table(
         "lvvit/LV_ViT": "dyntoken.weights.reference_lvvit:lvvit",
         "dynamicvit/LVViTDiffPruning": "dyntoken.weights.reference_lvvit:dynamicvit",
         "dynamicvit/LVViT_Teacher": "dyntoken.weights.reference_lvvit:teacher",
+        "psvit/PSViT": "dyntoken.weights.reference_psvit:psvit",
         "evit/EViT": "dyntoken.weights.reference_vit:evit",
         "evit+tps/EViT": "dyntoken.weights.reference_vit:etps",
         "t2t/T2T_ViT": "dyntoken.weights.reference_t2t:t2t",

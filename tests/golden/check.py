@@ -26,6 +26,7 @@ KINDS = {
     "etps_deit": "evit",
     "t2t_vit": "t2t",
     "lvvit": "lvvit",
+    "psvit": "psvit",
     "dvt_deit": "dvt",
     "dvt_t2t": "dvt",
     "pos_embed_resize": "resize",
