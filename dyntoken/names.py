@@ -16,11 +16,13 @@ class Arch:
       backbone: row of `backbones.BACKBONES`.
       options: fields of that backbone.
       num_classes: default number of classes.
+      crop_pct: share of the resized image that its official evaluation crops.
     """
 
     backbone: str
     options: dict[str, Any]
     num_classes: int = 1000
+    crop_pct: float = 0.875
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,13 +91,15 @@ def _t2t(found: re.Match[str]) -> Arch:
 
 def _lvvit(found: re.Match[str]) -> Arch:
     fields = dict(zip(("width", "depth", "heads", "skip_lam", "stem_width"), LVVIT[found[1]], strict=True))
-    return Arch("lvvit", {**fields, "aux_weight": 0.5, "img_size": 224, "in_chans": 3})
+    options = {**fields, "aux_weight": 0.5, "img_size": 224, "in_chans": 3}
+    return Arch("lvvit", options, crop_pct=0.9 if found[1] in "ts" else 1.0)
 
 
 def _psvit(found: re.Match[str]) -> Arch:
     width, depth, heads, middle = PSVIT[found[1]]
     fields = {"width": width, "depth": depth, "heads": heads, "points": int(found[2])}
-    return Arch("psvit", {**fields, "stem_channels": (64, 64, middle, 64), "img_size": 224, "in_chans": 3})
+    options = {**fields, "stem_channels": (64, 64, middle, 64), "img_size": 224, "in_chans": 3}
+    return Arch("psvit", options, crop_pct=0.9)
 
 
 FAMILIES = (
