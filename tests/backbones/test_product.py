@@ -1,7 +1,7 @@
 """Every method, in both forms, in each isotropic backbone besides DeiT (tests/test_models.py) and T2T.
 
-The default run takes one learnt and one class-attention method, which between them use every kind of
-site, score and fused row; the others are marked slow.
+The default run takes one learnt method (which changes tokens before a block) in LV-ViT and one of class
+attention (inside a block, with a fused row) in PS-ViT; the rest of the product is marked slow.
 """
 
 import functools
@@ -42,7 +42,7 @@ def _variables(name):
     return {**tree, "batch_stats": jax.tree.map(jnp.abs, tree["batch_stats"])}
 
 
-@pytest.mark.parametrize("name", _cases("dtps", "evit"))
+@pytest.mark.parametrize("name", _cases("dtps_lvvit", "evit_psvit"))
 def test_mask_form_chooses_what_gather_chooses(name):
     run = jax.jit(lambda m, v: m.apply(v, IMAGES, record=("features",)), static_argnums=0)
     kept, masked = (run(_model(name, form), _variables(name)) for form in ("gather", "mask"))

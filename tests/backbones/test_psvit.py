@@ -67,17 +67,14 @@ def test_without_class_token_the_mean_is_classified():
 
 
 def test_remat_and_half_precision_build():
-    for options in ({"remat": True, "drop_path": 0.2}, {"dtype": "bfloat16"}):
-        model = _model(**options)
+    model = _model(remat=True, drop_path=0.2, dtype="bfloat16")
 
-        def loss(variables, model=model):
-            rngs = {"dropout": jax.random.key(0)}
-            return model.apply(variables, IMAGES, train=True, rngs=rngs, mutable=["batch_stats"])[
-                0
-            ].logits.sum()
+    def loss(variables):
+        rngs = {"dropout": jax.random.key(0)}
+        return model.apply(variables, IMAGES, train=True, rngs=rngs, mutable=["batch_stats"])[0].logits.sum()
 
-        grads = jax.eval_shape(jax.grad(loss), _variables())
-        assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(grads))
+    grads = jax.eval_shape(jax.grad(loss), _variables())
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(grads))
 
 
 def test_stochastic_depth_grows_over_sampling_and_trunk():
