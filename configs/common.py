@@ -164,6 +164,17 @@ def demo(c):
     }
 
 
+def demo_from_scratch(c, losses=("ce", "keep_ratio"), **model):
+    """`demo` for a backbone that ships no trained weights: a small model of its kind, 8 epochs."""
+    name, kept = c.model.name, {key: spec for key, spec in c.losses.items() if key in losses}
+    demo(c)
+    c.model = ml_collections.ConfigDict({"name": name, **model})
+    c.init.path = ""
+    c.losses = kept
+    c.epochs = 8.0
+    c.optim.update({"lr": 1.5e-3, "warmup_epochs": 0.3, "backbone_lr_scale": 1.0})
+
+
 def tiny(c, **model):
     """Made images and a toy model: two steps, to see that everything fits.
 

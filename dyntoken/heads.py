@@ -54,3 +54,17 @@ class ClassHead(nn.Module):
         weight = tokens.alive.astype(tokens.x.dtype)[..., None]
         total = weight.sum(axis=1)
         return (tokens.patches * weight).sum(axis=1) / jnp.where(total > 0, total, 1.0)
+
+
+def with_dense(logits: Array, dense: Array, alive: Array | None, weight: float) -> Array:
+    """`logits [B, K]` plus `weight` times the largest of each class over the tokens alive.
+
+    Args:
+      dense: `[B, N, K]` logits of the patch rows.
+      alive: `[B, N]`, or None for all; a row with none alive adds nothing.
+    """
+    if alive is None:
+        return logits + weight * dense.max(axis=1)
+    there = alive > 0.5
+    best = jnp.where(there[..., None], dense, jnp.finfo(dense.dtype).min).max(axis=1)
+    return logits + weight * jnp.where(there.any(axis=1, keepdims=True), best, 0.0)

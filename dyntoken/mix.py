@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from dyntoken.ops import mixing
 from dyntoken.types import Array
 
 _ERASE = 1  # what the step's key is folded with for erasing
@@ -111,8 +112,8 @@ def mix(
         )
     weight, lam = draw(key, images.shape[1:3], mixup=mixup, cutmix=cutmix, prob=prob, switch_prob=switch_prob)
     own = weight[None, :, :, None]
-    mixed = images.astype(jnp.float32) * own + _partner(images).astype(jnp.float32) * (1.0 - own)
-    return mixed.astype(images.dtype), targets * lam + _partner(targets) * (1.0 - lam)
+    mixed = images.astype(jnp.float32) * own + mixing.partner(images).astype(jnp.float32) * (1.0 - own)
+    return mixed.astype(images.dtype), targets * lam + mixing.partner(targets) * (1.0 - lam)
 
 
 def random_erase(
@@ -227,8 +228,8 @@ def draw(
     cut = jax.random.uniform(k_switch) < share
     alpha = jnp.where(cut, jnp.float32(cutmix), jnp.float32(mixup))
     lam = _symmetric_beta(k_beta, alpha)
-    rows = _span(k_row, height, lam)
-    columns = _span(k_column, width, lam)
+    rows = mixing.span(k_row, height, lam)
+    columns = mixing.span(k_column, width, lam)
     box = (rows[:, None] & columns[None, :]).astype(jnp.float32)
     weight = jnp.where(cut, 1.0 - box, lam)
     lam = jnp.where(cut, 1.0 - jnp.sum(rows) * jnp.sum(columns) / (height * width), lam)
@@ -248,17 +249,3 @@ def _symmetric_beta(key: Array, alpha: Array) -> Array:
     cosine, rest = jnp.cos(2 * jnp.pi * v), -jnp.expm1(log_q)
     share = cosine * jnp.sqrt(rest / (jnp.exp(log_q) + rest * cosine**2))
     return jnp.clip(0.5 + 0.5 * share, 0.0, 1.0)  # rounding may step outside
-
-
-def _span(key: Array, length: int, lam: Array) -> Array:
-    """`[length]` bool: the box along one axis, around a uniform centre."""
-    half = jnp.floor(length * jnp.sqrt(1.0 - lam)).astype(jnp.int32) // 2
-    centre = jax.random.randint(key, (), 0, length)
-    cell = jnp.arange(length, dtype=jnp.int32)
-    return (cell >= centre - half) & (cell < centre + half)
-
-
-def _partner(x: Array) -> Array:
-    """Swaps rows 2i and 2i + 1."""
-    pairs = x.reshape(x.shape[0] // 2, 2, *x.shape[1:])
-    return pairs[:, ::-1].reshape(x.shape)

@@ -14,17 +14,18 @@ import jax.numpy as jnp
 from dyntoken import names, reducers
 from dyntoken.backbones import BACKBONES
 from dyntoken.cascade import Cascade, checks
-from dyntoken.heads import ClassHead
+from dyntoken.heads import ClassHead, with_dense
 from dyntoken.multiexit import MultiExit, default_exits
-from dyntoken.nn import draws
+from dyntoken.nn import draws, layers
 from dyntoken.nn.trunk import Context, Site, Spec
 from dyntoken.reducers.sites import make_sites
 from dyntoken.registry import UnknownNameError, check_options, suggest
 from dyntoken.types import Output
 
 Array = jax.Array
-RECORDS = ("features", "embed", "blocks", "stages")
+RECORDS = ("features", "dense", "embed", "blocks", "stages")
 OF_SITES = {"keep", "at", "form"}  # keywords that say where and how much a method reduces
+DENSE = {"aux_weight", "mix_token"}  # fields that only a model with an auxiliary head can honour
 
 
 class Model(nn.Module):
@@ -83,6 +84,13 @@ class Model(nn.Module):
         self.body = self.backbone(sites=self.sites(), name="backbone")
         distilled = dict(self.backbone.options).get("distilled", False)
         self.head = ClassHead(self.num_classes, self.pool, distilled, self.representation_size)
+        if self.aux_weight is not None:
+            self.aux_head = layers.dense(self.num_classes)
+
+    @property
+    def aux_weight(self) -> float | None:
+        """Share of LV-ViT's auxiliary head in the evaluation logits; None without one."""
+        return getattr(self.plain(), "aux_weight", None) if self.num_classes else None
 
     def __call__(
         self,
@@ -103,13 +111,17 @@ class Model(nn.Module):
             default the position in this batch.
           noise: per site `[B, n, 2]`, replaces the Gumbel draws.
           decisions: per site `[B, n]` 0/1, replaces the site's own choice.
-          record: "features" (final tokens), "embed" (rows entering block 0),
-            "blocks" (rows after each block), "stages" (rows before and after
-            each site).
+          record: "features" (final tokens), "dense" (`Output.dense`: LV-ViT's
+            auxiliary logits), "embed" (rows entering block 0), "blocks" (rows
+            after each block), "stages" (rows before and after each site).
         """
         for what in record:
             if what not in RECORDS:
                 raise UnknownNameError(f"unknown record {what!r}: {suggest(what, RECORDS)}")
+        if "dense" in record and self.aux_weight is None:
+            raise ValueError(
+                f"{self.arch} has no auxiliary head to record 'dense' from: LV-ViT has, unless aux_weight is None"
+            )
         for what, given in (("noise", noise), ("decisions", decisions)):
             if given is not None and len(given) != len(self.at):
                 raise ValueError(f"{what} has {len(given)} entries for {len(self.at)} sites")
@@ -124,8 +136,19 @@ class Model(nn.Module):
         )
         tokens, reductions, records = self.body(images, context)
         logits, heads = self.head(tokens)
-        kept = tokens if "features" in record else None
-        return Output(logits=logits, heads=heads, reductions=reductions, tokens=kept, records=records)
+        dense = None
+        if self.aux_weight is not None and ("dense" in record or not train):
+            dense = self.aux_head(tokens.patches.astype(jnp.float32))
+            logits = logits if train else with_dense(logits, dense, tokens.alive, self.aux_weight)
+        return Output(
+            logits=logits,
+            heads=heads,
+            reductions=reductions,
+            tokens=tokens if "features" in record else None,
+            records=records,
+            dense=dense if "dense" in record else None,
+            mixed=tokens.mixed,
+        )
 
 
 def list_models(pattern: str = "*") -> list[str]:
@@ -217,6 +240,11 @@ def _cascade(
     """A cascade of one backbone; the exits' token grids stand in for its patches."""
     arch = names.parse(arch_name)
     patches = {"tokens", "patch_size"}
+    if "tokens" not in of_backbone:
+        raise ValueError(
+            f"{name}: a cascade needs a backbone whose token grid can be chosen; those of "
+            f"{', '.join(names.CASCADES[:2])}, ... and {names.CASCADES[-1]} can, {arch_name} cannot"
+        )
     of_method = _of_method(method)
     of_reduced = OF_SITES | {"dropped"}
     of_cascade = _fields(Cascade) - {"arch", "backbone", "reducer", "method_options"}
@@ -239,8 +267,10 @@ def _multiexit(name: str, arch_name: str, overrides: dict[str, Any], of_backbone
     """A dense backbone with a classifier after some of its blocks."""
     arch = names.parse(arch_name)
     of_exits = _fields(MultiExit) - {"arch", "backbone"}
+    of_backbone = of_backbone - DENSE  # its exits have class heads only
     check_options(name, overrides, of_backbone | of_exits)
-    backbone = _backbone(arch, arch.options, overrides, of_backbone)
+    options = {k: v for k, v in arch.options.items() if k not in DENSE}
+    backbone = _backbone(arch, options, overrides, of_backbone)
     fields = {k: _static(v) for k, v in overrides.items() if k in of_exits}
     fields.setdefault("num_classes", arch.num_classes)
     fields.setdefault("exits", default_exits(backbone(parent=None).depth))

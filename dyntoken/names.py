@@ -16,11 +16,13 @@ class Arch:
       backbone: row of `backbones.BACKBONES`.
       options: fields of that backbone.
       num_classes: default number of classes.
+      crop_pct: share of the resized image that its official evaluation crops.
     """
 
     backbone: str
     options: dict[str, Any]
     num_classes: int = 1000
+    crop_pct: float = 0.875
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +55,16 @@ T2T = {  # width, depth, heads, mlp_ratio; yitu-opensource/T2T-ViT
     "19": (448, 19, 7, 3.0),
     "24": (512, 24, 8, 3.0),
 }
+LVVIT = {  # width, depth, heads, skip_lam, channels of the stem; zihangJiang/TokenLabeling
+    "t": (240, 12, 4, 1.0, 64),
+    "s": (384, 16, 6, 2.0, 64),
+    "m": (512, 20, 8, 2.0, 64),
+    "l": (768, 24, 12, 3.0, 128),
+}
+PSVIT = {  # width, blocks after the sampling, heads, channels after the first bottleneck; yuexy/PS-ViT
+    "ti": (192, 8, 3, 192),
+    "b": (384, 10, 6, 256),
+}
 
 
 def _vit(found: re.Match[str]) -> Arch:
@@ -77,6 +89,19 @@ def _t2t(found: re.Match[str]) -> Arch:
     return Arch("t2t", {**fields, "tokens_type": kind, "img_size": 224, "in_chans": 3})
 
 
+def _lvvit(found: re.Match[str]) -> Arch:
+    fields = dict(zip(("width", "depth", "heads", "skip_lam", "stem_width"), LVVIT[found[1]], strict=True))
+    options = {**fields, "aux_weight": 0.5, "img_size": 224, "in_chans": 3}
+    return Arch("lvvit", options, crop_pct=0.9 if found[1] in "ts" else 1.0)
+
+
+def _psvit(found: re.Match[str]) -> Arch:
+    width, depth, heads, middle = PSVIT[found[1]]
+    fields = {"width": width, "depth": depth, "heads": heads, "points": int(found[2])}
+    options = {**fields, "stem_channels": (64, 64, middle, 64), "img_size": 224, "in_chans": 3}
+    return Arch("psvit", options, crop_pct=0.9)
+
+
 FAMILIES = (
     Family(
         rf"(?:deit|vit)_({'|'.join(VIT)})(_distilled)?(?:_patch(\d+)_(\d+))?",
@@ -95,6 +120,12 @@ FAMILIES = (
         rf"t2t_vit_(t_)?({'|'.join(T2T)})",
         _t2t,
         tuple(f"t2t_vit_{n}" for n in (*T2T, "t_14", "t_19", "t_24")),
+    ),
+    Family(rf"lvvit_({'|'.join(LVVIT)})", _lvvit, tuple(f"lvvit_{size}" for size in LVVIT)),
+    Family(
+        rf"psvit_({'|'.join(PSVIT)})_(\d+)",  # the number: points per side
+        _psvit,
+        ("psvit_ti_14", *(f"psvit_b_{n}" for n in (10, 14, 16, 18))),
     ),
 )
 CASCADE = "dvt"  # prefix of a cascade over any of these

@@ -32,6 +32,8 @@ class Tokens:
       size: `[B, N]` float32, number of original patches a row stands for.
       prefix: number of leading rows that are no patches.
       grid: (rows, columns) of the first patch grid.
+      mixed: `[B, N0]` bool, cells whose content MixToken took from the row's
+        partner (`ops.mixing`); None where nothing was mixed.
     """
 
     x: Array
@@ -41,6 +43,7 @@ class Tokens:
     size: Array
     prefix: int = flax.struct.field(pytree_node=False)
     grid: tuple[int, int] = flax.struct.field(pytree_node=False)
+    mixed: Array | None = None
 
     @classmethod
     def start(cls, x: Array, *, prefix: int = 1, grid: tuple[int, int] | None = None) -> Tokens:
@@ -169,6 +172,10 @@ class Output:
       tokens: the final, normalised `Tokens` (of a cascade: one per exit); None
         unless `record=("features",)` was asked for.
       records: further arrays asked for by `record`, by name.
+      dense: `[B, N, classes]` float32, auxiliary logits of the final patch rows;
+        None unless `record=("dense",)` was asked for.
+      mixed: `[B, N0]` bool, see `Tokens.mixed`: the part of each image whose
+        target is that of the partner row; None where nothing was mixed.
     """
 
     logits: Array
@@ -176,3 +183,5 @@ class Output:
     reductions: tuple[Reduction, ...] = ()
     tokens: Tokens | tuple[Tokens, ...] | None = None
     records: dict[str, Any] = flax.struct.field(default_factory=dict)
+    dense: Array | None = None
+    mixed: Array | None = None

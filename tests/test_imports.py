@@ -30,7 +30,7 @@ ALLOWED = {
     "schedules": {"registry"},
     "optim": BASE | {"ops", "schedules"},
     "data": {"registry"},
-    "preprocessing": {"data", "mix", "models"},
+    "preprocessing": {"data", "mix", "models", "names"},
     "analysis": CORE,
     "eval": CORE | {"losses", "weights", "data", "analysis", "mix"},
     "train": CORE | {"losses", "weights", "data", "analysis", "mix", "optim", "schedules", "eval"},

@@ -15,7 +15,10 @@ from dyntoken import config as recipes
 from dyntoken import main
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-RECIPES = ("deit", "dynamicvit_deit", "tps_deit", "evit_deit")
+RECIPES = (
+    *("deit", "dynamicvit_deit", "tps_deit", "evit_deit"),
+    *("lvvit", "dynamicvit_lvvit", "tps_lvvit", "tps_psvit"),
+)
 CASCADES = ("dvt_deit", "dvt_t2t", "dvt_cifar")
 
 
@@ -115,9 +118,8 @@ def test_every_recipe_builds(recipe, argument):
 
     plan = train.build(recipes.load(f"configs/{recipe}.py{argument}"))
     assert plan.total_steps > 0
-    assert plan.model.method == {"deit": None, "dynamicvit_deit": "dynamicvit", "tps_deit": "dtps"}.get(
-        recipe, "evit"
-    )
+    first = recipe.partition("_")[0]
+    assert plan.model.method == {"dynamicvit": "dynamicvit", "tps": "dtps", "evit": "evit"}.get(first)
 
 
 @pytest.mark.parametrize("argument", ["", "demo", "tiny", "exits=5-11,distill=1"])

@@ -2,4 +2,12 @@
 
 from dyntoken.registry import Table
 
-BACKBONES = Table("backbone", {"vit": "dyntoken.backbones.deit:ViT", "t2t": "dyntoken.backbones.t2t:T2T"})
+BACKBONES = Table(
+    "backbone",
+    {
+        "vit": "dyntoken.backbones.deit:ViT",
+        "t2t": "dyntoken.backbones.t2t:T2T",
+        "lvvit": "dyntoken.backbones.lvvit:LVViT",
+        "psvit": "dyntoken.backbones.psvit:PSViT",
+    },
+)

@@ -6,6 +6,7 @@ import jax
 
 from dyntoken.backbones.isotropic import Isotropic, pair
 from dyntoken.nn import layers
+from dyntoken.nn.trunk import Context
 
 Array = jax.Array
 STEMS = {"patch": layers.PatchEmbed, "conv": layers.ConvStem}
@@ -79,6 +80,6 @@ class ViT(Isotropic):
         kernel, padding = self.patches
         self.patch_embed = STEMS[self.stem](kernel, self.width, padding, self.dtype)
 
-    def stem_rows(self, images: Array) -> Array:
+    def stem_rows(self, images: Array, context: Context) -> Array:
         """`[B, H, W, Cin]` to `[B, N, width]`."""
         return self.patch_embed(images).reshape(images.shape[0], -1, self.width)

@@ -38,6 +38,7 @@ class Isotropic(nn.Module):
       drop_path_rule: "linear" from 0 (DeiT) or "constant" (TPS).
       layer_scale: initial LayerScale value, None for none.
       norm_eps: LayerNorm epsilon.
+      skip_lam: what the residual branches are divided by.
       context: channels that something outside concatenates before each MLP,
         one number or one per block.
       remat: recompute block halves in the backward pass.
@@ -58,6 +59,7 @@ class Isotropic(nn.Module):
     drop_path_rule: str = "linear"
     layer_scale: float | None = None
     norm_eps: float = 1e-6
+    skip_lam: float = 1.0
     context: int | tuple[int, ...] = 0
     remat: bool = False
     dtype: Any = jnp.float32
@@ -94,12 +96,15 @@ class Isotropic(nn.Module):
         """Builds the modules of the stem."""
         raise NotImplementedError(f"{type(self).__name__} does not build a stem")
 
-    def stem_rows(self, images: Array) -> Array:
+    def stem_rows(self, images: Array, context: Context) -> Array:
         """Images to patch rows `[B, N, width]`."""
         raise NotImplementedError(f"{type(self).__name__} does not run a stem")
 
-    def positions(self) -> Array:
-        """The position embedding `[1, prefix + N, width]`; called once, in `setup`."""
+    def positions(self) -> Array | None:
+        """The position embedding `[1, prefix + N, width]`; called once, in `setup`.
+
+        None: the stem's rows know where they are; nothing is added to them.
+        """
         rows = self.prefix + self.grid[0] * self.grid[1]
         return self.param("pos_embed", layers.trunc_normal(), (1, rows, self.width))
 
@@ -126,6 +131,7 @@ class Isotropic(nn.Module):
             drop_path=linear if self.drop_path_rule == "linear" else self.drop_path,
             layer_scale=self.layer_scale,
             norm_eps=self.norm_eps,
+            skip_lam=self.skip_lam,
             context=self.context if isinstance(self.context, int) else self.context[index],
             dtype=self.dtype,
         )
@@ -138,12 +144,13 @@ class Isotropic(nn.Module):
                 f"this model takes images [B, {size[0]}, {size[1]}, {self.in_chans}], got {images.shape}; "
                 "create_model(..., img_size=, in_chans=) builds it for others"
             )
-        x = self.stem_rows(images.astype(self.dtype))
+        x = self.stem_rows(images.astype(self.dtype), context)
         batch = x.shape[0]
         first = [jnp.broadcast_to(t.astype(x.dtype), (batch, 1, self.width)) for t in self.first]
-        x = jnp.concatenate([*first, x], axis=1) + self.added.astype(x.dtype)
-        # Layer number `depth` keys the draw: no block uses it.
-        x = layers.drop(x, self.dropout, context.dropout, self.depth)
+        x = jnp.concatenate([*first, x], axis=1)
+        if self.added is not None:
+            # Layer number `depth` keys the draw: no block uses it.
+            x = layers.drop(x + self.added.astype(x.dtype), self.dropout, context.dropout, self.depth)
         return Tokens.start(x, prefix=self.prefix, grid=self.grid)
 
     def __call__(

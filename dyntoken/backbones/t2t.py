@@ -12,6 +12,7 @@ import numpy as np
 
 from dyntoken.backbones.isotropic import Isotropic, pair
 from dyntoken.nn import layers
+from dyntoken.nn.trunk import Context
 from dyntoken.ops import attend, unfold
 
 Array = jax.Array
@@ -172,7 +173,7 @@ class T2T(Isotropic):
         options = (self.tokens_type, self.width, *self.split)
         self.tokens_to_token = TokensToToken(*options, self.token_dim, self.dtype)
 
-    def stem_rows(self, images: Array) -> Array:
+    def stem_rows(self, images: Array, context: Context) -> Array:
         """`[B, H, W, Cin]` to `[B, N, width]`."""
         return self.tokens_to_token(images)
 

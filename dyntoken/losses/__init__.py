@@ -12,8 +12,9 @@ exit, `[E]`, with a common count: the loss is then the sum over the exits of
 (blackfeather-wang/Dynamic-Vision-Transformer).
 
 `batch` is a dict: `"target"` `[B, K]` soft targets, `"mask"` `[B]` weight of
-each row (0 for padding; all ones if absent), and for distillation `"teacher"`,
-the `Output` of the frozen teacher on the same images.
+each row (0 for padding; all ones if absent), for distillation `"teacher"`,
+the `Output` of the frozen teacher on the same images, and optionally `"dense"`
+`[B, N, K]`, labels of the patches (`token_label`).
 
 A list of losses is written as `(name, options)` pairs, or as a mapping, where
 `options` may hold `weight` (default 1) and, of a model with exits, `weights` (one
@@ -44,6 +45,8 @@ LOSSES = Table(
         "keep_ratio": "dyntoken.losses.ratio:keep_ratio",
         "logit_kl": "dyntoken.losses.distill:logit_kl",
         "token_distill": "dyntoken.losses.distill:token_distill",
+        "dense_distill": "dyntoken.losses.distill:dense_distill",
+        "token_label": "dyntoken.losses.token_label:token_label",
     },
 )
 
@@ -144,10 +147,10 @@ def weights(specs: Specs) -> dict[str, float]:
 
 
 def needs(specs: Specs) -> frozenset[str]:
-    """What the losses want beside logits: a subset of {"teacher", "features"}.
+    """What the losses want beside logits: a subset of {"teacher", "features", "dense"}.
 
     `"teacher"`: `batch["teacher"]`. `"features"`: `Output.tokens` of student
-    and teacher, i.e. `record=("features",)`.
+    and teacher, i.e. `record=("features",)`; `"dense"`: `Output.dense` likewise.
     """
     return frozenset().union(*(getattr(LOSSES[spec.name], "needs", ()) for spec in parse(specs)))
 

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dyntoken.losses.common import blank, exits, row_mask
+from dyntoken.losses.common import blank, exits, mixed_target, row_mask
 from dyntoken.types import Array, Output
 
 
@@ -17,7 +17,9 @@ def ce(output: Output, batch: Mapping[str, Any]) -> tuple[Array, Array]:
     """Soft-target cross entropy in nats, `-sum_k target_k log softmax(logits)_k`.
 
     A distilled model pays the mean of the losses of its two heads (not the
-    loss of the mean logits), as DeiT trains it (facebookresearch/deit).
+    loss of the mean logits), as DeiT trains it (facebookresearch/deit). Where
+    MixToken swapped tokens, the target is mixed with that of the partner row by
+    their share (zihangJiang/TokenLabeling).
 
     Args:
       output: `logits` `[B, K]`, or `heads` `[2, B, K]`; of a model with exits
@@ -36,6 +38,7 @@ def ce(output: Output, batch: Mapping[str, Any]) -> tuple[Array, Array]:
             f"targets of shape {target.shape} do not fit logits of shape {output.logits.shape}: "
             "soft targets are [batch, num_classes]"
         )
+    target = mixed_target(target, output.mixed)
     mask = row_mask(batch, target.shape[0])
     logits = output.logits if output.heads is None else output.heads
     stack = logits.reshape(-1, *target.shape)  # [S, B, K]: one classifier, two heads or all exits

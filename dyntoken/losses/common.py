@@ -8,11 +8,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from dyntoken.ops import mixing
 from dyntoken.types import Array, Output
 
 
 def needs(*what: str) -> Callable[[Callable], Callable]:
-    """Marks a loss that wants a "teacher" or "features" (`losses.needs`)."""
+    """Marks a loss that wants a "teacher", "features" or "dense" (`losses.needs`)."""
 
     def mark(fn: Callable) -> Callable:
         fn.needs = frozenset(what)
@@ -63,6 +64,23 @@ def teacher_of(batch: Mapping[str, Any], loss: str) -> Output:
             f"loss {loss!r} needs a teacher and the batch has none: set a teacher or drop the loss"
         )
     return jax.lax.stop_gradient(teacher)
+
+
+def mixed_target(target: Array, mixed: Array | None) -> Array:
+    """`target [B, K]`, mixed with the partner row's by the share of cells `mixed [B, N0]`."""
+    if mixed is None:
+        return target
+    share = mixed.astype(target.dtype).mean(axis=1, keepdims=True)
+    return (1.0 - share) * target + share * mixing.partner(target)
+
+
+def check_unmixed(output: Output, loss: str) -> None:
+    """Raises ValueError for a student whose tokens MixToken swapped: no teacher saw what it saw."""
+    if output.mixed is not None:
+        raise ValueError(
+            f"loss {loss!r} compares with a teacher that saw the images unmixed: build the model with "
+            "mix_token=False"
+        )
 
 
 def kl_rows(student: Array, teacher: Array) -> Array:

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dyntoken.losses.common import blank, exits, kl_rows, needs, row_mask, teacher_of
+from dyntoken.losses.common import blank, check_unmixed, exits, kl_rows, needs, row_mask, teacher_of
 from dyntoken.registry import UnknownNameError, suggest
 from dyntoken.types import Array, Output, Tokens
 
@@ -42,6 +42,7 @@ def logit_kl(output: Output, batch: Mapping[str, Any]) -> tuple[Array, Array]:
     Raises:
       ValueError: without a teacher, or if its classes are others.
     """
+    check_unmixed(output, "logit_kl")
     teacher = teacher_of(batch, "logit_kl").logits
     if teacher.shape != output.logits.shape[-2:]:
         raise ValueError(
@@ -110,22 +111,73 @@ def token_distill(output: Output, batch: Mapping[str, Any], *, variant: str = "m
         for a model with exits.
       UnknownNameError: for an unknown variant.
     """
-    if variant not in VARIANTS:
-        raise UnknownNameError(
-            f"unknown variant {variant!r} of loss 'token_distill': {suggest(variant, VARIANTS)}"
-        )
+    check_unmixed(output, "token_distill")
     teacher = teacher_of(batch, "token_distill").tokens
     tokens = output.tokens
     if isinstance(tokens, tuple):
         raise ValueError(NO_EXITS)
-    _check(tokens, teacher)
+    _check("token_distill", tokens, teacher)
+    if teacher.x.shape[-1] != tokens.x.shape[-1]:
+        raise ValueError(
+            f"the teacher's tokens have width {teacher.x.shape[-1]}, the student's {tokens.x.shape[-1]}: "
+            "loss 'token_distill' needs a teacher of the same width"
+        )
+    return _distance("token_distill", variant, output, batch, tokens.patches, teacher.patches)
+
+
+@needs("teacher", "features", "dense")
+def dense_distill(output: Output, batch: Mapping[str, Any], *, variant: str = "kl") -> tuple[Array, Array]:
+    """Distance of the surviving tokens' auxiliary logits from the teacher's at the same place.
+
+    What DynamicViT trains LV-ViT with in place of `token_distill`
+    (raoyongming/DynamicViT, `DistillDiffPruningLoss_dynamic` on `dylvvit`): the
+    rows are those that `token_distill` compares, the widths may differ. With a
+    dense student it is token labelling by the teacher.
+
+    Args:
+      output: student with an auxiliary head, recorded with
+        `record=("features", "dense")`.
+      batch: `"teacher"` likewise, dense; `"mask"` `[B]`.
+      variant: `"kl"`, KL(teacher || student) of the class distributions in nats
+        (official), or `"mse"`, mean over classes.
+
+    Returns:
+      (sum over tokens, number of tokens).
+
+    Raises:
+      ValueError: without a teacher or auxiliary logits, or if they do not fit.
+      UnknownNameError: for an unknown variant.
+    """
+    check_unmixed(output, "dense_distill")
+    teacher = teacher_of(batch, "dense_distill")
+    for who, found in (("student", output), ("teacher", teacher)):
+        if found.dense is None:
+            raise ValueError(
+                f"loss 'dense_distill' needs the {who}'s auxiliary logits: an LV-ViT, applied with "
+                "record=('features', 'dense')"
+            )
+    _check("dense_distill", output.tokens, teacher.tokens)
+    if teacher.dense.shape[-1] != output.dense.shape[-1]:
+        raise ValueError(
+            f"the teacher has {teacher.dense.shape[-1]} classes, the student {output.dense.shape[-1]}: "
+            "loss 'dense_distill' needs a teacher with the same classes"
+        )
+    return _distance("dense_distill", variant, output, batch, output.dense, teacher.dense)
+
+
+def _distance(
+    loss: str, variant: str, output: Output, batch: Mapping[str, Any], student: Array, aim: Array
+) -> tuple[Array, Array]:
+    """Distance of the student's rows `[B, N, C]` alive from the teacher's `[B, N0, C]` at their places."""
+    if variant not in VARIANTS:
+        raise UnknownNameError(f"unknown variant {variant!r} of loss {loss!r}: {suggest(variant, VARIANTS)}")
+    tokens = output.tokens
     masked = _decision(output)
     alive = (tokens.place >= 0) if masked is None else (masked > 0.5) & (tokens.place >= 0)  # [B, N]
     weight = row_mask(batch, alive.shape[0])[:, None] * jax.lax.stop_gradient(alive).astype(jnp.float32)
-    aim = teacher.patches
-    if masked is None or tokens.count != teacher.count:
+    if masked is None or tokens.count != aim.shape[1]:
         aim = jnp.take_along_axis(aim, jnp.maximum(tokens.place, 0)[:, :, None], axis=1)
-    student, aim = blank(tokens.patches, weight), blank(aim, weight)  # [B, N, C]
+    student, aim = blank(student, weight), blank(aim, weight)
     if variant == "mse":
         rows = jnp.mean(jnp.square(student - aim), axis=-1)
     else:
@@ -146,19 +198,14 @@ def _decision(output: Output) -> Array | None:
     return None
 
 
-def _check(tokens: Tokens | None, teacher: Tokens | None) -> None:
+def _check(loss: str, tokens: Tokens | None, teacher: Tokens | None) -> None:
     for who, found in (("student", tokens), ("teacher", teacher)):
         if found is None:
             raise ValueError(
-                f"loss 'token_distill' needs the {who}'s final tokens: apply it with record=('features',)"
+                f"loss {loss!r} needs the {who}'s final tokens: apply it with record=('features',)"
             )
     if teacher.count != tokens.initial:
         raise ValueError(
             f"the teacher returns {teacher.count} patch tokens but the student starts from {tokens.initial}: "
-            "loss 'token_distill' needs a dense teacher with the same patch grid"
-        )
-    if teacher.x.shape[-1] != tokens.x.shape[-1]:
-        raise ValueError(
-            f"the teacher's tokens have width {teacher.x.shape[-1]}, the student's {tokens.x.shape[-1]}: "
-            "loss 'token_distill' needs a teacher of the same width"
+            f"loss {loss!r} needs a dense teacher with the same patch grid"
         )

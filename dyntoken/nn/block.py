@@ -33,6 +33,7 @@ class Block(nn.Module):
       drop_path: stochastic depth rate of both branches.
       layer_scale: initial LayerScale value, None for none.
       norm_eps: LayerNorm epsilon (1e-6 in DeiT).
+      skip_lam: what both residual branches are divided by (LV-ViT).
       context: channels of the features that `feed` gets besides the tokens.
       dtype: compute type.
     """
@@ -47,6 +48,7 @@ class Block(nn.Module):
     layer_scale: float | None = None
     norm_eps: float = 1e-6
     width: int = 0
+    skip_lam: float = 1.0
     context: int = 0
     dtype: Any = jnp.float32
 
@@ -110,6 +112,6 @@ class Block(nn.Module):
         return tokens.replace(x=tokens.x + self._path(y, draws, MLP_PATH))
 
     def _path(self, y: Array, draws: sample.Draws | None, stream: int) -> Array:
-        if draws is None or self.drop_path == 0.0:
-            return y
-        return sample.drop_path(y, self.drop_path, draws, self.layer, stream)
+        if draws is not None and self.drop_path > 0.0:
+            y = sample.drop_path(y, self.drop_path, draws, self.layer, stream)
+        return y if self.skip_lam == 1.0 else y / self.skip_lam

@@ -18,18 +18,18 @@ def of_stream(module: nn.Module, stream: str, ids: Array) -> Draws | None:
 
 
 def of_dropout(module: nn.Module, options: dict, ids: Array) -> Draws | None:
-    """Draws for a backbone's dropout and stochastic depth, None if it has neither.
+    """Draws for a backbone's dropout, stochastic depth and MixToken, None if it has none of them.
 
     Args:
       options: the backbone's fields.
       ids: `[B]` global example indices.
 
     Raises:
-      ValueError: the model drops out and `apply` got no key.
+      ValueError: the model draws and `apply` got no key.
     """
-    if not any(options.get(rate, 0.0) for rate in ("dropout", "drop_path")):
+    if not any(options.get(rate, 0.0) for rate in ("dropout", "drop_path", "mix_token")):
         return None
     draws = of_stream(module, "dropout", ids)
     if draws is None:
-        raise ValueError("this model drops out in training: pass rngs={'dropout': key}")
+        raise ValueError("this model drops out or mixes tokens in training: pass rngs={'dropout': key}")
     return draws

@@ -48,18 +48,21 @@ def make_train_step(
       axis: name of the mapped axis over devices.
 
     The batch holds this device's rows: `image` uint8 `[b, H, W, C]`, `label`
-    int32 `[b]`, `mask` float32 `[b]`, `id` int32 `[b]` (global positions).
+    int32 `[b]`, `mask` float32 `[b]`, `id` int32 `[b]` (global positions), and
+    optionally `dense` `[b, N, K]` for the loss `token_label` (`augment` must then
+    not mix, which `MixToken` does in its place).
     Metrics are (sum, count): each loss unweighted (of a model with exits also
     `..._per_exit`, with sums `[exits]`), `loss` (the weighted total), `grad_norm`
     before clipping and `update_norm`.
     """
-    record = ("features",) if "features" in losses.needs(specs) else ()
+    record = tuple(what for what in ("features", "dense") if what in losses.needs(specs))
 
     def train_step(state, teacher_variables, batch):
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         mixing, policy, dropout = jax.random.split(key, 3)
         images, target = augment(mixing, batch["image"], batch["label"])
         data = {"image": images, "target": target, "mask": batch["mask"]}
+        data |= {"dense": batch["dense"]} if "dense" in batch else {}
         if teacher is not None:
             seen = teacher.apply(teacher_variables, images, train=False, record=record)
             data["teacher"] = jax.lax.stop_gradient(seen)

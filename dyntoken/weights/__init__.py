@@ -289,6 +289,8 @@ def _sort(bundle: files.Bundle, key_map: keys.KeyMap) -> tuple[dict[str, np.ndar
         entry = key_map.find(key)
         if entry is not None and entry.path not in found:
             found[entry.path] = entry.from_reference(value)
+        elif entry is not None and np.array_equal(entry.from_reference(value), found[entry.path]):
+            continue  # a shared layer, listed once more
         elif not keys.is_buffer(key):
             unexpected.append(key)
     return found, tuple(unexpected)
@@ -296,7 +298,7 @@ def _sort(bundle: files.Bundle, key_map: keys.KeyMap) -> tuple[dict[str, np.ndar
 
 def _of_head(path: str) -> bool:
     """Whether a parameter belongs to a classifier; a cascade has one per exit."""
-    return path.startswith("head/") or "/head/" in path
+    return path.startswith(("head/", "aux_head/")) or "/head/" in path
 
 
 def _check_kinship(

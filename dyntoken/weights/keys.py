@@ -28,7 +28,9 @@ LEAVES = {
     "var": "running_var",
 }
 # Entries of a torch state dict that are no parameters: counters and index buffers.
-BUFFERS = re.compile(r"(num_batches_tracked|relative_position_index|relative_coords_table|attn_mask)$")
+BUFFERS = re.compile(
+    r"(num_batches_tracked|relative_position_index|relative_coords_table|attn_mask|point_coord)$"
+)
 
 # (pattern of our path, replacement): first match wins, applied before the leaf is renamed.
 VIT_RULES = (
@@ -47,10 +49,25 @@ T2T_RULES = (
     (r"^backbone/tokens_to_token/", r"tokens_to_token/"),
     *VIT_RULES,
 )
+LVVIT_RULES = ((r"^backbone/patch_embed/", r"patch_embed/"), (r"^aux_head/", r"aux_head/"), *VIT_RULES)
+PSVIT_RULES = (
+    (r"^backbone/pos_layer/", r"pos_layer/"),
+    (r"^backbone/stem/conv/", r"stem/0/"),
+    (r"^backbone/stem/bn/", r"stem/1/"),
+    (r"^backbone/stem/bottleneck_0/downsample_(\d)/", r"stem/4/downsample/\1/"),
+    (r"^backbone/stem/bottleneck_1/downsample_(\d)/", r"stem/5/downsample/\1/"),
+    (r"^backbone/stem/bottleneck_0/", r"stem/4/"),
+    (r"^backbone/stem/bottleneck_1/", r"stem/5/"),
+    (r"^backbone/sampling_(\d+)/block/", r"ps_layers/\1/transformer_layer/"),
+    (r"^backbone/sampling_(\d+)/offset_layer/", r"ps_layers/\1/offset_layer/"),
+    (r"^backbone/trunk/blocks_(\d+)/", r"trans_layers/\1/"),
+    *VIT_RULES,
+)
 # Other spellings of a reference key that some published files use.
 VIT_ALIASES = (
     (r"^blocks\.(\d+)\.gamma_([12])$", r"blocks.\1.ls\2.gamma"),  # DeiT-III
 )
+PSVIT_ALIASES = ((r"^ps_layers\.\d+\.position_layer\.(\w+)$", r"pos_layer.\1"),)  # one layer, listed again
 
 # Exits of blackfeather-wang/Dynamic-Vision-Transformer, and what exit i takes from the one before.
 DVT_EXITS = ("less_less_token", "less_token", "normal_token")
@@ -61,9 +78,17 @@ DVT_REUSE = (
     (r"^relation/fc2/", r"relation_reuse_conv/2/"),
 )
 
-RULES = Table("weight family", {"vit": (VIT_RULES, VIT_ALIASES), "t2t": (T2T_RULES, ())})
+RULES = Table(
+    "weight family",
+    {
+        "vit": (VIT_RULES, VIT_ALIASES),
+        "t2t": (T2T_RULES, ()),
+        "lvvit": (LVVIT_RULES, ()),
+        "psvit": (PSVIT_RULES, PSVIT_ALIASES),
+    },
+)
 # Backbone class -> row of RULES.
-FAMILIES = {"ViT": "vit", "T2T": "t2t"}
+FAMILIES = {"ViT": "vit", "T2T": "t2t", "LVViT": "lvvit", "PSViT": "psvit"}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -159,7 +159,7 @@ def dynamicvit(constructor: Mapping[str, Any]) -> Reference:
     at, ratios = arguments["pruning_loc"], arguments["token_ratio"]
     if not at or not ratios:
         raise WeightsError("VisionTransformerDiffPruning needs pruning_loc and token_ratio")
-    fields = {**_dynamicvit_fields(arguments), **_sites("VisionTransformerDiffPruning", at, ratios)}
+    fields = {**_dynamicvit_fields(arguments), **prune_sites("VisionTransformerDiffPruning", at, ratios)}
     return _create("dynamicvit", fields)
 
 
@@ -168,7 +168,7 @@ def dynamicvit_teacher(constructor: Mapping[str, Any]) -> Reference:
     return _create(None, _dynamicvit_fields(Arguments("VisionTransformerTeacher", constructor, DYNAMICVIT)))
 
 
-def _sites(cls: str, at: Sequence[int], ratios: Sequence[float]) -> dict[str, Any]:
+def prune_sites(cls: str, at: Sequence[int], ratios: Sequence[float]) -> dict[str, Any]:
     """Both repositories take the ratios in the order of the blocks."""
     if len(ratios) < len(set(at)):
         raise WeightsError(f"{cls}: {len(ratios)} keep ratios for {len(set(at))} prune locations")
@@ -231,7 +231,7 @@ def tps(constructor: Mapping[str, Any]) -> Reference:
         return _create(None, fields, grid_only)
     powers = isinstance(ratio, (int, float))
     ratios = [float(ratio) ** (k + 1) for k in range(len(set(at)))] if powers else list(ratio)
-    fields.update(_sites("DynamicVit", at, ratios))
+    fields.update(prune_sites("DynamicVit", at, ratios))
     merge = tps_options(arguments["token_merge_module"])
     if merge is None:
         return _create("dynamicvit", fields, grid_only)

@@ -18,6 +18,8 @@ from dyntoken.weights.files import WeightsError
 
 # Recognised in the repository string, in this order; a composition names two.
 REPOSITORIES = (
+    ("lvvit", ("tokenlabeling",)),
+    ("psvit", ("ps-vit",)),
     ("evit+tps", ("evit", "tps")),
     ("evit", ("evit",)),
     ("tps", ("tps",)),
@@ -36,6 +38,10 @@ REFERENCES = Table(
         "dynamicvit/VisionTransformerDiffPruning": "dyntoken.weights.reference_vit:dynamicvit",
         "dynamicvit/VisionTransformerTeacher": "dyntoken.weights.reference_vit:dynamicvit_teacher",
         "tps/DynamicVit": "dyntoken.weights.reference_vit:tps",
+        "lvvit/LV_ViT": "dyntoken.weights.reference_lvvit:lvvit",
+        "dynamicvit/LVViTDiffPruning": "dyntoken.weights.reference_lvvit:dynamicvit",
+        "dynamicvit/LVViT_Teacher": "dyntoken.weights.reference_lvvit:teacher",
+        "psvit/PSViT": "dyntoken.weights.reference_psvit:psvit",
         "evit/EViT": "dyntoken.weights.reference_vit:evit",
         "evit+tps/EViT": "dyntoken.weights.reference_vit:etps",
         "t2t/T2T_ViT": "dyntoken.weights.reference_t2t:t2t",

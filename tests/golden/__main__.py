@@ -3,7 +3,8 @@
     python -m tests.golden [-v] DIR...
 
 DIR is a case folder or a folder of cases. Exit status: 0 all PASS, 1 a case
-failed or its kind is not built yet, 2 an argument that is no case.
+failed or its kind is not built yet (or a part of it: what there is agrees, the
+rest is listed), 2 an argument that is no case.
 """
 
 from __future__ import annotations

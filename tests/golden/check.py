@@ -20,15 +20,20 @@ KINDS = {
     "dynamicvit_deit": "dynamicvit",
     "dynamicvit_tps_repo": "dynamicvit",
     "dtps_deit": "dynamicvit",
+    "dylvvit": "dynamicvit",
     "tps_module": "tps_module",
     "evit_deit": "evit",
     "etps_deit": "evit",
     "t2t_vit": "t2t",
+    "lvvit": "lvvit",
+    "psvit": "psvit",
     "dvt_deit": "dvt",
     "dvt_t2t": "dvt",
     "pos_embed_resize": "resize",
     "schedules": "schedules",
+    "schedules_backbones": "schedules",
     "flops": "flops",
+    "flops_backbones": "flops",
     "dvt_dynamic": "dvt_dynamic",
 }
 
@@ -73,10 +78,11 @@ def check(folder: Path, verbose: bool = False) -> Result:
 
 
 def _report(case: Case, ledger: Ledger, seconds: float, verbose: bool) -> Result:
-    status = PASS if ledger.passed else FAIL
+    partly = bool(ledger.unbuilt) and not ledger.failed
+    status = PASS if ledger.passed else UNSUPPORTED if partly else FAIL
     relative, absolute = ledger.largest
     head = (
-        f"{case.name}: {status} kind {case.kind}, {ledger.compared} arrays compared, "
+        f"{case.name}: {status}{' in part' * partly} kind {case.kind}, {ledger.compared} arrays compared, "
         f"largest relative difference {relative:.1e}, absolute {absolute:.1e} ({seconds:.0f} s)"
     )
     lines = [head]
@@ -89,6 +95,7 @@ def _report(case: Case, ledger: Ledger, seconds: float, verbose: bool) -> Result
     if len(wrong) > WORST and not verbose:
         lines.append(f"  BAD {len(wrong) - WORST} more arrays (-v prints all)")
     lines.extend(f"  BAD {message}" for message in ledger.failures)
+    lines.extend(f"  not built {name}: {reason}" for name, reason in ledger.unbuilt.items())
     lines.extend(f"  left out {name}: {reason}" for name, reason in ledger.left_out.items())
     lines.extend(f"  note: {note}" for note in ledger.notes)
     return Result(case.name, case.kind, status, lines)

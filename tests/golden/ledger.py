@@ -36,6 +36,7 @@ class Ledger:
         self.rows: list[Row] = []
         self.failures: list[str] = []
         self.left_out: dict[str, str] = {}
+        self.unbuilt: dict[str, str] = {}
         self.notes: list[str] = []
 
     # Reference side
@@ -152,6 +153,10 @@ class Ledger:
         """Leaves an array out, with the reason that is printed."""
         self.left_out[name] = reason
 
+    def unsupported(self, name: str, reason: str) -> None:
+        """A part of the case that needs what is not built yet: the case does not pass, nor does it fail."""
+        self.unbuilt[name] = reason
+
     def note(self, message: str) -> None:
         self.notes.append(message)
 
@@ -172,7 +177,12 @@ class Ledger:
 
     @property
     def passed(self) -> bool:
-        return bool(self.rows) and not self.failures and all(row.passed for row in self.rows)
+        return bool(self.rows) and not self.failed and not self.unbuilt
+
+    @property
+    def failed(self) -> bool:
+        """Whether anything that was compared, or should have been, is wrong."""
+        return bool(self.failures) or not all(row.passed for row in self.rows)
 
     @property
     def compared(self) -> int:

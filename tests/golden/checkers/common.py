@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from dyntoken import weights
+from dyntoken.nn.trunk import Spec
 from dyntoken.weights import keys, references
 from tests.golden.case import Case, CaseError
 
@@ -61,9 +62,20 @@ def run(function: Callable[..., Any], *arguments: Any) -> Any:
     return jax.tree.map(np.asarray, compiled(*arguments))
 
 
+def records(model: Any) -> tuple[str, ...]:
+    """Everything that a model can record."""
+    return (*RECORD, "dense") if model.aux_weight is not None else RECORD
+
+
 def evaluate(model: Any, variables: Any, images: np.ndarray) -> Any:
     """Evaluation with everything recorded."""
-    return run(lambda v, x: model.apply(v, x, record=RECORD), variables, images)
+    return run(lambda v, x: model.apply(v, x, record=records(model)), variables, images)
+
+
+def with_options(model: Any, **options: Any) -> Any:
+    """The same model with other fields of its backbone."""
+    options = {**dict(model.backbone.options), **options}
+    return model.clone(backbone=Spec.of(model.backbone.make, **options))
 
 
 def nhwc(images: np.ndarray) -> np.ndarray:

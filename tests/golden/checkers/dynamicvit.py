@@ -1,4 +1,4 @@
-"""Learnt predictors: kinds `dynamicvit_deit`, `dynamicvit_tps_repo`, `dtps_deit`."""
+"""Learnt predictors: kinds `dynamicvit_deit`, `dynamicvit_tps_repo`, `dtps_deit`, `dylvvit`."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _check_teacher(case: Case, ledger: Ledger, images: np.ndarray) -> None:
     if not case.has("teacher.safetensors"):
         return
     given = dict(case.info["teacher_constructor"])
-    cls, repository = "VisionTransformerTeacher", None
+    cls, repository = case.info.get("reference", {}).get("teacher_class", "VisionTransformerTeacher"), None
     if "other" in given:  # "as the student": what the student's description and the weights say
         given.pop("other")
         student = {k: v for k, v in case.info["constructor"].items() if k in reference_vit.TIMM}
@@ -52,7 +52,12 @@ def _check_teacher(case: Case, ledger: Ledger, images: np.ndarray) -> None:
     teacher = common.build(case, given, repository=repository, cls=cls, file="teacher.safetensors")
     out = common.evaluate(teacher.model, teacher.variables, images)
     ledger.offer("teacher.logits", out.logits)
-    ledger.offer("teacher.features", out.tokens.patches)
+    ledger.offer("teacher.features", _features(out))
+
+
+def _features(out: Output) -> Any:
+    """What token distillation compares: final rows, or LV-ViT's auxiliary logits."""
+    return out.tokens.patches if out.dense is None else out.dense
 
 
 def _seen(tensors: dict[str, np.ndarray]) -> dict[str, bool]:
@@ -86,6 +91,10 @@ def _check_evaluation(case: Case, ledger: Ledger, built: common.Built, images: n
         block = out.records["blocks"][built.model.at[stage]]
         ledger.offer(name + "block_out", common.align(block, ours, theirs, prefix))
     ledger.offer("eval.features", common.align(out.tokens.x, ours, theirs, prefix))
+    if out.dense is not None:
+        ledger.offer("eval.logits_aux", common.align(out.dense, ours, theirs))
+        silent = common.with_options(built.model, aux_weight=0.0)  # then the class token alone decides
+        ledger.offer("eval.logits_cls", common.evaluate(silent, built.variables, images).logits)
     if "keep_counts" in case.info:
         counts = [reduction.keep.shape[1] for reduction in out.reductions]
         ledger.equal("keep_counts (case.json)", counts, case.info["keep_counts"])
@@ -105,7 +114,7 @@ def _check_hosts(ledger: Ledger, name: str, reduction: Any, labels: np.ndarray, 
         ledger.offer(name + "host_sim", (common.take(unit, index) * common.take(unit, at)).sum(-1))
 
 
-def _specs(case: Case, ledger: Ledger) -> dict[str, dict[str, Any]]:
+def _specs(case: Case, ledger: Ledger, token: str) -> dict[str, dict[str, Any]]:
     """The official total: loss list with weights, from the case's own description."""
     text = case.info["details"]["loss"]
 
@@ -125,53 +134,64 @@ def _specs(case: Case, ledger: Ledger) -> dict[str, dict[str, Any]]:
     if ledger.holds("train.loss.cls_kl"):
         distill = weight(r"\(?KL")
         specs["logit_kl"] = {"weight": distill}
-        specs["token_distill"] = {
+        specs[token] = {
             "weight": distill,
             "variant": "mse" if re.search(r"\bMSE\b", text) else "kl",
         }
     return specs
 
 
-def _teacher(ledger: Ledger, grid: tuple[int, int]) -> Output:
+def _teacher(ledger: Ledger, model: Any) -> Output:
     """The recorded teacher, so that its rounding does not enter our losses."""
-    tokens = Tokens.start(jnp.asarray(ledger.expected("teacher.features")), prefix=0, grid=grid)
-    return Output(logits=jnp.asarray(ledger.expected("teacher.logits")), tokens=tokens)
+    features = jnp.asarray(ledger.expected("teacher.features"))
+    tokens = Tokens.start(features, prefix=0, grid=model.plain().grid)
+    dense = features if model.aux_weight is not None else None
+    return Output(logits=jnp.asarray(ledger.expected("teacher.logits")), tokens=tokens, dense=dense)
 
 
 def _check_training(case: Case, ledger: Ledger, built: common.Built, images: np.ndarray) -> None:
     model, sites = built.model, len(built.model.at)
     noise = tuple(ledger.expected(f"train.stage{s}.gumbel") for s in range(sites))
-    specs = _specs(case, ledger)
+    token = "token_distill" if model.aux_weight is None else "dense_distill"
+    specs = _specs(case, ledger, token)
     batch = {"image": images, "target": ledger.expected("input.soft_targets")}
     if ledger.holds("teacher.logits"):
-        batch["teacher"] = _teacher(ledger, model.plain().grid)
+        batch["teacher"] = _teacher(ledger, model)
     variants = {  # every other loss value that the cases record, unweighted
         "ratio_sum": ("keep_ratio", {"divisor": 1.0}),
         "ratio_mean": ("keep_ratio", {}),
         "dynamic": ("keep_ratio", {"divisor": 1.0, "dynamic": True}),
     }
     if "teacher" in batch:
-        variants |= {variant: ("token_distill", {"variant": variant}) for variant in ("mse", "kl")}
+        variants |= {variant: (token, {"variant": variant}) for variant in ("mse", "kl")}
 
     def loss(params, batch, noise):
         variables = {**built.variables, "params": params}
-        out = model.apply(variables, batch["image"], train=True, noise=noise, record=common.RECORD)
+        out, statistics = model.apply(
+            variables,
+            batch["image"],
+            train=True,
+            noise=noise,
+            record=common.records(model),
+            mutable=["batch_stats"],
+        )
         pairs = losses.evaluate(specs, out, batch)
         values = {key: losses.average(*pair) for key, pair in pairs.items()}
         for key, (name, options) in variants.items():
             values[key] = losses.average(*losses.LOSSES[name](out, batch, **options))
-        return losses.total(specs, pairs), (out, values)
+        return losses.total(specs, pairs), (out, values, statistics)
 
     step = jax.value_and_grad(loss, has_aux=True)
-    (total, (out, values)), grads = common.run(step, built.variables["params"], batch, noise)
+    (total, (out, values, statistics)), grads = common.run(step, built.variables["params"], batch, noise)
     _check_streams(ledger, built, out)
-    _check_losses(ledger, specs, total, values)
+    _check_losses(ledger, specs, token, total, values)
+    _check_statistics(ledger, built, statistics)
     ledger.gradients("grads.safetensors", built.gradients(grads))
 
 
 def _check_streams(ledger: Ledger, built: common.Built, out: Any) -> None:
     ledger.offer("train.logits", out.logits)
-    ledger.offer("train.features", out.tokens.patches)
+    ledger.offer("train.features", _features(out))
     ledger.offer("train.last_decision", out.reductions[-1].decision, DECISION)
     previous = np.ones_like(out.reductions[0].decision)
     for stage, reduction in enumerate(out.reductions):
@@ -186,7 +206,26 @@ def _check_streams(ledger: Ledger, built: common.Built, out: Any) -> None:
         previous = reduction.decision
 
 
-def _check_losses(ledger: Ledger, specs: dict[str, Any], total: Any, values: dict[str, Any]) -> None:
+def _check_statistics(ledger: Ledger, built: common.Built, statistics: Any) -> None:
+    """BatchNorm's running statistics after the training forward."""
+    after, before = (
+        {f"train.bn.{key}": value for key, value in built.gradients({"params": {}, **tree}).items()}
+        for tree in (statistics, {name: built.variables[name] for name in statistics})
+    )
+    recorded = [name for name in after if ledger.holds(name)]
+    if recorded and all(np.array_equal(ledger.expected(name), before[name]) for name in recorded):
+        # Nothing then says what they were before it; tests/nn/test_batchnorm.py pins the update.
+        ledger.note(
+            "the case's weights were saved after its training forward: running statistics as imported"
+        )
+        after = before
+    for name in recorded:
+        ledger.close(name, after[name])
+
+
+def _check_losses(
+    ledger: Ledger, specs: dict[str, Any], token: str, total: Any, values: dict[str, Any]
+) -> None:
     """Terms by their names in the two repositories' cases."""
     ratio = specs["keep_ratio"]
     found = {"ce": values["ce"], "total": total}
@@ -195,7 +234,7 @@ def _check_losses(ledger: Ledger, specs: dict[str, Any], total: Any, values: dic
     else:  # TPS: the mean over stages
         found |= {"ratio": values["ratio_mean"], "ratio_weighted": ratio["weight"] * values["ratio_mean"]}
     if "logit_kl" in specs:
-        weight, variant = specs["token_distill"]["weight"], specs["token_distill"]["variant"]
+        weight, variant = specs[token]["weight"], specs[token]["variant"]
         other = "kl" if variant == "mse" else "mse"
         found |= {
             "cls_kl": values["logit_kl"],

@@ -1,4 +1,4 @@
-"""Multiply-adds: kind `flops`."""
+"""Multiply-adds: kinds `flops` and `flops_backbones`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dyntoken.analysis import macs
-from dyntoken.weights import references
+from dyntoken.weights import files, references
 from tests.golden.case import Case
 from tests.golden.ledger import Ledger
 
@@ -25,6 +25,11 @@ def _check_entry(ledger: Ledger, name: str, entry: Mapping[str, Any]) -> None:
     batch, channels, height, width = entry["input"]
     if batch != 1:
         raise ValueError(f"{name}: counted for {batch} images")
+    try:
+        references.find_reference(entry["repository"], entry["model_class"])
+    except files.WeightsError as error:
+        ledger.unsupported(name, str(error))
+        return
     constructor = {"img_size": (height, width), "in_chans": channels, **entry["constructor"]}
     model = references.build(entry["repository"], entry["model_class"], constructor).model
     counted = macs.count(model, (height, width, channels))

@@ -1,4 +1,4 @@
-"""Learning rates, keep rates and parameter groups: kind `schedules`."""
+"""Learning rates, keep rates and parameter groups: kinds `schedules` and `schedules_backbones`."""
 
 from __future__ import annotations
 
@@ -86,12 +86,12 @@ def _keep_rate(ledger: Ledger, name: str, table: Mapping[str, Any]) -> None:
 
 def _parameter_groups(ledger: Ledger, name: str, table: Mapping[str, Any]) -> None:
     for model, groups in table["groups"].items():
-        if model != "dynamicvit_deit":
-            ledger.fail(f"{name}: groups of unknown model {model}")
+        if model not in MODELS:
+            ledger.unsupported(f"{name} {model}", f"groups of {', '.join(MODELS)} are known")
             continue
         backbone = groups["decay"]
         listed = {key for group in groups.values() for key in group["params"]}
-        params, keys = _tree(listed)
+        params, keys = _tree(*MODELS[model], listed)
         ours = optim.groups(
             params,
             weight_decay=backbone["weight_decay"],
@@ -114,8 +114,8 @@ def _parameter_groups(ledger: Ledger, name: str, table: Mapping[str, Any]) -> No
         ledger.same(f"{name} {model} never updated", sorted(frozen), sorted({*keys.values()} - listed))
 
 
-def _tree(listed: Iterable[str]) -> tuple[Any, dict[str, str]]:
-    """A tree of shapes with as many blocks and predictors as the keys name, and path -> key."""
+def _tree(cls: str, options: Mapping[str, Any], listed: Iterable[str]) -> tuple[Any, dict[str, str]]:
+    """A tree of parameter shapes with as many blocks and predictors as the keys name, and path -> key."""
     depth = 1 + max(int(found.group(1)) for key in listed if (found := re.match(r"blocks\.(\d+)", key)))
     sites = 1 + max(
         int(found.group(1)) for key in listed if (found := re.match(r"score_predictor\.(\d+)", key))
@@ -128,11 +128,22 @@ def _tree(listed: Iterable[str]) -> tuple[Any, dict[str, str]]:
         "depth": depth,
         "pruning_loc": list(range(1, sites + 1)),
         "token_ratio": [0.9**s for s in range(1, sites + 1)],
+        **options,
     }
-    model = references.build("raoyongming/DynamicViT", "VisionTransformerDiffPruning", constructor).model
-    shapes = weights.shapes_of(model)
+    model = references.build("raoyongming/DynamicViT", cls, constructor).model
+    shapes = {
+        path: shape for path, shape in weights.shapes_of(model).items() if not path.startswith("batch_stats/")
+    }
     leaves = {path: jax.ShapeDtypeStruct(shape, np.float32) for path, shape in shapes.items()}
-    return files.nest(leaves), {entry.path: entry.key for entry in weights.reference_keys(model).entries}
+    table = {entry.path: entry.key for entry in weights.reference_keys(model).entries}
+    return files.nest(leaves), {path: table[path] for path in shapes}
+
+
+# Model of a table of parameter groups -> its class in raoyongming/DynamicViT and what its constructor needs.
+MODELS = {
+    "dynamicvit_deit": ("VisionTransformerDiffPruning", {}),
+    "dylvvit": ("LVViTDiffPruning", {"return_dense": True}),
+}
 
 
 def _all_read(given: Mapping[str, Any]) -> None:

@@ -1,0 +1,68 @@
+"""DynamicViT on LV-ViT, 30 epochs from a dense LV-ViT, which is also the teacher.
+
+    python -m dyntoken.main --config=configs/dynamicvit_lvvit.py --workdir=runs/dynamicvit_lvvit_s
+    python -m dyntoken.main --config=configs/dynamicvit_lvvit.py:size=m,keep=0.8
+    python -m dyntoken.main --config=configs/dynamicvit_lvvit.py:demo
+    python -m dyntoken.main --config=configs/dynamicvit_lvvit.py:tiny
+
+Published (NeurIPS 2021, 224 px): LV-ViT-S dense / 0.7 / 0.5: 83.3 / 83.0 / 82.0 at
+6.6 / 4.6 / 3.7 GMACs; LV-ViT-M dense / 0.8 / 0.7: 84.0 / 83.9 / 83.8 at 12.7 /
+9.6 / 8.5. On ImageNet: not yet run.
+
+Follows raoyongming/DynamicViT: batch 512 (S) or 384 (M), learning rate 1e-3 x
+batch / 1024 (the paper's rule); the backbone frozen for 5 epochs, then at 0.01 of that rate; class
+token and position embedding never updated; EMA 0.9999. Distillation compares the
+auxiliary logits of the tokens that are left, and the teacher's class logits
+without its auxiliary head; no MixToken. Crop, flip, mixup, cutmix and smoothing
+are DeiT's; its RandAugment, colour jitter and random erasing are not applied.
+
+`demo` trains a small LV-ViT from scratch on the embedded images: not yet run.
+"""
+
+from configs import common
+
+BATCH = {"s": 512, "m": 384}
+DEMO = {"patch_size": 4, "width": 64, "depth": 6, "heads": 2, "stem_width": 16}
+
+
+def get_config(arg=None):
+    """`size=s|m`, `keep=`, `at=`, `demo`, `tiny`."""
+    arg = common.parse_arg(arg, size="s", keep=0.0, at=(), demo=False, tiny=False)
+    if arg.size not in BATCH:
+        raise ValueError(f"size={arg.size} is not one of {', '.join(BATCH)}")
+    c = common.base()
+    c.model.name = f"lvvit_{arg.size}"
+    c.init.path = f"weights/{c.model.name}.safetensors"
+    c.batch = BATCH[arg.size]
+    c.data.eval.crop_pct = 0.9 if arg.size == "s" else 1.0
+    c.ema = 0.9999
+    c.losses = {
+        "ce": {"weight": 1.0},
+        "keep_ratio": {"weight": 2.0, "divisor": 3},
+        "logit_kl": {"weight": 0.5},
+        "dense_distill": {"weight": 0.5},
+    }
+    c.optim = {
+        "lr": c.get_ref("batch").to_float() * (1e-3 / 1024),
+        "min_lr": 1e-6,
+        "schedule": "cosine",
+        "warmup_epochs": 5,
+        "warmup_lr": 0.0,
+        "weight_decay": 0.05,
+        "decay": "not_1d",
+        "backbone_freeze_epochs": 5,
+        "backbone_lr_scale": 0.01,
+        "frozen": ("cls_token", "pos_embed"),
+    }
+    if arg.demo:
+        common.demo_from_scratch(c, **DEMO)
+        arg.at = arg.at or common.DEMO_SITES
+    if arg.tiny:
+        common.tiny(c)
+        c.model.stem_width = 8
+        c.losses = {key: spec for key, spec in c.losses.items() if key != "dense_distill"}
+        c.optim.warmup_epochs = 0
+    common.from_dense(c, "dynamicvit", arg.keep or (0.5 if arg.demo else 0.7), arg.at)
+    if c.teacher.name:
+        c.teacher.aux_weight = 0.0
+    return c

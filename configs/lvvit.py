@@ -1,0 +1,53 @@
+"""Dense LV-ViT with token labelling: what DynamicViT and TPS start from.
+
+    python -m dyntoken.main --config=configs/lvvit.py:size=s --workdir=runs/lvvit_s
+    python -m dyntoken.main --config=configs/lvvit.py:demo
+    python -m dyntoken.main --config=configs/lvvit.py:tiny
+
+Published (zihangJiang/TokenLabeling, 300 epochs, 224 px): S 83.3 at 6.6 GMACs, M
+84.0 at 12.7. On ImageNet: not yet run.
+
+Follows zihangJiang/TokenLabeling: learning rate 1.6e-3 x batch / 1024, weight
+decay 0.05, warm-up 5 epochs, stochastic depth 0.1 (S), MixToken in place of mixup
+and CutMix, the class token's loss plus 0.5 of the patch tokens'. Its label maps,
+made once by an NFNet-F6, are not read: every patch token gets its image's label
+(`losses.token_label` takes `batch["dense"]` where a training loop of your own has
+maps; a teacher with `dense_distill` labels the tokens on the fly). Its
+RandAugment and random erasing are not applied.
+
+`demo` trains a small LV-ViT on the embedded images: not yet run.
+"""
+
+from configs import common
+
+DROP_PATH = {"t": 0.1, "s": 0.1, "m": 0.2, "l": 0.3}
+DEMO = {"patch_size": 4, "width": 64, "depth": 6, "heads": 2, "stem_width": 16}
+
+
+def get_config(arg=None):
+    """`size=t|s|m|l`, `demo`, `tiny`."""
+    arg = common.parse_arg(arg, size="s", demo=False, tiny=False)
+    if arg.size not in DROP_PATH:
+        raise ValueError(f"size={arg.size} is not one of {', '.join(DROP_PATH)}")
+    c = common.base()
+    c.model.update({"name": f"lvvit_{arg.size}", "drop_path": DROP_PATH[arg.size], "mix_token": True})
+    c.data.eval.crop_pct = 0.9 if arg.size in "ts" else 1.0
+    c.mix = {"mixup": 0.0, "cutmix": 0.0, "smoothing": 0.1}
+    c.epochs = 300.0
+    c.losses = {"ce": {"weight": 1.0}, "token_label": {"weight": 0.5}}
+    c.optim = {
+        "lr": c.get_ref("batch").to_float() * (1.6e-3 / 1024),
+        "min_lr": 1e-5,
+        "schedule": "cosine_epoch",
+        "warmup_epochs": 5,
+        "warmup_lr": 1e-6,
+        "weight_decay": 0.05,
+        "decay": "not_1d",
+    }
+    if arg.demo:
+        common.demo_from_scratch(c, ("ce", "token_label"), mix_token=True, **DEMO)
+    if arg.tiny:
+        common.tiny(c)
+        c.model.stem_width = 8
+        c.optim.warmup_epochs = 0
+    return c

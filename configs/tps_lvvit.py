@@ -1,0 +1,66 @@
+"""TPS on LV-ViT: dTPS (predictor) and eTPS (class attention), 30 epochs from a dense LV-ViT.
+
+    python -m dyntoken.main --config=configs/tps_lvvit.py --workdir=runs/dtps_lvvit_s
+    python -m dyntoken.main --config=configs/tps_lvvit.py:variant=etps,size=m,keep=0.7
+    python -m dyntoken.main --config=configs/tps_lvvit.py:demo
+    python -m dyntoken.main --config=configs/tps_lvvit.py:tiny
+
+Published (CVPR 2023, 224 px): dTPS-LV-ViT-S 82.6 and eTPS-LV-ViT-S 82.5 at 3.8
+GMACs, which is keep 0.5 at blocks 4-8-12. On ImageNet: not yet run.
+
+megvii-research/TPS-CVPR2023 holds no LV-ViT code. This is its recipe for DeiT:
+batch 1024, learning rate 2.5e-4 x batch / 1024, weight decay 0.05 on every
+parameter, EMA 0.99996, distillation from the dense model; eTPS without the
+keep-ratio loss. Crop, flip, mixup, cutmix and smoothing are DeiT's; its
+RandAugment, random erasing and repeated augmentation are not applied.
+Distillation compares class logits: the teacher's auxiliary head is left out.
+
+`demo` trains a small LV-ViT from scratch on the embedded images: not yet run.
+"""
+
+from configs import common
+
+SIZES = {"t": 0.9, "s": 0.9, "m": 1.0, "l": 1.0}  # share of the image that evaluation crops
+DEMO = {"patch_size": 4, "width": 64, "depth": 6, "heads": 2, "stem_width": 16}
+
+
+def get_config(arg=None):
+    """`variant=dtps|etps`, `size=t|s|m|l`, `keep=`, `at=`, `demo`, `tiny`."""
+    arg = common.parse_arg(arg, variant="dtps", size="s", keep=0.0, at=(), demo=False, tiny=False)
+    if arg.variant not in ("dtps", "etps"):
+        raise ValueError(f"variant={arg.variant} is not one of dtps, etps")
+    if arg.size not in SIZES:
+        raise ValueError(f"size={arg.size} is not one of {', '.join(SIZES)}")
+    c = common.base()
+    c.model.update({"name": f"lvvit_{arg.size}", "drop_path_rule": "constant"})
+    c.init.path = f"weights/{c.model.name}.safetensors"
+    c.data.eval.crop_pct = SIZES[arg.size]
+    c.ema = 0.99996
+    c.losses = {
+        "ce": {"weight": 1.0},
+        "keep_ratio": {"weight": 2.0},
+        "logit_kl": {"weight": 0.5},
+        "token_distill": {"weight": 0.5, "variant": "kl"},
+    }
+    if arg.variant == "etps":
+        del c.losses.keep_ratio
+    c.optim = {
+        "lr": c.get_ref("batch").to_float() * (2.5e-4 / 1024),
+        "min_lr": 1e-5,
+        "schedule": "cosine_epoch",
+        "warmup_epochs": 5,
+        "warmup_lr": 1e-6,
+        "weight_decay": 0.05,
+        "decay": "all",
+    }
+    if arg.demo:
+        common.demo_from_scratch(c, **DEMO)
+        arg.at = arg.at or common.DEMO_SITES
+    if arg.tiny:
+        common.tiny(c)
+        c.model.stem_width = 8
+        c.optim.warmup_epochs = 0
+    common.from_dense(c, arg.variant, arg.keep or 0.5, arg.at)
+    if c.teacher.name:
+        c.teacher.aux_weight = 0.0
+    return c

@@ -1,0 +1,65 @@
+"""TPS on PS-ViT: dTPS (predictor) and eTPS (class attention), 30 epochs from a dense PS-ViT.
+
+    python -m dyntoken.main --config=configs/tps_psvit.py --workdir=runs/dtps_psvit_b_14
+    python -m dyntoken.main --config=configs/tps_psvit.py:variant=etps,size=b_18,keep=0.5
+    python -m dyntoken.main --config=configs/tps_psvit.py:demo
+    python -m dyntoken.main --config=configs/tps_psvit.py:tiny
+
+Published (yuexy/PS-ViT, dense, 224 px): Ti/14 75.6 at 1.6 GMACs, B/10 80.6 at 3.1,
+B/14 81.7 at 5.4, B/18 82.3 at 8.8. With TPS: no number found, not yet run.
+
+megvii-research/TPS-CVPR2023 holds no PS-ViT code. This is its recipe for DeiT:
+batch 1024, learning rate 2.5e-4 x batch / 1024, weight decay 0.05 on every
+parameter, EMA 0.99996, distillation from the dense model; eTPS without the
+keep-ratio loss. Crop, flip, mixup, cutmix and smoothing are DeiT's; its
+RandAugment, random erasing and repeated augmentation are not applied.
+`at` counts the blocks after the sampling steps.
+
+`demo` trains a small PS-ViT from scratch on the embedded images: not yet run.
+"""
+
+from configs import common
+
+SIZES = ("ti_14", "b_10", "b_14", "b_16", "b_18")
+DEMO = {"points": 7, "width": 64, "depth": 4, "iterations": 2, "heads": 2, "stem_channels": (16, 16, 32, 16)}
+
+
+def get_config(arg=None):
+    """`variant=dtps|etps`, `size=ti_14|b_10|b_14|b_16|b_18`, `keep=`, `at=`, `demo`, `tiny`."""
+    arg = common.parse_arg(arg, variant="dtps", size="b_14", keep=0.0, at=(), demo=False, tiny=False)
+    if arg.variant not in ("dtps", "etps"):
+        raise ValueError(f"variant={arg.variant} is not one of dtps, etps")
+    if arg.size not in SIZES:
+        raise ValueError(f"size={arg.size} is not one of {', '.join(SIZES)}")
+    c = common.base()
+    c.model.update({"name": f"psvit_{arg.size}", "drop_path_rule": "constant"})
+    c.init.path = f"weights/{c.model.name}.safetensors"
+    c.data.eval.crop_pct = 0.9
+    c.ema = 0.99996
+    c.losses = {
+        "ce": {"weight": 1.0},
+        "keep_ratio": {"weight": 2.0},
+        "logit_kl": {"weight": 0.5},
+        "token_distill": {"weight": 0.5, "variant": "kl"},
+    }
+    if arg.variant == "etps":
+        del c.losses.keep_ratio
+    c.optim = {
+        "lr": c.get_ref("batch").to_float() * (2.5e-4 / 1024),
+        "min_lr": 1e-5,
+        "schedule": "cosine_epoch",
+        "warmup_epochs": 5,
+        "warmup_lr": 1e-6,
+        "weight_decay": 0.05,
+        "decay": "all",
+    }
+    if arg.demo:
+        common.demo_from_scratch(c, **DEMO)
+        arg.at = arg.at or (2, 3)
+    if arg.tiny:
+        common.tiny(c)
+        del c.model["patch_size"]
+        c.model.update({"points": 4, "depth": 2, "iterations": 2, "stem_channels": (8, 8, 16, 8)})
+        c.optim.warmup_epochs = 0
+    common.from_dense(c, arg.variant, arg.keep or (0.5 if arg.demo else 0.7), arg.at)
+    return c

@@ -1,0 +1,132 @@
+"""LV-ViT: a convolutional stem, and every patch token is classified too."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from dyntoken.backbones.isotropic import Isotropic, pair
+from dyntoken.nn import layers
+from dyntoken.nn.batchnorm import BatchNorm
+from dyntoken.nn.trunk import Context
+from dyntoken.ops import mixing
+from dyntoken.types import Tokens
+
+Array = jax.Array
+STEMS = ("conv", "patch")
+
+
+class PatchConv(nn.Module):
+    """Three convolutions at half resolution, then one per patch.
+
+    `[B, H, W, Cin]` -> `[B, H / patch, W / patch, width]`: 7x7 stride 2, 3x3, 3x3,
+    each with BatchNorm and ReLU, then patch/2 x patch/2 without (`PatchEmbed4_2`).
+
+    Attributes:
+      patch: pixels (vertical, horizontal), even.
+      channels: of the first three convolutions.
+      frozen: see `BatchNorm`.
+    """
+
+    patch: tuple[int, int]
+    width: int
+    channels: int = 64
+    frozen: bool = False
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, images: Array, train: bool) -> Array:
+        x = images
+        for number, (kernel, stride) in enumerate(((7, 2), (3, 1), (3, 1)), start=1):
+            options = {"use_bias": False, "dtype": self.dtype, "name": f"conv{number}"}
+            init = layers.torch_uniform(kernel * kernel * x.shape[-1])
+            x = nn.Conv(self.channels, (kernel, kernel), stride, kernel // 2, kernel_init=init, **options)(x)
+            x = nn.relu(BatchNorm(frozen=self.frozen, dtype=self.dtype, name=f"bn{number}")(x, train))
+        half = tuple(p // 2 for p in self.patch)
+        init = layers.torch_uniform(half[0] * half[1] * self.channels)
+        options = {"kernel_init": init, "bias_init": init, "dtype": self.dtype, "name": "proj"}
+        return nn.Conv(self.width, half, half, "VALID", **options)(x)
+
+
+class LVViT(Isotropic):
+    """LV-ViT (Jiang et al. 2021, "All Tokens Matter"; zihangJiang/TokenLabeling).
+
+    Its auxiliary head classifies every patch token that is left at the end. In
+    training `Output.logits` are those of the class token alone, as official;
+    `record=("dense",)` gives the auxiliary logits, which the loss `token_label`
+    wants. In evaluation `aux_weight` times their maximum over the tokens alive
+    is added: kept tokens, hosts that absorbed others, EViT's fused tokens; a
+    dropped token has no say, in either form (raoyongming/DynamicViT, `dylvvit`).
+
+    Attributes (besides those of `Isotropic`):
+      patch_size: pixels, `n` or `(height, width)`.
+      stem: "conv" (`PatchConv`) or "patch" (one product per patch).
+      stem_width: channels of the convolutional stem (128 in LV-ViT-L).
+      frozen_stats: training leaves the BatchNorm statistics alone and uses them.
+      aux_weight: share of the auxiliary head in the evaluation logits (0: it is
+        there, but has none); None builds the model without it.
+      mix_token: MixToken in training: one box of the token grid for the whole
+        batch, swapped between rows 2i and 2i + 1; `Output.mixed` says which
+        cells. The losses `ce` and `token_label` mix the targets accordingly;
+        distillation refuses it (DynamicViT trains LV-ViT without).
+    """
+
+    mlp_ratio: float = 3.0
+    qkv_bias: bool = False
+    norm_eps: float = 1e-5
+    patch_size: int | tuple[int, int] = 16
+    stem: str = "conv"
+    stem_width: int = 64
+    frozen_stats: bool = False
+    aux_weight: float | None = None
+    mix_token: bool = False
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(rows, columns) of patches."""
+        size, patch = pair(self.img_size), pair(self.patch_size)
+        if size[0] % patch[0] or size[1] % patch[1]:
+            near = tuple(max(p, round(s / p) * p) for s, p in zip(size, patch, strict=True))
+            raise ValueError(
+                f"img_size {size} is not divisible by patch_size {patch}; the nearest that fits is {near}"
+            )
+        return size[0] // patch[0], size[1] // patch[1]
+
+    def check(self) -> None:
+        """Raises ValueError for fields that do not fit together."""
+        super().check()
+        if self.stem not in STEMS:
+            raise ValueError(f"stem must be one of {', '.join(STEMS)}, got {self.stem!r}")
+        if self.stem == "conv" and any(p % 2 for p in pair(self.patch_size)):
+            raise ValueError(f"stem='conv' halves the patches: patch_size {self.patch_size} must be even")
+        if self.mix_token and self.aux_weight is None:
+            raise ValueError("mix_token=True needs the auxiliary head: set aux_weight (0.5 is official)")
+
+    def setup_stem(self) -> None:
+        """A few convolutions, or one per patch."""
+        patch = pair(self.patch_size)
+        if self.stem == "conv":
+            options = (self.stem_width, self.frozen_stats, self.dtype)
+            self.patch_embed = PatchConv(patch, self.width, *options)
+        else:
+            self.patch_embed = layers.PatchEmbed(patch, self.width, dtype=self.dtype)
+
+    def stem_rows(self, images: Array, context: Context) -> Array:
+        """`[B, H, W, Cin]` to `[B, N, width]`."""
+        more = (context.train,) if self.stem == "conv" else ()
+        return self.patch_embed(images, *more).reshape(images.shape[0], -1, self.width)
+
+    def embed(self, images: Array, context: Context) -> Tokens:
+        """The tokens that enter block 0, in training with some swapped by MixToken."""
+        tokens = super().embed(images, context)
+        if not (self.mix_token and context.train):
+            return tokens
+        # One box for the whole global batch: the key is the same on every device. A swapped row
+        # has its place's position embedding either way. No block and no dropout uses this number.
+        cells = mixing.box(jax.random.fold_in(context.dropout.key, self.depth + 1), self.grid).reshape(-1)
+        first, patches = jnp.split(tokens.x, [tokens.prefix], axis=1)
+        x = jnp.concatenate([first, mixing.swap(patches, cells)], axis=1)
+        return tokens.replace(x=x, mixed=jnp.broadcast_to(cells[None], tokens.carrier.shape))

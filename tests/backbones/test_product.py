@@ -1,0 +1,74 @@
+"""Every method, in both forms, in each isotropic backbone besides DeiT (tests/test_models.py) and T2T.
+
+The default run takes one learnt method (which changes tokens before a block) in LV-ViT and one of class
+attention (inside a block, with a fused row) in PS-ViT; the rest of the product is marked slow.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import dyntoken
+from dyntoken.reducers import METHODS
+
+SHARED = {"width": 16, "heads": 2, "num_classes": 5, "img_size": 16, "at": (1,), "keep": 0.6, "depth": 2}
+BACKBONES = {
+    "lvvit_s": {"patch_size": 4, "stem_width": 4},
+    # A small gamma: random weights would throw the points off the map.
+    "psvit_b_4": {"iterations": 2, "gamma": 0.1, "stem_channels": (4, 4, 8, 4)},
+}
+IMAGES = np.random.default_rng(7).normal(size=(4, 16, 16, 3)).astype(np.float32)
+
+
+def _cases(*quick):
+    names = [f"{method}_{backbone}" for backbone in BACKBONES for method in METHODS]
+    return [n if n.startswith(quick) else pytest.param(n, marks=pytest.mark.slow) for n in names]
+
+
+@functools.cache
+def _model(name, form="auto"):
+    return dyntoken.create_model(name, **SHARED, **BACKBONES[name.partition("_")[2]], form=form)
+
+
+@functools.cache
+def _variables(name):
+    """Random weights of some size: right after initialisation the scores nearly tie."""
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(lambda: _model(name).init(jax.random.key(0), IMAGES[:1]))
+    tree = jax.tree.map(lambda s: jnp.asarray(rng.normal(s.ndim == 1, 0.15, s.shape), s.dtype), shapes)
+    return {**tree, "batch_stats": jax.tree.map(jnp.abs, tree["batch_stats"])}
+
+
+@pytest.mark.parametrize("name", _cases("dtps_lvvit", "evit_psvit"))
+def test_mask_form_chooses_what_gather_chooses(name):
+    run = jax.jit(lambda m, v: m.apply(v, IMAGES, record=("features",)), static_argnums=0)
+    kept, masked = (run(_model(name, form), _variables(name)) for form in ("gather", "mask"))
+    np.testing.assert_allclose(masked.logits, kept.logits, atol=2e-5)
+    assert kept.tokens.count == kept.reductions[0].count < masked.tokens.initial == 16
+    np.testing.assert_array_equal(
+        np.asarray(kept.tokens.size).sum(axis=1), (kept.tokens.carrier >= 0).sum(axis=1)
+    )
+
+
+@pytest.mark.parametrize("name", _cases("dtps"))
+def test_training_reaches_every_parameter_and_every_statistic(name):
+    record = ("dense", "features") if "lvvit" in name else ("features",)
+
+    @functools.partial(jax.grad, has_aux=True)
+    def train(params, stats):
+        variables, rngs = {"params": params, "batch_stats": stats}, {"policy": jax.random.key(1)}
+        out, new = _model(name).apply(
+            variables, IMAGES, train=True, rngs=rngs, record=record, mutable=["batch_stats"]
+        )
+        loss = (jax.nn.log_softmax(out.logits) ** 2).sum()
+        loss += sum((r.decision.mean() - 0.5) ** 2 for r in out.reductions)
+        return loss + (0.0 if out.dense is None else (out.dense**2).mean()), new["batch_stats"]
+
+    grads, stats = jax.jit(train)(_variables(name)["params"], _variables(name)["batch_stats"])
+    for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
+        assert np.isfinite(leaf).all() and float(jnp.abs(leaf).max()) > 0, jax.tree_util.keystr(path)
+    old = _variables(name)["batch_stats"]
+    assert all((a != b).any() for a, b in zip(jax.tree.leaves(stats), jax.tree.leaves(old), strict=True))
