@@ -24,7 +24,7 @@ ALLOWED = {
     "multiexit": BASE | {"backbones", "heads", "nn", "ops"},
     "cascade": BASE | {"backbones", "heads", "nn", "ops", "reducers"},
     "models": CORE - {"models"},
-    "weights": BASE | {"models", "ops"},
+    "weights": BASE | {"cascade", "models", "ops"},
     "losses": BASE | {"ops"},
     "mix": BASE | {"ops"},
     "schedules": {"registry"},

@@ -229,11 +229,12 @@ class Plan:
         mean = self.info.mean if chosen.mean is None else chosen.mean
         return mix.normalize(images, mean, self.info.std if chosen.std is None else chosen.std)
 
-    def augment(self, key: jax.Array, images: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Normalises and mixes; see `make_train_step`."""
-        return mix.mix(
-            key, self.prepare(images), labels, num_classes=self.info.num_classes, **self.settings.mix
-        )
+    def augment(
+        self, key: jax.Array, images: jax.Array, labels: jax.Array, ids: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Normalises, erases and mixes; see `make_train_step`."""
+        classes = self.info.num_classes
+        return mix.mix(key, self.prepare(images), labels, ids, num_classes=classes, **self.settings.mix)
 
     def train_batches(self, start_step: int) -> Iterator[dict[str, np.ndarray]]:
         """This process's training batches from a step on, with the rows' global positions."""

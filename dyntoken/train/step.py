@@ -20,7 +20,7 @@ from dyntoken.train.state import TrainState
 
 Tree = Any
 Array = jax.Array
-Augment = Callable[[Array, Array, Array], tuple[Array, Array]]
+Augment = Callable[[Array, Array, Array, Array], tuple[Array, Array]]
 
 
 def make_train_step(
@@ -40,7 +40,7 @@ def make_train_step(
       model: returns an `Output`; takes `ids` and the rngs `policy`, `dropout`.
       tx: the optimizer, clipping included.
       specs: the loss list, see `dyntoken.losses`.
-      augment: `(key, images, labels) -> (images, targets)`, uint8 in,
+      augment: `(key, images, labels, ids) -> (images, targets)`, uint8 in,
         normalised and mixed out; its draws may depend on the key only.
       seed: of every draw, together with the step.
       ema: decay of the moving average of the variables; 0 for none.
@@ -60,7 +60,7 @@ def make_train_step(
     def train_step(state, teacher_variables, batch):
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         mixing, policy, dropout = jax.random.split(key, 3)
-        images, target = augment(mixing, batch["image"], batch["label"])
+        images, target = augment(mixing, batch["image"], batch["label"], batch["id"])
         data = {"image": images, "target": target, "mask": batch["mask"]}
         data |= {"dense": batch["dense"]} if "dense" in batch else {}
         if teacher is not None:

@@ -28,7 +28,7 @@ LOSSES = {
 }
 
 
-def augment(key, images, labels):
+def augment(key, images, labels, ids):
     images = mix.normalize(images, (0.5,) * 3, (0.25,) * 3)
     return mix.mix(key, images, labels, num_classes=CLASSES, mixup=0.8, cutmix=1.0)
 
