@@ -71,13 +71,15 @@ class Stage:
       blocks: numbers of the blocks it touches; one that holds a reducer inside
         belongs to two stages, each with its share.
       macs: multiply-adds of those blocks.
-      reducer: multiply-adds of the reducer that opens the stage.
+      reducer: multiply-adds of the reducer that opens the stage, 0 for none.
+      exit: number of the exit of a cascade that it belongs to, else None.
     """
 
     tokens: int
     blocks: tuple[int, ...]
     macs: int
     reducer: int
+    exit: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -255,24 +257,25 @@ def _blocks(ops: Sequence[Operation], params: Mapping[str, int]) -> tuple[Block,
 
 
 def _stages(ops: Sequence[Operation]) -> tuple[Stage, ...]:
-    """Cuts the program where a reducer first appears."""
-    opened: list[str] = []
-    spans: list[list[Operation]] = [[]]
-    costs = [0]
+    """Cuts the program where a reducer first appears and, in a model that reduces, between its exits."""
+    reduces = any(_name_of(op, REDUCER) for op in ops)
+    spans: dict[tuple[str, str], list[Operation]] = {}
+    costs: dict[tuple[str, str], int] = {}
+    exit_, last = "", ""
     for op in ops:
-        reducer = _name_of(op, REDUCER)
-        if reducer is None:
-            spans[-1].append(op)
-            continue
-        if reducer not in opened:
-            opened.append(reducer)
-            spans.append([])
-            costs.append(0)
-        costs[opened.index(reducer) + 1] += op.macs
-    return tuple(_stage(own, cost) for own, cost in zip(spans, costs, strict=True))
+        now = (reduces and _name_of(op, EXIT)) or exit_
+        found = _name_of(op, REDUCER) or ""
+        if now != exit_ or (found and (now, found) not in spans):
+            exit_, last = now, found
+        own = spans.setdefault((exit_, last), [])
+        if found:
+            costs[exit_, found] = costs.get((exit_, found), 0) + op.macs
+        else:
+            own.append(op)
+    return tuple(_stage(own, costs.get(key, 0), key[0]) for key, own in spans.items())
 
 
-def _stage(ops: Sequence[Operation], reducer: int) -> Stage:
+def _stage(ops: Sequence[Operation], reducer: int, exit_: str) -> Stage:
     own = [op for op in ops if op.macs and _name_of(op, BLOCK)]
     names = dict.fromkeys(_name_of(op, BLOCK) for op in own)
     return Stage(
@@ -280,6 +283,7 @@ def _stage(ops: Sequence[Operation], reducer: int) -> Stage:
         blocks=tuple(int(name.rpartition("_")[2]) for name in names),
         macs=sum(op.macs for op in own),
         reducer=reducer,
+        exit=int(exit_.rpartition("_")[2]) if exit_ else None,
     )
 
 

@@ -16,9 +16,10 @@ from etils import epath
 from dyntoken import data, train
 from dyntoken.analysis import macs, timing
 from dyntoken.models import create_model, split_name
-from dyntoken.tools import cli
+from dyntoken.tools import budget, cli
 
 Log = Callable[[str], None]
+POINTS = 8  # budgets in the table of a model with exits
 SHIPPED = "vit_mini_patch4_28"  # the trained dense model in the package: what exits are measured against
 
 
@@ -33,7 +34,8 @@ def report(config: Mapping[str, Any], result: train.Result, *, log: Log = print)
 
     Of a model with exits the rows are the linear classifier, the trained dense
     model of the package where it fits the images, and each exit with the
-    multiply-adds up to it; the picture is `exits.png`.
+    multiply-adds up to it; the picture is `exits.png`. `tools.budget` follows,
+    with its own table and files in `budget/`.
 
     Args:
       config: of the run.
@@ -55,6 +57,7 @@ def report(config: Mapping[str, Any], result: train.Result, *, log: Log = print)
         _picture(
             result.workdir / "exits.png", "top-1 against multiply-adds of the exits", _draw_exits, rows, log
         )
+        _budgets(result, log)
     else:
         _picture(result.workdir / "kept.png", "kept tokens of a test image", _draw_kept, result, log)
     return rows
@@ -202,6 +205,15 @@ def _picture(
             log(f"no picture: {error}")
             return
     log(f"{what}: {target}")
+
+
+def _budgets(result: train.Result, log: Log) -> None:
+    """Thresholds for some average budgets, and the picture of the trade-off."""
+    target = result.workdir / "budget"
+    if not (target / "calibration.json").exists():
+        log("\nthresholds for average budgets (tools.budget):")
+        budget.main([f"--workdir={result.workdir}", f"--points={POINTS}"])
+    log(f"exit thresholds, curves and shares per budget: {target}")
 
 
 def _draw_kept(result: train.Result, target: epath.Path) -> None:

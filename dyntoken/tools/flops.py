@@ -66,6 +66,7 @@ def as_json(name: str, model: Any, count: macs.Count) -> dict[str, Any]:
                 "blocks": list(stage.blocks),
                 "macs": stage.macs,
                 "reducer": stage.reducer,
+                "exit": stage.exit,
             }
             for stage in count.stages
         ],
@@ -83,7 +84,9 @@ def report(name: str, model: Any, count: macs.Count) -> str:
     height, width, channels = count.image_shape
     head = f"{name}: image {height} x {width} x {channels}"
     if model.sites():
-        keeps, sites = (", ".join(map(str, values)) for values in (kept(model), model.at))
+        keeps, sites = (
+            ", ".join(map(str, values)) for values in (kept(model), [site.at for site in model.sites()])
+        )
         head += f", {keeps} patch tokens stay at blocks {sites}"
     parts = [head, cli.table(_modules(count))]
     if macs.exits(model):
@@ -123,8 +126,10 @@ def _stages(count: macs.Count) -> list[list[str]]:
     rows = [["stage", "tokens", "blocks", "MACs", "reducer"]]
     for number, stage in enumerate(count.stages):
         span = f"{stage.blocks[0]}-{stage.blocks[-1]}" if stage.blocks else "-"
-        reducer = cli.short(stage.reducer) if number else ""
+        reducer = cli.short(stage.reducer) if stage.reducer else ""
         rows.append([str(number), str(stage.tokens), span, cli.short(stage.macs), reducer])
+        if stage.exit is not None:
+            rows[-1][0] += f" (exit {stage.exit})"
     return rows
 
 

@@ -72,11 +72,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     run = jax.jit(lambda variables, images: model.apply(variables, images))
     for picture, path in zip(pictures, paths, strict=True):
         out = run(variables, normalised(picture, model)[None])
-        figure = draw.picture(
-            picture.pixels, out.reductions, at=model.at, title=_title(args.name, picture, out)
-        )
-        draw.save(figure, path)
-        print(f"{path}: " + "; ".join(draw.fate(reduction).summary() for reduction in out.reductions))
+        for suffix, logits, reductions, at in views(model, out):
+            title = _title(args.name + suffix, picture, logits)
+            target = path.with_stem(path.stem + suffix.replace(", ", "_").replace(" ", "_"))
+            draw.save(draw.picture(picture.pixels, reductions, at=at, title=title), target)
+            fates = "; ".join(draw.fate(reduction).summary() for reduction in reductions)
+            print(f"{target}: {fates}")
     return 0
 
 
@@ -179,8 +180,25 @@ def _targets(out: Path, stems: Sequence[str]) -> list[Path]:
     return [out / f"{stem}.png" for stem in stems]
 
 
-def _title(name: str, picture: Picture, out: Any) -> str:
-    shares = jax.nn.softmax(out.logits[0])
+def views(model: Any, out: Any) -> list[tuple[str, jax.Array, tuple[Any, ...], tuple[int, ...]]]:
+    """What there is to see of one image: `(suffix, logits [K], reductions, their blocks)` per reduced exit.
+
+    One entry with an empty suffix for a model without exits.
+    """
+    if not hasattr(model, "exits"):
+        return [("", out.logits[0], out.reductions, model.at)]
+    found, start = [], 0
+    for index in range(len(model.exits)):
+        at = tuple(site.at for site in model.exit_sites(index))
+        mine = out.reductions[start : start + len(at)]
+        start += len(at)
+        if at:
+            found.append((f", exit {index}", out.logits[index, 0], mine, at))
+    return found
+
+
+def _title(name: str, picture: Picture, logits: jax.Array) -> str:
+    shares = jax.nn.softmax(logits)
     best = int(shares.argmax())
     title = f"{name}: {_class(picture.facts, best)} ({100 * float(shares[best]):.0f} %)"
     return title if picture.label is None else f"{title}, labelled {_class(picture.facts, picture.label)}"

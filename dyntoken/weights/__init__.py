@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dyntoken.cascade import Cascade
 from dyntoken.models import Model
 from dyntoken.weights import dense_start, files, keys, positions, references
 from dyntoken.weights.files import WeightsError
@@ -165,7 +166,7 @@ def save_weights(
     if model is not None:
         body = model.plain()
         about = {"model": "_".join(filter(None, (model.method, model.arch))), **about}
-        if hasattr(body, "grid"):
+        if not isinstance(model, Cascade):  # whose exits have a grid each
             about["grid"] = "x".join(str(n) for n in body.grid)
     files.write_safetensors(path, tensors, about)
 

@@ -90,3 +90,15 @@ def test_colour_files_are_normalised_as_imagenet(tmp_path):
     np.testing.assert_allclose(
         np.asarray(show.normalised(given, model))[0, 0, 0], (1 - 0.4914) / 0.2470, rtol=1e-5
     )
+
+
+def test_a_cascade_gets_a_picture_per_reduced_exit(tmp_path, capsys):
+    options = {"width": 16, "depth": 2, "heads": 2, "exits": (2, 4), "at": ((), (1,))}
+    model = dyntoken.create_model("dvt_dtps_vit_mini", keep=0.5, **options)
+    weights = tmp_path / "w.safetensors"
+    save_weights(weights, timing.random_variables(model), model=model)
+    more = [word for key, value in options.items() for word in ("--set", f"{key}={value}")]
+    arguments = ["dvt_dtps_vit_mini", f"--weights={weights}", "--keep=0.5", *more, "fashion_mnist_mini:0"]
+    assert show.main([*arguments, f"--out={tmp_path / 'a'}"]) == 0
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["fashion_mnist_mini_0_exit_1.png"]
+    assert "8 of 16 kept, 8 absorbed by" in capsys.readouterr().out

@@ -275,3 +275,29 @@ def test_a_cascade_moves_to_other_classes(tmp_path):
     assert moved["params"]["exit_1"]["head"]["cls"]["kernel"].shape == (8, 3)
     same(moved["params"]["exit_0"]["backbone"], variables["params"]["exit_0"]["backbone"])
     same(moved["params"]["reuse_1"], variables["params"]["reuse_1"])
+
+
+def test_a_cascade_starts_from_a_dense_model():
+    """Every exit takes the dense weights; what reuse adds to a layer starts as if it were not there."""
+    options = {"width": 16, "depth": 2, "heads": 2}
+    dense = dyntoken.create_model("vit_mini_patch4_28", stem="patch", **options)
+    source = init(dense)
+    model = dyntoken.create_model("dvt_vit_mini", exits=(4, 7), **options)
+    variables, report = dyntoken.load_weights(model, {"params": source["params"]}, return_report=True)
+    wanted, found = source["params"], variables["params"]
+    last = found["exit_1"]["backbone"]
+    np.testing.assert_array_equal(last["pos_embed"], wanted["backbone"]["pos_embed"])
+    np.testing.assert_array_equal(
+        last["patch_embed"]["proj"]["kernel"], wanted["backbone"]["patch_embed"]["proj"]["kernel"]
+    )
+    block, old = last["trunk"]["blocks_1"], wanted["backbone"]["trunk"]["blocks_1"]
+    np.testing.assert_array_equal(block["attn"]["qkv"]["kernel"], old["attn"]["qkv"]["kernel"])
+    np.testing.assert_array_equal(block["mlp"]["fc1"]["kernel"][:16], old["mlp"]["fc1"]["kernel"])
+    assert not block["mlp"]["fc1"]["kernel"][16:].any() and block["mlp"]["fc1"]["kernel"].shape == (64, 64)
+    assert (block["norm2"]["scale"][16:] == 1).all() and block["norm2"]["scale"].shape == (64,)
+    np.testing.assert_array_equal(found["exit_0"]["head"]["cls"]["kernel"], wanted["head"]["cls"]["kernel"])
+    assert found["exit_0"]["backbone"]["pos_embed"].shape == (1, 17, 16)
+    assert "exit_0/backbone/patch_embed/proj/kernel" in report.missing  # 7 x 7 pixels, not 4 x 4
+    assert any("every exit starts from them" in note for note in report.notes)
+    again = tuple(p for p in report.missing if not p.startswith("reuse_1/"))
+    assert set(again) == {f"exit_0/backbone/patch_embed/proj/{leaf}" for leaf in ("kernel", "bias")}
