@@ -97,7 +97,7 @@ def _trained(devices):
     variables["params"] = jax.tree.map(lambda p: 10 * p if p.ndim == 2 else p, variables["params"])
     tx, _ = optim.make(variables["params"], total_steps=4, steps_per_epoch=2, name="sgd", lr=0.1, clip=1.0)
 
-    def augment(key, images, labels):
+    def augment(key, images, labels, ids):
         return mix.normalize(images, (0.5,) * 3, (0.25,) * 3), mix.soft_targets(labels, CLASSES, 0.1)
 
     step = make_train_step(model, tx, specs=SPECS, augment=augment, seed=3, ema=0.9)

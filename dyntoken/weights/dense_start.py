@@ -42,19 +42,20 @@ def spread(model: Cascade, sort: Sort, shapes: Shapes) -> tuple[dict[str, np.nda
     Returns:
       arrays by the cascade's paths, and the keys that no exit wants.
     """
-    spreaded: dict[str, np.ndarray] = {}
+    result: dict[str, np.ndarray] = {}
     unwanted: list[set[str]] = []
     for index in range(len(model.exits)):
         found, unexpected = sort(dense_of(model, index))
         unwanted.append(set(unexpected))
+        wanted = {path: shapes[f"exit_{index}/{path}"] for path in found}
+        same_stem = all(
+            tuple(found[path].shape) == want for path, want in wanted.items() if path.startswith(STEMS)
+        )
         for path, value in found.items():
-            target = f"exit_{index}/{path}"
-            want = shapes[target]
-            if path.startswith(STEMS) and tuple(value.shape) != want:
-                continue
-            spreaded[target] = _widened(path, value, want)
+            if same_stem or not path.startswith(STEMS):
+                result[f"exit_{index}/{path}"] = _widened(path, value, wanted[path])
     left = set.intersection(*unwanted)
-    return spreaded, tuple(key for key in sorted(left) if not keys.is_buffer(key))
+    return result, tuple(key for key in sorted(left) if not keys.is_buffer(key))
 
 
 def _widened(path: str, value: np.ndarray, want: tuple[int, ...]) -> np.ndarray:
