@@ -55,7 +55,7 @@ def sheet(
       groups: of lines of the same length.
       columns: a name above each column, or none.
       title: above everything.
-      note: a line below everything.
+      note: a line below everything, or several.
       side: inches of a cell, about; a file pixel is a hundredth.
 
     Returns:
@@ -76,7 +76,12 @@ def sheet(
     high, wide = _size(cells[0].image.shape[:2], side)
     step_x, step_y = max(wide, side) + 0.08, high + CAPTION
     top = 0.42 + (0.24 if columns else 0.04)
-    height = top + len(lines) * step_y + (len(groups) - 1) * GAP + (0.34 if note else 0.1)
+    height = (
+        top
+        + len(lines) * step_y
+        + (len(groups) - 1) * GAP
+        + (0.34 + 0.14 * note.count("\n") if note else 0.1)
+    )
     total = LABEL + width * step_x + 0.12
     figure = matplotlib("figure").Figure(figsize=(total, height), dpi=DPI, facecolor="white")
     text = {"color": INK, "transform": figure.dpi_scale_trans}

@@ -33,8 +33,9 @@ def make_eval_step(
     The batch holds `image`, `label` int32 `[b]` and `mask` `[b]` (0.0 for
     padding). With `labels` bool `[b, classes]` besides (`imagenet2012_real`) a
     guess is right if it is any of them; the loss stays that of `label`. The
-    sums are `top1`, `top5` (with more than five classes only), `loss` (cross-entropy, nats) and `count`, over all devices. Of a model with
-    exits they are those of the last one, and `top1_per_exit` is `[exits]`.
+    sums are `top1`, `top5` (with more than five classes only), `loss`
+    (cross-entropy, nats) and `count`, over all devices. Of a model with exits
+    they are those of the last one, and `top1_per_exit` is `[exits]`.
     """
 
     def eval_step(variables, batch):

@@ -67,6 +67,11 @@ def run(config: str, *, batch: int = 64, steps: int = 8, rounds: int = 3) -> dic
     )
     if height != width:
         raise ValueError(f"{config} has images of {height} x {width} pixels: only squares are timed")
+    if augment.get("crop") == "pad":
+        raise ValueError(
+            f"{config} trains on images in memory, which nothing decodes: give a recipe for ImageNet, "
+            "such as configs/tps_deit.py"
+        )
     speed = input_speed.measure(augment, size=height, batch=batch, steps=steps, rounds=rounds)
     return {
         "mode": "input",
