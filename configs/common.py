@@ -64,17 +64,41 @@ def base():
     c.data.size = 224
     c.data.shards = 8  # virtual shards; the result does not depend on the number of devices
     c.data.data_dir = config_dict.placeholder(str)  # default: $TFDS_DATA_DIR
-    c.data.augment = {"crop": "random_resized", "interpolation": "bicubic", "flip": 0.5}
+    c.data.augment = {
+        "crop": "random_resized",
+        "interpolation": "bicubic",
+        "flip": 0.5,
+        "rand_augment": config_dict.placeholder(str),
+        "repeats": 1,
+    }
     c.data.eval = {"crop_pct": 0.875, "interpolation": "bicubic"}
     c.data.options = ml_collections.ConfigDict()
 
-    c.mix = {"mixup": 0.8, "cutmix": 1.0, "prob": 1.0, "switch_prob": 0.5, "smoothing": 0.1}
+    c.mix = {
+        "mixup": 0.8,
+        "cutmix": 1.0,
+        "prob": 1.0,
+        "switch_prob": 0.5,
+        "smoothing": 0.1,
+        "erase": 0.0,
+    }
     c.losses = ml_collections.ConfigDict()
     c.optim = ml_collections.ConfigDict()
     c.teacher = ml_collections.ConfigDict({"name": "", "weights": ""})
     c.init = ml_collections.ConfigDict({"path": ""})  # weights to start from
     c.compare = False  # demo: table of linear, dense, drop and this run, and a picture
     return c
+
+
+def deit_augment(c, repeats=3, policy="rand-m9-mstd0.5-inc1"):
+    """What DeiT does to ImageNet beyond crop, flip and mixing; `demo` and `tiny` undo it.
+
+    RandAugment (and so no colour jitter, which timm drops beside it), random
+    erasing, and repeated augmentation where `repeats` is more than 1. Needs
+    TensorFlow, which reads ImageNet anyway.
+    """
+    c.data.augment.update({"rand_augment": policy, "repeats": repeats})
+    c.mix.erase = 0.25
 
 
 SIZES = {"t": "tiny", "s": "small", "b": "base"}
@@ -183,6 +207,8 @@ def tiny(c, **model):
     c.data.name = "fake"
     c.data.eval_split = "test"
     c.data.size = 16
+    c.data.augment.update({"rand_augment": None, "repeats": 1})
+    c.mix.erase = 0.0
     c.data.options = {"num_classes": 4, "train": 64, "test": 24, "image_size": 16, "channels": 3}
     c.model.update({"width": 24, "depth": 4, "heads": 2, **(model or {"patch_size": 4})})
     c.init.path = ""

@@ -6,9 +6,11 @@
     python -m dyntoken.main --config=configs/deit.py:tiny
 
 Published (facebookresearch/deit, 300 epochs, 224 px): T 72.2 at 1.25 GMACs, S
-79.8 at 4.60, B 81.8 at 17.56. On ImageNet: not yet run. Crop, flip, mixup,
-cutmix, smoothing and stochastic depth are DeiT's; its RandAugment, random
-erasing and repeated augmentation are not applied.
+79.8 at 4.60, B 81.8 at 17.56. On ImageNet: not yet run. Crop, flip, RandAugment
+(rand-m9-mstd0.5-inc1), random erasing (0.25), repeated augmentation (3 views),
+mixup, cutmix, smoothing and stochastic depth are DeiT's. What differs: mixup pairs
+neighbouring images, and the views of an image lie in different data shards, so
+that both are the same on any number of devices.
 
 `fashion` trains the small model that ships with the package, on all 60,000
 images of Fashion-MNIST (`python -m dyntoken.data.prepare_fashion_mnist` writes
@@ -24,6 +26,7 @@ def get_config(arg=None):
     c = common.base()
     c.model.name = common.deit_name(arg.size)
     c.model.drop_path = 0.1
+    common.deit_augment(c)
     c.epochs = 300.0
     c.ema = 0.99996
     c.losses = {"ce": {"weight": 1.0}}

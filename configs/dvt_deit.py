@@ -15,8 +15,9 @@ which gives no command for DeiT: cross-entropy of all exits with equal weights,
 batch 8 x 64, learning rate 5e-4, not scaled with it; weight decay 0.05 on all
 matrices, class token and position embedding included; 20 epochs of warm-up, a
 cosine over 300 epochs and 10 more at its end; stochastic depth 0.1, EMA 0.99996, no
-clipping. Crop, flip, mixup, cutmix and smoothing are its own; its RandAugment,
-colour jitter, random erasing and random interpolation are not applied.
+clipping. Crop, flip, RandAugment (rand-m9-mstd0.5-inc1), random erasing (0.25),
+mixup, cutmix and smoothing are its own; no repeated augmentation. What differs: it
+draws bilinear or bicubic interpolation per image, here all is bicubic.
 `distill` weighs our addition, KL from the last exit to the earlier ones.
 """
 
@@ -30,6 +31,7 @@ def get_config(arg=None):
     c.model.name = "dvt_" + common.deit_name(arg.size).removesuffix("_patch16_224")
     c.batch = 512
     common.dvt(c, arg, {"lr": 5e-4, "weight_decay": 0.05})
+    common.deit_augment(c, repeats=1)
     if arg.demo:
         _demo(c, arg)
     if arg.tiny:

@@ -16,8 +16,9 @@ decay 0.03, T2T-ViT-14 with 8 x 64, 5e-4 and 0.05 (what we give the others, too)
 rate does not scale with the batch. Class tokens are decayed, the sinusoid and the
 performer's random features are fixed. 20 epochs of warm-up, a cosine over 300
 epochs and 10 more at its end; stochastic depth 0.1, EMA 0.99996, no clipping. Crop,
-flip, mixup, cutmix and smoothing are its own; its RandAugment, colour jitter,
-random erasing and random interpolation are not applied. `distill` weighs our
+flip, RandAugment (rand-m9-mstd0.5-inc1), random erasing (0.25), mixup, cutmix and
+smoothing are its own; no repeated augmentation. What differs: it draws bilinear or
+bicubic interpolation per image, here all is bicubic. `distill` weighs our
 addition, KL from the last exit to the earlier ones.
 """
 
@@ -36,6 +37,7 @@ def get_config(arg=None):
     c.batch = 1024 if arg.depth == 12 else 512
     rates = {"lr": 2e-3, "weight_decay": 0.03} if arg.depth == 12 else {"lr": 5e-4, "weight_decay": 0.05}
     common.dvt(c, arg, {**rates, "frozen": common.T2T_FROZEN})
+    common.deit_augment(c, repeats=1)
     if arg.tiny:
         common.tiny_dvt(c, token_dim=8)
     return c

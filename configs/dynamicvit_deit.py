@@ -12,8 +12,10 @@ at 11.2. On ImageNet: not yet run.
 Follows raoyongming/DynamicViT: learning rate 1e-3 at batch 1024, not scaled
 with it; the backbone frozen for 5 epochs, then at 0.01 of that rate; class token
 and position embedding never updated; EMA 0.9999. DeiT-B weighs the keep-ratio
-loss 5. Crop, flip, mixup, cutmix and smoothing are DeiT's; its RandAugment,
-colour jitter and random erasing are not applied.
+loss 5. Crop, flip, RandAugment (rand-m9-mstd0.5-inc1), random erasing (0.25), mixup,
+cutmix and smoothing are its own, those of DeiT; it has no repeated augmentation, and
+timm drops its colour jitter beside RandAugment. What differs: mixup pairs
+neighbouring images.
 """
 
 from configs import common
@@ -26,6 +28,7 @@ def get_config(arg=None):
     c.model.name = common.deit_name(arg.size)
     c.init.path = f"weights/{c.model.name}.safetensors"
     c.ema = 0.9999
+    common.deit_augment(c, repeats=1)
     c.losses = {
         "ce": {"weight": 1.0},
         "keep_ratio": {"weight": 5.0 if arg.size == "b" else 2.0, "divisor": 3},

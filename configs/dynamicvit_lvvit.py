@@ -13,8 +13,10 @@ Follows raoyongming/DynamicViT: batch 512 (S) or 384 (M), learning rate 1e-3 x
 batch / 1024 (the paper's rule); the backbone frozen for 5 epochs, then at 0.01 of that rate; class
 token and position embedding never updated; EMA 0.9999. Distillation compares the
 auxiliary logits of the tokens that are left, and the teacher's class logits
-without its auxiliary head; no MixToken. Crop, flip, mixup, cutmix and smoothing
-are DeiT's; its RandAugment, colour jitter and random erasing are not applied.
+without its auxiliary head; no MixToken. Crop, flip, RandAugment
+(rand-m9-mstd0.5-inc1), random erasing (0.25), mixup, cutmix and smoothing are its
+own, those of DeiT; it has no repeated augmentation, and timm drops its colour jitter
+beside RandAugment. What differs: mixup pairs neighbouring images.
 
 `demo` trains a small LV-ViT from scratch on the embedded images: not yet run.
 """
@@ -36,6 +38,7 @@ def get_config(arg=None):
     c.batch = BATCH[arg.size]
     c.data.eval.crop_pct = 0.9 if arg.size == "s" else 1.0
     c.ema = 0.9999
+    common.deit_augment(c, repeats=1)
     c.losses = {
         "ce": {"weight": 1.0},
         "keep_ratio": {"weight": 2.0, "divisor": 3},

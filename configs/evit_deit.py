@@ -12,8 +12,9 @@ Published (youweiliang/evit, DeiT-S, 30 epochs, with the fused token), keep 0.9 
 Follows youweiliang/evit's fine-tuning: batch 2048, learning rate 2e-5 x batch /
 512, weight decay 1e-6, no warm-up, dropout layers off, EMA 0.99996. Tokens are
 really dropped in training, so the steps are cheaper than dense ones. Crop, flip,
-mixup, cutmix and smoothing are DeiT's; its RandAugment, random erasing and
-repeated augmentation are not applied.
+RandAugment (rand-m9-mstd0.5-inc1), random erasing (0.25), repeated augmentation (3
+views), mixup, cutmix and smoothing are its own, those of DeiT; timm drops its colour
+jitter beside RandAugment. What differs: mixup pairs neighbouring images.
 """
 
 from configs import common
@@ -27,6 +28,7 @@ def get_config(arg=None):
     c.init.path = f"weights/{c.model.name}.safetensors"
     c.batch = 2048
     c.ema = 0.99996
+    common.deit_augment(c)
     c.losses = {"ce": {"weight": 1.0}}
     c.optim = {
         "lr": c.get_ref("batch").to_float() * (2e-5 / 512),

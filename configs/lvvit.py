@@ -12,8 +12,11 @@ decay 0.05, warm-up 5 epochs, stochastic depth 0.1 (S), MixToken in place of mix
 and CutMix, the class token's loss plus 0.5 of the patch tokens'. Its label maps,
 made once by an NFNet-F6, are not read: every patch token gets its image's label
 (`losses.token_label` takes `batch["dense"]` where a training loop of your own has
-maps; a teacher with `dense_distill` labels the tokens on the fly). Its
-RandAugment and random erasing are not applied.
+maps; a teacher with `dense_distill` labels the tokens on the fly). Crop, flip,
+RandAugment (rand-m9-mstd0.5-inc1; L: three operations), random erasing (0.25) and
+smoothing are its own; no repeated augmentation. What differs: it crops after
+RandAugment instead of before it, and draws bilinear or bicubic interpolation per
+image, here all is bicubic.
 
 `demo` trains a small LV-ViT on the embedded images: not yet run.
 """
@@ -32,7 +35,8 @@ def get_config(arg=None):
     c = common.base()
     c.model.update({"name": f"lvvit_{arg.size}", "drop_path": DROP_PATH[arg.size], "mix_token": True})
     c.data.eval.crop_pct = 0.9 if arg.size in "ts" else 1.0
-    c.mix = {"mixup": 0.0, "cutmix": 0.0, "smoothing": 0.1}
+    c.mix.update({"mixup": 0.0, "cutmix": 0.0})
+    common.deit_augment(c, repeats=1, **({"policy": "rand-n3-m9-mstd0.5-inc1"} if arg.size == "l" else {}))
     c.epochs = 300.0
     c.losses = {"ce": {"weight": 1.0}, "token_label": {"weight": 0.5}}
     c.optim = {

@@ -6,7 +6,7 @@
     python -m dyntoken.main --config=configs/multiexit_deit.py:tiny
 
 The multi-exit idea of MSDNet (ICLR 2018) on a vision transformer. No official code:
-the recipe is that of configs/dvt_deit.py, so that `tools.budget --workdir=CASCADE
+the recipe is that of configs/dvt_deit.py, augmentation included, so that `tools.budget --workdir=CASCADE
 --vs=THIS` compares exits on finer token grids with exits at greater depth under equal
 terms. On ImageNet: not yet run.
 """
@@ -22,6 +22,7 @@ def get_config(arg=None):
     c.model.drop_path = 0.1
     c.batch = 512
     common.exits_recipe(c, arg, {"lr": 5e-4, "weight_decay": 0.05})
+    common.deit_augment(c, repeats=1)
     if arg.demo:
         common.demo(c)
         c.model.name = f"multiexit_{c.model.name}"

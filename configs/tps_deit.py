@@ -11,9 +11,11 @@ dTPS-DeiT-S 79.67 at 2.99 GMACs, eTPS-DeiT-S 79.66 at 3.01, dTPS-DeiT-T 71.89 at
 
 Follows megvii-research/TPS-CVPR2023 (torch): batch 1024, learning rate
 2.5e-4 x batch / 1024, weight decay 0.05 on every parameter, EMA 0.99996; the
-tiny model trains without distillation. Crop, flip, mixup, cutmix and smoothing
-are DeiT's; its RandAugment, random erasing and repeated augmentation are not
-applied. eTPS has no official recipe: this is dTPS's without the keep-ratio loss.
+tiny model trains without distillation. Crop, flip, RandAugment
+(rand-m9-mstd0.5-inc1), random erasing (0.25), repeated augmentation (3 views), mixup,
+cutmix and smoothing are its own, those of DeiT; timm drops its colour jitter beside
+RandAugment. What differs: mixup pairs neighbouring images. eTPS has no official
+recipe: this is dTPS's without the keep-ratio loss.
 """
 
 from configs import common
@@ -29,6 +31,7 @@ def get_config(arg=None):
     c.model.drop_path_rule = "constant"
     c.init.path = f"weights/{c.model.name}.safetensors"
     c.ema = 0.99996
+    common.deit_augment(c)
     c.losses = {"ce": {"weight": 1.0}}
     if arg.variant == "dtps":
         c.losses.keep_ratio = {"weight": 2.0}

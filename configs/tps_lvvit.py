@@ -11,8 +11,9 @@ GMACs, which is keep 0.5 at blocks 4-8-12. On ImageNet: not yet run.
 megvii-research/TPS-CVPR2023 holds no LV-ViT code. This is its recipe for DeiT:
 batch 1024, learning rate 2.5e-4 x batch / 1024, weight decay 0.05 on every
 parameter, EMA 0.99996, distillation from the dense model; eTPS without the
-keep-ratio loss. Crop, flip, mixup, cutmix and smoothing are DeiT's; its
-RandAugment, random erasing and repeated augmentation are not applied.
+keep-ratio loss. Crop, flip, RandAugment (rand-m9-mstd0.5-inc1), random erasing
+(0.25), repeated augmentation (3 views), mixup, cutmix and smoothing are that recipe's,
+too.
 Distillation compares class logits: the teacher's auxiliary head is left out.
 
 `demo` trains a small LV-ViT from scratch on the embedded images: not yet run.
@@ -36,6 +37,7 @@ def get_config(arg=None):
     c.init.path = f"weights/{c.model.name}.safetensors"
     c.data.eval.crop_pct = SIZES[arg.size]
     c.ema = 0.99996
+    common.deit_augment(c)
     c.losses = {
         "ce": {"weight": 1.0},
         "keep_ratio": {"weight": 2.0},

@@ -36,6 +36,7 @@ ALLOWED = {
     "train": CORE | {"losses", "weights", "data", "analysis", "mix", "optim", "schedules", "eval"},
     "tools": CORE
     | {
+        "config",
         "losses",
         "weights",
         "data",

@@ -13,6 +13,7 @@ import pytest
 
 from dyntoken import config as recipes
 from dyntoken import main
+from dyntoken.train import plan as train_plan
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RECIPES = (
@@ -144,6 +145,34 @@ def test_every_recipe_of_a_cascade_builds(recipe):
         rates = [plan.lr_fn(epoch * plan.steps_per_epoch) for epoch in (0, 20, 299, 300, 309)]
         assert rates[0] == pytest.approx(1e-6) and rates[1] < c.optim.lr and rates[3:] == [1e-5, 1e-5]
         assert 1e-5 < rates[2] < 1.01e-5 and plan.total_steps == 310 * plan.steps_per_epoch
+
+
+DEIT, NOTHING = ("rand-m9-mstd0.5-inc1", 0.25), (None, 0.0)
+VIEWS = {  # of an image in an epoch, where the official recipe augments as DeiT does
+    **dict.fromkeys(("deit", "tps_deit", "evit_deit", "tps_lvvit", "tps_psvit"), 3),
+    **dict.fromkeys(("dynamicvit_deit", "dynamicvit_lvvit", "lvvit", "dvt_deit", "dvt_t2t"), 1),
+    "multiexit_deit": 1,
+}
+
+
+@pytest.mark.parametrize("recipe", [*RECIPES, *CASCADES, "multiexit_deit"])
+def test_what_is_augmented_how(recipe):
+    """DeiT's augmentation on ImageNet alone; it needs TensorFlow, which toys and demos do not."""
+
+    def section(argument):
+        c = recipes.load(f"configs/{recipe}.py{argument}")
+        augment = dict(c.data.augment)
+        train_plan.read(c)
+        return (augment.get("rand_augment"), c.mix.get("erase", 0.0)), augment.get("repeats", 1)
+
+    assert section("") == ((DEIT, VIEWS[recipe]) if recipe in VIEWS else (NOTHING, 1))
+    takes = recipes.locate(f"configs/{recipe}.py").read_text()
+    toys = [toy for toy in (":tiny", ":demo", ":fashion") if f"{toy[1:]}=False" in takes]
+    assert toys and all(section(toy) == (NOTHING, 1) for toy in toys)
+
+
+def test_the_biggest_lvvit_has_three_operations():
+    assert recipes.load("configs/lvvit.py:size=l").data.augment.rand_augment == "rand-n3-m9-mstd0.5-inc1"
 
 
 FIXED = {  # what the official scripts do not train

@@ -44,7 +44,9 @@ class Group:
     lines: Sequence[Sequence[Cell | None]]
 
 
-def sheet(groups: Sequence[Group], *, columns: Sequence[str] = (), title: str, note: str = "") -> Any:
+def sheet(
+    groups: Sequence[Group], *, columns: Sequence[str] = (), title: str, note: str = "", side: float = SIDE
+) -> Any:
     """Draws groups of images one below the other.
 
     Small images are enlarged by a whole factor, pixel by pixel.
@@ -53,7 +55,8 @@ def sheet(groups: Sequence[Group], *, columns: Sequence[str] = (), title: str, n
       groups: of lines of the same length.
       columns: a name above each column, or none.
       title: above everything.
-      note: a line below everything.
+      note: a line below everything, or several.
+      side: inches of a cell, about; a file pixel is a hundredth.
 
     Returns:
       A matplotlib `Figure`; save it with its own dpi.
@@ -70,10 +73,15 @@ def sheet(groups: Sequence[Group], *, columns: Sequence[str] = (), title: str, n
         raise ValueError(
             f"lines of {sorted({len(line) for line in lines})} cells, {len(columns)} column names"
         )
-    high, wide = _size(cells[0].image.shape[:2])
-    step_x, step_y = max(wide, SIDE) + 0.08, high + CAPTION
+    high, wide = _size(cells[0].image.shape[:2], side)
+    step_x, step_y = max(wide, side) + 0.08, high + CAPTION
     top = 0.42 + (0.24 if columns else 0.04)
-    height = top + len(lines) * step_y + (len(groups) - 1) * GAP + (0.34 if note else 0.1)
+    height = (
+        top
+        + len(lines) * step_y
+        + (len(groups) - 1) * GAP
+        + (0.34 + 0.14 * note.count("\n") if note else 0.1)
+    )
     total = LABEL + width * step_x + 0.12
     figure = matplotlib("figure").Figure(figsize=(total, height), dpi=DPI, facecolor="white")
     text = {"color": INK, "transform": figure.dpi_scale_trans}
@@ -101,10 +109,10 @@ def sheet(groups: Sequence[Group], *, columns: Sequence[str] = (), title: str, n
     return figure
 
 
-def _size(shape: tuple[int, int]) -> tuple[float, float]:
+def _size(shape: tuple[int, int], side: float) -> tuple[float, float]:
     """(height, width) in inches: a whole number of file pixels per image pixel where one fits."""
     longest = max(shape)
-    factor = SIDE * DPI / longest
+    factor = side * DPI / longest
     factor = float(int(factor)) if factor >= 1 else factor
     return shape[0] * factor / DPI, shape[1] * factor / DPI
 

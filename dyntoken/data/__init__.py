@@ -16,7 +16,8 @@ Batches are `{"image": uint8 [b, H, W, C], "label": int32 [b], "mask": float32
 [b]}`, mask 0 for the padding of evaluation. Normalisation is the device's job,
 with `info(name).mean` and `.std`. Evaluation batches of `imagenet2012_real`
 hold `labels` bool `[b, 1000]` besides: every label that fits the image (Beyer et
-al., arXiv:2006.07159); images that none fits have mask 0.
+al., arXiv:2006.07159); images that none fits have mask 0. A run is evaluated on it with
+`--mode=eval --config.data.name=imagenet2012_real --config.data.split=validation`.
 
 The embedded `fashion_mnist_mini` and the generated `fake` need numpy alone. Any
 other name is a TFDS data set (`name`, `name:version`, `name/config:version`)

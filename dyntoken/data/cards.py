@@ -66,7 +66,15 @@ _CIFAR100 = _card(
 )
 _IMAGENET = _card("imagenet2012", 1000, None, 1_281_167, {"validation": 50_000}, IMAGENET_MEAN, IMAGENET_STD)
 
-_REAL = DataInfo("imagenet2012_real", 1000, None, {"validation": 50_000}, IMAGENET_MEAN, IMAGENET_STD)
+_REAL = DataInfo(
+    "imagenet2012_real",
+    1000,
+    None,
+    {"validation": 50_000},
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    several_labels=True,
+)
 _V2 = DataInfo("imagenet_v2", 1000, None, {"test": 10_000}, IMAGENET_MEAN, IMAGENET_STD)
 _INAT = _card("i_naturalist2019", 1010, None, 265_213, {"validation": 3_030}, IMAGENET_MEAN, IMAGENET_STD)
 

@@ -26,6 +26,7 @@ class DataInfo:
       splits: split name -> number of examples.
       mean, std: per channel, of pixels scaled to [0, 1].
       class_names: one per class, or () where the source names none.
+      several_labels: evaluation batches hold `labels` besides `label`.
       channels: colour channels of the batches.
     """
 
@@ -36,6 +37,7 @@ class DataInfo:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     class_names: tuple[str, ...] = ()
+    several_labels: bool = False
 
     @property
     def channels(self) -> int:

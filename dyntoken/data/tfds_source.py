@@ -159,6 +159,7 @@ def _describe(name: str, builder: Any) -> DataInfo:
         mean=mean,
         std=std,
         class_names=names,
+        several_labels=_REAL_LABEL in builder.info.features,
     )
 
 

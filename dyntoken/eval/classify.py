@@ -31,9 +31,11 @@ def make_eval_step(
       axis: name of the mapped axis over devices.
 
     The batch holds `image`, `label` int32 `[b]` and `mask` `[b]` (0.0 for
-    padding). The sums are `top1`, `top5` (with more than five classes only),
-    `loss` (cross-entropy, nats) and `count`, over all devices. Of a model with
-    exits they are those of the last one, and `top1_per_exit` is `[exits]`.
+    padding). With `labels` bool `[b, classes]` besides (`imagenet2012_real`) a
+    guess is right if it is any of them; the loss stays that of `label`. The
+    sums are `top1`, `top5` (with more than five classes only), `loss`
+    (cross-entropy, nats) and `count`, over all devices. Of a model with exits
+    they are those of the last one, and `top1_per_exit` is `[exits]`.
     """
 
     def eval_step(variables, batch):
@@ -42,21 +44,28 @@ def make_eval_step(
         labels, mask = batch["label"], batch["mask"]
         loss = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), labels)
         sums = {
-            "top1": mask * (jnp.argmax(logits, -1) == labels),
+            "top1": mask * _right(batch, jnp.argmax(logits, -1)),
             # where, not a product: a padding row may be anything, NaN included.
             "loss": jnp.where(mask > 0, mask * loss, 0.0),
             "count": mask,
         }
         if logits.shape[-1] > 5:
-            best = jax.lax.top_k(logits, 5)[1]  # [b, 5]
-            sums["top5"] = mask * jnp.any(best == labels[:, None], -1)
+            best = jnp.moveaxis(jax.lax.top_k(logits, 5)[1], -1, 0)  # [5, b]
+            sums["top5"] = mask * jnp.any(_right(batch, best), 0)
         totals = {name: jnp.sum(value) for name, value in sums.items()}
         if every.ndim == 3:
-            hits = jnp.argmax(every, -1) == labels[None]  # [exits, b]
+            hits = _right(batch, jnp.argmax(every, -1))  # [exits, b]
             totals["top1_per_exit"] = jnp.sum(mask[None] * hits, axis=1)
         return jax.lax.psum(totals, axis)
 
     return eval_step
+
+
+def _right(batch: Mapping[str, Array], guess: Array) -> Array:
+    """Whether guesses `[..., b]` are right, bool of the same shape."""
+    if "labels" not in batch:
+        return guess == batch["label"].reshape((1,) * (guess.ndim - 1) + (-1,))
+    return batch["labels"][jnp.arange(guess.shape[-1]), guess]
 
 
 def classify(

@@ -46,6 +46,11 @@ def program(main: Main) -> Main:
     return run
 
 
+def chooses(argv: Sequence[str], option: str) -> bool:
+    """Whether `--option` or `--option=value` is among the arguments."""
+    return any(word.partition("=")[0] == option for word in argv)
+
+
 def one_line(error: BaseException) -> str:
     """The message of an exception without line breaks."""
     if isinstance(error, OSError) and error.strerror:

@@ -1,6 +1,7 @@
 """Pictures of what a model keeps: `python -m dyntoken.tools.show NAME --weights=... IMAGE...`.
 
-With `--exits`: sheets of images by the exit they take, see `sheets`.
+With `--exits`: sheets of images by the exit they take, see `sheets`. With
+`--augment`: a sheet of what training sees, see `show_augment`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from dyntoken.analysis import draw
 from dyntoken.data.resample import resize_centre
 from dyntoken.models import Model
 from dyntoken.preprocessing import preprocess
-from dyntoken.tools import cli, sheets
+from dyntoken.tools import cli, sheets, show_augment
 from dyntoken.weights import load_weights
 
 TEXT = """\
@@ -31,11 +32,13 @@ IMAGE is a picture file, or data:INDEX for a picture of a data set's test split
 (fashion_mnist_mini:7).
 
 --exits draws sheets of many images by the exit they take, for a model with
-exits: show --exits --help."""
+exits: show --exits --help. --augment CONFIG draws what training sees under a
+recipe: show --augment --help."""
 EXAMPLES = """\
   python -m dyntoken.tools.show dtps_vit_mini_patch4_28 --weights=runs/demo fashion_mnist_mini:7
   python -m dyntoken.tools.show evit_deit_small_patch16_224 --weights=evit.pth cat.jpg dog.jpg --out=kept
-  python -m dyntoken.tools.show --exits --workdir=runs/dvt_demo"""
+  python -m dyntoken.tools.show --exits --workdir=runs/dvt_demo
+  python -m dyntoken.tools.show --augment configs/tps_deit.py:demo"""
 OF_DATA_SET = re.compile(r"([A-Za-z_][\w/]*):(\d+)")
 
 
@@ -58,10 +61,12 @@ class Picture:
 
 @cli.program
 def main(argv: Sequence[str] | None = None) -> int:
-    """Writes one PNG per image, or with --exits sheets of many; returns the exit status."""
+    """Writes one PNG per image, or with --exits or --augment sheets of many; returns the exit status."""
     argv = sys.argv[1:] if argv is None else argv
     if "--exits" in argv:
         return sheets.main(argv)
+    if cli.chooses(argv, "--augment"):
+        return show_augment.main(argv)
     args = _parser().parse_args(argv)
     model = cli.build(args)
     if not model.sites():

@@ -83,19 +83,23 @@ def replicated_like(tree: Tree, mesh: Mesh) -> Tree:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
 
 
-def batch_like(mesh: Mesh, batch: int, shape: tuple[int, int, int]) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes and types of a training batch split over the mesh.
+def batch_like(
+    mesh: Mesh, batch: int, shape: tuple[int, int, int], *, labels: int = 0
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and types of a batch split over the mesh.
 
     Args:
       mesh: from `data_mesh`.
       batch: rows of the global batch.
       shape: `(H, W, C)` of an image.
+      labels: classes, if the batch holds every label that fits; else 0.
     """
     sharding = NamedSharding(mesh, PartitionSpec(AXIS))
     like = functools.partial(jax.ShapeDtypeStruct, sharding=sharding)
-    return {
+    rows = {
         "image": like((batch, *shape), np.uint8),
         "label": like((batch,), np.int32),
         "mask": like((batch,), np.float32),
         "id": like((batch,), np.int32),
     }
+    return rows | ({"labels": like((batch, labels), np.bool_)} if labels else {})

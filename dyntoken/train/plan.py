@@ -214,7 +214,8 @@ class Plan:
         """The compiled evaluation step, `(variables, batch) -> sums`."""
         step = make_eval_step(self.model, prepare=self.prepare)
         step = meshes.data_parallel(step, self.mesh, replicated=1)
-        batch = meshes.batch_like(self.mesh, self.eval_batch, self.shape)
+        labels = self.info.num_classes if self.info.several_labels else 0
+        batch = meshes.batch_like(self.mesh, self.eval_batch, self.shape, labels=labels)
         del batch["id"]
         return step.lower(self.abstract_state.variables, batch).compile()
 

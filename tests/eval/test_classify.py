@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import re
 
@@ -11,7 +12,8 @@ import numpy as np
 import pytest
 
 import dyntoken
-from dyntoken import data, mix
+from dyntoken import config as recipes
+from dyntoken import data, mix, train
 from dyntoken.eval.classify import classify, make_eval_step
 from dyntoken.train import mesh as meshes
 from dyntoken.types import Output
@@ -81,6 +83,49 @@ def test_exits_by_hand():
         right, wrong = np.log(np.e + 5) - 1, np.log(np.e + 5)
         assert found["loss"] == pytest.approx((wrong + 2 * right) / 3, rel=1e-6)  # of the last exit
         assert set(found) == {"top1", "top1_per_exit", "top5", "loss", "count"}
+
+
+def test_several_labels_by_hand():
+    """Guesses 0, 2, 3, 4 and 5: one of two labels, the only one, none of two, padding, no label."""
+    images = np.zeros((5, 2, 6, 1), np.uint8)
+    images[np.arange(5), :, [0, 2, 3, 4, 5], 0] = 1
+    fits = np.zeros((5, 6), bool)
+    fits[[0, 0, 1, 2, 2, 3], [0, 5, 2, 4, 5, 4]] = True
+    batch = {
+        "image": images,
+        "label": np.array([5, 2, 3, 4, 5], np.int32),  # 3 was ImageNet's label and is none of the true ones
+        "labels": fits,
+        "mask": np.array([1, 1, 1, 0, 0], np.float32),
+    }
+    as_float = functools.partial(jnp.asarray, dtype=jnp.float32)
+    found = evaluate(Fixed(), {"scale": jnp.float32(1.0)}, [batch], 1, as_float)
+    assert found["top1"] == pytest.approx(2 / 3) and found["count"] == 3
+    assert found["top5"] == 1.0  # of row 2: 3, 0, 1, 2 and 4
+    right, wrong = np.log(np.e + 5) - 1, np.log(np.e + 5)
+    assert found["loss"] == pytest.approx((wrong + 2 * right) / 3, rel=1e-6)  # that of `label`
+    found = evaluate(Exits(), {"scale": jnp.float32(1.0)}, [batch], 1, as_float)
+    assert found["top1_per_exit"] == [pytest.approx(2 / 3)] * 2
+    del batch["labels"]
+    found = evaluate(Fixed(), {"scale": jnp.float32(1.0)}, [batch], 1, as_float)
+    assert found["top1"] == pytest.approx(2 / 3)  # row 2 in place of row 0
+
+
+def test_the_compiled_step_of_a_plan_takes_several_labels():
+    """A model of zeros says class 0 to everything; that fits four rows, and `label` none."""
+    c = recipes.load("configs/deit.py:tiny")
+    c.model.depth = 1
+    plan = train.build(c, devices=jax.devices()[:1])
+    assert data.info("imagenet2012_real").several_labels and not plan.info.several_labels
+    plan = dataclasses.replace(plan, info=dataclasses.replace(plan.info, several_labels=True))
+    batch = {
+        "image": np.zeros((16, 16, 16, 3), np.uint8),
+        "label": np.full(16, 3, np.int32),
+        "mask": np.ones(16, np.float32),
+        "labels": np.arange(16)[:, None] < np.array([[4, 0, 16, 0]]),
+    }
+    zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), plan.abstract_state.variables)
+    sums = plan.eval_step(meshes.replicate(zeros, plan.mesh), meshes.place(batch, plan.mesh))
+    assert (float(sums["top1"]), float(sums["count"])) == (4.0, 16.0)
 
 
 def test_no_top5_of_five_classes():

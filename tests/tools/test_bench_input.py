@@ -1,0 +1,54 @@
+"""`tools.bench --input`: which input is timed, and what is printed."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from dyntoken.data import input_speed
+from dyntoken.tools import bench
+
+
+@pytest.fixture
+def known_speed(monkeypatch):
+    """Replaces the measurement, not the recipe: 500 against 300 images per second."""
+    asked = []
+
+    def measure(augment, **request):
+        asked.append((augment, request))
+        return input_speed.InputSpeed(decode=500.0, full=300.0, ratio=0.6, cpu_ratio=0.55, kilobytes=110.0)
+
+    monkeypatch.setattr(input_speed, "measure", measure)
+    return asked
+
+
+def test_the_input_of_a_recipe_is_timed(known_speed, capsys):
+    assert bench.main(["--input", "configs/tps_deit.py", "--steps=2", "--rounds=1", "--json"]) == 0
+    got = json.loads(capsys.readouterr().out)
+    ((augment, request),) = known_speed
+    assert request == {"size": 224, "batch": 64, "steps": 2, "rounds": 1}
+    assert augment == got["augment"]
+    assert (augment["rand_augment"], augment["repeats"]) == ("rand-m9-mstd0.5-inc1", 3)
+    assert (got["decode_images_per_s"], got["input_images_per_s"], got["ratio"]) == (500.0, 300.0, 0.6)
+
+
+def test_the_comparison_as_text(known_speed, capsys):
+    assert bench.main(["--input=configs/dynamicvit_deit.py", "--batch=32"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("input of configs/dynamicvit_deit.py, 224 px, batch 32, ")
+    assert "decoding alone       500\n" in text and "whole input          300\n" in text
+    assert "0.60 of the rate of decoding alone (median of 3 rounds), at 0.55 by processor time" in text
+
+
+@pytest.mark.parametrize(
+    ("recipe", "words"),
+    [
+        ("configs/deit.py:demo", "configs/deit.py:demo trains on images in memory"),
+        ("configs/nothing.py", "no recipe configs/nothing.py"),
+    ],
+)
+def test_errors_say_what_to_do(recipe, words, known_speed, capsys):
+    assert bench.main([f"--input={recipe}"]) == 1
+    err = capsys.readouterr().err
+    assert words in err and err.count("\n") == 1 and not known_speed
