@@ -139,6 +139,22 @@ def test_two_processes_killed_go_on_as_one(tmp_path, alone):
 
 
 @pytest.mark.slow
+def test_a_notice_to_one_process_stops_both(tmp_path, alone):
+    with pair(tmp_path) as (processes, outputs):
+        deadline = time.monotonic() + LIMIT_S
+        while "Gloo" not in outputs[1].read_text():  # connected, so it listens
+            assert processes[1].poll() is None and time.monotonic() < deadline
+            time.sleep(0.1)
+        processes[1].send_signal(signal.SIGTERM)
+        texts = finish(processes, outputs)
+    assert "stopped by a signal after step" in texts[0] and "step 6/6" not in texts[0]
+    lines = []
+    train.run(config(), tmp_path / "run", log=lines.append)
+    assert any(line.startswith("resuming at step") for line in lines)
+    assert_same_run(tmp_path / "run", alone)
+
+
+@pytest.mark.slow
 def test_unequal_data_end_both_processes_before_training(tmp_path):
     with pair(tmp_path, second=("--train=60",)) as (processes, outputs):
         for process in processes:
