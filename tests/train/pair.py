@@ -53,7 +53,7 @@ def main() -> None:
     jax.config.update("jax_num_cpu_devices", DEVICES)
     address = f"localhost:{args.port}"
     cluster.join(
-        cluster.find("on", coordinator=address, processes=2, process=args.process, environ={}), timeout=60
+        cluster.find("on", coordinator=address, processes=2, process=args.process, environ={}), timeout=240
     )
     from dyntoken import train
 
