@@ -20,8 +20,8 @@ def config(**overrides):
     """A dTPS whose every draw differs from row to row: dropout, drop path, mixing, Gumbel noise."""
     return tiny_config(
         model__name=DTPS,
-        model__drop_path_rule="constant",  # by depth it would be 0 in the first block
-        model__at=(0,),
+        model__depth=2,
+        model__at=(1,),
         model__keep=0.5,
         model__dropout=0.1,
         model__drop_path=0.1,
