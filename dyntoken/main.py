@@ -17,6 +17,7 @@ import sys
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from dyntoken import cluster
 from dyntoken import config as recipes
 
 FLAGS = flags.FLAGS
@@ -26,6 +27,15 @@ FLAG_ERRORS = (flags.Error, AttributeError, KeyError, TypeError, ValueError)
 flags.DEFINE_string("workdir", None, "folder of the run, also gs://; by default runs/<config>")
 flags.DEFINE_enum("mode", "train", ["train", "eval"], "train, or evaluate a workdir or config.init.path")
 flags.DEFINE_bool("dry_run", False, "build, compile, print parameters, MACs, memory and plan; read no data")
+flags.DEFINE_enum(
+    "distributed", "auto", cluster.MODES, "join other processes (auto: if the environment says so)"
+)
+flags.DEFINE_string(
+    "coordinator", None, "HOST:PORT of process 0, on a cluster without Slurm, Open MPI or TPUs"
+)
+flags.DEFINE_integer("processes", None, "number of processes", lower_bound=1)
+flags.DEFINE_integer("process", None, "which of the processes this is, from 0", lower_bound=0)
+flags.DEFINE_float("cluster_timeout", 300.0, "seconds to wait for the other processes", lower_bound=1.0)
 
 
 def use_all_cores(batch: int) -> None:
@@ -40,27 +50,46 @@ def use_all_cores(batch: int) -> None:
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {CORES_FLAG}={devices}".strip()
 
 
+def start(batch: int) -> None:
+    """Joins the other processes, if there are any; must come before jax is used."""
+    logging.set_verbosity(logging.WARNING)  # jax and Orbax narrate what they do
+    found = cluster.find(
+        FLAGS.distributed, coordinator=FLAGS.coordinator, processes=FLAGS.processes, process=FLAGS.process
+    )
+    use_all_cores(batch // (found.processes or 1))
+    cluster.join(found, timeout=FLAGS.cluster_timeout)
+
+
 def run(config, workdir: str, mode: str, dry_run: bool) -> None:
     """Does what the flags ask for; raises what goes wrong."""
-    use_all_cores(config.batch)  # before jax starts
+    import jax
+
     from dyntoken import train
 
-    logging.set_verbosity(logging.WARNING)  # Orbax narrates every file it touches
+    say = print if jax.process_index() == 0 else _silent
     config = config.to_dict()
     if dry_run:
-        facts = train.dry_run(config)
-        print(f"gmacs: {_spell(_gmacs(train.build(config).model))}")
-        print(f"plan: {facts['steps']} steps of {config['batch']} images into {workdir}")
+        facts = train.dry_run(config, log=say)
+        say(f"gmacs: {_spell(_gmacs(train.build(config).model))}")
+        say(f"plan: {facts['steps']} steps of {config['batch']} images into {workdir}")
     elif mode == "eval":
         metrics = train.evaluate(config, workdir)
         gmacs = _gmacs(train.build(config).model)
-        print(json.dumps({**metrics, "count": int(metrics["count"]), "gmacs": gmacs}))
+        say(json.dumps({**metrics, "count": int(metrics["count"]), "gmacs": gmacs}))
     else:
         result = train.run(config, workdir)
-        if config.get("compare") and result.finished:
+        if config.get("compare") and result.finished and jax.process_count() > 1:
+            say(
+                "one process makes the comparison: run this command again on one host, with --distributed=off"
+            )
+        elif config.get("compare") and result.finished:
             from dyntoken.tools import compare as comparison
 
             comparison.report(config, result)
+
+
+def _silent(line: str) -> None:
+    """What the other processes say."""
 
 
 def _gmacs(model) -> float | list[float]:
@@ -85,14 +114,19 @@ def main(argv: list[str]) -> None:
         fail(f"unexpected argument {argv[1]!r}: options are written --name=value")
     default = os.path.join("runs", re.sub(r"\W+", "_", os.path.basename(FLAGS.recipe).replace(".py", "")))
     try:
+        start(FLAGS.config.batch)
         run(FLAGS.config, FLAGS.workdir or default, FLAGS.mode, FLAGS.dry_run)
+    except cluster.ClusterError as error:
+        fail(error, at_once=True)
     except USER_ERRORS as error:
         fail(error)
 
 
-def fail(error: object) -> None:
-    """One line on stderr, exit status 1."""
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+def fail(error: object, *, at_once: bool = False) -> None:
+    """One line on stderr, exit status 1; `at_once` without jax's farewell to the others."""
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    if at_once:
+        os._exit(1)
     sys.exit(1)
 
 

@@ -15,6 +15,7 @@ ALLOWED = {
     "types": set(),
     "registry": set(),
     "config": set(),
+    "cluster": set(),
     "names": set(),
     "ops": {"types"},
     "nn": {"ops", "types"},
@@ -48,7 +49,7 @@ ALLOWED = {
         "train",
         "preprocessing",
     },
-    "main": {"config", "train", "eval", "tools", "analysis"},
+    "main": {"cluster", "config", "train", "eval", "tools", "analysis"},
 }
 TENSORFLOW = {"tensorflow", "tensorflow_datasets"}
 

@@ -13,6 +13,7 @@ import json
 import signal
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -23,6 +24,7 @@ from etils import epath
 
 from dyntoken import data, weights
 from dyntoken.eval.classify import classify
+from dyntoken.train import hosts
 from dyntoken.train import mesh as meshes
 from dyntoken.train.checkpoint import Checkpoints, Restored, folder, restore_from
 from dyntoken.train.plan import Plan, build
@@ -68,11 +70,14 @@ def run(config: Mapping[str, Any], workdir: str | epath.PathLike, *, log: Log = 
       TrainError: when the loss or the gradient stops being finite.
       ValueError: for what does not fit together, before anything is written.
       CheckpointError: when the workdir holds another run, or only damaged files.
+      WorkdirError: when nothing, or no checkpoint, can be written to the workdir.
+      HostError: when the processes differ in data, config, weights or workdir.
     """
     log = log if jax.process_index() == 0 else _silent
-    plan = build(config)
+    plan = hosts.agree(lambda: build(config), _facts)
     settings, total = plan.settings, plan.total_steps
     workdir = epath.Path(workdir).expanduser().absolute()
+    hosts.check_workdir(workdir, need=_state_bytes(plan))
     report = Report(workdir, total=total, batch=settings.batch, log=log)
     with (
         contextlib.closing(Checkpoints(workdir, keep=settings.keep_checkpoints, log=log)) as checkpoints,
@@ -83,8 +88,8 @@ def run(config: Mapping[str, Any], workdir: str | epath.PathLike, *, log: Log = 
         report.resume(first)
         _write_config(workdir, plan)
         if first < total:
-            batches = plan.train_batches(first)
-            plan.eval_batches()  # a wrong split must not show up after the training
+            # Both: a wrong evaluation split must not show up after the training.
+            batches, _ = hosts.agree(lambda: (plan.train_batches(first), plan.eval_batches()))
             teacher = _load_teacher(plan, log)
             train_step = _compile(plan, log)
             watch = _Watch()
@@ -132,7 +137,8 @@ def evaluate(
     Raises:
       ValueError: if there is neither a checkpoint nor `config.init.path`.
     """
-    plan = build(config)
+    log = log if jax.process_index() == 0 else _silent
+    plan = hosts.agree(lambda: build(config), _facts)
     if workdir is not None and _has_checkpoints(workdir):
         found = restore_from(workdir, plan.abstract_state, log=log)
         log(f"evaluating step {found.step} of {workdir}")
@@ -176,12 +182,26 @@ def dry_run(config: Mapping[str, Any], *, log: Log = print) -> dict[str, Any]:
         "steps": plan.total_steps,
         "eval_every": plan.eval_every,
         "compile_s": round(time.monotonic() - began, 1),
-        "state_bytes": sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(plan.abstract_state)),
+        "state_bytes": _state_bytes(plan),
         "memory_bytes": _peak(memory),
     }
     for name, value in facts.items():
         log(f"{name}: {value}")
     return facts
+
+
+def _state_bytes(plan: Plan) -> int:
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(plan.abstract_state))
+
+
+def _facts(plan: Plan) -> dict[str, Any]:
+    """What has to be the same on every host; where the data lie may differ."""
+    facts = {f"config.{name}": value for name, value in _flat(plan.settings.plain).items()}
+    facts.pop("config.data.data_dir", None)
+    info = plan.info
+    facts |= {f"the size of split {name!r}": size for name, size in info.splits.items()}
+    names = zlib.crc32("\n".join(info.class_names).encode())
+    return facts | {"the number of classes": info.num_classes, "the checksum of the class names": names}
 
 
 def _write_config(workdir: epath.Path, plan: Plan) -> None:
@@ -223,7 +243,9 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
 def _load_init(plan: Plan, log: Log) -> Tree:
     options = dict(plan.settings.init)
     path = options.pop("path")
-    variables, report = weights.load_weights(plan.model, path, return_report=True, **options)
+    variables, report = hosts.agree(
+        lambda: weights.load_weights(plan.model, path, return_report=True, **options), _checksum
+    )
     log(f"initial weights: {report}")
     return variables
 
@@ -231,11 +253,16 @@ def _load_init(plan: Plan, log: Log) -> Tree:
 def _load_teacher(plan: Plan, log: Log) -> Tree:
     if plan.teacher is None:
         return {}
-    variables, report = weights.load_weights(
-        plan.teacher, plan.settings.teacher["weights"], return_report=True
+    path = plan.settings.teacher["weights"]
+    variables, report = hosts.agree(
+        lambda: weights.load_weights(plan.teacher, path, return_report=True), _checksum
     )
     log(f"teacher: {report}")
     return meshes.replicate(variables, plan.mesh)
+
+
+def _checksum(loaded: tuple[Tree, Any]) -> dict[str, Any]:
+    return {"the checksum of the weights": hosts.digest(loaded[0])}
 
 
 def _compile(plan: Plan, log: Log) -> jax.stages.Compiled:

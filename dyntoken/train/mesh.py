@@ -74,7 +74,13 @@ def replicate(tree: Tree, mesh: Mesh) -> Tree:
     sharding = NamedSharding(mesh, PartitionSpec())
     # By way of host copies: device_put would hand on the caller's own buffer (even with
     # may_alias=False), and whoever donates the result would delete it under the caller.
-    return jax.device_put(jax.tree.map(np.array, tree), sharding)
+    copies = jax.tree.map(np.array, tree)
+    if jax.process_count() == 1:
+        return jax.device_put(copies, sharding)
+    # device_put would compare every leaf over all processes; `hosts` did that once, by checksum.
+    return jax.tree.map(
+        lambda x: jax.make_array_from_process_local_data(sharding, x, global_shape=x.shape), copies
+    )
 
 
 def replicated_like(tree: Tree, mesh: Mesh) -> Tree:

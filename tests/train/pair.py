@@ -1,0 +1,65 @@
+"""One of two processes that train `config()` together, with two CPU devices each.
+
+    python -m tests.train.pair PORT PROCESS WORKDIR [--hang=STEP] [--train=N]
+
+`--hang` stops after a step until it is killed; `--train` gives this process a training
+split of another size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+from tests.train.tiny import DTPS, tiny_config
+
+DEVICES = 2
+
+
+def config(**overrides):
+    """A dTPS whose every draw differs from row to row: dropout, drop path, mixing, Gumbel noise."""
+    return tiny_config(
+        model__name=DTPS,
+        model__depth=2,
+        model__at=(1,),
+        model__keep=0.5,
+        model__dropout=0.1,
+        model__drop_path=0.1,
+        losses__keep_ratio={"weight": 2.0},
+        ema=0.9,
+        checkpoint_steps=3,
+        **overrides,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("port", type=int)
+    parser.add_argument("process", type=int)
+    parser.add_argument("workdir")
+    parser.add_argument("--hang", type=int)
+    parser.add_argument("--train", type=int, default=64)
+    args = parser.parse_args()
+
+    def log(line: str) -> None:
+        print(line, flush=True)
+        if args.hang is not None and line.startswith(f"step {args.hang}/"):
+            time.sleep(600)
+
+    import jax
+
+    from dyntoken import cluster
+
+    jax.config.update("jax_num_cpu_devices", DEVICES)
+    address = f"localhost:{args.port}"
+    cluster.join(
+        cluster.find("on", coordinator=address, processes=2, process=args.process, environ={}), timeout=240
+    )
+    from dyntoken import train
+
+    result = train.run(config(data__options__train=args.train), args.workdir, log=log)
+    print("mesh", result.plan.mesh.size, "count", result.metrics.get("count"), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,195 @@
+"""Two real processes are one: same losses, same parameters, same ends."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import pathlib
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from etils import epath
+
+from dyntoken import train
+from dyntoken.train import hosts, loop
+from dyntoken.train.plan import build
+from tests.train.pair import config
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+LIMIT_S = 300  # a hang is a failure
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
+
+
+@contextlib.contextmanager
+def pair(tmp_path, *options, second=()):
+    """Both processes and their output files; killed at the end whatever happens."""
+    port, processes = str(free_port()), []
+    flags = [f for f in os.environ["XLA_FLAGS"].split() if "device_count" not in f]
+    env = {**os.environ, "XLA_FLAGS": " ".join(flags), "PYTHONPATH": str(ROOT)}
+    outputs = [tmp_path / f"output{i}.txt" for i in range(2)]
+    try:
+        for i in range(2):
+            command = [
+                sys.executable,
+                "-m",
+                "tests.train.pair",
+                port,
+                str(i),
+                str(tmp_path / "run"),
+                *options,
+            ]
+            with outputs[i].open("w") as out:
+                processes.append(
+                    subprocess.Popen(
+                        command + list(second if i else ()), cwd=ROOT, env=env, stdout=out, stderr=out
+                    )
+                )
+        yield processes, outputs
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def finish(processes, outputs) -> list[str]:
+    deadline = time.monotonic() + LIMIT_S
+    for process in processes:
+        process.wait(max(1.0, deadline - time.monotonic()))
+    texts = [path.read_text() for path in outputs]
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(texts)
+    return texts
+
+
+def rows(workdir):
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k not in ("seconds", "images_per_s")} for row in lines]
+
+
+def assert_close(a, b):
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-5), a, b)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The same run by one process on one device: (result, rows)."""
+    workdir = tmp_path_factory.mktemp("alone")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "build", functools.partial(build, devices=jax.devices()[:1]))
+        result = train.run(config(), workdir, log=[].append)
+    assert result.plan.mesh.size == 1
+    return result, rows(workdir)
+
+
+def assert_same_run(workdir, alone):
+    """What the workdir says and holds is what one device makes."""
+    result, expected = alone
+    found = rows(workdir)
+    assert [(r["step"], r["kind"]) for r in found] == [(r["step"], r["kind"]) for r in expected]
+    for here, there in zip(found, expected, strict=True):
+        assert here.keys() == there.keys() and here.get("count") == there.get("count")
+        for name, value in there.items():
+            assert here[name] == value or here[name] == pytest.approx(value, abs=1e-5), name
+    again = train.run(config(), workdir, log=[].append)
+    assert int(again.state.step) == 6 and again.metrics["count"] == 37
+    assert_close(again.state.params, result.state.params)
+    assert_close(again.state.ema, result.state.ema)
+
+
+def test_two_processes_train_and_evaluate_as_one(tmp_path, alone):
+    with pair(tmp_path) as (processes, outputs):
+        texts = finish(processes, outputs)
+    assert all("mesh 4 count 37" in text for text in texts)
+    assert "step 6/6" in texts[0] and "step 6/6" not in texts[1]  # one of them talks
+    assert_same_run(tmp_path / "run", alone)
+    assert not list((tmp_path / "run").glob(".probe*"))
+
+
+def wait_for_checkpoint(workdir, processes, outputs, step):
+    deadline = time.monotonic() + LIMIT_S
+    while not ((workdir / "checkpoints" / str(step)).exists() and "step 4/6" in outputs[0].read_text()):
+        assert all(process.poll() is None for process in processes), outputs[0].read_text()
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+@pytest.mark.slow
+def test_two_processes_killed_go_on_as_one(tmp_path, alone):
+    with pair(tmp_path, "--hang=4") as (processes, outputs):
+        wait_for_checkpoint(tmp_path / "run", processes, outputs, 3)
+        for process in processes:
+            process.send_signal(signal.SIGKILL)
+    lines = []
+    resumed = train.run(config(), tmp_path / "run", log=lines.append)
+    assert resumed.finished and "resuming at step 3 of 6" in lines
+    assert_same_run(tmp_path / "run", alone)
+
+
+@pytest.mark.slow
+def test_a_notice_to_one_process_stops_both(tmp_path, alone):
+    with pair(tmp_path) as (processes, outputs):
+        deadline = time.monotonic() + LIMIT_S
+        while "Gloo" not in outputs[1].read_text():  # connected, so it listens
+            assert processes[1].poll() is None and time.monotonic() < deadline
+            time.sleep(0.1)
+        processes[1].send_signal(signal.SIGTERM)
+        texts = finish(processes, outputs)
+    assert "stopped by a signal after step" in texts[0] and "step 6/6" not in texts[0]
+    lines = []
+    train.run(config(), tmp_path / "run", log=lines.append)
+    assert any(line.startswith("resuming at step") for line in lines)
+    assert_same_run(tmp_path / "run", alone)
+
+
+@pytest.mark.slow
+def test_unequal_data_end_both_processes_before_training(tmp_path):
+    with pair(tmp_path, second=("--train=60",)) as (processes, outputs):
+        for process in processes:
+            assert process.wait(LIMIT_S) == 1
+        texts = [path.read_text() for path in outputs]
+    assert all("is 64 on process 0, 60 on process 1" in text for text in texts)
+    assert not (tmp_path / "run").exists()
+
+
+def test_facts_that_differ_are_named():
+    same = {"config.seed": 0, "the size of split 'train'": 64}
+    hosts._compare([same, dict(same)])
+    other = {**same, "the size of split 'train'": 63}
+    with pytest.raises(hosts.HostError, match="split 'train' is 64 on process 0, 63 on process 2"):
+        hosts._compare([same, same, other])
+
+
+def test_weights_have_a_checksum():
+    tree = {"a": np.arange(3.0), "b": np.ones((), np.int32)}
+    assert hosts.digest(tree) == hosts.digest(dict(tree))
+    assert hosts.digest(tree) != hosts.digest({**tree, "a": np.array([0.0, 1.0, 2.5])})
+
+
+@pytest.mark.parametrize("where", ["/proc/dyntoken/run", "file/run"])
+def test_a_workdir_that_cannot_be_written(where, tmp_path):
+    (tmp_path / "file").write_text("")
+    workdir = tmp_path / where  # an absolute `where` replaces tmp_path
+    with pytest.raises(hosts.WorkdirError, match=r"cannot write to the workdir .*another --workdir"):
+        train.run(config(), workdir, log=[].append)
+
+
+def test_a_full_workdir_is_said_before_training(tmp_path, monkeypatch):
+    usage = shutil._ntuple_diskusage(10**9, 10**9 - 5 * 2**20, 5 * 2**20)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    hosts.check_workdir(epath.Path(tmp_path), need=4 * 2**20)
+    with pytest.raises(hosts.WorkdirError, match="5 MiB left, one checkpoint takes 6"):
+        hosts.check_workdir(epath.Path(tmp_path), need=6 * 2**20)
+    assert not list(tmp_path.iterdir())
