@@ -92,7 +92,7 @@ def shares(cost: Sequence[float], parts: np.ndarray, *, xlabel: str, title: str)
     figure, axis = _figure(7.4, 4.2)
     exits = parts.shape[1]
     tones = [_tone(index, exits) for index in range(exits)]
-    labels = [f"exit {index + 1}" for index in range(exits)]
+    labels = [f"exit {index}" for index in range(exits)]
     if len(cost) == 1:
         bottoms = np.concatenate([[0], np.cumsum(parts[0])[:-1]])
         for index in range(exits):

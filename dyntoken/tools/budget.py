@@ -271,7 +271,7 @@ def as_csv(results: Sequence[Result]) -> str:
     exits_ = max(len(result.run.costs) for result in results)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*COLUMNS, *(f"share_{index + 1}" for index in range(exits_))])
+    writer.writerow([*COLUMNS, *(f"share_{index}" for index in range(exits_))])
     for result in results:
         for p in result.points:
             gmacs = float(np.dot(p.shares, result.run.gmacs))
@@ -352,7 +352,7 @@ def _table(result: Result) -> str:
     rows = [["", "cost", "calibration", "held-out"]]
     pairs = [result.where(half=half, kind="anytime") for half in (CALIBRATION, HELD_OUT)]
     for index, (seen, unseen) in enumerate(zip(*pairs, strict=True)):
-        rows.append([f"exit {index + 1} alone", f"{seen.cost:.4g}", _percent(seen), _percent(unseen)])
+        rows.append([f"exit {index} alone", f"{seen.cost:.4g}", _percent(seen), _percent(unseen)])
     alone = cli.table(rows)
     rows = [list(HEADINGS)]
     for index in range(len(result.solutions[result.best])):

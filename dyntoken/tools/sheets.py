@@ -119,7 +119,7 @@ def main(argv: Sequence[str]) -> int:
     right = np.take_along_axis(correct, taken[None], axis=0)[0]
     for exit_, share in enumerate(_shares(taken, count)):
         top1 = f", {100 * right[taken == exit_].mean():.1f} % of them right" if share else ""
-        print(f"exit {exit_ + 1}: {100 * share:.1f} % of {len(taken)} images{top1}")
+        print(f"exit {exit_}: {100 * share:.1f} % of {len(taken)} images{top1}")
     return 0
 
 
@@ -237,7 +237,7 @@ def taken_sheet(
         share = 100 * len(here) / len(taken)
         top1 = f"\n{100 * correct[exit_, here].mean():.1f} % right" if len(here) else ""
         groups.append(
-            (f"leave at exit {exit_ + 1}\n{share:.1f} % of images{top1}", order, np.full(len(here), exit_))
+            (f"leave at exit {exit_}\n{share:.1f} % of images{top1}", order, np.full(len(here), exit_))
         )
     note = "Green: right, with its score at that exit. Red: wrong, with what that exit says."
     return _draw(seen, groups, scores, correct, f"{seen.title}: images by exit ({how})", note, examples)
@@ -251,7 +251,7 @@ def first_right_sheet(seen: Seen, scores: np.ndarray, correct: np.ndarray, examp
     for exit_ in range(count + 1):
         here = np.flatnonzero(first == exit_)
         order = here[np.argsort(-scores[min(exit_, count - 1), here], kind="stable")]
-        what = f"first right at exit {exit_ + 1}" if exit_ < count else "never right"
+        what = f"first right at exit {exit_}" if exit_ < count else "never right"
         said = np.full(len(here), 0 if exit_ < count else count - 1)
         groups.append((f"{what}\n{100 * len(here) / len(first):.1f} % of images", order, said))
     note = "Green: right at exit 1, with its score. Red: what exit 1 says; if never right, what the last exit says."

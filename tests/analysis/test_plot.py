@@ -36,7 +36,7 @@ def test_shares_are_stacked_from_the_first_exit_up():
     lower, upper = (area.get_paths()[0].vertices for area in axis.collections)
     assert max(y for x, y in lower if x == 2.0) == 25.0
     assert (min(y for x, y in upper if x == 2.0), max(y for x, y in upper if x == 2.0)) == (25.0, 100.0)
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["exit 2", "exit 1"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["exit 1", "exit 0"]
 
 
 def test_a_single_budget_is_a_bar():

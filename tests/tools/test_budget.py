@@ -100,7 +100,7 @@ def test_csv_holds_every_point(swept, gmacs):
         ]
     assert kinds == expected
     for row in rows:
-        shares = [float(row[f"share_{index}"]) for index in (1, 2, 3)]
+        shares = [float(row[f"share_{index}"]) for index in (0, 1, 2)]
         assert sum(shares) == pytest.approx(1, abs=1e-8)
         assert float(row["cost"]) == pytest.approx(np.dot(shares, gmacs), rel=1e-6)
         assert float(row["gmacs"]) == float(row["cost"]) and row["unit"] == "gmacs"
@@ -110,7 +110,7 @@ def test_csv_holds_every_point(swept, gmacs):
         assert float(row["standard_error"]) == pytest.approx(
             np.sqrt(accuracy * (1 - accuracy) / images), abs=1e-8
         )
-    assert [float(row["share_2"]) for row in rows[:3]] == [0, 1, 0] and rows[0]["budget"] == ""
+    assert [float(row["share_1"]) for row in rows[:3]] == [0, 1, 0] and rows[0]["budget"] == ""
 
 
 def test_pictures_are_written(swept, workdir):
@@ -136,10 +136,10 @@ def test_table_of_given_budgets_and_a_rival_beside_it(workdir, exit_workdir, cap
         ["1", "optimal"],
         ["2", "optimal"],
     ]
-    assert sum(line[:3] == ["exit", "2", "alone"] for line in lines) == 2  # of both models
+    assert sum(line[:3] == ["exit", "1", "alone"] for line in lines) == 2  # of both models
     with (workdir / "budget" / "curves.csv").open() as file:
         rows = list(csv.DictReader(file))
-    mine = [row for row in rows if row["share_3"] != ""]
+    mine = [row for row in rows if row["share_2"] != ""]
     assert len(rows) - len(mine) == 2 * (2 + 2)  # two exits, two budgets, both halves
     stored = json.loads((workdir / "budget" / "calibration.json").read_text())
     assert (stored["rule"], stored["budgets"]) == ("margin", [1.0, 2.0])

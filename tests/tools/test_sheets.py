@@ -61,11 +61,11 @@ def test_images_by_the_exit_they_take(seen):
     np.testing.assert_array_equal(taken, [0, 1, 0, 0, 1, 0])
     figure = sheets.taken_sheet(seen, taken, scores, correct, "how", 2)
     values, labels, texts = rows(figure)
-    # Exit 1: cats 0, 2 and dogs 3, 5, the surest above; exit 2: cat 1 and dog 4.
+    # Exit 0: cats 0, 2 and dogs 3, 5, the surest above; exit 1: cat 1 and dog 4.
     assert values == [0, 3, 2, 5, 1, 4]
     assert labels == [
-        "leave at exit 1\n66.7 % of images\n50.0 % right",
-        "leave at exit 2\n33.3 % of images\n100.0 % right",
+        "leave at exit 0\n66.7 % of images\n50.0 % right",
+        "leave at exit 1\n33.3 % of images\n100.0 % right",
     ]
     assert texts[0] == "a model: images by exit (how)" and texts[1:3] == ["cat", "dog"]
     assert [t for t in texts if t in ("cat", "dog")] == [
@@ -83,8 +83,8 @@ def test_images_by_the_first_exit_that_is_right(seen):
     values, labels, _ = rows(figure)
     assert values == [0, 3, 1, 2, 4, 5]
     assert labels == [
-        "first right at exit 1\n50.0 % of images",
-        "first right at exit 2\n33.3 % of images",
+        "first right at exit 0\n50.0 % of images",
+        "first right at exit 1\n33.3 % of images",
         "never right\n16.7 % of images",
     ]
 
@@ -112,7 +112,7 @@ def test_sheets_of_a_run_and_its_calibration(exit_workdir, tmp_path, capsys):
         "first_right.png",
         "shares.png",
     ]
-    assert out[3] == "exit 1: 0.0 % of 61 images" and out[5].startswith("exit 3: 100.0 % of 61 images, ")
+    assert out[3] == "exit 0: 0.0 % of 61 images" and out[5].startswith("exit 2: 100.0 % of 61 images, ")
     for name in ("exits_taken", "first_right", "shares"):
         with Image.open(workdir / "shown" / f"{name}.png") as picture:
             assert picture.format == "PNG" and min(picture.size) > 300
@@ -134,7 +134,7 @@ def test_sheets_of_weights_and_a_data_set(tmp_path, capsys):
     argv = ["--exits", "dvt_vit_mini", "fashion_mnist_mini:test[:12]", f"--weights={path}", "--img_size=28"]
     assert show.main([*argv, *options, "--thresholds=0", f"--out={tmp_path / 'out'}"]) == 0
     out = capsys.readouterr().out
-    assert "exit 1: 100.0 % of 12 images" in out and "exit 2: 0.0 % of 12 images" in out
+    assert "exit 0: 100.0 % of 12 images" in out and "exit 1: 0.0 % of 12 images" in out
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["exits_taken.png", "first_right.png"]
 
 
