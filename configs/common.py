@@ -188,6 +188,31 @@ def demo(c):
     }
 
 
+def demo_dvt(c, arg, *, start=True, **model):
+    """`demo` for a cascade; the shipped dense model teaches and, with `start`, every exit starts from it."""
+    optim = c.optim.to_dict()
+    demo(c)
+    c.teacher = {"name": "vit_mini_patch4_28", "weights": c.init.path}
+    c.init = {"path": c.init.path if start else "", "head": "keep"}
+    c.model = {
+        "exits": arg.exits if arg.exits != DVT["exits"] else (2, 4, 7),
+        "feature_reuse": arg.feature_reuse,
+        "relation_reuse": arg.relation_reuse,
+        **model,
+    }
+    weights = (1.0,) * len(c.model.exits)
+    c.losses.ce.weights = weights
+    c.losses.logit_kl = {"weight": 1.0, "weights": weights}
+    c.batch = 40
+    c.data.eval.batch = 200
+    c.epochs = 4.0
+    c.log_steps = 100
+    c.checkpoint_steps = 400
+    c.optim.update({"lr": 1e-3, "backbone_lr_scale": 1.0})
+    c.optim.update({"frozen": optim["frozen"]} if "frozen" in optim else {})
+    c.compare = True
+
+
 def demo_from_scratch(c, losses=("ce", "keep_ratio"), **model):
     """`demo` for a backbone that ships no trained weights: a small model of its kind, 8 epochs."""
     name, kept = c.model.name, {key: spec for key, spec in c.losses.items() if key in losses}

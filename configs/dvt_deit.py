@@ -33,30 +33,7 @@ def get_config(arg=None):
     common.dvt(c, arg, {"lr": 5e-4, "weight_decay": 0.05})
     common.deit_augment(c, repeats=1)
     if arg.demo:
-        _demo(c, arg)
+        common.demo_dvt(c, arg, name="dvt_vit_mini", stem="conv")
     if arg.tiny:
         common.tiny_dvt(c)
     return c
-
-
-def _demo(c, arg):
-    """A small cascade on the embedded images, every exit from the shipped dense model, which also teaches."""
-    common.demo(c)
-    c.teacher = {"name": "vit_mini_patch4_28", "weights": c.init.get_ref("path")}
-    c.model = {
-        "name": "dvt_vit_mini",
-        "exits": arg.exits if arg.exits != common.DVT["exits"] else (2, 4, 7),
-        "feature_reuse": arg.feature_reuse,
-        "relation_reuse": arg.relation_reuse,
-        "stem": "conv",
-    }
-    weights = (1.0,) * len(c.model.exits)
-    c.losses.ce.weights = weights
-    c.losses.logit_kl = {"weight": 1.0, "weights": weights}
-    c.batch = 40
-    c.data.eval.batch = 200
-    c.epochs = 4.0
-    c.log_steps = 100
-    c.checkpoint_steps = 400
-    c.optim.update({"lr": 1e-3, "backbone_lr_scale": 1.0})
-    c.compare = True

@@ -3,6 +3,7 @@
     python -m dyntoken.main --config=configs/dvt_t2t.py --workdir=runs/dvt_t2t_12
     python -m dyntoken.main --config=configs/dvt_t2t.py:depth=14 --workdir=runs/dvt_t2t_14
     python -m dyntoken.main --config=configs/dvt_t2t.py:exits=7-14,feature_reuse=false
+    python -m dyntoken.main --config=configs/dvt_t2t.py:demo --workdir=runs/dvt_t2t_demo
     python -m dyntoken.main --config=configs/dvt_t2t.py:tiny
 
 Published (NeurIPS 2021, 224 px), exits 7-10-14. T2T-ViT-12, each exit alone: 69.04 at
@@ -28,8 +29,8 @@ DEPTHS = (7, 10, 12, 14, 19, 24)
 
 
 def get_config(arg=None):
-    """`depth=12|14|...`, `exits=`, `feature_reuse=`, `relation_reuse=`, `distill=`, `tiny`."""
-    arg = common.parse_arg(arg, depth=12, **common.DVT, tiny=False)
+    """`depth=12|14|...`, `exits=`, `feature_reuse=`, `relation_reuse=`, `distill=`, `demo`, `tiny`."""
+    arg = common.parse_arg(arg, depth=12, **common.DVT, demo=False, tiny=False)
     if arg.depth not in DEPTHS:
         raise ValueError(f"depth={arg.depth} is not one of {', '.join(map(str, DEPTHS))}")
     c = common.base()
@@ -38,6 +39,9 @@ def get_config(arg=None):
     rates = {"lr": 2e-3, "weight_decay": 0.03} if arg.depth == 12 else {"lr": 5e-4, "weight_decay": 0.05}
     common.dvt(c, arg, {**rates, "frozen": common.T2T_FROZEN})
     common.deit_augment(c, repeats=1)
+    if arg.demo:  # no T2T weights ship with the package: from scratch
+        small = {"width": 64, "depth": 4, "heads": 2, "token_dim": 16}
+        common.demo_dvt(c, arg, start=False, name="dvt_t2t_vit_7", **small)
     if arg.tiny:
         common.tiny_dvt(c, token_dim=8)
     return c

@@ -133,7 +133,9 @@ def test_the_recipe_of_adaptive_depth_builds(argument):
     assert plan.model.exits == {"": (3, 7, 11), "demo": (1, 3, 5), "tiny": (0, 1, 3)}.get(argument, (5, 11))
 
 
-@pytest.mark.parametrize("recipe", [*CASCADES, "dvt_deit:demo", "dvt_deit:exits=7-14", "dvt_t2t:depth=14"])
+@pytest.mark.parametrize(
+    "recipe", [*CASCADES, "dvt_deit:demo", "dvt_t2t:demo", "dvt_deit:exits=7-14", "dvt_t2t:depth=14"]
+)
 def test_every_recipe_of_a_cascade_builds(recipe):
     from dyntoken import train
 
