@@ -134,6 +134,11 @@ class Checkpoints:
 
     def close(self) -> None:
         """Finishes pending writes and releases the manager."""
+        # Orbax joins its cleaning thread when it saves, not here: an interpreter that exits
+        # before that thread is done prints its stack trace after our one line.
+        cleaned = getattr(self._manager, "_maybe_await_cleanup_tmp_directory", None)
+        if cleaned is not None:
+            cleaned()
         self._manager.close()
 
 
