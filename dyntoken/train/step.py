@@ -41,7 +41,7 @@ def make_train_step(
       tx: the optimizer, clipping included.
       specs: the loss list, see `dyntoken.losses`.
       augment: `(key, images, labels, ids) -> (images, targets)`, uint8 in,
-        normalised and mixed out; its draws may depend on the key only.
+        normalised and mixed out; its draws may depend on the key and the global positions only.
       seed: of every draw, together with the step.
       ema: decay of the moving average of the variables; 0 for none.
       teacher: a frozen model that sees the same images, or None.
