@@ -111,6 +111,27 @@ def deit_name(size):
     return f"deit_{SIZES[size]}_patch16_224"
 
 
+def tps(c, variant, *, distill=True):
+    """What megvii-research/TPS-CVPR2023 trains with; eTPS has no policy whose keep rate a loss could hold."""
+    c.model.drop_path_rule = "constant"
+    c.ema = 0.99996
+    deit_augment(c)
+    c.losses = {"ce": {"weight": 1.0}}
+    if variant == "dtps":
+        c.losses.keep_ratio = {"weight": 2.0}
+    if distill:
+        c.losses.update({"logit_kl": {"weight": 0.5}, "token_distill": {"weight": 0.5, "variant": "kl"}})
+    c.optim = {
+        "lr": c.get_ref("batch").to_float() * (2.5e-4 / 1024),
+        "min_lr": 1e-5,
+        "schedule": "cosine_epoch",
+        "warmup_epochs": 5,
+        "warmup_lr": 1e-6,
+        "weight_decay": 0.05,
+        "decay": "all",
+    }
+
+
 def dvt(c, arg, recipe):
     """What the cascades share; follows blackfeather-wang/Dynamic-Vision-Transformer's main.py.
 

@@ -28,24 +28,8 @@ def get_config(arg=None):
         raise ValueError(f"variant={arg.variant} is not one of dtps, etps")
     c = common.base()
     c.model.name = common.deit_name(arg.size)
-    c.model.drop_path_rule = "constant"
     c.init.path = f"weights/{c.model.name}.safetensors"
-    c.ema = 0.99996
-    common.deit_augment(c)
-    c.losses = {"ce": {"weight": 1.0}}
-    if arg.variant == "dtps":
-        c.losses.keep_ratio = {"weight": 2.0}
-    if arg.size != "t":
-        c.losses.update({"logit_kl": {"weight": 0.5}, "token_distill": {"weight": 0.5, "variant": "kl"}})
-    c.optim = {
-        "lr": c.get_ref("batch").to_float() * (2.5e-4 / 1024),
-        "min_lr": 1e-5,
-        "schedule": "cosine_epoch",
-        "warmup_epochs": 5,
-        "warmup_lr": 1e-6,
-        "weight_decay": 0.05,
-        "decay": "all",
-    }
+    common.tps(c, arg.variant, distill=arg.size != "t")
     if arg.demo:
         common.demo(c)
         arg.at = arg.at or common.DEMO_SITES

@@ -33,28 +33,10 @@ def get_config(arg=None):
     if arg.size not in SIZES:
         raise ValueError(f"size={arg.size} is not one of {', '.join(SIZES)}")
     c = common.base()
-    c.model.update({"name": f"lvvit_{arg.size}", "drop_path_rule": "constant"})
+    c.model.name = f"lvvit_{arg.size}"
     c.init.path = f"weights/{c.model.name}.safetensors"
     c.data.eval.crop_pct = SIZES[arg.size]
-    c.ema = 0.99996
-    common.deit_augment(c)
-    c.losses = {
-        "ce": {"weight": 1.0},
-        "keep_ratio": {"weight": 2.0},
-        "logit_kl": {"weight": 0.5},
-        "token_distill": {"weight": 0.5, "variant": "kl"},
-    }
-    if arg.variant == "etps":
-        del c.losses.keep_ratio
-    c.optim = {
-        "lr": c.get_ref("batch").to_float() * (2.5e-4 / 1024),
-        "min_lr": 1e-5,
-        "schedule": "cosine_epoch",
-        "warmup_epochs": 5,
-        "warmup_lr": 1e-6,
-        "weight_decay": 0.05,
-        "decay": "all",
-    }
+    common.tps(c, arg.variant)
     if arg.demo:
         common.demo_from_scratch(c, **DEMO)
         arg.at = arg.at or common.DEMO_SITES
