@@ -41,7 +41,7 @@ def _typed(name, text, default):
 
 
 def base():
-    """All keys a run reads (`dyntoken.train.settings.Settings`), with their defaults."""
+    """All keys a run reads (`dyntoken.train.plan.Settings`), with their defaults."""
     c = ml_collections.ConfigDict()
     c.seed = 0
     c.batch = 1024  # images per step, over all devices

@@ -13,7 +13,7 @@ import pytest
 
 from dyntoken import config as recipes
 from dyntoken import main
-from dyntoken.train import settings
+from dyntoken.train import plan as train_plan
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RECIPES = (
@@ -164,7 +164,7 @@ def test_what_is_augmented_how(recipe):
     def section(argument):
         c = recipes.load(f"configs/{recipe}.py{argument}")
         augment = dict(c.data.augment)
-        settings.read(c)
+        train_plan.read(c)
         return (augment.get("rand_augment"), c.mix.get("erase", 0.0)), augment.get("repeats", 1)
 
     assert section("") == ((DEIT, VIEWS[recipe]) if recipe in VIEWS else (NOTHING, 1))

@@ -62,7 +62,7 @@ def run(config: Mapping[str, Any], workdir: str | epath.PathLike, *, log: Log = 
     """Trains, evaluates and checkpoints; resumes by itself.
 
     Args:
-      config: see `settings.Settings`.
+      config: see `plan.Settings`.
       workdir: folder of the run, made if absent; may be on `gs://`.
       log: takes one line of text.
 
