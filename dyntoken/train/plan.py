@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import inspect
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -19,11 +18,12 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from dyntoken import data, losses, mix, models, optim, weights
+from dyntoken import data, losses, mix, optim, weights
 from dyntoken.data.plan import check_size, check_topology, parse_split
 from dyntoken.eval.classify import make_eval_step
-from dyntoken.registry import check_options
 from dyntoken.train import mesh as meshes
+from dyntoken.train.fields import check_keywords, fill
+from dyntoken.train.roles import make_model, make_teacher
 from dyntoken.train.state import TrainState, create_state, init_variables
 from dyntoken.train.step import make_train_step
 
@@ -123,14 +123,14 @@ def read(config: Mapping[str, Any]) -> Settings:
       ValueError: for a missing key or a value out of range.
     """
     given = dict(config.to_dict() if hasattr(config, "to_dict") else config)
-    given["data"] = _fill(DataSettings, given.get("data", {}), "config.data")
-    settings = _fill(Settings, given, "config")
-    _check_keywords("config.mix", mix.mix, settings.mix, own=("num_classes",))
-    _check_keywords("config.optim", optim.make, settings.optim, own=("total_steps", "steps_per_epoch"))
+    given["data"] = fill(DataSettings, given.get("data", {}), "config.data")
+    settings = fill(Settings, given, "config")
+    check_keywords("config.mix", mix.mix, settings.mix, own=("num_classes",))
+    check_keywords("config.optim", optim.make, settings.optim, own=("total_steps", "steps_per_epoch"))
     init = {k: v for k, v in (settings.init or {}).items() if k != "path"}
-    _check_keywords("config.init", weights.load_weights, init, own=("return_report",), also=("path",))
+    check_keywords("config.init", weights.load_weights, init, own=("return_report",), also=("path",))
     eval_own = ("split", "size", "shards", "process", "data_dir")
-    _check_keywords("config.data.eval", data.eval_batches, settings.data.eval, own=eval_own)
+    check_keywords("config.data.eval", data.eval_batches, settings.data.eval, own=eval_own)
     data.AugmentOptions.of(settings.data.augment)
     losses.parse(settings.losses)
     if not 0 <= settings.ema < 1:
@@ -297,9 +297,9 @@ def build(config: Mapping[str, Any] | Settings, *, devices: Sequence[jax.Device]
     )
     total = settings.steps if settings.steps > 0 else max(1, round(settings.epochs * per_epoch))
     shape = (*check_size(chosen.size, info.image_shape), info.channels)
-    model = _model(settings.model, info, shape, "config.model")
+    model = make_model(settings.model, info, shape, "config.model")
     losses.check(settings.losses, len(getattr(model, "exits", ())))
-    teacher = _teacher(settings, info, shape)
+    teacher = make_teacher(settings, info, shape)
     params = jax.eval_shape(lambda: init_variables(model, shape, settings.seed))["params"]
     tx, lr_fn = optim.make(params, total_steps=total, steps_per_epoch=per_epoch, **settings.optim)
     return Plan(
@@ -315,73 +315,3 @@ def build(config: Mapping[str, Any] | Settings, *, devices: Sequence[jax.Device]
         tx=tx,
         lr_fn=lr_fn,
     )
-
-
-def _model(
-    section: Mapping[str, Any], info: data.DataInfo, shape: tuple[int, int, int], what: str
-) -> nn.Module:
-    options = dict(section)
-    if not options.get("name"):
-        raise ValueError(f"{what}.name is missing: see dyntoken.list_models()")
-    size = shape[0] if shape[0] == shape[1] else shape[:2]
-    facts = {"num_classes": info.num_classes, "img_size": size, "in_chans": shape[2]}
-    model = models.create_model(options.pop("name"), **{**facts, **options})
-    if model.input_shape != shape or model.num_classes != info.num_classes:
-        raise ValueError(
-            f"{what} takes images {model.input_shape} of {model.num_classes} classes, but the data set "
-            f"{info.name!r} gives {shape} of {info.num_classes}: leave img_size, in_chans and num_classes "
-            "to the data"
-        )
-    return model
-
-
-def _teacher(settings: Settings, info: data.DataInfo, shape: tuple[int, int, int]) -> nn.Module | None:
-    wanted = sorted(s.key for s in losses.parse(settings.losses) if "teacher" in losses.needs({s.key: {}}))
-    section = dict(settings.teacher or {})
-    source = section.pop("weights", None)
-    if not section.get("name"):
-        if wanted:
-            raise ValueError(
-                f"loss {wanted[0]!r} needs a teacher: set config.teacher.name and config.teacher.weights, "
-                "or drop the loss"
-            )
-        return None
-    if not wanted:
-        raise ValueError("config.teacher is set but no loss reads it: add logit_kl, or clear teacher.name")
-    if not source:
-        raise ValueError("config.teacher.weights is empty: name a weight file (or a workdir) for the teacher")
-    teacher = _model(section, info, shape, "config.teacher")
-    if hasattr(teacher, "exits"):
-        raise ValueError(
-            f"config.teacher.name is {section['name']!r}, which has exits: a teacher is one network. Name a "
-            "plain model; the last exit of a model teaches its earlier ones through the loss exit_kl"
-        )
-    return teacher
-
-
-def _fill(cls: type, given: Mapping[str, Any], what: str) -> Any:
-    fields = dataclasses.fields(cls)
-    check_options(what, given, [field.name for field in fields])
-    needed = [
-        f.name
-        for f in fields
-        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-    ]
-    missing = [name for name in needed if name not in given]
-    if missing:
-        raise ValueError(f"{what}.{missing[0]} is missing")
-    return cls(**given)
-
-
-def _check_keywords(
-    what: str,
-    fn: Callable[..., Any],
-    given: Mapping[str, Any],
-    *,
-    own: Sequence[str],
-    also: Sequence[str] = (),
-) -> None:
-    """Raises for a key that `fn` does not take, or that the trainer sets itself."""
-    parameters = inspect.signature(fn).parameters.items()
-    known = {name for name, p in parameters if p.kind is p.KEYWORD_ONLY} - set(own)
-    check_options(what, given, known | set(also))
