@@ -52,7 +52,13 @@ def base():
     c.eval_epochs = 1.0  # 0: evaluate only at the end
     c.checkpoint_steps = 1000
     c.keep_checkpoints = 2
+    c.keep_best = 0  # so many of the best stay besides; every evaluation then saves
+    c.best_metric = "top1"  # or "ema/top1", "loss", "LABEL/top1" of a further set
+    c.rewind = 0  # so often a run may go back to its last checkpoint from a loss that is not finite
     c.resume = config_dict.placeholder(str)  # workdir of another run to go on from
+    c.profile = {"start": 20, "steps": 0}  # steps > 0: jax.profiler traces them into WORKDIR/profile
+    c.tensorboard = False  # also write WORKDIR/tensorboard (pip install "dyntoken[tensorboard]")
+    c.curves = True  # draw WORKDIR/curves.png at every evaluation, if matplotlib is there
     c.ema = 0.0  # decay of the weight average; 0 for none
 
     c.model = ml_collections.ConfigDict({"name": ""})  # and any keyword of create_model
@@ -74,6 +80,9 @@ def base():
     c.data.eval = {"crop_pct": 0.875, "interpolation": "bicubic"}
     c.data.options = ml_collections.ConfigDict()
 
+    # Further sets to evaluate on: {"v2": {"name": "imagenet_v2", "split": "test"}} adds v2/top1.
+    c.evals = ml_collections.ConfigDict()
+
     c.mix = {
         "mixup": 0.8,
         "cutmix": 1.0,
@@ -85,7 +94,7 @@ def base():
     c.losses = ml_collections.ConfigDict()
     c.optim = ml_collections.ConfigDict()
     c.teacher = ml_collections.ConfigDict({"name": "", "weights": ""})
-    c.init = ml_collections.ConfigDict({"path": "", "head": "keep"})  # weights to start from
+    c.init = ml_collections.ConfigDict({"path": "", "head": "keep", "step": "newest"})  # weights to start from
     c.compare = False  # demo: table of linear, dense, drop and this run, and a picture
     return c
 
@@ -262,6 +271,7 @@ def tiny(c, **model):
     c.batch = 16
     c.steps = 2
     c.log_steps = 1
+    c.curves = False
     c.checkpoint_steps = 1
 
 

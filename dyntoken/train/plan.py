@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import inspect
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -19,13 +18,17 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from dyntoken import data, losses, mix, models, optim, weights
-from dyntoken.data.plan import check_size, check_topology, parse_split
+from dyntoken import data, losses, mix, optim, weights
+from dyntoken.data.plan import check_size, check_topology
 from dyntoken.eval.classify import make_eval_step
-from dyntoken.registry import check_options
 from dyntoken.train import mesh as meshes
+from dyntoken.train.evalsets import MAIN, EvalSet, EvalSettings, check_metric, open_sets, read_evals
+from dyntoken.train.fields import check_keywords, fill
+from dyntoken.train.roles import make_model, make_teacher
 from dyntoken.train.state import TrainState, create_state, init_variables
 from dyntoken.train.step import make_train_step
+from dyntoken.train.tracing import Window
+from dyntoken.weights import workdirs
 
 Tree = Any
 
@@ -83,6 +86,16 @@ class Settings:
       eval_epochs: the same in epochs; 0: only at the end.
       checkpoint_steps: steps between two checkpoints; 0: only at the end.
       keep_checkpoints: how many of the newest stay.
+      keep_best: how many of the best stay besides, by `best_metric`; every
+        evaluation then saves. 0: none.
+      best_metric: of an evaluation, `"top1"`, `"ema/top1"`, `"LABEL/loss"`, ...
+      rewind: how often a run may go back to its last checkpoint from a loss
+        that is not finite, and on with other images; 0: it ends there.
+      evals: label -> `EvalSettings`: sets to evaluate on besides, their metrics
+        are `LABEL/top1`, ...
+      profile: `start` and `steps`: which steps are traced into `WORKDIR/profile`.
+      tensorboard: also write `WORKDIR/tensorboard`; needs the extra of that name.
+      curves: draw `WORKDIR/curves.png` at every evaluation, if matplotlib is there.
       compare: the command line ends a training run with `tools.compare`.
     """
 
@@ -104,6 +117,13 @@ class Settings:
     eval_epochs: float = 0.0
     checkpoint_steps: int = 0
     keep_checkpoints: int = 2
+    keep_best: int = 0
+    best_metric: str = workdirs.DEFAULT_METRIC
+    rewind: int = 0
+    evals: Mapping[str, EvalSettings] = dataclasses.field(default_factory=dict)
+    profile: Mapping[str, int] | None = None
+    tensorboard: bool = False
+    curves: bool = True
     compare: bool = False
 
     @functools.cached_property
@@ -123,14 +143,15 @@ def read(config: Mapping[str, Any]) -> Settings:
       ValueError: for a missing key or a value out of range.
     """
     given = dict(config.to_dict() if hasattr(config, "to_dict") else config)
-    given["data"] = _fill(DataSettings, given.get("data", {}), "config.data")
-    settings = _fill(Settings, given, "config")
-    _check_keywords("config.mix", mix.mix, settings.mix, own=("num_classes",))
-    _check_keywords("config.optim", optim.make, settings.optim, own=("total_steps", "steps_per_epoch"))
+    given["data"] = fill(DataSettings, given.get("data", {}), "config.data")
+    given["evals"] = read_evals(given.get("evals"))
+    settings = fill(Settings, given, "config")
+    check_keywords("config.mix", mix.mix, settings.mix, own=("num_classes",))
+    check_keywords("config.optim", optim.make, settings.optim, own=("total_steps", "steps_per_epoch"))
     init = {k: v for k, v in (settings.init or {}).items() if k != "path"}
-    _check_keywords("config.init", weights.load_weights, init, own=("return_report",), also=("path",))
+    check_keywords("config.init", weights.load_weights, init, own=("return_report",), also=("path",))
     eval_own = ("split", "size", "shards", "process", "data_dir")
-    _check_keywords("config.data.eval", data.eval_batches, settings.data.eval, own=eval_own)
+    check_keywords("config.data.eval", data.eval_batches, settings.data.eval, own=eval_own)
     data.AugmentOptions.of(settings.data.augment)
     losses.parse(settings.losses)
     if not 0 <= settings.ema < 1:
@@ -139,6 +160,10 @@ def read(config: Mapping[str, Any]) -> Settings:
         raise ValueError("the run has no length: set config.epochs (or config.steps) above 0")
     if settings.log_steps < 1:
         raise ValueError(f"config.log_steps is {settings.log_steps}: it must be at least 1")
+    for name in ("keep_best", "rewind"):
+        if getattr(settings, name) < 0:
+            raise ValueError(f"config.{name} is {getattr(settings, name)}: it must be 0 (off) or more")
+    Window.of(settings.profile)
     return settings
 
 
@@ -151,6 +176,7 @@ class Plan:
       mesh: devices.
       model, teacher: modules; the teacher may be None.
       info: of the data set.
+      eval_sets: what is evaluated, by label; `""` is the split of `config.data`.
       shape: `(H, W, C)` of the batches.
       steps_per_epoch, total_steps, eval_every: in steps.
       tx, lr_fn: the optimizer and its learning rate.
@@ -161,6 +187,7 @@ class Plan:
     model: nn.Module
     teacher: nn.Module | None
     info: data.DataInfo
+    eval_sets: Mapping[str, EvalSet]
     shape: tuple[int, int, int]
     steps_per_epoch: int
     total_steps: int
@@ -209,15 +236,25 @@ class Plan:
         batch = meshes.batch_like(self.mesh, settings.batch, self.shape)
         return step.lower(self.abstract_state, self.abstract_teacher, batch).compile()
 
-    @functools.cached_property
+    @property
     def eval_step(self) -> jax.stages.Compiled:
-        """The compiled evaluation step, `(variables, batch) -> sums`."""
-        step = make_eval_step(self.model, prepare=self.prepare)
-        step = meshes.data_parallel(step, self.mesh, replicated=1)
-        labels = self.info.num_classes if self.info.several_labels else 0
-        batch = meshes.batch_like(self.mesh, self.eval_batch, self.shape, labels=labels)
-        del batch["id"]
-        return step.lower(self.abstract_state.variables, batch).compile()
+        """The compiled evaluation step of the main set, `(variables, batch) -> sums`."""
+        return self.eval_step_for(MAIN)
+
+    def eval_step_for(self, label: str) -> jax.stages.Compiled:
+        """The evaluation step of a set; sets whose batches look alike share one."""
+        labels = self.info.num_classes if self.eval_sets[label].info.several_labels else 0
+        if labels not in self._eval_steps:
+            step = make_eval_step(self.model, prepare=self.prepare)
+            step = meshes.data_parallel(step, self.mesh, replicated=1)
+            batch = meshes.batch_like(self.mesh, self.eval_batch, self.shape, labels=labels)
+            del batch["id"]
+            self._eval_steps[labels] = step.lower(self.abstract_state.variables, batch).compile()
+        return self._eval_steps[labels]
+
+    @functools.cached_property
+    def _eval_steps(self) -> dict[int, jax.stages.Compiled]:
+        return {}
 
     @property
     def eval_batch(self) -> int:
@@ -237,37 +274,43 @@ class Plan:
         classes = self.info.num_classes
         return mix.mix(key, self.prepare(images), labels, ids, num_classes=classes, **self.settings.mix)
 
-    def train_batches(self, start_step: int) -> Iterator[dict[str, np.ndarray]]:
-        """This process's training batches from a step on, with the rows' global positions."""
+    def train_batches(
+        self, start_step: int, *, skipped: int = 0, rewinds: int = 0
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """This process's training batches from a step on, with the rows' global positions.
+
+        Args:
+          start_step: number of updates done.
+          skipped: batches that rewinds have left out so far.
+          rewinds: how many there were; each moves the positions on by a batch,
+            and so changes every draw that they key.
+        """
         chosen = self.settings.data
         batches = data.train_batches(
             chosen.name,
             split=chosen.split,
             batch=self.settings.batch,
             seed=self.settings.seed,
-            start_step=start_step,
+            start_step=start_step + skipped,
             augment=chosen.augment,
-            **self._source(),
+            data_dir=chosen.data_dir,
+            **chosen.options,
+            **self._reading(),
         )
         rows = self.settings.batch // jax.process_count()
-        ids = np.arange(rows, dtype=np.int32) + np.int32(rows * jax.process_index())
+        first = rows * jax.process_index() + rewinds * self.settings.batch
+        ids = np.arange(rows, dtype=np.int32) + np.int32(first)
         return ({**batch, "id": ids} for batch in batches)
 
-    def eval_batches(self) -> Iterator[dict[str, np.ndarray]]:
-        """This process's part of one pass over the evaluation split."""
-        chosen = self.settings.data
-        options = {**chosen.eval, "batch": self.eval_batch}
-        return data.eval_batches(chosen.name, split=chosen.eval_split, **options, **self._source())
+    def eval_batches(self, label: str = MAIN) -> Iterator[dict[str, np.ndarray]]:
+        """This process's part of one pass over an evaluation set."""
+        return data.eval_batches(batch=self.eval_batch, **self._reading(), **self.eval_sets[label].arguments)
 
-    def _source(self) -> dict[str, Any]:
-        chosen = self.settings.data
-        process = (jax.process_index(), jax.process_count())
+    def _reading(self) -> dict[str, Any]:
         return {
             "size": self.shape[:2],
-            "shards": chosen.shards,
-            "process": process,
-            "data_dir": chosen.data_dir,
-            **chosen.options,
+            "shards": self.settings.data.shards,
+            "process": (jax.process_index(), jax.process_count()),
         }
 
 
@@ -291,15 +334,16 @@ def build(config: Mapping[str, Any] | Settings, *, devices: Sequence[jax.Device]
     for rows in (settings.batch, chosen.eval.get("batch", settings.batch)):
         check_topology(rows, chosen.shards, (jax.process_index(), jax.process_count()))
     info = data.info(chosen.name, chosen.data_dir, **chosen.options)
-    parse_split(chosen.name, chosen.eval_split, info.splits)
+    eval_sets = open_sets(chosen, info, settings.evals)
+    check_metric(settings.best_metric, eval_sets, ema=settings.ema > 0)
     per_epoch = data.steps_per_epoch(
         chosen.name, chosen.split, settings.batch, chosen.data_dir, **chosen.options
     )
     total = settings.steps if settings.steps > 0 else max(1, round(settings.epochs * per_epoch))
     shape = (*check_size(chosen.size, info.image_shape), info.channels)
-    model = _model(settings.model, info, shape, "config.model")
+    model = make_model(settings.model, info, shape, "config.model")
     losses.check(settings.losses, len(getattr(model, "exits", ())))
-    teacher = _teacher(settings, info, shape)
+    teacher = make_teacher(settings, info, shape)
     params = jax.eval_shape(lambda: init_variables(model, shape, settings.seed))["params"]
     tx, lr_fn = optim.make(params, total_steps=total, steps_per_epoch=per_epoch, **settings.optim)
     return Plan(
@@ -308,6 +352,7 @@ def build(config: Mapping[str, Any] | Settings, *, devices: Sequence[jax.Device]
         model=model,
         teacher=teacher,
         info=info,
+        eval_sets=eval_sets,
         shape=shape,
         steps_per_epoch=per_epoch,
         total_steps=total,
@@ -315,73 +360,3 @@ def build(config: Mapping[str, Any] | Settings, *, devices: Sequence[jax.Device]
         tx=tx,
         lr_fn=lr_fn,
     )
-
-
-def _model(
-    section: Mapping[str, Any], info: data.DataInfo, shape: tuple[int, int, int], what: str
-) -> nn.Module:
-    options = dict(section)
-    if not options.get("name"):
-        raise ValueError(f"{what}.name is missing: see dyntoken.list_models()")
-    size = shape[0] if shape[0] == shape[1] else shape[:2]
-    facts = {"num_classes": info.num_classes, "img_size": size, "in_chans": shape[2]}
-    model = models.create_model(options.pop("name"), **{**facts, **options})
-    if model.input_shape != shape or model.num_classes != info.num_classes:
-        raise ValueError(
-            f"{what} takes images {model.input_shape} of {model.num_classes} classes, but the data set "
-            f"{info.name!r} gives {shape} of {info.num_classes}: leave img_size, in_chans and num_classes "
-            "to the data"
-        )
-    return model
-
-
-def _teacher(settings: Settings, info: data.DataInfo, shape: tuple[int, int, int]) -> nn.Module | None:
-    wanted = sorted(s.key for s in losses.parse(settings.losses) if "teacher" in losses.needs({s.key: {}}))
-    section = dict(settings.teacher or {})
-    source = section.pop("weights", None)
-    if not section.get("name"):
-        if wanted:
-            raise ValueError(
-                f"loss {wanted[0]!r} needs a teacher: set config.teacher.name and config.teacher.weights, "
-                "or drop the loss"
-            )
-        return None
-    if not wanted:
-        raise ValueError("config.teacher is set but no loss reads it: add logit_kl, or clear teacher.name")
-    if not source:
-        raise ValueError("config.teacher.weights is empty: name a weight file (or a workdir) for the teacher")
-    teacher = _model(section, info, shape, "config.teacher")
-    if hasattr(teacher, "exits"):
-        raise ValueError(
-            f"config.teacher.name is {section['name']!r}, which has exits: a teacher is one network. Name a "
-            "plain model; the last exit of a model teaches its earlier ones through the loss exit_kl"
-        )
-    return teacher
-
-
-def _fill(cls: type, given: Mapping[str, Any], what: str) -> Any:
-    fields = dataclasses.fields(cls)
-    check_options(what, given, [field.name for field in fields])
-    needed = [
-        f.name
-        for f in fields
-        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-    ]
-    missing = [name for name in needed if name not in given]
-    if missing:
-        raise ValueError(f"{what}.{missing[0]} is missing")
-    return cls(**given)
-
-
-def _check_keywords(
-    what: str,
-    fn: Callable[..., Any],
-    given: Mapping[str, Any],
-    *,
-    own: Sequence[str],
-    also: Sequence[str] = (),
-) -> None:
-    """Raises for a key that `fn` does not take, or that the trainer sets itself."""
-    parameters = inspect.signature(fn).parameters.items()
-    known = {name for name, p in parameters if p.kind is p.KEYWORD_ONLY} - set(own)
-    check_options(what, given, known | set(also))

@@ -78,6 +78,7 @@ def load_weights(
     source: Any,
     *,
     prefer: str = "ema",
+    step: int | str = "newest",
     strict: bool = False,
     resize: str = "bicubic",
     head: str = "keep",
@@ -95,6 +96,8 @@ def load_weights(
         "pretrained:NAME" (ships with the package); "hf:org/name[/file]"; or a
         mapping of arrays.
       prefer: "ema" takes the average where the source holds one, or "params".
+      step: of a workdir: "newest", "best" (by the run's `best_metric` among the
+        checkpoints that were evaluated) or the number of a step.
       strict: missing or unexpected arrays are an error.
       resize: how a position embedding of another grid is resized: "bicubic"
         (DeiT, EViT, TPS) or "bilinear" (DynamicViT).
@@ -111,7 +114,7 @@ def load_weights(
     """
     if head not in ("keep", "reset"):
         raise WeightsError(f"head={head!r}: choose 'keep' or 'reset'")
-    bundle = files.read(source, prefer)
+    bundle = files.read(source, prefer, step)
     shapes = shapes_of(model)
     found, unexpected = _sort_for(model, bundle)
     spread = dense_start.applies(model, found)

@@ -7,15 +7,16 @@ import json
 import pytest
 from etils import epath
 
-from dyntoken.train import report
-from dyntoken.train.report import Clock, Report, duration
+from dyntoken.train import clock as clocks
+from dyntoken.train.clock import Clock
+from dyntoken.train.report import Report, duration
 
 
 @pytest.fixture
 def now(monkeypatch):
     """A clock set by hand."""
     time = [100.0]
-    monkeypatch.setattr(report.time, "monotonic", lambda: time[0])
+    monkeypatch.setattr(clocks.time, "monotonic", lambda: time[0])
     return time
 
 
@@ -39,9 +40,54 @@ def test_clock_counts_training_only(now):
         now[0] += 1000.0  # an evaluation
     now[0] += 1.0
     assert clock.seconds == 55.0
-    assert clock.speed(20) == 2.0  # 10 steps in 5 s
+    assert clock.lap(20) == (2.0, 0.0)  # 10 steps in 5 s
     now[0] += 2.0
-    assert clock.speed(21) == 0.5  # since the last call only
+    assert clock.lap(21) == (0.5, 0.0)  # since the last call only
+
+
+class Slow:
+    """Batches of which some are late: (seconds until it is there, batch)."""
+
+    def __init__(self, now, *batches):
+        self.now, self.batches = now, list(batches)
+
+    def ready(self):
+        return self.batches[0][0] == 0.0
+
+    def __next__(self):
+        seconds, batch = self.batches.pop(0)
+        self.now[0] += seconds
+        return batch
+
+
+class Running:
+    """A result that is there after some seconds of waiting."""
+
+    def __init__(self, now, seconds):
+        self.now, self.seconds = now, seconds
+
+    def block_until_ready(self):
+        self.now[0] += self.seconds
+
+
+def test_only_idle_time_is_waiting_for_data(now):
+    clock, batches = Clock(), Slow(now, (0.0, "a"), (3.0, "b"))
+    clock.start(step=0)
+    assert clock.take(batches, Running(now, 5.0)) == "a"  # there at once: nobody looks at the step
+    now[0] += 2.0
+    assert clock.take(batches, Running(now, 5.0)) == "b"  # 5 s are the step's, 3 s the data's
+    assert clock.lap(2) == (0.2, 0.3)
+    now[0] += 1.0
+    assert clock.lap(3) == (1.0, 0.0)
+
+
+def test_a_clock_that_starts_again_goes_on(now):
+    clock = Clock()
+    clock.start(step=0)
+    now[0] += 4.0
+    clock.start(step=2)  # after a rewind
+    now[0] += 1.0
+    assert clock.seconds == 5.0 and clock.lap(3) == (1.0, 0.0)
 
 
 def test_lines(tmp_path, now):
@@ -51,9 +97,9 @@ def test_lines(tmp_path, now):
     clock.start(0)
     now[0] += 10.0
     reports.train(50, {"ce": 1.23456, "loss": 2.0}, lr=5e-4, clock=clock)
-    assert lines == ["step 50/200  25.0%  160 img/s  ETA 30s  lr 0.0005  ce 1.235  loss 2"]
+    assert lines == ["step 50/200  25.0%  160 img/s  data 0%  ETA 30s  lr 0.0005  ce 1.235  loss 2"]
     expected = {"step": 50, "kind": "train", "ce": 1.23456, "loss": 2.0, "lr": 5e-4}
-    assert reports.rows() == [expected | {"images_per_s": 160.0, "seconds": 10.0}]
+    assert reports.rows() == [expected | {"images_per_s": 160.0, "data_wait": 0.0, "seconds": 10.0}]
     reports.evaluation(50, {"top1": 0.25, "count": 37})
     assert lines[1] == "eval at step 50/200  top1 25.00%  count 37"
     reports.evaluation(50, {"top1": 0.5, "count": 37})

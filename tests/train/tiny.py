@@ -32,6 +32,7 @@ def tiny_config(**overrides) -> ml_collections.ConfigDict:
         "mix": {"mixup": 0.8, "cutmix": 1.0},
         "optim": {"lr": 1e-3, "clip": 1.0},
         "log_steps": 1,
+        "curves": False,
     }
     for name, value in overrides.items():
         *path, last = name.split("__")

@@ -1,0 +1,67 @@
+"""The compiled step of a run: its memory, and a run that goes no further."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+from dyntoken.train.plan import Plan, build
+from dyntoken.train.report import duration
+
+Log = Callable[[str], None]
+
+
+def dry_run(config: Mapping[str, Any], *, log: Log = print) -> dict[str, Any]:
+    """Builds and compiles a run without weights or images.
+
+    Returns:
+      `model`, `parameters`, `teacher`, `devices`, `batch`, `steps_per_epoch`,
+      `steps`, `eval_every`, `compile_s`, and per device in bytes `state_bytes`
+      and `memory_bytes` (arguments, results and temporaries of the step).
+    """
+    plan = build(config)
+    began = time.monotonic()
+    memory = plan.train_step.memory_analysis()
+    parameters = sum(x.size for x in jax.tree.leaves(plan.abstract_state.params))
+    facts = {
+        "model": plan.settings.model["name"],
+        "parameters": parameters,
+        "teacher": (plan.settings.teacher or {}).get("name") or None,
+        "devices": f"{plan.mesh.size} x {plan.mesh.devices.flat[0].device_kind}",
+        "batch": plan.settings.batch,
+        "steps_per_epoch": plan.steps_per_epoch,
+        "steps": plan.total_steps,
+        "eval_every": plan.eval_every,
+        "compile_s": round(time.monotonic() - began, 1),
+        "state_bytes": state_bytes(plan),
+        "memory_bytes": peak(memory),
+    }
+    for name, value in facts.items():
+        log(f"{name}: {value}")
+    return facts
+
+
+def compile_step(plan: Plan, log: Log) -> jax.stages.Compiled:
+    """The train step, and a line about it."""
+    began = time.monotonic()
+    compiled = plan.train_step
+    memory = peak(compiled.memory_analysis()) / 2**20
+    log(
+        f"compiled in {duration(time.monotonic() - began)}: {plan.total_steps} steps of "
+        f"{plan.settings.batch} images on {plan.mesh.size} device(s), {memory:.0f} MiB each"
+    )
+    return compiled
+
+
+def peak(memory: Any) -> int:
+    """Bytes per device while a step runs; donated arguments count once."""
+    held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return held + memory.temp_size_in_bytes
+
+
+def state_bytes(plan: Plan) -> int:
+    """What one checkpoint holds."""
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(plan.abstract_state))
