@@ -45,6 +45,8 @@ def base():
     c = ml_collections.ConfigDict()
     c.seed = 0
     c.batch = 1024  # images per step, over all devices
+    c.accumulate = 1  # slices of a device's images, one after the other: less memory, the same step
+    c.shard = "none"  # or "optimizer", "params": each device holds a piece of them; the same step
     c.epochs = 30.0
     c.steps = 0  # > 0 wins over epochs
     c.log_steps = 50
@@ -94,7 +96,9 @@ def base():
     c.losses = ml_collections.ConfigDict()
     c.optim = ml_collections.ConfigDict()
     c.teacher = ml_collections.ConfigDict({"name": "", "weights": ""})
-    c.init = ml_collections.ConfigDict({"path": "", "head": "keep", "step": "newest"})  # weights to start from
+    c.init = ml_collections.ConfigDict(
+        {"path": "", "head": "keep", "step": "newest"}
+    )  # weights to start from
     c.compare = False  # demo: table of linear, dense, drop and this run, and a picture
     return c
 
