@@ -59,9 +59,10 @@ class Operation:
       name: its name in the text.
       kind: its opcode; of an asynchronous collective the first half's, without "-start".
       bytes: size of its result.
-      times: how often it runs, loops multiplied out.
+      times: how often it runs, loops multiplied out (one of unknown length: once).
       cycles: the compiler's estimate for one run, or None.
       inside: opcodes in the computation it fuses, empty for no fusion.
+      trips: rounds of a "while", if the text tells.
     """
 
     name: str
@@ -70,6 +71,7 @@ class Operation:
     times: int
     cycles: int | None
     inside: frozenset[str] = frozenset()
+    trips: int | None = None
 
     @property
     def group(self) -> str:
@@ -81,7 +83,7 @@ class Operation:
             ("matrix products and convolutions", PRODUCTS),
             ("sorts", {"sort"}),
             ("gathers and scatters", {"gather", "scatter"}),
-            ("kernels", {"custom-call"}),
+            ("custom calls", {"custom-call"}),
         ):
             if found & marks:
                 return group
@@ -125,6 +127,11 @@ def operations(text: str) -> tuple[Operation, ...]:
     """
     entry, bodies = _computations(text)
     return tuple(_walk(bodies, entry, 1))
+
+
+def unknown_loops(found: Sequence[Operation]) -> int:
+    """Loops whose length the text does not tell, counted as one round."""
+    return sum(op.kind == "while" and op.trips is None for op in found)
 
 
 def collectives(found: Sequence[Operation]) -> tuple[Count, ...]:
@@ -188,14 +195,26 @@ def _computations(text: str) -> tuple[str, dict[str, list[_Line]]]:
 def _walk(bodies: dict[str, list[_Line]], name: str, times: int) -> Iterator[Operation]:
     for line in bodies.get(name, ()):
         if line.kind == "while":
-            trips = _TRIPS.search(line.rest)
-            yield from _walk(bodies, line.computation("body"), times * int(trips.group(1) if trips else 1))
+            yield from _walk(bodies, line.computation("body"), times * (_trips(bodies, line) or 1))
         elif line.kind == "call":
             yield from _walk(bodies, line.computation("to_apply"), times)
         elif line.kind == "conditional":
             for branch in _branches(line):
                 yield from _walk(bodies, branch, times)
         yield _operation(bodies, line, times)
+
+
+def _trips(bodies: dict[str, list[_Line]], line: _Line) -> int | None:
+    """Rounds of a loop: stated, or by a condition `counter < constant` (counters start at 0)."""
+    stated = _TRIPS.search(line.rest)
+    if stated:
+        return int(stated.group(1))
+    condition = bodies.get(line.computation("condition"), ())
+    if not condition or condition[-1].kind != "compare" or "direction=LT" not in condition[-1].rest:
+        return None
+    limit = condition[-1].rest.partition(")")[0].rpartition("%")[2]
+    values = [one.rest.partition(")")[0] for one in condition if one.kind == "constant" and one.name == limit]
+    return int(values[0]) if values else None
 
 
 def _branches(line: _Line) -> list[str]:
@@ -218,7 +237,9 @@ def _operation(bodies: dict[str, list[_Line]], line: _Line, times: int) -> Opera
     if line.kind.endswith("-start"):  # returns its operands, too
         size = _bytes_of_started(line.shape, kind)
     cycles = _CYCLES.search(line.rest)
-    return Operation(line.name, kind, size, times, int(cycles.group(1)) if cycles else None, inside)
+    estimate = int(cycles.group(1)) if cycles else None
+    trips = _trips(bodies, line) if kind == "while" else None
+    return Operation(line.name, kind, size, times, estimate, inside, trips)
 
 
 def _opcodes(bodies: dict[str, list[_Line]], name: str) -> Iterator[str]:

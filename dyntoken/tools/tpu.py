@@ -45,7 +45,13 @@ EXAMPLES = """\
   python -m dyntoken.tools.tpu evit_deit_base_patch16_384 --topology=v5p --json
   python -m dyntoken.tools.tpu --table results/tpu/*.json"""
 # Before libtpu is loaded: it would ask a metadata server that is not there, and lock the chips.
-ENVIRONMENT = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+# The last two only spare its complaints that this is no TPU host.
+ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+}
 # Short name: full topology; any other that libtpu knows may be given in full.
 TOPOLOGIES = {
     "v4": "v4:2x2x1",
@@ -68,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     plan = _plan(args)
     wanted = request(args, plan)
     path = pathlib.Path(args.results) / f"{_slug(wanted)}.json"
-    found = None if args.again else stored(path, wanted)
+    found = None if args.again or args.hlo else stored(path, wanted)
     if found is None:
         command = shlex.join(["python", "-m", "dyntoken.tools.tpu", *argv])
         found = {"command": command, **wanted, **_compiled(args, plan)}
@@ -103,6 +109,7 @@ def _parser() -> cli.Parser:
     group.add_argument("--shard", default="none", help="none, optimizer or params, see the config")
     group = parser.add_argument_group("the report")
     group.add_argument("--results", default="results/tpu", help="folder of the stored reports (results/tpu)")
+    group.add_argument("--hlo", metavar="FILE", help="also write the compiled program as text (and compile)")
     group.add_argument("--again", action="store_true", help="compile even if there is a stored report")
     group.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     group.add_argument("--table", nargs="+", metavar="FILE", help="only print stored reports as a table")
@@ -148,8 +155,10 @@ def devices(topology: str) -> Sequence[Any]:
     jax.config.update("jax_platforms", "cpu")  # what runs here runs on the host
     from jax.experimental import topologies
 
+    # One device per chip also where a chip has two cores, as jax runs them.
+    options = {"chip_config_name": "megacore"} if name.startswith("v4") else {}
     try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+        return topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
     except Exception as error:
         raise ValueError(f"libtpu makes no topology {name!r}: {cli.one_line(error)[:200]}") from error
 
@@ -267,7 +276,10 @@ def _compiled(args: argparse.Namespace, plan: plans.Plan) -> dict[str, Any]:
             raise ValueError(f"the compiler refuses: {cli.one_line(error)[:300]}") from error
         return {"compile_s": round(time.monotonic() - began, 1), "refused": cli.one_line(error)[:300]}
     took = round(time.monotonic() - began, 1)
-    return {"compile_s": took, **measured(step.memory_analysis(), step.as_text())}
+    program = step.as_text()
+    if args.hlo:
+        pathlib.Path(args.hlo).write_text(program)
+    return {"compile_s": took, **measured(step.memory_analysis(), program)}
 
 
 def measured(memory: Any, text: str) -> dict[str, Any]:
@@ -290,6 +302,7 @@ def measured(memory: Any, text: str) -> dict[str, Any]:
         "gathers": hlo.counted(found, "gather").count,
         "scatters": hlo.counted(found, "scatter").count,
         "copies": {"count": sum(op.times for op in moved), "bytes": sum(op.times * op.bytes for op in moved)},
+        "unknown_loops": hlo.unknown_loops(found),
         "estimate": [dataclasses.asdict(cost) for cost in hlo.costs(found)],
     }
 

@@ -25,9 +25,7 @@ def text(found: Mapping[str, Any]) -> str:
     parts = ["\n".join(filter(None, head))]
     if "refused" in found:
         return "\n\n".join([*parts, f"does not fit into {found['hbm_gib']} GiB: {found['refused']}"])
-    return "\n\n".join(
-        [*parts, _memory(found), _collectives(found), _movements(found), _estimate(found["estimate"])]
-    )
+    return "\n\n".join([*parts, _memory(found), _collectives(found), _movements(found), _estimate(found)])
 
 
 def _training(found: Mapping[str, Any]) -> str:
@@ -73,7 +71,8 @@ def _movements(found: Mapping[str, Any]) -> str:
     )
 
 
-def _estimate(costs: Sequence[Mapping[str, Any]]) -> str:
+def _estimate(found: Mapping[str, Any]) -> str:
+    costs = found["estimate"]
     whole = sum(cost["cycles"] for cost in costs)
     if not whole:
         return "no estimate: only a TPU's compiler writes one"
@@ -81,7 +80,9 @@ def _estimate(costs: Sequence[Mapping[str, Any]]) -> str:
     for cost in costs:
         cells = [str(cost["count"]), str(cost["estimated"]), f"{cost['cycles'] / 1e6:.2f}"]
         rows.append([cost["group"], *cells, f"{100 * cost['cycles'] / whole:.1f} %"])
-    return cli.table([*rows, ["all", "", "", f"{whole / 1e6:.2f}", ""]])
+    lines = cli.table([*rows, ["all", "", "", f"{whole / 1e6:.2f}", ""]])
+    loops = found["unknown_loops"]
+    return f"{lines}\n{loops} loops of unknown length count as one round" if loops else lines
 
 
 def table(reports: Sequence[Mapping[str, Any]]) -> str:

@@ -37,13 +37,13 @@ backend_config={"window_config":{"estimated_cycles":"1000","iteration_bounds":["
 }
 
 %condition (t: (s32[], bf16[8,16])) -> pred[] {
-  ROOT %lt = pred[] compare(%i, %n), direction=LT
+  %n = s32[]{:T(128)} constant(3), metadata={op_name="jit(f)"}
+  ROOT %lt = pred[] compare(%i, %n), direction=LT, metadata={op_name="jit(f)/while/cond/lt"}
 }
 
 ENTRY %main (a: f32[8,32], b: s32[4]) -> (f32[32,8], f32[10]) {
   %a = f32[8,32]{1,0:T(8,128)} parameter(0), metadata={op_name="batch['image']"}
-  %while.1 = (s32[]{:T(128)}, bf16[8,16]{1,0}) while(%init), condition=%condition, body=%body, \
-backend_config={"known_trip_count":{"n":"3"}}
+  %while.1 = (s32[]{:T(128)}, bf16[8,16]{1,0}) while(%init), condition=%condition, body=%body
   %fusion.2 = f32[32,8]{1,0:T(8,128)} fusion(%a), kind=kLoop, calls=%moves, \
 backend_config={"window_config":{"estimated_cycles":"200"}}
   %fusion.3 = f32[4,32]{1,0} fusion(%a, %b), kind=kLoop, calls=%picks
@@ -73,6 +73,9 @@ def test_a_tpu_program():
         "collectives": (2, 0, 0),
         "gathers and scatters": (1, 0, 0),
     }
+    assert hlo.unknown_loops(found) == 0
+    endless = hlo.operations(TPU.replace("direction=LT", "direction=NE"))
+    assert hlo.unknown_loops(endless) == 1
     assert [cost.cycles for cost in hlo.costs(found)] == [3000, 200, 0, 0]
 
 
