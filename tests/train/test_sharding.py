@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
+from dyntoken import train
 from dyntoken.registry import UnknownNameError
 from dyntoken.train import mesh as meshes
 from dyntoken.train.checkpoint import Checkpoints
@@ -108,6 +109,19 @@ def test_a_checkpoint_fits_every_layout_and_number_of_devices(tmp_path):
         leaf = found.opt_state["trace"]["head"]["cls"]["kernel"]
         assert leaf.addressable_shards[0].data.shape == ((8 if shard == "none" else 8 // devices), 7)
     checkpoints.close()
+
+
+def test_a_run_in_pieces_evaluates_and_goes_on_whole(tmp_path):
+    cut = tiny_config(shard="params", accumulate=2, steps=1, ema=0.9, batch=16)
+    first = train.run(cut, tmp_path, log=[].append)
+    assert not first.state.params["head"]["cls"]["kernel"].is_fully_replicated
+    assert first.metrics["count"] == first.plan.info.splits["test"] == 37
+    lines = []
+    again = train.run(tiny_config(steps=1, ema=0.9, batch=16), tmp_path, log=lines.append)
+    assert any("accumulate 2 -> 1, shard params -> none" in line for line in lines)
+    assert again.state.params["head"]["cls"]["kernel"].is_fully_replicated
+    for name in ("top1", "loss", "ema/loss"):
+        assert again.metrics[name] == pytest.approx(first.metrics[name], rel=1e-6)
 
 
 def test_whole_again():
