@@ -63,7 +63,8 @@ def base():
     c.curves = True  # draw WORKDIR/curves.png at every evaluation, if matplotlib is there
     c.ema = 0.0  # decay of the weight average; 0 for none
 
-    c.model = ml_collections.ConfigDict({"name": ""})  # and any keyword of create_model
+    # and any keyword of create_model: keep, at, ...; dtype="bfloat16", scan, remat
+    c.model = ml_collections.ConfigDict({"name": ""})
 
     c.data = ml_collections.ConfigDict()
     c.data.name = "imagenet2012"

@@ -105,8 +105,8 @@ def _parser() -> cli.Parser:
     group.add_argument(
         "--remat", type=_remat, default=False, help=f"True, or what is kept: {', '.join(POLICIES)}"
     )
-    group.add_argument("--accumulate", type=cli.positive, default=1, help="slices of a batch, see the config")
-    group.add_argument("--shard", default="none", help="none, optimizer or params, see the config")
+    group.add_argument("--accumulate", type=cli.positive, help="slices of a batch, see the config")
+    group.add_argument("--shard", help="none, optimizer or params, see the config")
     group = parser.add_argument_group("the report")
     group.add_argument("--results", default="results/tpu", help="folder of the stored reports (results/tpu)")
     group.add_argument("--hlo", metavar="FILE", help="also write the compiled program as text (and compile)")
@@ -173,7 +173,7 @@ def _plan(args: argparse.Namespace) -> plans.Plan:
     config = _of_recipe(args) if args.config else _of_name(args)
     config["batch"] = args.batch * count
     config["data"].setdefault("eval", {}).pop("batch", None)
-    config |= {"accumulate": args.accumulate, "shard": args.shard}
+    config |= {k: v for k in ("accumulate", "shard") if (v := getattr(args, k)) is not None}
     return plans.build(plans.read(config), devices=devices(args.topology))
 
 
@@ -231,8 +231,8 @@ def request(args: argparse.Namespace, plan: plans.Plan) -> dict[str, Any]:
         "topology": name,
         "chips": count,
         "batch_per_chip": args.batch,
-        "accumulate": args.accumulate if args.train else 1,
-        "shard": args.shard,
+        "accumulate": settings.accumulate if args.train else 1,
+        "shard": settings.shard if args.train else "none",
         "hbm_gib": hbm,
         "versions": {
             "dyntoken": dyntoken.__version__,
