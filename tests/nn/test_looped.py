@@ -19,9 +19,10 @@ SMALL = {"img_size": 16, "patch_size": 4, "width": 16, "heads": 2, "num_classes"
 SITES = {"depth": 4, "at": (2,), "keep": 0.6}
 NOISY = {"dropout": 0.1, "drop_path": 0.3}
 MODELS = {
+    "quick": ("dtps_deit_tiny_patch16_224", {"depth": 2, "at": (0,), "form": "gather", "drop_path": 0.3}),
     "deit": ("deit_tiny_patch16_224", {"depth": 3, **NOISY}),
     "dynamicvit+mask": ("dynamicvit_deit_tiny_patch16_224", {**SITES, **NOISY, "form": "mask"}),
-    "dtps": ("dtps_deit_tiny_patch16_224", {**SITES, "drop_path": 0.3}),
+    "dtps": ("dtps_deit_tiny_patch16_224", {**SITES, **NOISY}),
     "dtps+gather": ("dtps_deit_tiny_patch16_224", {**SITES, **NOISY, "form": "gather"}),
     "evit": ("evit_deit_tiny_patch16_224", {**SITES, "depth": 5, **NOISY, "remat": "dots_saveable"}),
     "etps+mask": ("etps_deit_tiny_patch16_224", {**SITES, **NOISY, "form": "mask", "remat": True}),
@@ -30,8 +31,7 @@ MODELS = {
     "dvt+dtps": ("dvt_dtps_deit_small", {"exits": (2, 4), "depth": 4, "at": (2,), "keep": 0.6}),
     "multiexit": ("multiexit_deit_tiny_patch16_224", {"depth": 5, "exits": (2, 4), "drop_path": 0.3}),
 }
-QUICK = ("dtps",)
-CASES = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in MODELS]
+CASES = [name if name == "quick" else pytest.param(name, marks=pytest.mark.slow) for name in MODELS]
 
 
 def _model(case, **more):

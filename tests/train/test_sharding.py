@@ -111,6 +111,7 @@ def test_a_checkpoint_fits_every_layout_and_number_of_devices(tmp_path):
     checkpoints.close()
 
 
+@pytest.mark.slow
 def test_a_run_in_pieces_evaluates_and_goes_on_whole(tmp_path):
     cut = tiny_config(shard="params", accumulate=2, steps=1, ema=0.9, batch=16)
     first = train.run(cut, tmp_path, log=[].append)
