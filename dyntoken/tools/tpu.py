@@ -76,12 +76,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     path = pathlib.Path(args.results) / f"{_slug(wanted)}.json"
     found = None if args.again or args.hlo else stored(path, wanted)
     if found is None:
-        command = shlex.join(["python", "-m", "dyntoken.tools.tpu", *argv])
+        command = shlex.join(["python", "-m", "dyntoken.tools.tpu", *_lasting(argv)])
         found = {"command": command, **wanted, **_compiled(args, plan)}
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(found, indent=1) + "\n")
     print(json.dumps(found) if args.json else tpu_report.text(found))
     return 0
+
+
+def _lasting(argv: Sequence[str]) -> list[str]:
+    """The arguments that decide what a report says, not where it goes."""
+    kept, skip = [], False
+    for word in argv:
+        option, equals, _ = word.partition("=")
+        if option in ("--hlo", "--results"):
+            skip = not equals
+        elif skip or word in ("--again", "--json"):
+            skip = False
+        else:
+            kept.append(word)
+    return kept
 
 
 def _parser() -> cli.Parser:

@@ -92,6 +92,11 @@ def test_another_request_is_compiled_anew(host, tmp_path):
     )
 
 
+def test_the_stored_command_names_no_folder():
+    argv = ["deit", "--hlo=/a/b", "--train", "--results", "/c", "--json", "--again", "--keep=0.7"]
+    assert tpu._lasting(argv) == ["deit", "--train", "--keep=0.7"]
+
+
 @functools.cache
 def _measured():
     step = jax.jit(lambda x: jnp.sort(x @ x, axis=1)).lower(jnp.ones((8, 8))).compile()
