@@ -135,8 +135,13 @@ def unknown_loops(found: Sequence[Operation]) -> int:
 
 
 def collectives(found: Sequence[Operation]) -> tuple[Count, ...]:
-    """Collectives by kind; bytes are those of the results on one device."""
-    return tuple(c for kind in COLLECTIVES if (c := counted(found, kind)).count)
+    """Collectives by kind and size, largest first; bytes are those of all results on one device."""
+    runs: dict[tuple[str, int], int] = {}
+    for op in found:
+        if op.kind in COLLECTIVES:
+            runs[op.kind, op.bytes] = runs.get((op.kind, op.bytes), 0) + op.times
+    rows = [Count(kind, count, count * size) for (kind, size), count in runs.items()]
+    return tuple(sorted(rows, key=lambda row: (-row.bytes, row.kind)))
 
 
 def counted(found: Sequence[Operation], *kinds: str) -> Count:

@@ -58,9 +58,13 @@ def _memory(found: Mapping[str, Any]) -> str:
 def _collectives(found: Mapping[str, Any]) -> str:
     if not found["collectives"]:
         return "collectives: none"
-    rows = [["collective", "runs", "MiB per chip"]]
-    rows += [[c["kind"], str(c["count"]), f"{c['bytes'] / MIB:.2f}"] for c in found["collectives"]]
+    rows = [["collective", "runs", "bytes per chip"]]
+    rows += [[c["kind"], str(c["count"]), _size(c["bytes"])] for c in found["collectives"]]
     return cli.table(rows)
+
+
+def _size(count: int) -> str:
+    return f"{count / MIB:.2f} MiB" if count >= MIB else str(count)
 
 
 def _movements(found: Mapping[str, Any]) -> str:
@@ -92,7 +96,7 @@ def table(reports: Sequence[Mapping[str, Any]]) -> str:
         "chips",
         "images per chip",
         "GiB per chip",
-        "all-reduce (MiB)",
+        "collectives",
         "sorts",
         "gathers",
         "estimated M cycles",
@@ -114,13 +118,13 @@ def _row(found: Mapping[str, Any]) -> list[str]:
     row += [str(found["batch_per_chip"])]
     if "refused" in found:
         return [*row, f"more than {found['hbm_gib']}", *["-"] * 5, f"{found['compile_s']:.0f} s"]
-    reduced = [c for c in found["collectives"] if c["kind"] == "all-reduce"]
+    collectives = [f"{c['count']} x {_size(c['bytes'] // c['count'])}" for c in found["collectives"]]
     whole = sum(cost["cycles"] for cost in found["estimate"])
     products = sum(c["cycles"] for c in found["estimate"] if c["group"].startswith("matrix"))
     return [
         *row,
         f"{found['memory']['total'] / GIB:.2f} of {found['hbm_gib']}",
-        " + ".join(f"{c['count']} ({c['bytes'] / MIB:.1f})" for c in reduced) or "none",
+        ", ".join(collectives) or "none",
         str(found["sorts"]),
         str(found["gathers"]),
         f"{whole / 1e6:.1f}",

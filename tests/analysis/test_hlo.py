@@ -60,8 +60,8 @@ backend_config={"window_config":{"estimated_cycles":"200"}}
 def test_a_tpu_program():
     found = hlo.operations(TPU)
     assert hlo.collectives(found) == (
-        hlo.Count("all-reduce", 1, 10 * 4 + 6 * 2),
         hlo.Count("all-gather", 1, 40 * 4),
+        hlo.Count("all-reduce", 1, 10 * 4 + 6 * 2),
     )
     assert hlo.counted(found, "sort").count == 0
     assert hlo.counted(found, "gather") == hlo.Count("gather", 1, 4 * 32 * 4)

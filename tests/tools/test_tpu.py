@@ -129,11 +129,11 @@ def test_a_report_as_text():
     assert lines[0].startswith("deit (dtype=bfloat16, scan=True): training step for 8 chips v5e:2x4")
     assert lines[1] == "losses ce; accumulate=2"
     assert "25 % of the chip's 16 GiB" in lines
-    assert any(line.split() == ["all-reduce", "2", "88.00"] for line in lines)
+    assert any(line.split() == ["all-reduce", "2", "88.00", "MiB"] for line in lines)
     assert any(line.endswith("3.00  100.0 %") for line in lines)
     row = tpu_report.table([found]).splitlines()[-1]
     assert row.startswith(
-        "| `deit` train, dtype=bfloat16, scan | v5e:2x4 | 128 | 4.00 of 16 | 2 (88.0) | 1 |"
+        "| `deit` train, dtype=bfloat16, scan | v5e:2x4 | 128 | 4.00 of 16 | 2 x 44.00 MiB | 1 |"
     )
 
 
