@@ -15,6 +15,8 @@ TABLES = {  # recipe -> rows its header must have at least
     "dynamicvit_deit": 19,
     "evit_deit": 20,
     "tps_deit": 30,
+    "dynamicvit_lvvit": 4,
+    "tps_lvvit": 2,
 }
 ROW = re.compile(r"^ {4}(\S+=\S+) +(\d+\.\d+) +(no number found|\d+\.\d+)", re.MULTILINE)
 
@@ -49,12 +51,16 @@ def test_a_row_is_the_model_it_names(recipe, argument, gmacs, top1):
     train_plan.read(c)
     model = model_of(c)
     given = dict(part.split("=") for part in argument.split(","))
-    assert dict(model.backbone.options)["width"] == {"t": 192, "s": 384, "b": 768}[given.get("size", "s")]
+    width = {"t": 192, "s": 384, "m": 512, "b": 768}[given.get("size", "s")]
+    assert dict(model.backbone.options)["width"] == width
     assert model.input_shape[0] == int(given.get("pixels", 224))
     if model.method:
         assert model.keep == float(given["keep"]) and len(model.sites()) == len(model.at)
-        assert model.at == tuple(int(i) for i in given.get("at", "3-6-9").split("-"))
-    assert bool(c.teacher.name) == any(loss in c.losses for loss in ("logit_kl", "token_distill"))
+        usual = "3-6-9" if recipe.endswith("_deit") else "4-8-12" if width == 384 else "5-10-15"
+        assert model.at == tuple(int(i) for i in given.get("at", usual).split("-"))
+    assert bool(c.teacher.name) == any(
+        loss in c.losses for loss in ("logit_kl", "token_distill", "dense_distill")
+    )
     assert given.get("distill") != "false" or not c.teacher.name
     assert 0.4 < gmacs < 56 and (top1 is None or 60 < top1 < 90)
 
