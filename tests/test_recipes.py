@@ -72,9 +72,19 @@ def test_a_row_costs_what_it_says(recipe, argument, gmacs, top1):
     assert macs.count(model).total / 1e9 == pytest.approx(gmacs, abs=0.0051)
 
 
+def kinds():
+    """The first row of each kind: rows that differ in size, keep rate and sites alone are one kind."""
+    first = {}
+    for recipe in TABLES:
+        for argument, _, _ in rows(recipe):
+            parts = [part for part in argument.split(",") if part.split("=")[0] not in ("size", "keep", "at")]
+            first.setdefault((recipe, *parts), (recipe, argument))
+    return list(first.values())
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe, argument, gmacs, top1", ROWS)
-def test_a_row_trains_at_tiny_size(recipe, argument, gmacs, top1, tmp_path):
+@pytest.mark.parametrize("recipe, argument", kinds())
+def test_a_kind_of_row_trains_at_tiny_size(recipe, argument, tmp_path):
     result = train.run(recipes.load(f"configs/{recipe}.py:{argument},tiny"), tmp_path / "run")
     assert result.finished and int(result.state.step) == 2 and result.metrics["count"] == 24
 
