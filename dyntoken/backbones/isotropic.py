@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from dyntoken.nn import layers
 from dyntoken.nn.block import Block
+from dyntoken.nn.sites import Sites
 from dyntoken.nn.trunk import Context, Site, Spec, Trunk
 from dyntoken.types import Reduction, Tokens
 
@@ -22,7 +23,7 @@ def pair(value: int | tuple[int, int]) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
 
 
-class Isotropic(nn.Module):
+class Isotropic(Sites, nn.Module):
     """A stem, then blocks of one width.
 
     Class (and other prefix) tokens come first, then one position embedding of
