@@ -94,7 +94,9 @@ def base():
     c.losses = ml_collections.ConfigDict()
     c.optim = ml_collections.ConfigDict()
     c.teacher = ml_collections.ConfigDict({"name": "", "weights": ""})
-    c.init = ml_collections.ConfigDict({"path": "", "head": "keep", "step": "newest"})  # weights to start from
+    c.init = ml_collections.ConfigDict(
+        {"path": "", "head": "keep", "step": "newest"}
+    )  # weights to start from
     c.compare = False  # demo: table of linear, dense, drop and this run, and a picture
     return c
 

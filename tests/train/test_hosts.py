@@ -76,7 +76,9 @@ def finish(processes, outputs) -> list[str]:
 
 def rows(workdir):
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k not in ("seconds", "images_per_s", "data_wait")} for row in lines]
+    return [
+        {k: v for k, v in row.items() if k not in ("seconds", "images_per_s", "data_wait")} for row in lines
+    ]
 
 
 def assert_close(a, b):

@@ -43,7 +43,9 @@ def crash():
 def rows(workdir):
     """metrics.jsonl without what depends on the clock."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k not in ("seconds", "images_per_s", "data_wait")} for row in lines]
+    return [
+        {k: v for k, v in row.items() if k not in ("seconds", "images_per_s", "data_wait")} for row in lines
+    ]
 
 
 def steps_kept(workdir):
