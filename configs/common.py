@@ -45,6 +45,8 @@ def base():
     c = ml_collections.ConfigDict()
     c.seed = 0
     c.batch = 1024  # images per step, over all devices
+    c.accumulate = 1  # slices of a device's images, one after the other: less memory, the same step
+    c.shard = "none"  # or "optimizer", "params": each device holds a piece of them; the same step
     c.epochs = 30.0
     c.steps = 0  # > 0 wins over epochs
     c.log_steps = 50
@@ -61,7 +63,8 @@ def base():
     c.curves = True  # draw WORKDIR/curves.png at every evaluation, if matplotlib is there
     c.ema = 0.0  # decay of the weight average; 0 for none
 
-    c.model = ml_collections.ConfigDict({"name": ""})  # and any keyword of create_model
+    # and any keyword of create_model: keep, at, ...; dtype="bfloat16", scan, remat
+    c.model = ml_collections.ConfigDict({"name": ""})
 
     c.data = ml_collections.ConfigDict()
     c.data.name = "imagenet2012"

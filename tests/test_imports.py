@@ -18,7 +18,7 @@ ALLOWED = {
     "cluster": set(),
     "names": set(),
     "ops": {"types"},
-    "nn": {"ops", "types"},
+    "nn": BASE | {"ops"},
     "reducers": BASE | {"nn", "ops"},
     "backbones": BASE | {"nn", "ops"},
     "heads": {"nn", "ops", "types"},

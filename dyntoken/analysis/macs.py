@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax.interpreters import partial_eval
 
 from dyntoken.analysis.jaxpr import Operation, operations
+from dyntoken.nn.trunk import Spec
 from dyntoken.ops import backend
 
 RESIZE = "resize"  # the named scope whose work stands on its own line
@@ -146,11 +147,20 @@ def count(model: Any, image_shape: Sequence[int] | None = None, *, upto: int | N
         raise ValueError(f"image_shape must be (height, width, channels), got {shape}")
     if getattr(model, "form", "gather") != "gather":
         model = model.clone(form="gather")
+    model = _unlooped(model)
     images = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
     with backend.trace_for("cpu"):
         variables = jax.eval_shape(lambda x: model.init(jax.random.key(0), x), images)
         ops = [*_trace(model, variables, images, upto)]
     return _tally(ops, _params_by_module(variables), shape)
+
+
+def _unlooped(model: Any) -> Any:
+    """The model with every block by its name, where it runs some of them as one loop."""
+    recipe = getattr(model, "backbone", None)
+    if not isinstance(recipe, Spec) or not dict(recipe.options).get("scan"):
+        return model
+    return model.clone(backbone=Spec.of(recipe.make, **{**dict(recipe.options), "scan": False}))
 
 
 def default_image_shape(model: Any) -> tuple[int, int, int]:

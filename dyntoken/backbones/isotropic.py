@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from dyntoken.nn import layers
 from dyntoken.nn.block import Block
+from dyntoken.nn.remat import check_policy
 from dyntoken.nn.sites import Sites
 from dyntoken.nn.trunk import Context, Site, Spec, Trunk
 from dyntoken.types import Reduction, Tokens
@@ -42,7 +43,10 @@ class Isotropic(Sites, nn.Module):
       skip_lam: what the residual branches are divided by.
       context: channels that something outside concatenates before each MLP,
         one number or one per block.
-      remat: recompute block halves in the backward pass.
+      remat: recompute block halves in the backward pass: True, or the name of
+        what to keep, see `nn.remat.POLICIES`.
+      scan: run the blocks between two sites as one loop: same parameters and
+        results, a shorter compilation, see `nn.looped`.
       dtype: compute type; parameters stay float32.
       sites: reduction sites.
     """
@@ -62,7 +66,8 @@ class Isotropic(Sites, nn.Module):
     norm_eps: float = 1e-6
     skip_lam: float = 1.0
     context: int | tuple[int, ...] = 0
-    remat: bool = False
+    remat: bool | str = False
+    scan: bool = False
     dtype: Any = jnp.float32
     sites: tuple[Site, ...] = ()
 
@@ -92,6 +97,7 @@ class Isotropic(Sites, nn.Module):
             raise ValueError(f"width {self.width} is not divisible by {self.heads} heads")
         if self.drop_path_rule not in ("linear", "constant"):
             raise ValueError(f"drop_path_rule must be linear or constant, got {self.drop_path_rule!r}")
+        check_policy(self.remat)
 
     def setup_stem(self) -> None:
         """Builds the modules of the stem."""
@@ -115,7 +121,8 @@ class Isotropic(Sites, nn.Module):
         init = layers.trunc_normal()
         self.first = [self.param(name, init, (1, 1, self.width)) for name in self.prefix_names]
         self.added = self.positions()
-        self.trunk = Trunk(tuple(self._block(i) for i in range(self.depth)), self.sites, self.remat)
+        blocks = tuple(self._block(i) for i in range(self.depth))
+        self.trunk = Trunk(blocks, self.sites, self.remat, self.scan)
         self.norm = nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype)
 
     def _block(self, index: int) -> Spec:

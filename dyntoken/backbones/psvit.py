@@ -12,6 +12,7 @@ from dyntoken.backbones.isotropic import Isotropic, pair
 from dyntoken.nn import layers
 from dyntoken.nn.batchnorm import BatchNorm
 from dyntoken.nn.block import Block
+from dyntoken.nn.remat import rematerialised
 from dyntoken.nn.trunk import Context, Spec
 from dyntoken.ops import bilinear, sample
 from dyntoken.types import Tokens
@@ -159,7 +160,7 @@ class PSViT(Isotropic):
         """Stem, the embedding of points, one module per iteration."""
         self.stem = Stem(tuple(self.stem_channels), self.width, self.dtype)
         self.pos_layer = layers.dense(self.width)
-        make = nn.remat(Sampling, static_argnums=(3,)) if self.remat else Sampling
+        make = rematerialised(Sampling, self.remat, static=(3,))
         for index in range(self.iterations):
             moves = index < self.iterations - 1
             setattr(self, f"sampling_{index}", make(self._sampling_block(index), moves, self.offset_bias))

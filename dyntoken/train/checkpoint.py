@@ -22,6 +22,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
+from dyntoken.train.mesh import gathered
 from dyntoken.train.state import TrainState
 from dyntoken.weights import workdirs
 
@@ -103,7 +104,7 @@ class Checkpoints:
         """Starts writing a copy of the state, unless this step is saved already.
 
         Args:
-          state: replicated over the devices.
+          state: replicated over the devices, or in pieces on them.
           **meta: JSON values to keep beside it.
         """
         step = int(state.step)
@@ -129,7 +130,7 @@ class Checkpoints:
         Damaged ones are moved to `<workdir>/damaged/<step>`.
 
         Args:
-          like: shapes, types and shardings to restore to (`mesh.replicated_like`);
+          like: shapes, types and shardings to restore to (`mesh.like`);
             any number of devices.
           among: which steps come into question.
 
@@ -282,9 +283,9 @@ def _check_same_model(saved: Mapping[str, Any], wanted: Mapping[str, Any], where
 
 
 def _host(leaf: jax.Array) -> np.ndarray:
-    """A copy of a replicated array. What is written and what is summed up are these very bytes:
+    """A copy of a whole array. What is written and what is summed up are these very bytes:
     on a CPU an array without a copy is a view, and the next step reuses the donated memory."""
-    return np.array(leaf.addressable_data(0), order="C")
+    return np.array(gathered(leaf).addressable_data(0), order="C")
 
 
 def _describe(value: np.ndarray) -> list[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -36,7 +37,7 @@ def dry_run(config: Mapping[str, Any], *, log: Log = print) -> dict[str, Any]:
         "steps": plan.total_steps,
         "eval_every": plan.eval_every,
         "compile_s": round(time.monotonic() - began, 1),
-        "state_bytes": state_bytes(plan),
+        "state_bytes": held_bytes(plan),
         "memory_bytes": peak(memory),
     }
     for name, value in facts.items():
@@ -65,3 +66,9 @@ def peak(memory: Any) -> int:
 def state_bytes(plan: Plan) -> int:
     """What one checkpoint holds."""
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(plan.abstract_state))
+
+
+def held_bytes(plan: Plan) -> int:
+    """What each device holds of the state between two steps."""
+    leaves = jax.tree.leaves(plan.abstract_state)
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)

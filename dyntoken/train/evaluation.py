@@ -57,13 +57,12 @@ def evaluate(
         log(f"evaluating step {found.step} of {workdir}")
         variables, ema, extra = found.state.variables, found.state.ema, {"step": found.step}
     elif (plan.settings.init or {}).get("path"):
-        variables, ema, extra = load_init(plan, log), None, {}
+        variables, ema, extra = meshes.replicate(load_init(plan, log), plan.mesh), None, {}
     else:
         raise ValueError(
             f"nothing to evaluate: no checkpoint in {workdir} and config.init.path is empty; "
             "train first, or give --config.init.path=WEIGHTS"
         )
-    variables = meshes.replicate(variables, plan.mesh)
     hosts.agree(lambda: check_sets(plan))
     for label in plan.eval_sets:
         compiled = plan.eval_step_for(label)  # before the clock starts
@@ -79,6 +78,7 @@ def evaluate(
 
 def measure(plan: Plan, variables: Tree, ema: Tree | None = None) -> dict[str, Value]:
     """Evaluates variables on every set of the plan: `top1`, ..., `ema/top1`, ..., `LABEL/top1`, ... ."""
+    variables, ema = meshes.gathered((variables, ema))
     metrics = {}
     for label in plan.eval_sets:
         prefix = f"{label}/" if label else ""

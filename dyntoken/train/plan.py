@@ -21,12 +21,13 @@ from jax.sharding import Mesh
 from dyntoken import data, losses, mix, optim, weights
 from dyntoken.data.plan import check_size, check_topology
 from dyntoken.eval.classify import make_eval_step
+from dyntoken.registry import UnknownNameError, suggest
 from dyntoken.train import mesh as meshes
 from dyntoken.train.evalsets import MAIN, EvalSet, EvalSettings, check_metric, open_sets, read_evals
 from dyntoken.train.fields import check_keywords, fill
 from dyntoken.train.roles import make_model, make_teacher
 from dyntoken.train.state import TrainState, create_state, init_variables
-from dyntoken.train.step import make_train_step
+from dyntoken.train.step import joined, make_gradient, make_update, refuse_batch_norm
 from dyntoken.train.tracing import Window
 from dyntoken.weights import workdirs
 
@@ -73,6 +74,12 @@ class Settings:
       data: see `DataSettings`.
       losses: name -> {weight, options}, see `dyntoken.losses`.
       batch: rows of the global batch.
+      accumulate: slices that a device's rows are split into, forward and
+        backward one after the other: the same step from less memory. Not for
+        models with BatchNorm.
+      shard: what each device holds only a piece of, for the same result from
+        less memory: "none"; "optimizer" (its state and the weight average), as
+        ZeRO-1; "params" (these too), as FSDP.
       epochs, steps: length of the run; steps > 0 wins.
       seed: of initialisation, data order and every draw.
       mix: keywords of `dyntoken.mix.mix`.
@@ -103,6 +110,8 @@ class Settings:
     data: DataSettings
     losses: Mapping[str, Mapping[str, Any]]
     batch: int
+    accumulate: int = 1
+    shard: str = "none"
     epochs: float = 0.0
     steps: int = 0
     seed: int = 0
@@ -158,8 +167,13 @@ def read(config: Mapping[str, Any]) -> Settings:
         raise ValueError(f"config.ema is {settings.ema}: a decay lies in [0, 1)")
     if settings.steps <= 0 and settings.epochs <= 0:
         raise ValueError("the run has no length: set config.epochs (or config.steps) above 0")
-    if settings.log_steps < 1:
-        raise ValueError(f"config.log_steps is {settings.log_steps}: it must be at least 1")
+    for name in ("log_steps", "accumulate"):
+        if getattr(settings, name) < 1:
+            raise ValueError(f"config.{name} is {getattr(settings, name)}: it must be at least 1")
+    if settings.shard not in meshes.SHARDS:
+        raise UnknownNameError(
+            f"config.shard is {settings.shard!r}: {suggest(settings.shard, meshes.SHARDS)}"
+        )
     for name in ("keep_best", "rewind"):
         if getattr(settings, name) < 0:
             raise ValueError(f"config.{name} is {getattr(settings, name)}: it must be 0 (off) or more")
@@ -197,9 +211,10 @@ class Plan:
 
     @functools.cached_property
     def abstract_state(self) -> TrainState:
-        """Shapes and types of the state, replicated over the mesh."""
+        """Shapes, types and places of the state."""
         make = functools.partial(create_state, tx=self.tx, ema=self.settings.ema > 0)
-        return meshes.replicated_like(jax.eval_shape(make, self.abstract(self.model)), self.mesh)
+        state = jax.eval_shape(make, self.abstract(self.model))
+        return meshes.like(state, meshes.layout_of(state, self.mesh, self.settings.shard))
 
     @property
     def abstract_teacher(self) -> Tree:
@@ -217,22 +232,27 @@ class Plan:
             fresh = init_variables(self.model, self.shape, self.settings.seed) if given is None else given
             return create_state(fresh, self.tx, ema=self.settings.ema > 0)
 
-        return meshes.replicate(jax.jit(create)(variables), self.mesh)
+        state = jax.jit(create)(variables)
+        return meshes.replicate(state, self.mesh, meshes.layout_of(state, self.mesh, self.settings.shard))
 
     @functools.cached_property
     def train_step(self) -> jax.stages.Compiled:
         """The compiled step, `(state, teacher_variables, batch)`; it consumes the state."""
         settings = self.settings
-        step = make_train_step(
+        gradient = make_gradient(
             self.model,
-            self.tx,
             specs=settings.losses,
             augment=self.augment,
             seed=settings.seed,
-            ema=settings.ema,
             teacher=self.teacher,
+            accumulate=settings.accumulate,
         )
-        step = meshes.data_parallel(step, self.mesh, replicated=2, donate=(0,))
+        update = make_update(self.tx, specs=settings.losses, ema=settings.ema)
+        if settings.shard == "none":
+            step = meshes.data_parallel(joined(gradient, update), self.mesh, replicated=2, donate=(0,))
+        else:
+            layout = jax.tree.map(lambda x: x.sharding, self.abstract_state)
+            step = meshes.split_update(gradient, update, self.mesh, layout)
         batch = meshes.batch_like(self.mesh, settings.batch, self.shape)
         return step.lower(self.abstract_state, self.abstract_teacher, batch).compile()
 
@@ -249,7 +269,8 @@ class Plan:
             step = meshes.data_parallel(step, self.mesh, replicated=1)
             batch = meshes.batch_like(self.mesh, self.eval_batch, self.shape, labels=labels)
             del batch["id"]
-            self._eval_steps[labels] = step.lower(self.abstract_state.variables, batch).compile()
+            variables = meshes.replicated_like(self.abstract_state.variables, self.mesh)
+            self._eval_steps[labels] = step.lower(variables, batch).compile()
         return self._eval_steps[labels]
 
     @functools.cached_property
@@ -270,7 +291,7 @@ class Plan:
     def augment(
         self, key: jax.Array, images: jax.Array, labels: jax.Array, ids: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        """Normalises, erases and mixes; see `make_train_step`."""
+        """Normalises, erases and mixes; see `make_gradient`."""
         classes = self.info.num_classes
         return mix.mix(key, self.prepare(images), labels, ids, num_classes=classes, **self.settings.mix)
 
@@ -328,7 +349,7 @@ def build(config: Mapping[str, Any] | Settings, *, devices: Sequence[jax.Device]
     settings = config if isinstance(config, Settings) else read(config)
     mesh = meshes.data_mesh(devices)
     mixes = max(settings.mix.get("mixup", 1), settings.mix.get("cutmix", 1)) > 0
-    meshes.check_batch(settings.batch, mesh, multiple=2 if mixes else 1)
+    meshes.check_batch(settings.batch, mesh, multiple=2 if mixes else 1, slices=settings.accumulate)
     chosen = settings.data
     meshes.check_batch(chosen.eval.get("batch", settings.batch), mesh)
     for rows in (settings.batch, chosen.eval.get("batch", settings.batch)):
@@ -344,8 +365,11 @@ def build(config: Mapping[str, Any] | Settings, *, devices: Sequence[jax.Device]
     model = make_model(settings.model, info, shape, "config.model")
     losses.check(settings.losses, len(getattr(model, "exits", ())))
     teacher = make_teacher(settings, info, shape)
-    params = jax.eval_shape(lambda: init_variables(model, shape, settings.seed))["params"]
-    tx, lr_fn = optim.make(params, total_steps=total, steps_per_epoch=per_epoch, **settings.optim)
+    variables = jax.eval_shape(lambda: init_variables(model, shape, settings.seed))
+    refuse_batch_norm(model, variables, settings.accumulate)
+    tx, lr_fn = optim.make(
+        variables["params"], total_steps=total, steps_per_epoch=per_epoch, **settings.optim
+    )
     return Plan(
         settings=settings,
         mesh=mesh,

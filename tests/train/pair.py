@@ -1,9 +1,9 @@
 """One of two processes that train `config()` together, with two CPU devices each.
 
-    python -m tests.train.pair PORT PROCESS WORKDIR [--hang=STEP] [--train=N]
+    python -m tests.train.pair PORT PROCESS WORKDIR [--hang=STEP] [--train=N] [--pieces]
 
 `--hang` stops after a step until it is killed; `--train` gives this process a training
-split of another size.
+split of another size; `--pieces` cuts the batch into slices and the state into pieces.
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ def main() -> None:
     parser.add_argument("workdir")
     parser.add_argument("--hang", type=int)
     parser.add_argument("--train", type=int, default=64)
+    parser.add_argument("--pieces", action="store_true")
     args = parser.parse_args()
+    pieces = {"accumulate": 2, "shard": "params"} if args.pieces else {}
 
     def log(line: str) -> None:
         print(line, flush=True)
@@ -57,7 +59,7 @@ def main() -> None:
     )
     from dyntoken import train
 
-    result = train.run(config(data__options__train=args.train), args.workdir, log=log)
+    result = train.run(config(data__options__train=args.train, **pieces), args.workdir, log=log)
     print("mesh", result.plan.mesh.size, "count", result.metrics.get("count"), flush=True)
 
 

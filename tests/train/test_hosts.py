@@ -129,8 +129,9 @@ def wait_for_checkpoint(workdir, processes, outputs, step):
 
 
 @pytest.mark.slow
-def test_two_processes_killed_go_on_as_one(tmp_path, alone):
-    with pair(tmp_path, "--hang=4") as (processes, outputs):
+@pytest.mark.parametrize("options", [(), ("--pieces",)], ids=["whole", "pieces"])
+def test_two_processes_killed_go_on_as_one(tmp_path, alone, options):
+    with pair(tmp_path, "--hang=4", *options) as (processes, outputs):
         wait_for_checkpoint(tmp_path / "run", processes, outputs, 3)
         for process in processes:
             process.send_signal(signal.SIGKILL)
