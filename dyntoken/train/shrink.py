@@ -74,7 +74,7 @@ def stages(model: nn.Module, shrink: Shrink | None, *, steps_per_epoch: int, tot
     )
     found: list[Stage] = []
     for first, rate in rates:
-        smaller = model.clone(keep=rate)
+        smaller = model if rate == model.keep else model.clone(keep=rate)
         counts = tuple(dict(site.reducer.options)["keep"] for site in smaller.sites())
         if first < total_steps and not (found and found[-1].counts == counts):
             found.append(Stage(first, smaller, counts))

@@ -37,13 +37,15 @@ PROGRAMS = {}
 def one_program():
     """The train step is the same in all these runs, so it is compiled once (per number of devices)."""
 
-    def compile_step(plan, log):
+    real = Plan.train_step_for
+
+    def train_step_for(plan, model):
         if plan.mesh.size not in PROGRAMS:
-            PROGRAMS[plan.mesh.size] = plan.train_step
+            PROGRAMS[plan.mesh.size] = real(plan, model)
         return PROGRAMS[plan.mesh.size]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "compile_step", compile_step)
+        patch.setattr(Plan, "train_step_for", train_step_for)
         yield
 
 
@@ -129,6 +131,8 @@ def _both(result):
         ({"rewind": -1}, r"config.rewind is -1"),
         ({"profile": {"begin": 3}}, r"unknown option 'begin' of config.profile"),
         ({"profile": {"start": 0, "steps": 2}}, r"config.profile is start=0"),
+        ({"profile": {"start": 7, "steps": 2}}, r"config.profile.start is 7, but the run has 6 steps"),
+        ({"keep_best": 1}, r"config.keep_best is 1, .* only at its end: set config.eval_epochs"),
     ],
 )
 def test_errors_say_what_to_do(overrides, message):
@@ -139,7 +143,7 @@ def test_errors_say_what_to_do(overrides, message):
 
 def test_a_set_that_is_not_on_disk_ends_the_run_before_it_starts(tmp_path, monkeypatch):
     """Common sets are described without being there: only opening them tells."""
-    monkeypatch.setattr(loop, "compile_step", lambda *_: pytest.fail("compiled"))
+    monkeypatch.setattr(loop, "Programs", lambda *_: pytest.fail("compiled"))
     card = dataclasses.replace(build(tiny_config()).info, name="imagenet_v2", splits={"test": 9})
     monkeypatch.setattr("dyntoken.data.tfds_source.CARDS", {"imagenet_v2": card})
     own = tiny_config(evals={"v2": {"name": "imagenet_v2", "data_dir": str(tmp_path / "none")}})
