@@ -65,6 +65,8 @@ def base():
 
     # and any keyword of create_model: keep, at, ...; dtype="bfloat16", scan, remat
     c.model = ml_collections.ConfigDict({"name": ""})
+    # Keeps every token until start_epoch, model.keep from end_epoch on (0: always), in so many levels.
+    c.keep_schedule = {"start_epoch": 0, "end_epoch": 0, "levels": 5}
 
     c.data = ml_collections.ConfigDict()
     c.data.name = "imagenet2012"

@@ -1,4 +1,4 @@
-"""The learning curves of a run: loss, accuracy and learning rate against the step.
+"""The learning curves of a run: losses and accuracy against the step.
 
 Needs matplotlib (`pip install dyntoken[viz]`), imported on first use.
 """
@@ -12,6 +12,7 @@ from dyntoken.analysis.draw import INK, matplotlib
 from dyntoken.analysis.plot import COLOURS
 
 SIDE = ("step", "kind", "lr", "images_per_s", "seconds", "data_wait", "grad_norm", "update_norm")
+MARKERS = "os^Dv"  # one per evaluated set, in both pictures
 Rows = Sequence[Mapping[str, Any]]
 
 
@@ -59,15 +60,17 @@ def _losses(axis: Any, train: Rows, held_out: Rows) -> None:
     for colour, name in zip(COLOURS, sorted(names, key=lambda name: name != "loss"), strict=False):
         wide = 1.6 if name == "loss" else 1.0
         axis.plot(*_points(train, name), color=colour, linewidth=wide, label=f"{name}, training")
-    for name in [name for name in _names(held_out) if name.rsplit("/", 1)[-1] == "loss"]:
+    names = [name for name in _names(held_out) if name.rsplit("/", 1)[-1] == "loss"]
+    sets = list(dict.fromkeys(map(_set_of, names)))
+    for name in names:
         dashes = "--" if "ema" in name.split("/") else "-"
         axis.plot(
             *_points(held_out, name),
             color=INK,
             linestyle=dashes,
             linewidth=1.0,
-            marker="o",
-            markersize=3,
+            marker=MARKERS[sets.index(_set_of(name)) % len(MARKERS)],
+            markersize=3.2,
             label=f"{name}, evaluation",
         )
 
@@ -75,7 +78,7 @@ def _losses(axis: Any, train: Rows, held_out: Rows) -> None:
 def _accuracies(axis: Any, held_out: Rows) -> None:
     axis.set_ylabel("top-1 accuracy (%)")
     names = [name for name in _names(held_out) if name.rsplit("/", 1)[-1] == "top1"]
-    sets = list(dict.fromkeys(_set_of(name) for name in names))
+    sets = list(dict.fromkeys(map(_set_of, names)))
     for name in names:
         steps, values = _points(held_out, name)
         best = max(range(len(values)), key=lambda index: values[index])
@@ -85,7 +88,7 @@ def _accuracies(axis: Any, held_out: Rows) -> None:
             color=COLOURS[sets.index(_set_of(name)) % len(COLOURS)],
             linestyle="--" if "ema" in name.split("/") else "-",
             linewidth=1.4,
-            marker="o",
+            marker=MARKERS[sets.index(_set_of(name)) % len(MARKERS)],
             markersize=3.2,
             label=f"{name}  best {100 * values[best]:.2f} at {steps[best]}",
         )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import flax.linen as nn
 import jax
 
 from dyntoken.train.plan import Plan, build
@@ -25,7 +27,8 @@ def dry_run(config: Mapping[str, Any], *, log: Log = print) -> dict[str, Any]:
     """
     plan = build(config)
     began = time.monotonic()
-    memory = plan.train_step.memory_analysis()
+    largest = plan.stages[0].model  # a keep rate only falls
+    memory = plan.train_step_for(largest).memory_analysis()
     parameters = sum(x.size for x in jax.tree.leaves(plan.abstract_state.params))
     facts = {
         "model": plan.settings.model["name"],
@@ -45,10 +48,38 @@ def dry_run(config: Mapping[str, Any], *, log: Log = print) -> dict[str, Any]:
     return facts
 
 
-def compile_step(plan: Plan, log: Log) -> jax.stages.Compiled:
-    """The train step, and a line about it."""
+class Programs:
+    """The train step of each stage of a run, compiled when it is reached.
+
+    Args:
+      plan: the run.
+      log: takes one line of text; hears of all stages at once.
+    """
+
+    def __init__(self, plan: Plan, log: Log):
+        self._plan, self._log = plan, log
+        self._firsts = [stage.first for stage in plan.stages]
+        self._stage, self._compiled = -1, None
+        if len(plan.stages) > 1:
+            parts = (f"{'/'.join(map(str, stage.counts))} from step {stage.first}" for stage in plan.stages)
+            log(f"tokens kept in {len(plan.stages)} stages, a compilation each: {', '.join(parts)}")
+
+    def ready(self, done: int) -> bool:
+        """Whether `at` costs nothing."""
+        return self._stage == bisect.bisect_right(self._firsts, done) - 1
+
+    def at(self, done: int) -> jax.stages.Compiled:
+        """The step that follows `done` steps."""
+        if not self.ready(done):
+            self._stage = bisect.bisect_right(self._firsts, done) - 1
+            self._compiled = compile_step(self._plan, self._plan.stages[self._stage].model, self._log)
+        return self._compiled
+
+
+def compile_step(plan: Plan, model: nn.Module, log: Log) -> jax.stages.Compiled:
+    """A train step, and a line about it."""
     began = time.monotonic()
-    compiled = plan.train_step
+    compiled = plan.train_step_for(model)
     memory = peak(compiled.memory_analysis()) / 2**20
     log(
         f"compiled in {duration(time.monotonic() - began)}: {plan.total_steps} steps of "

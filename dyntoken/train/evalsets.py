@@ -12,7 +12,7 @@ from dyntoken.registry import UnknownNameError, suggest
 from dyntoken.train.fields import check_keywords, fill
 
 if TYPE_CHECKING:
-    from dyntoken.train.plan import DataSettings
+    from dyntoken.train.settings import DataSettings
 
 MAIN = ""  # the label of the set that `config.data` names
 

@@ -21,7 +21,7 @@ from dyntoken import data
 from dyntoken.train import hosts
 from dyntoken.train import mesh as meshes
 from dyntoken.train.checkpoint import Checkpoints
-from dyntoken.train.compiled import compile_step, state_bytes
+from dyntoken.train.compiled import Programs, state_bytes
 from dyntoken.train.evaluation import check_sets, measure
 from dyntoken.train.keeper import Keeper
 from dyntoken.train.plan import Plan, build
@@ -135,11 +135,11 @@ class _Session:
         # Both: a set that is missing must not show up after the training.
         batches, _ = hosts.agree(lambda: (self._batches(self.first), check_sets(self.plan)))
         teacher = load_teacher(self.plan, self.log)
-        train_step = compile_step(self.plan, self.log)
+        programs = Programs(self.plan, self.log)
         self.state = None  # the first step consumes it
         while True:
             try:
-                return self._steps(lambda state, batch: train_step(state, teacher, batch), state, batches)
+                return self._steps(programs, teacher, state, batches)
             except NotFiniteError as error:
                 bad = error.with_traceback(None)  # whose frames hold the state
             del state, batches
@@ -150,17 +150,21 @@ class _Session:
         return self.plan.train_batches(step, **self.rewinds.data)
 
     def _steps(
-        self, train_step: Callable[..., Any], state: TrainState, batches: Batches
+        self, programs: Programs, teacher: Any, state: TrainState, batches: Batches
     ) -> tuple[TrainState, bool]:
         plan, settings, total, first = self.plan, self.plan.settings, self.plan.total_steps, int(state.step)
         watch, metrics = Watch(), None
         tracer = Tracer(Window.of(settings.profile), self.workdir, self.log)
+        train_step = programs.at(first)
         self.clock.start(first)
         with data.prefetch(batches) as batches, contextlib.closing(tracer):
             tracer.between(first, state)
             for step in range(first + 1, total + 1):
+                if not programs.ready(step - 1):
+                    with self.clock:
+                        train_step = programs.at(step - 1)
                 batch = self.clock.take(batches, running=metrics)
-                state, metrics = train_step(state, meshes.place(batch, plan.mesh))
+                state, metrics = train_step(state, teacher, meshes.place(batch, plan.mesh))
                 tracer.between(step, metrics)
                 watch.add(step, metrics)
                 stopping = self.stop.asked or self.checkpoints.preempted(step)

@@ -10,7 +10,7 @@ import flax.linen as nn
 from dyntoken import data, losses, models
 
 if TYPE_CHECKING:
-    from dyntoken.train.plan import Settings
+    from dyntoken.train.settings import Settings
 
 
 def make_model(

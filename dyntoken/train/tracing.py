@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import pathlib
 import tempfile
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -86,20 +87,19 @@ class Tracer:
             jax.profiler.start_trace(self._local.name)
 
     def _finish(self, step: int) -> None:
-        jax.profiler.stop_trace()
-        source = epath.Path(self._local.name)
-        for file in source.glob("**/*"):
-            if not file.is_dir():
-                target = self._target / file.relative_to(source)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                target.write_bytes(file.read_bytes())
-        self._local.cleanup()
-        self._local = None
+        local, self._local = self._local, None
+        with local:
+            jax.profiler.stop_trace()
+            for file in pathlib.Path(local.name).rglob("*"):
+                if file.is_file():
+                    target = self._target / file.relative_to(local.name)
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    target.write_bytes(file.read_bytes())
         self._log(f"traced steps {self._first} to {step} into {self._target}")
 
     def close(self) -> None:
         """Ends a trace that is still running, and leaves it out."""
-        if self._local is not None:
-            jax.profiler.stop_trace()
-            self._local.cleanup()
-            self._local = None
+        local, self._local = self._local, None
+        if local is not None:
+            with local:
+                jax.profiler.stop_trace()

@@ -91,7 +91,7 @@ def test_what_a_run_leaves_behind(straight):
 def test_a_rerun_does_nothing(straight, monkeypatch):
     result, workdir, _ = straight
     before = (workdir / "metrics.jsonl").read_text()
-    monkeypatch.setattr(loop, "compile_step", lambda *_: pytest.fail("compiled a finished run"))
+    monkeypatch.setattr(loop, "Programs", lambda *_: pytest.fail("compiled a finished run"))
     monkeypatch.setattr(loop, "measure", lambda *_: pytest.fail("evaluated a finished run"))
     log = Log()
     again = train.run(CONFIG, workdir, log=log)
@@ -124,7 +124,7 @@ def test_killed_during_the_last_evaluation(straight, tmp_path, monkeypatch):
     with pytest.raises(CrashError), monkeypatch.context() as patch:
         patch.setattr(loop, "measure", lambda *_: crash())
         train.run(config, tmp_path, log=Log())
-    monkeypatch.setattr(loop, "compile_step", lambda *_: pytest.fail("trained a finished run"))
+    monkeypatch.setattr(loop, "Programs", lambda *_: pytest.fail("trained a finished run"))
     again = train.run(config, tmp_path, log=Log())
     assert again.finished and again.metrics == straight[0].metrics
 

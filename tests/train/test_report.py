@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import struct
+import sys
 
 import pytest
 from etils import epath
 
+from dyntoken.analysis import learning
 from dyntoken.train import clock as clocks
 from dyntoken.train.clock import Clock
 from dyntoken.train.report import Report, duration
@@ -132,3 +135,74 @@ def test_resume_forgets_what_came_after(tmp_path):
     assert path.read_text() == '{"step": 10, "kind": "train"}\n{"step": 20, "kind": "train"}\n'
     reports.resume(0)
     assert path.read_text() == ""
+
+
+def points(folder):
+    """(name, step) -> value of all event files, as TensorBoard shows them."""
+    event_pb2 = pytest.importorskip("tensorboardX.proto.event_pb2")
+    shown = {}
+    for file in sorted(folder.iterdir(), key=lambda file: int(file.suffix[1:])):
+        raw = file.read_bytes()
+        while raw:
+            size = struct.unpack("<Q", raw[:8])[0]
+            event = event_pb2.Event.FromString(raw[12 : 12 + size])
+            raw = raw[16 + size :]
+            if event.session_log.status == event_pb2.SessionLog.START:
+                shown = {key: value for key, value in shown.items() if key[1] < event.step}
+            for value in event.summary.value:
+                assert (value.tag, event.step) not in shown, "a point twice"
+                shown[value.tag, event.step] = value.simple_value
+    return shown
+
+
+def test_the_board_holds_every_point_once(tmp_path, now):
+    def session(first, last, loss):
+        reports = Report(epath.Path(tmp_path), total=4, batch=32, board=True, log=lambda line: None)
+        reports.resume(first)
+        clock = Clock()
+        clock.start(first)
+        for step in range(first + 1, last + 1):
+            now[0] += 1.0
+            reports.train(step, {"loss": loss, "ce_per_exit": [1.0, 2.0]}, lr=0.5, clock=clock)
+        reports.evaluation(last, {"top1": 0.25, "ema/top1": 0.5})
+        reports.close()
+
+    session(0, 3, loss=1.0)  # killed after step 3, the last checkpoint is of step 2
+    session(2, 4, loss=2.0)
+    shown = points(tmp_path / "tensorboard")
+    losses = {step: value for (name, step), value in shown.items() if name == "train/loss"}
+    assert losses == {1: 1.0, 2: 1.0, 3: 2.0, 4: 2.0}
+    assert {key: value for key, value in shown.items() if key[0].startswith("eval")} == {
+        ("eval/top1", 4): 0.25,
+        ("eval/ema/top1", 4): 0.5,
+    }
+    assert shown["train/ce_per_exit/1", 4] == 2.0 and shown["train/lr", 1] == 0.5
+
+
+def test_a_board_without_its_library(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    with pytest.raises(
+        ImportError, match=r"needs tensorboardX: install it with .*dyntoken\[tensorboard\]"
+    ) as e:
+        Report(epath.Path(tmp_path), total=4, batch=32, board=True)
+    assert "\n" not in str(e.value)
+    Report(epath.Path(tmp_path), total=4, batch=32)
+
+
+def test_a_picture_at_every_evaluation_if_there_is_matplotlib(tmp_path, monkeypatch):
+    lines = []
+    reports = Report(epath.Path(tmp_path), total=4, batch=32, curves=True, log=lines.append)
+    reports.evaluation(2, {"top1": 0.25})
+    first = (tmp_path / "curves.png").read_bytes()
+    reports.evaluation(4, {"top1": 0.5})
+    assert first.startswith(b"\x89PNG") and (tmp_path / "curves.png").read_bytes() != first
+
+    def absent(name):
+        raise ModuleNotFoundError("drawing needs matplotlib: pip install dyntoken[viz]")
+
+    monkeypatch.setattr(learning, "matplotlib", absent)
+    reports.evaluation(5, {"top1": 0.5})
+    reports.evaluation(6, {"top1": 0.5})
+    assert [line for line in lines if "matplotlib" in line] == [
+        "no curves.png: drawing needs matplotlib: pip install dyntoken[viz]"
+    ]
