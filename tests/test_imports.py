@@ -70,6 +70,8 @@ def _imports(file):
             names = [f"{node.module}.{alias.name}" for alias in node.names]
         for name in names:
             parts = name.split(".")
+            if parts == ["dyntoken", "__version__"]:
+                continue
             if parts[0] == "dyntoken":
                 ours.add(parts[1])
             else:

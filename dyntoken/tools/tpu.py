@@ -17,8 +17,7 @@ from typing import Any
 
 import jax
 
-import dyntoken
-from dyntoken import losses, models
+from dyntoken import __version__, losses, models
 from dyntoken.analysis import hlo
 from dyntoken.config import load
 from dyntoken.nn.remat import POLICIES
@@ -249,7 +248,7 @@ def request(args: argparse.Namespace, plan: plans.Plan) -> dict[str, Any]:
         "shard": settings.shard if args.train else "none",
         "hbm_gib": hbm,
         "versions": {
-            "dyntoken": dyntoken.__version__,
+            "dyntoken": __version__,
             **{package: importlib.metadata.version(package) for package in ("jax", "jaxlib", "libtpu")},
         },
     }
