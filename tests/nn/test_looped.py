@@ -13,7 +13,6 @@ from dyntoken.analysis import macs
 from dyntoken.nn import looped
 from dyntoken.nn.block import Block
 from dyntoken.nn.trunk import Spec
-from dyntoken.registry import UnknownNameError
 
 SMALL = {"img_size": 16, "patch_size": 4, "width": 16, "heads": 2, "num_classes": 5}
 SITES = {"depth": 4, "at": (2,), "keep": 0.6}
@@ -119,8 +118,3 @@ def test_records_of_a_loop():
 def test_multiply_adds_are_counted_per_block():
     counts = [macs.count(_model("dtps", scan=scan)) for scan in (False, True)]
     assert counts[0] == counts[1] and len(counts[1].by_block) == 4
-
-
-def test_unknown_policy_names_the_nearest():
-    with pytest.raises(UnknownNameError, match=r"'dot_saveable': did you mean dots_saveable"):
-        jax.eval_shape(lambda: _model("deit", remat="dot_saveable").init(jax.random.key(0), _images()))
