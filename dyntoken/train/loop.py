@@ -158,14 +158,14 @@ class _Session:
         train_step = programs.at(first)
         self.clock.start(first)
         with data.prefetch(batches) as batches, contextlib.closing(tracer):
-            tracer.between(first, state)
             for step in range(first + 1, total + 1):
                 if not programs.ready(step - 1):
                     with self.clock:
                         train_step = programs.at(step - 1)
+                tracer.before(step, metrics)
                 batch = self.clock.take(batches, running=metrics)
                 state, metrics = train_step(state, teacher, meshes.place(batch, plan.mesh))
-                tracer.between(step, metrics)
+                tracer.after(step, metrics)
                 watch.add(step, metrics)
                 stopping = self.stop.asked or self.checkpoints.preempted(step)
                 if step % settings.log_steps == 0 or step == total:

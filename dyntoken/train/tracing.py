@@ -69,22 +69,29 @@ class Tracer:
         self._local: tempfile.TemporaryDirectory | None = None
         self._first = 0
 
-    def between(self, step: int, ready: Any) -> None:
-        """Called after each step, and before the first: starts or ends the trace where it is time.
+    def before(self, step: int, ready: Any) -> None:
+        """Starts the trace if a step is the first of the window.
 
         Args:
-          step: the one that was started last.
-          ready: arrays that are there when it is done.
+          step: about to start.
+          ready: results of the one before: only whole steps are traced.
         """
-        if self._window is None or (step + 1 in self._window) == (self._local is not None):
-            return
-        jax.block_until_ready(ready)  # whole steps only
-        if self._local is not None:
-            self._finish(step)
-        else:
+        if self._window is not None and step in self._window and self._local is None:
+            jax.block_until_ready(ready)
             # The profiler writes to local disks; what it wrote is copied.
-            self._local, self._first = tempfile.TemporaryDirectory(prefix="dyntoken-profile-"), step + 1
+            self._local, self._first = tempfile.TemporaryDirectory(prefix="dyntoken-profile-"), step
             jax.profiler.start_trace(self._local.name)
+
+    def after(self, step: int, ready: Any) -> None:
+        """Ends it after the last one.
+
+        Args:
+          step: was started.
+          ready: its results.
+        """
+        if self._local is not None and step + 1 not in self._window:
+            jax.block_until_ready(ready)
+            self._finish(step)
 
     def _finish(self, step: int) -> None:
         local, self._local = self._local, None
