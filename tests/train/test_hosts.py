@@ -145,18 +145,24 @@ def test_two_processes_killed_go_on_as_one(tmp_path, alone):
 def images(tmp_path_factory):
     """Pieces of a photograph that matplotlib ships, JPEGs in a folder per class: 100 to train on, 30 to evaluate.
 
-    No two patches of them look alike, so that no rounding decides which are kept.
+    Those with the richest patches: between flat ones rounding would decide which are kept.
     """
     pillow = pytest.importorskip("PIL.Image")
     cbook = pytest.importorskip("matplotlib.cbook")
     pytest.importorskip("tensorflow")
     root = tmp_path_factory.mktemp("images")
+
+    def flattest(piece) -> float:
+        small = np.asarray(piece.resize((16, 16))).astype(float)
+        return min(small[y : y + 8, x : x + 8].std() for y in (0, 8) for x in (0, 8))
+
     with pillow.open(cbook.get_sample_data("grace_hopper.jpg", asfileobj=False)) as photo:
-        for number in range(130):
-            left, top = 36 * (number % 13), 55 * (number // 13)
-            folder = root / ("train" if number < 100 else "val") / str(number % 10)
-            folder.mkdir(parents=True, exist_ok=True)
-            photo.crop((left, top, left + 60 + number % 7, top + 50)).save(folder / f"{number}.jpg")
+        places = [(left, top) for top in range(0, 540, 25) for left in range(0, 440, 25)]
+        pieces = [photo.crop((left, top, left + 60 + left % 7, top + 50)) for left, top in places]
+    for number, piece in enumerate(sorted(pieces, key=flattest, reverse=True)[:130]):
+        folder = root / ("train" if number % 13 < 10 else "val") / str(number % 10)
+        folder.mkdir(parents=True, exist_ok=True)
+        piece.save(folder / f"{number}.jpg")
     return root
 
 
