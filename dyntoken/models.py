@@ -242,7 +242,7 @@ def create_model(name: str, **overrides: Any) -> Model | Cascade | MultiExit:
     if method is not None:
         fields |= _site_fields(method, fields, overrides, of_method, backbone)
     model = Model(arch=arch_name, backbone=backbone, method=method, **fields)
-    model.plain()
+    model.plain().check()
     model.sites()  # so that a bad value fails here, not inside a jitted step
     return model
 

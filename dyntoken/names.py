@@ -65,6 +65,7 @@ PSVIT = {  # width, blocks after the sampling, heads, channels after the first b
     "ti": (192, 8, 3, 192),
     "b": (384, 10, 6, 256),
 }
+PVT = {"tiny": (2, 2, 2, 2), "small": (3, 4, 6, 3), "medium": (3, 4, 18, 3), "large": (3, 8, 27, 3)}  # depths
 
 
 def _vit(found: re.Match[str]) -> Arch:
@@ -102,6 +103,10 @@ def _psvit(found: re.Match[str]) -> Arch:
     return Arch("psvit", options, crop_pct=0.9)
 
 
+def _pvt(found: re.Match[str]) -> Arch:
+    return Arch("pvt", {"depths": PVT[found[1]], "img_size": 224, "in_chans": 3})
+
+
 FAMILIES = (
     Family(
         rf"(?:deit|vit)_({'|'.join(VIT)})(_distilled)?(?:_patch(\d+)_(\d+))?",
@@ -127,6 +132,7 @@ FAMILIES = (
         _psvit,
         ("psvit_ti_14", *(f"psvit_b_{n}" for n in (10, 14, 16, 18))),
     ),
+    Family(rf"pvt_({'|'.join(PVT)})", _pvt, tuple(f"pvt_{size}" for size in PVT)),
 )
 CASCADE = "dvt"  # prefix of a cascade over any of these
 CASCADES = (*(f"deit_{s}" for s in ("tiny", "small", "base")), *(f"t2t_vit_{n}" for n in T2T))

@@ -9,5 +9,6 @@ BACKBONES = Table(
         "t2t": "dyntoken.backbones.t2t:T2T",
         "lvvit": "dyntoken.backbones.lvvit:LVViT",
         "psvit": "dyntoken.backbones.psvit:PSViT",
+        "pvt": "dyntoken.backbones.pvt:PVT",
     },
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -113,18 +114,19 @@ def _padded(images: Array, padding: tuple[int, int], patch: int) -> Array:
 
 
 class Mlp(nn.Module):
-    """Two linear layers with an exact GELU: `[B, T, C]` -> `[B, T, width]`, by default width = C."""
+    """Two linear layers, between them an exact GELU: `[B, T, C]` -> `[B, T, width]`, by default width = C."""
 
     hidden: int
     dropout: float = 0.0
     dtype: Dtype = jnp.float32
     width: int | None = None
+    activation: Callable[[Array], Array] = gelu
 
     @nn.compact
     def __call__(self, x: Array, draws: sample.Draws | None = None, path: tuple[int, ...] = ()) -> Array:
         """`draws` turns dropout on; `path` numbers the layer."""
         width = self.width or x.shape[-1]
-        x = gelu(dense(self.hidden, name="fc1", dtype=self.dtype)(x))
+        x = self.activation(dense(self.hidden, name="fc1", dtype=self.dtype)(x))
         x = drop(x, self.dropout, draws, *path, 0)
         x = dense(width, name="fc2", dtype=self.dtype)(x)
         return drop(x, self.dropout, draws, *path, 1)

@@ -79,7 +79,7 @@ def load_weights(
     *,
     prefer: str = "ema",
     strict: bool = False,
-    resize: str = "bicubic",
+    resize: str | None = None,
     head: str = "keep",
     source_grid: tuple[int, int] | None = None,
     seed: int = 0,
@@ -97,7 +97,8 @@ def load_weights(
       prefer: "ema" takes the average where the source holds one, or "params".
       strict: missing or unexpected arrays are an error.
       resize: how a position embedding of another grid is resized: "bicubic"
-        (DeiT, EViT, TPS) or "bilinear" (DynamicViT).
+        (DeiT, EViT, TPS) or "bilinear" (DynamicViT, PVT); by default as the
+        backbone's official code does.
       head: "keep", or "reset" to leave the classifier freshly initialised.
       source_grid: (rows, columns) of the source's patches if they are no square.
       seed: of what is freshly initialised.
@@ -341,29 +342,33 @@ def _fit_positions(
     bundle: files.Bundle,
     value: np.ndarray,
     want: tuple[int, ...],
-    method: str,
+    method: str | None,
     source_grid: tuple[int, int] | None,
     fresh: Callable[[], Mapping[str, Any]],
 ) -> np.ndarray:
     """The source's position embedding on the model's grid; `value` itself if it fits."""
     exit_, nested, _ = path.partition("/backbone/")
     body = model.plain(int(exit_.removeprefix("exit_"))) if nested else model.plain()
+    prefix, grid = body.positions_of(path)
     if source_grid is None and "x" in bundle.metadata.get("grid", ""):
         rows, columns = bundle.metadata["grid"].split("x")
         source_grid = (int(rows), int(columns))
+    if source_grid is not None:  # that of the final tokens; earlier ones are finer
+        source_grid = tuple(n * g // f for n, g, f in zip(source_grid, grid, body.grid, strict=True))
     if value.ndim != 3 or value.shape[-1] != want[-1]:
         return value  # reported with the other wrong shapes
-    if value.shape == want and source_grid in (None, tuple(body.grid)):
+    if value.shape == want and source_grid in (None, tuple(grid)):
         return value
     tokens = {key.rsplit("/", 1)[-1] for key in bundle.tensors}
+    first = sum(token in tokens for token in ("cls_token", "dist_token"))
     return positions.fit(
         value,
-        prefix=body.prefix,
-        grid=body.grid,
-        source_prefix=sum(token in tokens for token in ("cls_token", "dist_token")),
+        prefix=prefix,
+        grid=grid,
+        source_prefix=first if prefix == body.prefix else prefix,
         source_grid=source_grid,
         bare=not bundle.own,
-        method=method,
+        method=method or body.resize,
         fresh=lambda: fresh()[path],
         origin=bundle.origin,
     )

@@ -63,6 +63,20 @@ PSVIT_RULES = (
     (r"^backbone/trunk/blocks_(\d+)/", r"trans_layers/\1/"),
     *VIT_RULES,
 )
+PVT_RULES = (
+    # Its stages count from 1.
+    *(
+        (rf"^backbone/stage_{i}/{ours}", theirs.format(i + 1))
+        for i in range(4)
+        for ours, theirs in (
+            ("pos_embed$", "pos_embed{}"),
+            ("patch_embed/", "patch_embed{}/"),
+            (r"trunk/blocks_(\d+)/", r"block{}/\1/"),
+        )
+    ),
+    (r"^backbone/stage_\d+/cls_token$", "cls_token"),
+    *VIT_RULES,
+)
 # Other spellings of a reference key that some published files use.
 VIT_ALIASES = (
     (r"^blocks\.(\d+)\.gamma_([12])$", r"blocks.\1.ls\2.gamma"),  # DeiT-III
@@ -85,10 +99,11 @@ RULES = Table(
         "t2t": (T2T_RULES, ()),
         "lvvit": (LVVIT_RULES, ()),
         "psvit": (PSVIT_RULES, PSVIT_ALIASES),
+        "pvt": (PVT_RULES, ()),
     },
 )
 # Backbone class -> row of RULES.
-FAMILIES = {"ViT": "vit", "T2T": "t2t", "LVViT": "lvvit", "PSViT": "psvit"}
+FAMILIES = {"ViT": "vit", "T2T": "t2t", "LVViT": "lvvit", "PSViT": "psvit", "PVT": "pvt"}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,6 +20,7 @@ from dyntoken.weights.files import WeightsError
 REPOSITORIES = (
     ("lvvit", ("tokenlabeling",)),
     ("psvit", ("ps-vit",)),
+    ("pvt", ("whai362/pvt",)),
     ("evit+tps", ("evit", "tps")),
     ("evit", ("evit",)),
     ("tps", ("tps",)),
@@ -42,6 +43,7 @@ REFERENCES = Table(
         "dynamicvit/LVViTDiffPruning": "dyntoken.weights.reference_lvvit:dynamicvit",
         "dynamicvit/LVViT_Teacher": "dyntoken.weights.reference_lvvit:teacher",
         "psvit/PSViT": "dyntoken.weights.reference_psvit:psvit",
+        "pvt/PyramidVisionTransformer": "dyntoken.weights.reference_pvt:pvt",
         "evit/EViT": "dyntoken.weights.reference_vit:evit",
         "evit+tps/EViT": "dyntoken.weights.reference_vit:etps",
         "t2t/T2T_ViT": "dyntoken.weights.reference_t2t:t2t",
@@ -75,8 +77,9 @@ def find_reference(repository: str, cls: str) -> str:
     text = repository.lower()
     for name, parts in REPOSITORIES:
         if all(part in text for part in parts):
-            first = cls.split()[0] if cls.split() else cls
-            row = f"{name}/{first.rsplit('.', 1)[-1]}"  # a class may be given with its module
+            # A class may be given with its file and with its module: "models/pvt.py PVT", "pvt.PVT".
+            first = next((word for word in cls.split() if "/" not in word), cls)
+            row = f"{name}/{first.rsplit('.', 1)[-1]}"
             if row in REFERENCES:
                 return row
             known = [other for other in REFERENCES if other.startswith(f"{name}/")]

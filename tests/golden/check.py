@@ -27,6 +27,7 @@ KINDS = {
     "t2t_vit": "t2t",
     "lvvit": "lvvit",
     "psvit": "psvit",
+    "pvt": "pvt",
     "dvt_deit": "dvt",
     "dvt_t2t": "dvt",
     "pos_embed_resize": "resize",
