@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from dyntoken.ops import sample
+from dyntoken.ops.depthwise import depthwise
 
 Array = jax.Array
 Dtype = Any
@@ -130,6 +131,35 @@ class Mlp(nn.Module):
         x = drop(x, self.dropout, draws, *path, 0)
         x = dense(width, name="fc2", dtype=self.dtype)(x)
         return drop(x, self.dropout, draws, *path, 1)
+
+
+class DepthwiseConv(nn.Module):
+    """A filter per channel: `[B, H, W, C]` -> `[B, h, w, C]`, parameters as a grouped `nn.Conv`.
+
+    Attributes:
+      kernel: taps per axis.
+      stride, padding: see `ops.depthwise`.
+      use_bias: adds a bias per channel.
+      kernel_init: of the filters, by default torch's; biases start at zero then only if it is given.
+    """
+
+    kernel: int
+    stride: int = 1
+    padding: int = 0
+    use_bias: bool = True
+    kernel_init: Any = None
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        usual = torch_uniform(self.kernel**2)
+        shape = (self.kernel, self.kernel, 1, x.shape[-1])
+        kernel = self.param("kernel", self.kernel_init or usual, shape)
+        y = depthwise(x.astype(self.dtype), kernel, stride=self.stride, padding=self.padding)
+        if not self.use_bias:
+            return y
+        bias = self.param("bias", nn.initializers.zeros if self.kernel_init else usual, shape[-1:])
+        return y + bias.astype(y.dtype)[None, None, None]
 
 
 class LayerScale(nn.Module):
