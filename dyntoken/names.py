@@ -66,6 +66,11 @@ PSVIT = {  # width, blocks after the sampling, heads, channels after the first b
     "b": (384, 10, 6, 256),
 }
 PVT = {"tiny": (2, 2, 2, 2), "small": (3, 4, 6, 3), "medium": (3, 4, 18, 3), "large": (3, 8, 27, 3)}  # depths
+CVT = {  # widths, depths, heads, pixels; microsoft/CvT
+    "13": ((64, 192, 384), (1, 2, 10), (1, 3, 6), 224),
+    "21": ((64, 192, 384), (1, 4, 16), (1, 3, 6), 224),
+    "w24": ((192, 768, 1024), (2, 2, 20), (3, 12, 16), 384),
+}
 
 
 def _vit(found: re.Match[str]) -> Arch:
@@ -107,6 +112,13 @@ def _pvt(found: re.Match[str]) -> Arch:
     return Arch("pvt", {"depths": PVT[found[1]], "img_size": 224, "in_chans": 3})
 
 
+def _cvt(found: re.Match[str]) -> Arch:
+    widths, depths, heads, usual = CVT[found[1]]
+    size = int(found[2] or usual)
+    options = {"widths": widths, "depths": depths, "heads": heads, "img_size": size, "in_chans": 3}
+    return Arch("cvt", options, crop_pct=1.0 if size >= 384 else 0.875)
+
+
 FAMILIES = (
     Family(
         rf"(?:deit|vit)_({'|'.join(VIT)})(_distilled)?(?:_patch(\d+)_(\d+))?",
@@ -133,6 +145,11 @@ FAMILIES = (
         ("psvit_ti_14", *(f"psvit_b_{n}" for n in (10, 14, 16, 18))),
     ),
     Family(rf"pvt_({'|'.join(PVT)})", _pvt, tuple(f"pvt_{size}" for size in PVT)),
+    Family(
+        rf"cvt_({'|'.join(CVT)})(?:_(\d+))?",
+        _cvt,
+        (*(f"cvt_{size}" for size in CVT), "cvt_13_384", "cvt_21_384"),
+    ),
 )
 CASCADE = "dvt"  # prefix of a cascade over any of these
 CASCADES = (*(f"deit_{s}" for s in ("tiny", "small", "base")), *(f"t2t_vit_{n}" for n in T2T))

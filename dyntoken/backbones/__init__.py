@@ -10,5 +10,6 @@ BACKBONES = Table(
         "lvvit": "dyntoken.backbones.lvvit:LVViT",
         "psvit": "dyntoken.backbones.psvit:PSViT",
         "pvt": "dyntoken.backbones.pvt:PVT",
+        "cvt": "dyntoken.backbones.cvt:CvT",
     },
 )

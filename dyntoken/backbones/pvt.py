@@ -61,9 +61,9 @@ class SpatialReductionAttention(nn.Module):
     def __call__(
         self,
         x: Array,
+        *,
         laid: Map | None = None,
         policy: Array | None = None,
-        *,
         prefix: int = 0,
         train: bool = False,
         observe: bool = False,
@@ -99,7 +99,8 @@ class SpatialReductionAttention(nn.Module):
         else:
             p = attend.normalise(attend.logits(q, k, scale=scale), policy=policy, train=train)
             y = jnp.einsum("bhqk,bhkd->bhqd", p.astype(v.dtype), v)
-            seen = Attended(cls=attend.class_attention(p, prefix) if prefix else None, keys=k)
+            cls = attend.class_attention(p, prefix) if prefix else None
+            seen = Attended(cls=cls, keys=k if self.ratio == 1 else None)
         y = jnp.swapaxes(y, 1, 2).reshape(batch, rows, width)
         y = layers.dense(width, name="proj", dtype=self.dtype)(y)
         return layers.drop(y, self.dropout, draws, *path), seen if observe else None

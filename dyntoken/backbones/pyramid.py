@@ -40,9 +40,10 @@ class Pyramid(Sites, nn.Module):
       img_size: pixels, `n` or `(height, width)`.
       in_chans: image channels.
       widths, depths, heads, mlp_ratios: one number per stage.
-      qkv_bias: as timm's.
+      qkv_bias: as timm's; one flag, or one per stage.
       dropout: after the positions, attention projection and in the MLP; one
         rate, or one per stage.
+      drop_path: stochastic depth of the last block, or of the last one of each stage.
       drop_path_rule: "linear" (the official one) or "constant" (TPS).
       norm_eps: LayerNorm epsilon of the blocks and the last norm.
       dropped: what a map shows where a token was dropped: "zero" (as TPS
@@ -58,7 +59,7 @@ class Pyramid(Sites, nn.Module):
     depths: tuple[int, ...] = (3, 4, 6, 3)
     heads: tuple[int, ...] = (1, 2, 5, 8)
     mlp_ratios: tuple[float, ...] = (8.0, 8.0, 4.0, 4.0)
-    qkv_bias: bool = True
+    qkv_bias: bool | tuple[bool, ...] = True
     dropout: float | tuple[float, ...] = 0.0
     drop_path: float | tuple[float, ...] = 0.0
     drop_path_rule: str = "linear"
@@ -117,16 +118,12 @@ class Pyramid(Sites, nn.Module):
 
     def check(self) -> None:
         """Raises ValueError for fields that do not fit together."""
-        for name in self.per_stage:
+        for name in (*self.per_stage, "qkv_bias", "dropout", "drop_path"):
             values = getattr(self, name)
-            if len(values) != self.depth:
+            if (isinstance(values, tuple) or name in self.per_stage) and len(values) != self.depth:
                 raise ValueError(
                     f"{name}={values} has {len(values)} entries for {self.depth} stages (widths={self.widths})"
                 )
-        for name in ("dropout", "drop_path"):
-            rates = getattr(self, name)
-            if isinstance(rates, tuple) and len(rates) != self.depth:
-                raise ValueError(f"{name}={rates} has {len(rates)} entries for {self.depth} stages")
         for width, heads in zip(self.widths, self.heads, strict=True):
             if width % heads:
                 raise ValueError(f"width {width} is not divisible by {heads} heads")
@@ -187,7 +184,7 @@ class Pyramid(Sites, nn.Module):
             width=self.widths[number],
             prefix=self.prefixes[number],
             positions=self.positions,
-            dropout=self._dropout(number),
+            dropout=_at(self.dropout, number),
             layer=sum(self.depths) + number,
             dropped=self.dropped,
             remat=self.remat,
@@ -202,8 +199,8 @@ class Pyramid(Sites, nn.Module):
             width=self.widths[number],
             heads=self.heads[number],
             mlp_ratio=self.mlp_ratios[number],
-            qkv_bias=self.qkv_bias,
-            dropout=self._dropout(number),
+            qkv_bias=_at(self.qkv_bias, number),
+            dropout=_at(self.dropout, number),
             drop_path=self.path_rate(number, index),
             norm_eps=self.norm_eps,
             reduced=site is not None and (index > 0 or not site.inside),
@@ -211,20 +208,17 @@ class Pyramid(Sites, nn.Module):
             dtype=self.dtype,
         )
 
-    def _dropout(self, number: int) -> float:
-        return self.dropout[number] if isinstance(self.dropout, tuple) else self.dropout
-
     def path_rate(self, number: int, index: int) -> float:
         """Stochastic depth of a block of a stage.
 
-        One rate grows over all blocks; with one per stage each grows over that
-        stage's.
+        One rate grows over all blocks; with one per stage each grows over that stage's.
         """
         if isinstance(self.drop_path, tuple):
-            rate, place, blocks = self.drop_path[number], index, self.depths[number]
-        else:
-            rate, place, blocks = self.drop_path, sum(self.depths[:number]) + index, sum(self.depths)
-        return rate if self.drop_path_rule == "constant" else rate * place / max(1, blocks - 1)
+            return self._grown(self.drop_path[number], index, self.depths[number])
+        return self._grown(self.drop_path, sum(self.depths[:number]) + index, sum(self.depths))
+
+    def _grown(self, rate: float, index: int, blocks: int) -> float:
+        return rate if self.drop_path_rule == "constant" else rate * index / max(1, blocks - 1)
 
     def __call__(
         self, images: Array, context: Context
@@ -265,6 +259,11 @@ class Pyramid(Sites, nn.Module):
             noise=None if context.noise is None else (context.noise[index],),
             decisions=None if context.decisions is None else (context.decisions[index],),
         )
+
+
+def _at(value: Any, stage: int) -> Any:
+    """What one value, or one per stage, is in a stage."""
+    return value[stage] if isinstance(value, tuple) else value
 
 
 def _listed(stages: tuple[int, ...] | list[int]) -> str:

@@ -63,7 +63,7 @@ class MapBlock(Block):
     """A pre-norm block whose attention takes keys and values from a map of the whole grid.
 
     A subclass says in `attention` what attends: a module called like
-    `Attention`, with a `Map` as its second argument where `convolves`.
+    `Attention`, with a `Map` as `laid` and no policy where `convolves`.
 
     Keys that come from a map are those of the grid: dropped tokens are in them
     as empty cells, and none is masked, in either form. Without a map dropped
@@ -108,13 +108,12 @@ class MapBlock(Block):
         if relate or bias is not None:
             raise ValueError("keys of a stage are those of its map: there are no logits per pair of rows")
         x = self.norm1(tokens.x)
-        policy = laid = None
-        if self.convolves:
-            laid = self._laid(tokens, x[:, tokens.prefix :])
-        elif tokens.alive is not None:
-            policy = attend.with_prefix(tokens.alive, tokens.prefix)
         options = {"prefix": tokens.prefix, "train": train, "observe": observe}
-        y, seen = self.attn(x, laid, policy, **options, draws=draws, path=(self.layer, ATTENTION))
+        if self.convolves:
+            options["laid"] = self._laid(tokens, x[:, tokens.prefix :])
+        elif tokens.alive is not None:
+            options["policy"] = attend.with_prefix(tokens.alive, tokens.prefix)
+        y, seen = self.attn(x, **options, draws=draws, path=(self.layer, ATTENTION))
         tokens = tokens.replace(x=tokens.x + self._path(y, draws, ATTENTION_PATH))
         if observe and self.dropped == "last":
             tokens = tokens.replace(last=tokens.patches)
@@ -166,9 +165,7 @@ class Stage(nn.Module):
             self.added = self.param("pos_embed", init, (1, rows, self.width))
         self.trunk = Trunk(self.blocks, self.sites, self.remat)
 
-    def __call__(
-        self, x: Array, context: Context
-    ) -> tuple[Tokens, tuple[Reduction, ...], dict[str, Any]]:
+    def __call__(self, x: Array, context: Context) -> tuple[Tokens, tuple[Reduction, ...], dict[str, Any]]:
         """`[B, H, W, C]` to the tokens after the last block; see `Trunk.__call__`."""
         tokens = self.embedded(self.patch_embed(x), context)
         start = {"embed": (tokens.x,)} if "embed" in context.record else {}

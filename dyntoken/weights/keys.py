@@ -77,6 +77,11 @@ PVT_RULES = (
     (r"^backbone/stage_\d+/cls_token$", "cls_token"),
     *VIT_RULES,
 )
+CVT_RULES = (
+    (r"^backbone/stage_(\d+)/trunk/blocks_(\d+)/", r"stage\1/blocks/\2/"),
+    (r"^backbone/stage_(\d+)/(patch_embed/|cls_token$)", r"stage\1/\2"),
+    *VIT_RULES,
+)
 # Other spellings of a reference key that some published files use.
 VIT_ALIASES = (
     (r"^blocks\.(\d+)\.gamma_([12])$", r"blocks.\1.ls\2.gamma"),  # DeiT-III
@@ -100,10 +105,11 @@ RULES = Table(
         "lvvit": (LVVIT_RULES, ()),
         "psvit": (PSVIT_RULES, PSVIT_ALIASES),
         "pvt": (PVT_RULES, ()),
+        "cvt": (CVT_RULES, ()),
     },
 )
 # Backbone class -> row of RULES.
-FAMILIES = {"ViT": "vit", "T2T": "t2t", "LVViT": "lvvit", "PSViT": "psvit", "PVT": "pvt"}
+FAMILIES = {"ViT": "vit", "T2T": "t2t", "LVViT": "lvvit", "PSViT": "psvit", "PVT": "pvt", "CvT": "cvt"}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,6 +28,7 @@ KINDS = {
     "lvvit": "lvvit",
     "psvit": "psvit",
     "pvt": "pvt",
+    "cvt": "cvt",
     "dvt_deit": "dvt",
     "dvt_t2t": "dvt",
     "pos_embed_resize": "resize",

@@ -10,7 +10,7 @@ from dyntoken.weights import files, references
 from tests.golden.case import Case
 from tests.golden.ledger import Ledger
 
-PRODUCTS = ("linear", "matmul", "bmm")
+PRODUCTS = ("linear", "matmul", "bmm", "einsum")
 NORMS = ("layer_norm", "batch_norm")
 
 

@@ -17,7 +17,7 @@ def check(case: Case, ledger: Ledger) -> None:
     """Embeddings, attention layers, stages and logits; images of another size."""
     built = common.build(case, case.info["constructor"])
     images = common.nhwc(ledger.expected("x"))
-    out, seen = _captured(built, images)
+    out, seen = common.captured(built, images, (Embed, SpatialReductionAttention))
     ends = np.cumsum(built.model.plain().depths) - 1
     for number, end in enumerate(ends):
         name, stage = f"stage{number + 1}", seen[f"stage_{number}"]
@@ -30,22 +30,6 @@ def check(case: Case, ledger: Ledger) -> None:
     ledger.offer("logits", out.logits)
     if ledger.holds("x_other_size"):
         _check_other_size(case, ledger, built.model)
-
-
-def _captured(built: common.Built, images: np.ndarray) -> tuple[Any, Any]:
-    kinds = (Embed, SpatialReductionAttention)
-
-    def forward(variables: Any, images: Any) -> Any:
-        return built.model.apply(
-            variables,
-            images,
-            record=common.RECORD,
-            capture_intermediates=lambda module, _: isinstance(module, kinds),
-            mutable=["intermediates"],
-        )
-
-    out, state = common.run(forward, built.variables, images)
-    return out, state["intermediates"]["backbone"]
 
 
 def _check_other_size(case: Case, ledger: Ledger, model: Any) -> None:
