@@ -9,5 +9,7 @@ BACKBONES = Table(
         "t2t": "dyntoken.backbones.t2t:T2T",
         "lvvit": "dyntoken.backbones.lvvit:LVViT",
         "psvit": "dyntoken.backbones.psvit:PSViT",
+        "convnext": "dyntoken.backbones.convnext:ConvNeXt",
+        "swin": "dyntoken.backbones.swin:Swin",
     },
 )

@@ -38,7 +38,7 @@ __all__ = [
 
 FORMAT = "dyntoken"
 # Parameters that a dense checkpoint cannot have; they start fresh without a warning.
-NEW = ("/reducer_",)
+NEW = ("/reducer_", "/fast_path_", "/fastmlp_")
 _log = logging.getLogger(__name__)
 
 
@@ -126,6 +126,11 @@ def load_weights(
     for path in [path for path in found if path.endswith("pos_embed")]:
         old = found[path]
         found[path] = _fit_positions(model, path, bundle, old, shapes[path], resize, source_grid, fresh)
+        if found[path] is not old:
+            resized.append(f"{path}: {list(old.shape)} -> {list(found[path].shape)}")
+    for path in [path for path in found if path.endswith("relative_position_bias_table")]:
+        old = found[path]
+        found[path] = positions.fit_relative(old, shapes[path], method=resize)
         if found[path] is not old:
             resized.append(f"{path}: {list(old.shape)} -> {list(found[path].shape)}")
     _check_shapes(found, shapes, bundle.origin)
@@ -286,7 +291,7 @@ def _sort(bundle: files.Bundle, key_map: keys.KeyMap) -> tuple[dict[str, np.ndar
     """Arrays by our path, and the source's keys that no parameter wants."""
     found: dict[str, np.ndarray] = {}
     unexpected = []
-    for key, value in bundle.tensors.items():
+    for key, value in key_map.spelled(bundle.tensors).items():
         entry = key_map.find(key)
         if entry is not None and entry.path not in found:
             found[entry.path] = entry.from_reference(value)

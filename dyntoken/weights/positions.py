@@ -59,6 +59,19 @@ def fit(
     return np.concatenate([rows[:, :prefix], patches], axis=1)
 
 
+def fit_relative(value: np.ndarray, want: tuple[int, ...], *, method: str) -> np.ndarray:
+    """A bias per relative position `[(2w - 1)^2, heads]` of another window; `value` itself if it fits.
+
+    microsoft/Swin-Transformer resizes it as a picture, bicubic. What is no square
+    table for as many heads comes back unchanged.
+    """
+    sides = [math.isqrt(rows) for rows in (value.shape[0], want[0])]
+    if value.ndim != 2 or value.shape == want or value.shape[1] != want[1] or sides[0] ** 2 != len(value):
+        return value
+    resized = resample.resize_grid(jnp.asarray(value)[None], (sides[0],) * 2, (sides[1],) * 2, method)
+    return np.asarray(resized[0])
+
+
 def _layout(
     length: int,
     prefix: int,
