@@ -90,6 +90,7 @@ def _check_training(case: Case, ledger: Ledger, built: common.Built, images: np.
     model, sites = built.model, len(built.model.at)
     noise = tuple(ledger.expected(f"train.stage{s}.gumbel") for s in range(sites))
     specs = dynamicvit.loss_specs(case, ledger, "token_distill")
+    specs["keep_ratio"]["divisor"] = float(sites)  # the number of decisions, 3 in the text's example
     batch = {"image": images, "target": ledger.expected("input.soft_targets")}
     if ledger.holds("teacher.logits"):
         batch["teacher"] = _teacher(ledger, model)
