@@ -102,13 +102,34 @@ def deit_augment(c, repeats=3, policy="rand-m9-mstd0.5-inc1"):
 
 
 SIZES = {"t": "tiny", "s": "small", "b": "base"}
+DEIT = {"size": "s", "pixels": 224, "inat": False}
 
 
-def deit_name(size):
+def deit_name(size, pixels=224):
     """`"s"` to `"deit_small_patch16_224"`."""
     if size not in SIZES:
         raise ValueError(f"size={size} is not one of {', '.join(SIZES)}")
-    return f"deit_{SIZES[size]}_patch16_224"
+    return f"deit_{SIZES[size]}_patch16_{pixels}"
+
+
+def deit(arg):
+    """`base` with the dense DeiT of `arg` (entries of `DEIT`) on ImageNet or iNaturalist 2019."""
+    c = base()
+    c.model.name = deit_name(arg.size, arg.pixels)
+    c.init.path = f"weights/{c.model.name}.safetensors"
+    c.data.size = arg.pixels
+    if arg.inat:
+        c.data.name = "i_naturalist2019"
+        c.init.path = f"weights/{c.model.name}_inat2019.safetensors"
+    return c
+
+
+def distilled(arg, auto=True):
+    """Whether `distill=auto|true|false` asks for a teacher; `auto` is what the official recipe does."""
+    choices = {"auto": auto, "true": True, "false": False}
+    if arg.distill not in choices:
+        raise ValueError(f"distill={arg.distill} is not one of {', '.join(choices)}")
+    return choices[arg.distill]
 
 
 def tps(c, variant, *, distill=True):
@@ -245,10 +266,11 @@ def demo_from_scratch(c, losses=("ce", "keep_ratio"), **model):
     c.optim.update({"lr": 1.5e-3, "warmup_epochs": 0.3, "backbone_lr_scale": 1.0})
 
 
-def tiny(c, **model):
+def tiny(c, at=(), **model):
     """Made images and a toy model: two steps, to see that everything fits.
 
-    `model` replaces the toy's patch size by what another kind of model needs.
+    Deep enough for sites `at`; `model` replaces the toy's patch size by what
+    another kind of model needs.
     """
     c.data.name = "fake"
     c.data.eval_split = "test"
@@ -256,7 +278,8 @@ def tiny(c, **model):
     c.data.augment.update({"rand_augment": None, "repeats": 1})
     c.mix.erase = 0.0
     c.data.options = {"num_classes": 4, "train": 64, "test": 24, "image_size": 16, "channels": 3}
-    c.model.update({"width": 24, "depth": 4, "heads": 2, **(model or {"patch_size": 4})})
+    depth = max([4, *(site + 1 for site in at)])
+    c.model.update({"width": 24, "depth": depth, "heads": 2, **(model or {"patch_size": 4})})
     c.init.path = ""
     c.losses = {key: spec for key, spec in c.losses.items() if key not in ("logit_kl", "token_distill")}
     c.batch = 16

@@ -5,9 +5,30 @@
     python -m dyntoken.main --config=configs/evit_deit.py:demo
     python -m dyntoken.main --config=configs/evit_deit.py:tiny
 
-Published (youweiliang/evit, DeiT-S, 30 epochs, with the fused token), keep 0.9 /
-0.8 / 0.7 / 0.6 / 0.5: 79.8 / 79.8 / 79.5 / 78.9 / 78.5 at 4.0 / 3.5 / 3.0 / 2.6 /
-2.3 GMACs; without it 79.9 / 79.7 / 79.4 / 79.1 / 78.4. On ImageNet: not yet run.
+One argument per published row; GMACs as `tools.flops` counts them. [R] the model zoo of
+youweiliang/evit, [T] read off the main figure of TPS (CVPR 2023). On ImageNet: not yet run.
+
+    argument                     GMACs   top-1
+    keep=0.9                     4.022   79.8 [R]
+    keep=0.8                     3.477   79.8 [R]
+    keep=0.7                     3.029   79.5 [R], 79.51 [T]
+    keep=0.6                     2.635   78.9 [R]
+    keep=0.5                     2.309   78.5 [R], 78.67 [T]
+    keep=0.9,fuse=false          3.988   79.9 [R]
+    keep=0.8,fuse=false          3.444   79.7 [R]
+    keep=0.7,fuse=false          2.997   79.4 [R]
+    keep=0.6,fuse=false          2.608   79.1 [R]
+    keep=0.5,fuse=false          2.282   78.4 [R]
+    keep=0.7,at=3-5-7-9          2.746   79.22 [T]
+    keep=0.7,at=2-4-6-8          2.462   78.70 [T]
+    keep=0.5,at=3-5-7-9          2.073   77.50 [T]
+    keep=0.5,at=2-4-6-8          1.723   76.18 [T]
+    size=t,keep=0.7              0.821   71.92 [T]
+    size=t,keep=0.7,at=3-5-7-9   0.745   71.42 [T]
+    size=t,keep=0.7,at=2-4-6-8   0.667   70.39 [T]
+    size=t,keep=0.5              0.629   70.12 [T]
+    size=t,keep=0.5,at=3-5-7-9   0.568   68.99 [T]
+    size=t,keep=0.5,at=2-4-6-8   0.473   66.28 [T]
 
 Follows youweiliang/evit's fine-tuning: batch 2048, learning rate 2e-5 x batch /
 512, weight decay 1e-6, no warm-up, dropout layers off, EMA 0.99996. Tokens are
@@ -21,11 +42,9 @@ from configs import common
 
 
 def get_config(arg=None):
-    """`size=t|s|b`, `keep=`, `at=`, `fuse=true|false`, `demo`, `tiny`."""
-    arg = common.parse_arg(arg, size="s", keep=0.0, at=(), fuse=True, demo=False, tiny=False)
-    c = common.base()
-    c.model.name = common.deit_name(arg.size)
-    c.init.path = f"weights/{c.model.name}.safetensors"
+    """`size=t|s|b`, `pixels=224|384`, `inat`, `keep=`, `at=`, `fuse=true|false`, `demo`, `tiny`."""
+    arg = common.parse_arg(arg, **common.DEIT, keep=0.0, at=(), fuse=True, demo=False, tiny=False)
+    c = common.deit(arg)
     c.batch = 2048
     c.ema = 0.99996
     common.deit_augment(c)
@@ -44,6 +63,6 @@ def get_config(arg=None):
         arg.at = arg.at or common.DEMO_SITES
         c.compare = True
     if arg.tiny:
-        common.tiny(c)
+        common.tiny(c, arg.at)
     common.from_dense(c, "evit" if arg.fuse else "topk", arg.keep or (0.5 if arg.demo else 0.7), arg.at)
     return c
