@@ -306,7 +306,14 @@ def _of_method(method: str | None) -> set[str]:
     """Keywords that a method takes."""
     if method is None:
         return set()
-    return _fields(reducers.METHODS[method].make) - {"keep", "current", "ratio", "form", "stage"}
+    return _fields(reducers.METHODS[method].make) - {
+        "keep",
+        "current",
+        "ratio",
+        "form",
+        "stage",
+        "predictor_eps",
+    }
 
 
 def _refuse_sites(name: str, overrides: dict[str, Any], method: str | None, other: str) -> None:

@@ -11,5 +11,7 @@ BACKBONES = Table(
         "psvit": "dyntoken.backbones.psvit:PSViT",
         "pvt": "dyntoken.backbones.pvt:PVT",
         "cvt": "dyntoken.backbones.cvt:CvT",
+        "convnext": "dyntoken.backbones.convnext:ConvNeXt",
+        "swin": "dyntoken.backbones.swin:Swin",
     },
 )

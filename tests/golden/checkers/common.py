@@ -88,6 +88,15 @@ def captured(built: Built, images: np.ndarray, kinds: tuple[type, ...]) -> tuple
     return out, state["intermediates"]["backbone"]
 
 
+def shrunk(built: Built, stage: int, cells: np.ndarray) -> Any:
+    """What a hierarchical backbone makes of the last cells of a stage for the next one, `stage`."""
+    return run(
+        lambda v, x: built.model.apply(v, x, method=lambda m, x: m.body.shrink(stage, x)),
+        built.variables,
+        cells,
+    )
+
+
 def with_options(model: Any, **options: Any) -> Any:
     """The same model with other fields of its backbone."""
     options = {**dict(model.backbone.options), **options}
