@@ -160,6 +160,28 @@ def tps(c, variant, *, distill=True):
     }
 
 
+# Arguments of the recipes whose models reduce stage by stage.
+STAGES = {"variant": "dtps", "keep": 0.0, "at": (), "dropped": "zero", "demo": False, "tiny": False}
+
+
+def tps_stages(c, arg, demo_model, tiny_model):
+    """TPS's recipe on a backbone that reduces stage by stage; `c` has the dense model, `arg` `STAGES`."""
+    if arg.variant not in ("dtps", "etps"):
+        raise ValueError(f"variant={arg.variant} is not one of dtps, etps")
+    c.init.path = f"weights/{c.model.name}.safetensors"
+    tps(c, arg.variant)
+    if arg.demo:
+        demo_from_scratch(c, **demo_model)
+    if arg.tiny:
+        name = c.model.name
+        tiny(c)
+        c.model = ml_collections.ConfigDict({"name": name, **tiny_model})
+        c.optim.warmup_epochs = 0
+    from_dense(c, arg.variant, arg.keep or (0.5 if arg.demo else 0.7), arg.at)
+    c.model.dropped = arg.dropped
+    return c
+
+
 def dual_path(c, arg, demo_model, tiny_model):
     """What raoyongming/DynamicViT trains Swin and ConvNeXt with; `c` has the dense model.
 
