@@ -31,7 +31,7 @@ from configs import common
 SIZES = {"13": 224, "21": 224, "w24": 384}  # pixels
 TWO = {"patch_sizes": (3, 3), "patch_strides": (2, 2), "patch_paddings": (1, 1), "kernels": (3, 3)}
 TWO |= {"kv_strides": (2, 2), "kv_paddings": (1, 1), "class_tokens": (False, True), "mlp_ratios": (4, 4)}
-DEMO = {"widths": (32, 64), "depths": (1, 3), "heads": (1, 2), **TWO}
+DEMO = {"widths": (32, 64), "depths": (1, 2), "heads": (1, 2), **TWO}
 TINY = {"widths": (8, 16), "depths": (1, 1), "heads": (1, 2), **TWO}
 
 

@@ -28,7 +28,7 @@ tokens of the first stage with each other, 39 MB per image: `at=1-2-3` leaves it
 from configs import common
 
 SIZES = ("tiny", "small", "medium", "large")
-DEMO = {"patch_size": 2, "widths": (32, 64), "depths": (2, 3), "heads": (1, 2)}
+DEMO = {"patch_size": 2, "widths": (32, 64), "depths": (1, 2), "heads": (1, 2)}
 DEMO |= {"mlp_ratios": (4, 4), "sr_ratios": (2, 1)}
 TINY = {"patch_size": 2, "widths": (8, 16), "depths": (1, 1), "heads": (1, 2)}
 TINY |= {"mlp_ratios": (2, 2), "sr_ratios": (2, 1)}

@@ -141,4 +141,6 @@ def test_bad_requests_say_what_to_do(name, options, message):
 def test_weights_of_another_backbone_are_refused():
     tensors = weights.export_reference(_model(), _variables(_model()))
     with pytest.raises(weights.WeightsError, match="weights of another model"):
-        weights.load_weights(dyntoken.create_model("deit_tiny_patch16_224", depth=1, width=16), tensors)
+        weights.load_weights(
+            dyntoken.create_model("deit_tiny_patch16_224", depth=1, width=16, heads=2), tensors
+        )
