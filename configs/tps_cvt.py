@@ -29,10 +29,12 @@ tokens of the first stage with each other, 39 MB per image: `at=1-2` leaves it a
 from configs import common
 
 SIZES = {"13": 224, "21": 224, "w24": 384}  # pixels
-TWO = {"patch_sizes": (3, 3), "patch_strides": (2, 2), "patch_paddings": (1, 1), "kernels": (3, 3)}
-TWO |= {"kv_strides": (2, 2), "kv_paddings": (1, 1), "class_tokens": (False, True), "mlp_ratios": (4, 4)}
-DEMO = {"widths": (32, 64), "depths": (1, 2), "heads": (1, 2), **TWO}
-TINY = {"widths": (8, 16), "depths": (1, 1), "heads": (1, 2), **TWO}
+TWO = {"heads": (1, 2), "mlp_ratios": (4, 4), "kernels": (3, 3), "kv_strides": (2, 2)}
+TWO |= {"kv_paddings": (1, 1), "class_tokens": (False, True)}
+DEMO = {"widths": (64, 128), "depths": (1, 2), **TWO}  # 7 x 7 patches, then 4 x 4
+DEMO |= {"patch_sizes": (7, 3), "patch_strides": (4, 2), "patch_paddings": (2, 1)}
+TINY = {"widths": (8, 16), "depths": (1, 1), **TWO}
+TINY |= {"patch_sizes": (3, 3), "patch_strides": (2, 2), "patch_paddings": (1, 1)}
 
 
 def get_config(arg=None):

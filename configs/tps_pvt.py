@@ -28,7 +28,7 @@ tokens of the first stage with each other, 39 MB per image: `at=1-2-3` leaves it
 from configs import common
 
 SIZES = ("tiny", "small", "medium", "large")
-DEMO = {"patch_size": 2, "widths": (32, 64), "depths": (1, 2), "heads": (1, 2)}
+DEMO = {"patch_size": 4, "widths": (64, 128), "depths": (2, 2), "heads": (1, 2)}
 DEMO |= {"mlp_ratios": (4, 4), "sr_ratios": (2, 1)}
 TINY = {"patch_size": 2, "widths": (8, 16), "depths": (1, 1), "heads": (1, 2)}
 TINY |= {"mlp_ratios": (2, 2), "sr_ratios": (2, 1)}
@@ -41,4 +41,7 @@ def get_config(arg=None):
         raise ValueError(f"size={arg.size} is not one of {', '.join(SIZES)}")
     c = common.base()
     c.model.name = f"pvt_{arg.size}"
-    return common.tps_stages(c, arg, DEMO, TINY)
+    c = common.tps_stages(c, arg, DEMO, TINY)
+    if arg.demo:
+        c.data.size = 32  # patches of 4 pixels, 8 x 8 of them, then 4 x 4
+    return c
