@@ -25,6 +25,7 @@ RESIZE = "resize"  # the named scope whose work stands on its own line
 BLOCK = re.compile(r"blocks_\d+")
 REDUCER = re.compile(r"reducer_\d+")
 EXIT = re.compile(r"exit_\d+")
+STAGE = re.compile(r"stage_\d+")
 REUSE = re.compile(r"reuse_\d+")
 
 
@@ -70,7 +71,9 @@ class Stage:
     Attributes:
       tokens: rows of every block in it (prefix tokens included).
       blocks: numbers of the blocks it touches; one that holds a reducer inside
-        belongs to two stages, each with its share.
+        belongs to two stages, each with its share. In a hierarchical backbone
+        they start again at 0 in each of its own stages.
+      names: module paths of those blocks.
       macs: multiply-adds of those blocks.
       reducer: multiply-adds of the reducer that opens the stage, 0 for none.
       exit: number of the exit of a cascade that it belongs to, else None.
@@ -81,6 +84,7 @@ class Stage:
     macs: int
     reducer: int
     exit: int | None = None
+    names: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,14 +182,18 @@ def default_image_shape(model: Any) -> tuple[int, int, int]:
 
 
 def unit(path: str) -> str:
-    """The row of a summary that a module belongs to: its block, its reducer, or its first two names."""
+    """The row of a summary that a module belongs to: its block, its reducer, or its first names.
+
+    Those are two, or three where the second is a stage of a hierarchical backbone.
+    """
     names = path.split("/")
     for depth, name in enumerate(names):
         if REDUCER.fullmatch(name) or BLOCK.fullmatch(name):
             return "/".join(names[: depth + 1])
     start = 1 if EXIT.fullmatch(names[0]) else 0
     whole = names[start : start + 1] == ["head"] or REUSE.fullmatch(names[0])
-    return "/".join(names[: start + (1 if whole else 2)])
+    staged = STAGE.fullmatch((names[start + 1 : start + 2] or [""])[0])
+    return "/".join(names[: start + (1 if whole else 3 if staged else 2)])
 
 
 def exits(model: Any) -> int:
@@ -294,6 +302,7 @@ def _stage(ops: Sequence[Operation], reducer: int, exit_: str) -> Stage:
         macs=sum(op.macs for op in own),
         reducer=reducer,
         exit=int(exit_.rpartition("_")[2]) if exit_ else None,
+        names=tuple(names),
     )
 
 
