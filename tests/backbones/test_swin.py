@@ -94,7 +94,9 @@ def test_dense_weights_start_the_dynamic_model_and_another_window_resizes_the_bi
         "dynamicvit_swin_tiny", **{**SMALL, "depths": (1, 1, 2), "heads": (1, 2, 2), "window": 4}, at=(1,)
     )
     loaded, report = weights.load_weights(model, official, return_report=True)
-    assert not report.unexpected and len(report.resized) == 3  # the third grid is smaller than either window
+    assert (
+        not report.unexpected and len(report.resized) == 2
+    )  # the third grid is no larger than either window
     assert {path.split("/")[3].split("_")[0] for path in report.missing} <= {"fastmlp", "predictor"}
     table = loaded["params"]["backbone"]["stage_0"]["blocks_0"]["attn"]["relative_position_bias_table"]
     assert table.shape == (49, 1)
