@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 import dyntoken
 from dyntoken import losses
+from dyntoken.analysis import macs
 from dyntoken.models import pairings
 from dyntoken.reducers import METHODS
 from dyntoken.train import mesh as meshes
@@ -207,6 +208,32 @@ def test_errors(arch, options, message):
 def test_images_of_another_size_are_refused():
     with pytest.raises(ValueError, match=r"takes images \[B, 32, 32, 3\]"):
         _model("convnext_tiny").apply(_variables("convnext_tiny"), IMAGES[:, :24])
+
+
+@pytest.mark.parametrize("arch", NAMES)
+def test_rows_of_the_slow_path_are_counted(arch):
+    found = macs.count(_model(arch))
+    rows = [(block.tokens, block.tokens_out) for block in found.by_block][2:]
+    assert rows == ([(16, 9), (16, 6)] if arch == "swin_tiny" else [(9, 9), (6, 6)])  # attention sees all
+    spared = macs.count(_model(arch).clone(keep=(8, 6))).total
+    width = _model(arch).plain().widths[2]
+    assert found.total - spared == (8 - 1) * width**2  # one cell through the MLP, not the linear layer
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name, gmacs",
+    [
+        ("swin_tiny", 4.491),
+        ("swin_small", 8.741),
+        ("swin_base", 15.431),
+        ("convnext_tiny", 4.456),
+        ("convnext_small", 8.684),
+        ("convnext_base", 15.355),
+    ],
+)
+def test_multiply_adds_of_the_dense_models(name, gmacs):
+    assert macs.count(dyntoken.create_model(name)).gmacs == pytest.approx(gmacs, abs=0.0005)
 
 
 def test_default_sites_and_rates():
