@@ -237,6 +237,11 @@ def dual_path(c, arg, demo_model, tiny_model):
     }
     if arg.demo:
         demo_from_scratch(c, **demo_model)
+        c.data.size = 32  # 28 pixels do not halve often enough
+        c.data.eval.crop_pct = 1.0
+        c.batch = 80
+        c.epochs = 4.0
+        c.log_steps = 50
     if arg.tiny:
         name = c.model.name
         tiny(c)

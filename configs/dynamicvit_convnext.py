@@ -27,7 +27,7 @@ one linear layer. `common.dual_path` says what the recipe is.
 from configs import common
 
 DROP_PATH = {"t": 0.2, "s": 0.2, "b": 0.5}
-DEMO = {"patch_size": 1, "widths": (16, 32, 64), "depths": (1, 1, 4), "kernel": 5, "layer_scale": 0.1}
+DEMO = {"patch_size": 2, "widths": (16, 32, 64), "depths": (1, 1, 3), "kernel": 5, "layer_scale": 0.1}
 TINY = {"patch_size": 2, "widths": (8, 8, 16), "depths": (1, 1, 3), "kernel": 3}
 
 

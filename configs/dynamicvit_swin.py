@@ -24,7 +24,7 @@ one linear layer. `common.dual_path` says what the recipe is.
 from configs import common
 
 DROP_PATH = {"t": 0.2, "s": 0.2, "b": 0.5}
-DEMO = {"patch_size": 1, "width": 16, "depths": (1, 1, 4), "heads": (1, 2, 4)}
+DEMO = {"patch_size": 2, "width": 16, "depths": (1, 2, 3), "heads": (1, 2, 4), "window": 4}
 TINY = {"patch_size": 2, "width": 8, "depths": (1, 1, 3), "heads": (1, 1, 2), "window": 4}
 
 

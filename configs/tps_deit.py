@@ -60,7 +60,7 @@ from configs import common
 
 
 def get_config(arg=None):
-    """`variant=dtps|etps`, `size=t|s|b`, `pixels=224|384`, `inat`, `keep=`, `at=`, `distill=`, and the switches below."""
+    """`variant=dtps|etps`, `size=t|s|b`, `pixels=`, `inat`, `keep=`, `at=`, `distill=`, `demo`, `cifar10`, `tiny`."""
     switches = {"demo": False, "cifar10": False, "tiny": False}
     arg = common.parse_arg(arg, variant="dtps", **common.DEIT, keep=0.0, at=(), distill="auto", **switches)
     if arg.variant not in ("dtps", "etps"):

@@ -27,6 +27,7 @@ REDUCER = re.compile(r"reducer_\d+")
 EXIT = re.compile(r"exit_\d+")
 STAGE = re.compile(r"stage_\d+")
 REUSE = re.compile(r"reuse_\d+")
+FAST = re.compile(r"fast_?(path|mlp).*")  # the cheap path of a block, beside its own layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +53,8 @@ class Block:
       name: module path, e.g. `backbone/trunk/blocks_3`.
       tokens: rows its first layer works on (prefix tokens included).
       tokens_out: rows its last layer works on; fewer where the reducer sits
-        between attention and MLP (EViT, eTPS).
+        between attention and MLP (EViT, eTPS), or where the others take a fast
+        path (Swin), whose rows do not count here.
       macs: multiply-adds without the reducer's own.
       params: number of parameters.
     """
@@ -268,7 +270,7 @@ def _blocks(ops: Sequence[Operation], params: Mapping[str, int]) -> tuple[Block,
             held.setdefault(block, []).append(op)
     blocks = []
     for name, own in held.items():
-        rows = [op.rows for op in own if op.rows] or [0]
+        rows = [op.rows for op in own if op.rows and _name_of(op, FAST) is None] or [0]
         size = sum(n for path, n in params.items() if _within(path, name))
         blocks.append(Block(name, rows[0], rows[-1], sum(map(_macs, own), Macs()), size))
     return tuple(blocks)

@@ -269,4 +269,6 @@ class Hierarchical(Sites, nn.Module):
             reductions += found
             records |= {what: records[what] + rows for what, rows in more.items()}
         tokens = Tokens.start(self.finish(x), prefix=1, grid=self.grid)
+        if self.sites:  # said outright, since the last decision is about cells too
+            tokens = tokens.replace(alive=jnp.ones(tokens.place.shape, jnp.float32))
         return tokens, reductions, {what: v for what, v in records.items() if what in context.record}

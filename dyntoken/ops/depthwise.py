@@ -57,6 +57,19 @@ def _alike(x: Array, kernel: Array) -> tuple[Array, Array]:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _shifted(x: Array, kernel: Array, stride: int) -> Array:
     """Convolution without padding, as a sum over taps."""
+    return _sum_of_taps(x, kernel, stride)
+
+
+def _out(x: Array, kernel: Array, stride: int) -> tuple[int, int]:
+    """(rows, columns) of the result."""
+    return tuple(
+        (side - taps) // stride + 1 for side, taps in zip(x.shape[1:3], kernel.shape[:2], strict=True)
+    )
+
+
+# Compiled as functions of their own, so that blocks of one shape are traced once.
+@functools.partial(jax.jit, static_argnums=2)
+def _sum_of_taps(x: Array, kernel: Array, stride: int) -> Array:
     kh, kw = kernel.shape[:2]
     high, wide = _out(x, kernel, stride)
     wide_x, taps = x.astype(jnp.float32), kernel.astype(jnp.float32)
@@ -70,30 +83,28 @@ def _shifted(x: Array, kernel: Array, stride: int) -> Array:
     return y.astype(x.dtype)
 
 
-def _out(x: Array, kernel: Array, stride: int) -> tuple[int, int]:
-    """(rows, columns) of the result."""
-    return tuple(
-        (side - taps) // stride + 1 for side, taps in zip(x.shape[1:3], kernel.shape[:2], strict=True)
-    )
-
-
 def _forward(x: Array, kernel: Array, stride: int) -> tuple[Array, tuple[Array, Array]]:
     return _shifted(x, kernel, stride), (x, kernel)
 
 
 def _backward(stride: int, saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
     x, kernel = saved
+    return _of_x(x, kernel, g, stride), _of_kernel(x, kernel, g, stride)
+
+
+def _of_x(x: Array, kernel: Array, g: Array, stride: int) -> Array:
+    """Gradient in x: the flipped filter over `g`, spread out by the stride."""
+    sizes = zip(x.shape[1:3], kernel.shape[:2], _out(x, kernel, stride), strict=True)
+    around = [(taps - 1, side - 1 - stride * (n - 1), stride - 1) for side, taps, n in sizes]
+    padded = jax.lax.pad(g, jnp.zeros((), g.dtype), [(0, 0, 0), *around, (0, 0, 0)])
+    return _sum_of_taps(padded, kernel[::-1, ::-1], 1).astype(x.dtype)
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def _of_kernel(x: Array, kernel: Array, g: Array, stride: int) -> Array:
+    """Gradient in the filter, tap by tap in a loop: 49 reductions in a row took seconds to compile."""
     kh, kw = kernel.shape[:2]
     high, wide = _out(x, kernel, stride)
-    # In x: the flipped filter over the gradient, spread out by the stride.
-    rest = [
-        side - taps - stride * (n - 1)
-        for side, taps, n in zip(x.shape[1:3], (kh, kw), (high, wide), strict=True)
-    ]
-    spread = [(kh - 1, kh - 1 + rest[0], stride - 1), (kw - 1, kw - 1 + rest[1], stride - 1)]
-    around = jax.lax.pad(g, jnp.zeros((), g.dtype), [(0, 0, 0), *spread, (0, 0, 0)])
-    of_x = _shifted(around, kernel[::-1, ::-1], 1)
-    # In the filter: one tap at a time; a loop compiles once, where 49 reductions took seconds.
     span = (x.shape[0], stride * (high - 1) + 1, stride * (wide - 1) + 1, x.shape[3])
     g = g.astype(jnp.float32)
 
@@ -101,8 +112,8 @@ def _backward(stride: int, saved: tuple[Array, Array], g: Array) -> tuple[Array,
         at = jax.lax.dynamic_slice(x, (0, number // kw, number % kw, 0), span)
         return (at[:, ::stride, ::stride].astype(jnp.float32) * g).sum(axis=(0, 1, 2))
 
-    of_kernel = jax.lax.map(tap, jnp.arange(kh * kw))
-    return of_x.astype(x.dtype), of_kernel.reshape(kernel.shape).astype(kernel.dtype)
+    taps = jax.lax.map(tap, jnp.arange(kh * kw))
+    return taps.reshape(kernel.shape).astype(kernel.dtype)
 
 
 _shifted.defvjp(_forward, _backward)

@@ -64,7 +64,8 @@ def _check_pairing(body: Any, method: str, row: reducers.Method, at: tuple[int, 
     if reason is None:
         return
     working = [name for name in reducers.METHODS if refusal(body, reducers.METHODS[name], at) is None]
-    instead = f"{', '.join(working)} work there" if working else "no method works there"
+    verb = "works" if len(working) == 1 else "work"
+    instead = f"{', '.join(working)} {verb} there" if working else "no method works there"
     raise ValueError(f"method {method!r} at {at} makes no sense in {arch}: {reason}; {instead}")
 
 
