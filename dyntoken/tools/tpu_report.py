@@ -20,7 +20,7 @@ def text(found: Mapping[str, Any]) -> str:
         f"{model['name']} ({options}): {what} for {found['chips']} chips {found['topology']}, "
         f"{found['batch_per_chip']} images per chip",
         _training(found),
-        f"compiled ahead of time in {found['compile_s']} s ({found['compile_cpu_s']} s of processor time) by "
+        f"compiled ahead of time in {found['compile_s']} s (processor time: {_seconds(found)}) by "
         f"{_versions(found)}; nothing was run",
     ]
     parts = ["\n".join(filter(None, head))]
@@ -135,4 +135,5 @@ def _row(found: Mapping[str, Any]) -> list[str]:
 
 
 def _seconds(found: Mapping[str, Any]) -> str:
-    return f"{found['compile_cpu_s']:.0f} s"
+    known = found["compile_cpu_s"]
+    return "not recorded" if known is None else f"{known:.0f} s"
