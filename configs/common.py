@@ -121,6 +121,13 @@ SIZES = {"t": "tiny", "s": "small", "b": "base"}
 DEIT = {"size": "s", "pixels": 224, "inat": False}
 
 
+def size_name(size):
+    """`"s"` to `"small"`."""
+    if size not in SIZES:
+        raise ValueError(f"size={size} is not one of {', '.join(SIZES)}")
+    return SIZES[size]
+
+
 def deit_name(size, pixels=224):
     """`"s"` to `"deit_small_patch16_224"`."""
     if size not in SIZES:
@@ -169,6 +176,81 @@ def tps(c, variant, *, distill=True):
     }
 
 
+# Arguments of the recipes whose models reduce stage by stage.
+STAGES = {"variant": "dtps", "keep": 0.0, "at": (), "dropped": "zero", "demo": False, "tiny": False}
+
+
+def tps_stages(c, arg, demo_model, tiny_model):
+    """TPS's recipe on a backbone that reduces stage by stage; `c` has the dense model, `arg` `STAGES`."""
+    if arg.variant not in ("dtps", "etps"):
+        raise ValueError(f"variant={arg.variant} is not one of dtps, etps")
+    c.init.path = f"weights/{c.model.name}.safetensors"
+    tps(c, arg.variant)
+    if arg.demo:
+        demo_from_scratch(c, **demo_model)
+        c.batch = 40  # steps are what a fresh model needs
+        c.data.eval.batch = 200
+        c.log_steps = 100
+        c.checkpoint_steps = 400
+    if arg.tiny:
+        name = c.model.name
+        tiny(c)
+        c.model = ml_collections.ConfigDict({"name": name, **tiny_model})
+        c.optim.warmup_epochs = 0
+    from_dense(c, arg.variant, arg.keep or (0.5 if arg.demo else 0.7), arg.at)
+    c.model.dropped = arg.dropped
+    return c
+
+
+def dual_path(c, arg, demo_model, tiny_model):
+    """What raoyongming/DynamicViT trains Swin and ConvNeXt with; `c` has the dense model.
+
+    120 epochs in batches of 4096 (its 8 devices add up 4 batches of 1024), learning
+    rate 4e-3 x batch / 4096 after 20 epochs of warm-up; the backbone frozen for 5
+    epochs, then at 0.2 of that rate; EMA 0.9999; keep-ratio loss of weight 10, the KL
+    of the class logits and the squared distance of the whole feature map. Crop,
+    flip, RandAugment (rand-m9-mstd0.5-inc1), random erasing (0.25), mixup, cutmix and
+    smoothing are its own, those of DeiT; no repeated augmentation. What differs: mixup
+    pairs neighbouring images.
+    """
+    c.init.path = f"weights/{c.model.name}.safetensors"
+    c.batch = 4096
+    c.epochs = 120.0
+    c.ema = 0.9999
+    deit_augment(c, repeats=1)
+    c.losses = {
+        "ce": {"weight": 1.0},
+        "keep_ratio": {"weight": 10.0},
+        "logit_kl": {"weight": 0.5},
+        "token_distill": {"weight": 0.5, "variant": "mse"},
+    }
+    c.optim = {
+        "lr": c.get_ref("batch").to_float() * (4e-3 / 4096),
+        "min_lr": 1e-6,
+        "schedule": "cosine",
+        "warmup_epochs": 20,
+        "warmup_lr": 0.0,
+        "weight_decay": 0.05,
+        "decay": "not_1d",
+        "backbone_freeze_epochs": 5,
+        "backbone_lr_scale": 0.2,
+    }
+    if arg.demo:
+        demo_from_scratch(c, **demo_model)
+        c.data.size = 32  # 28 pixels do not halve often enough
+        c.data.eval.crop_pct = 1.0
+        c.batch = 80
+        c.epochs = 4.0
+        c.log_steps = 50
+    if arg.tiny:
+        name = c.model.name
+        tiny(c)
+        c.model = ml_collections.ConfigDict({"name": name, **tiny_model})
+        c.optim.warmup_epochs = 0
+    from_dense(c, "dynamicvit", arg.keep or 0.7, arg.at)
+    return c
+
+
 def dvt(c, arg, recipe):
     """What the cascades share; follows blackfeather-wang/Dynamic-Vision-Transformer's main.py.
 
@@ -204,6 +286,7 @@ def exits_recipe(c, arg, recipe):
 DVT = {"exits": (7, 10, 14), "feature_reuse": True, "relation_reuse": True, "distill": 0.0}
 T2T_FROZEN = ("pos_embed$", r"attention\d/w$")  # the sinusoid and the performer's random features
 DEMO_SITES = (4, 5)  # of 6 blocks: 49 patches bear less than the 196 of ImageNet
+CIFAR_SITES = (2, 3, 4)  # of 6 blocks, 64 patches
 
 
 def from_dense(c, method, keep, at):
@@ -243,6 +326,35 @@ def demo(c):
         "warmup_epochs": 0.2,
         "weight_decay": 0.05,
         "backbone_lr_scale": 0.2,  # trained already; the predictors are new
+    }
+
+
+def cifar10(c):
+    """The real CIFAR-10 from scratch: a small ViT on patches of 4 x 4 pixels, no teacher, no weights.
+
+    No published recipe: pad-crop and flip, mixup and cutmix for half of the batches,
+    AdamW at 1e-3 for a batch of 256, 100 epochs.
+    """
+    c.data.name = "cifar10"
+    c.data.eval_split = "test"
+    c.data.size = 32
+    c.data.augment = {"crop": "pad", "pad": 4, "flip": 0.5}
+    c.mix = {"mixup": 0.8, "cutmix": 1.0, "prob": 0.5, "switch_prob": 0.5, "smoothing": 0.1}
+    c.model = ml_collections.ConfigDict({"name": "vit_mini_patch4_32", "drop_path": 0.0})
+    c.init.path = ""
+    c.losses = {key: spec for key, spec in c.losses.items() if key not in ("logit_kl", "token_distill")}
+    c.batch = 256
+    c.epochs = 100.0
+    c.eval_epochs = 5.0
+    c.checkpoint_steps = 100
+    c.ema = 0.0
+    c.optim = {
+        "lr": c.get_ref("batch").to_float() * (1e-3 / 256),
+        "min_lr": 1e-6,
+        "schedule": "cosine",
+        "warmup_epochs": 3,
+        "weight_decay": 0.05,
+        "clip": 1.0,
     }
 
 

@@ -242,7 +242,7 @@ def create_model(name: str, **overrides: Any) -> Model | Cascade | MultiExit:
     if method is not None:
         fields |= _site_fields(method, fields, overrides, of_method, backbone)
     model = Model(arch=arch_name, backbone=backbone, method=method, **fields)
-    model.plain()
+    model.plain().check()
     model.sites()  # so that a bad value fails here, not inside a jitted step
     return model
 
@@ -306,7 +306,14 @@ def _of_method(method: str | None) -> set[str]:
     """Keywords that a method takes."""
     if method is None:
         return set()
-    return _fields(reducers.METHODS[method].make) - {"keep", "current", "ratio", "form", "stage"}
+    return _fields(reducers.METHODS[method].make) - {
+        "keep",
+        "current",
+        "ratio",
+        "form",
+        "stage",
+        "predictor_eps",
+    }
 
 
 def _refuse_sites(name: str, overrides: dict[str, Any], method: str | None, other: str) -> None:

@@ -17,7 +17,10 @@ TABLES = {  # recipe -> rows its header must have at least
     "tps_deit": 30,
     "dynamicvit_lvvit": 4,
     "tps_lvvit": 2,
+    "dynamicvit_swin": 3,
+    "dynamicvit_convnext": 6,
 }
+STAGED = {"dynamicvit_swin": "2-4-6", "dynamicvit_convnext": "3-6-9"}  # with stages: sites of sizes s and b
 ROW = re.compile(r"^ {4}(\S+=\S+) +(\d+\.\d+) +(no number found|\d+\.\d+)", re.MULTILINE)
 
 
@@ -51,12 +54,21 @@ def test_a_row_is_the_model_it_names(recipe, argument, gmacs, top1):
     train_plan.read(c)
     model = model_of(c)
     given = dict(part.split("=") for part in argument.split(","))
-    width = {"t": 192, "s": 384, "m": 512, "b": 768}[given.get("size", "s")]
-    assert dict(model.backbone.options)["width"] == width
+    size = given.get("size", "s")
+    width = {"t": 192, "s": 384, "m": 512, "b": 768}[size]
+    if recipe in STAGED:
+        assert model.plain().widths[0] == (128 if size == "b" else 96)
+        assert model.plain().depths[2] == {"dynamicvit_swin": 6, "dynamicvit_convnext": 9}[recipe] * (
+            1 if size == "t" else 3
+        )
+    else:
+        assert dict(model.backbone.options)["width"] == width
     assert model.input_shape[0] == int(given.get("pixels", 224))
     if model.method:
         assert model.keep == float(given["keep"]) and len(model.sites()) == len(model.at)
         usual = "3-6-9" if recipe.endswith("_deit") else "4-8-12" if width == 384 else "5-10-15"
+        if recipe in STAGED:
+            usual = "1-2-3" if size == "t" else STAGED[recipe]
         assert model.at == tuple(int(i) for i in given.get("at", usual).split("-"))
     assert bool(c.teacher.name) == any(
         loss in c.losses for loss in ("logit_kl", "token_distill", "dense_distill")

@@ -24,6 +24,16 @@ def pair(value: int | tuple[int, int]) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
 
 
+def check_images(images: Array, img_size: int | tuple[int, int], in_chans: int) -> None:
+    """Raises ValueError unless `images` are `[B, *img_size, in_chans]`."""
+    size = pair(img_size)
+    if images.ndim != 4 or images.shape[1:] != (*size, in_chans):
+        raise ValueError(
+            f"this model takes images [B, {size[0]}, {size[1]}, {in_chans}], got {images.shape}; "
+            "create_model(..., img_size=, in_chans=) builds it for others"
+        )
+
+
 class Isotropic(Sites, nn.Module):
     """A stem, then blocks of one width.
 
@@ -146,12 +156,7 @@ class Isotropic(Sites, nn.Module):
 
     def embed(self, images: Array, context: Context) -> Tokens:
         """Images `[B, H, W, in_chans]` to the tokens that enter block 0."""
-        size = pair(self.img_size)
-        if images.ndim != 4 or images.shape[1:] != (*size, self.in_chans):
-            raise ValueError(
-                f"this model takes images [B, {size[0]}, {size[1]}, {self.in_chans}], got {images.shape}; "
-                "create_model(..., img_size=, in_chans=) builds it for others"
-            )
+        check_images(images, self.img_size, self.in_chans)
         x = self.stem_rows(images.astype(self.dtype), context)
         batch = x.shape[0]
         first = [jnp.broadcast_to(t.astype(x.dtype), (batch, 1, self.width)) for t in self.first]

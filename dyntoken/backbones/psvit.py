@@ -7,6 +7,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dyntoken.backbones.isotropic import Isotropic, pair
 from dyntoken.nn import layers
@@ -196,6 +197,12 @@ class PSViT(Isotropic):
             sampled = sampled if rows is None else sampled + rows
             rows, offset = getattr(self, f"sampling_{index}")(sampled, context.dropout, context.train)
         return rows
+
+    def official_points(self) -> np.ndarray:
+        """Where the points start, as the official code lists them, column by column: `[1, P, 2]` float32."""
+        size = tuple(side // STRIDE for side in pair(self.img_size))
+        points = np.asarray(start_points(self.grid, size)).reshape(*self.grid, 2)
+        return np.ascontiguousarray(points.transpose(1, 0, 2).reshape(1, -1, 2))
 
     @property
     def _shape(self) -> tuple[int, int]:

@@ -47,8 +47,7 @@ class AugmentOptions:
         other here.
       repeats: repeated augmentation (DeiT: 3): every image of an epoch comes
         this many times, each time changed anew, and an epoch of the same length
-        shows that many times fewer images. The views lie in different virtual
-        shards.
+        shows that many times fewer images. Mixup never pairs two views of an image.
     """
 
     crop: str = "random_resized"

@@ -4,14 +4,17 @@ Virtual shard s of S reads a fixed range of the split, in an order drawn from
 (seed, epoch, s); a batch takes `batch / S` records of each shard in turn. Only
 what a batch needs is decoded, and JPEGs only where the crop lies.
 
-With repeated augmentation row j of a shard's epoch shows view `j % repeats` of
-record `j // repeats` of the shard that lies `j % repeats` places before it: the
-views of an image lie in different shards and in the same batch or the next.
+With repeated augmentation a shard reads four records at a time and shows each of
+them `repeats` times in turn: a b c d, b c d a, c d a b. So an image is read and
+decoded once for all its views, whatever the number of processes, and
+neighbouring rows, which mixup pairs, are never of the same image.
 
 An image that does not decode is counted and named, and changes no other row: in
 training the row before it in its shard's part of the batch (the last, for the
 first) takes its place, in evaluation it is masked. That depends on the batch
-alone, so a resumed run and any number of processes see the same.
+alone, so a resumed run and any number of processes see the same. Catching such
+an image takes TensorFlow as long as decoding it. So images are decoded
+unguarded until the first one fails, and guarded, from the same batch, ever after.
 """
 
 from __future__ import annotations
@@ -27,13 +30,13 @@ from dyntoken.data.arrays import Batch
 from dyntoken.data.augment import AugmentOptions
 from dyntoken.data.errors import DataError
 from dyntoken.data.plan import DataInfo, EvalPlan, Part, TrainPlan, slice_parts
-from dyntoken.data.tf_image import compiled_eval, compiled_train, distort_image
+from dyntoken.data.tf_image import compiled_eval, compiled_train
 from dyntoken.data.tf_import import tensorflow
 
 MAX_CORRUPT = 50  # images, before a run gives up
 _FILES, _RECORDS, _AUGMENT = 3, 4, 5  # names of the draws
-_SHARD_BITS = 40  # an example's number is shard << 40 | view << 36 | position in the shard's epoch
-_VIEW_BITS = 36
+_SHARD_BITS = 40  # a record's number is shard << 40 | position in the shard's epoch
+_GROUP = 4  # records whose views take turns
 _log = logging.getLogger(__name__)
 
 
@@ -76,42 +79,53 @@ class StreamSource:
         """(number, row) of one data shard in the order of an epoch."""
         rows = slice_parts(plan.parts, *shard_range(plan.count, plan.shards, shard))
         records = self._records.rows(rows, (plan.seed, epoch, _FILES, shard))
-        buffer = self._records.buffer // plan.augment.repeats  # as many readers, the same memory
-        if buffer:
+        if self._records.buffer:
             seed = _int63(plan.seed, epoch, _RECORDS, shard)
-            records = records.shuffle(buffer, seed=seed, reshuffle_each_iteration=False)
+            records = records.shuffle(self._records.buffer, seed=seed, reshuffle_each_iteration=False)
         return records.enumerate(shard << _SHARD_BITS)
 
-    def _views(self, plan: TrainPlan, epoch: int, shard: int, skip: int) -> Any:
-        """What a virtual shard yields in an epoch after `skip` rows."""
+    def _example(self, plan: TrainPlan, epoch: int, guarded: bool) -> Callable[..., dict[str, Any]]:
+        """(number, row) -> the views of a record, uint8 `[repeats, h, w, C]`, and what goes with them."""
         tf = tensorflow()
-        repeats = plan.augment.repeats
-        if repeats == 1:
-            return self._shard(plan, epoch, shard).skip(skip)
-        streams = []
-        for view in range(repeats):
-            rows = self._shard(plan, epoch, (shard - view) % plan.shards)
-            rows = rows.map(lambda number, row, view=view: (number + (view << _VIEW_BITS), row))
-            streams.append(rows)
-        return _in_turn(tf, streams, 1).skip(skip)
-
-    def _epoch(self, plan: TrainPlan, epoch: int, skip: int) -> Iterator[Batch]:
-        """The batches of one epoch from batch `skip` on, with `bad` and `name`."""
-        tf = tensorflow()
-        per_shard, steps = plan.batch // plan.shards, plan.steps_per_epoch
-        streams = [self._views(plan, epoch, s, skip * per_shard) for s in _local_shards(plan)]
-        local, key = per_shard * len(streams), _int63(plan.seed, epoch, _AUGMENT)
-        shape, distortion = (*plan.size, self.info.channels), plan.augment.distortion(self.info.mean)
-        decode = _guarded(tf, compiled_train(plan.size, shape[-1], plan.augment), shape)
+        key, distortion = _int63(plan.seed, epoch, _AUGMENT), plan.augment.distortion(self.info.mean)
+        make = compiled_train(plan.size, self.info.channels, plan.augment, distortion, guarded)
 
         def example(number: Any, row: Any) -> dict[str, Any]:
-            seed = tf.stack([key, number])
-            image, bad = decode(self._records.load(row[0]), seed)
-            if distortion is not None:
-                image = distort_image(image, seed, distortion)
-            return {"image": image, "label": row[1], "mask": 1.0, "bad": bad, "name": row[2]}
+            views, bad = make(self._records.load(row[0]), tf.stack([key, number]))
+            return {"image": views, "label": row[1], "mask": 1.0, "bad": bad, "name": row[2]}
 
-        return _batches(tf, _in_turn(tf, streams, per_shard), example, local, steps - skip)
+        return example
+
+    def _epoch(self, plan: TrainPlan, epoch: int, skip: int, guarded: bool) -> Iterator[Batch]:
+        """The batches of one epoch from batch `skip` on, with `bad` and `name`."""
+        tf = tensorflow()
+        per_shard, steps = plan.batch // plan.shards, plan.steps_per_epoch - skip
+        example, shards = self._example(plan, epoch, guarded), _local_shards(plan)
+        if plan.augment.repeats == 1:
+
+            def only(number: Any, row: Any) -> dict[str, Any]:
+                made = example(number, row)
+                return {**made, "image": made["image"][0]}
+
+            streams = [self._shard(plan, epoch, s).skip(skip * per_shard) for s in shards]
+            yield from _batches(tf, _in_turn(tf, streams, per_shard), only, per_shard * len(streams), steps)
+            return
+        order = view_order(min(_GROUP, plan.count // plan.shards), plan.augment.repeats)
+        records = 1 + max(record for record, _ in order)
+        groups, first = divmod(skip * per_shard, len(order))
+        streams = [self._shard(plan, epoch, s).skip(groups * records) for s in shards]
+        rows = _mapped(tf, _in_turn(tf, streams, records), example)
+        made = rows.prefetch(records * len(streams)).as_numpy_iterator()
+        queues: list[list[tuple[Batch, int]]] = [[] for _ in streams]
+        for _ in range(steps):
+            while len(queues[-1]) < first + per_shard:
+                for queue in queues:
+                    group = [next(made) for _ in range(records)]
+                    queue.extend((group[record], view) for record, view in order)
+            yield _stacked([row for queue in queues for row in queue[first : first + per_shard]])
+            for queue in queues:
+                del queue[: first + per_shard]
+            first = 0
 
     def train(self, plan: TrainPlan) -> Iterator[Batch]:
         _check_streamable(self.info, plan.augment)
@@ -119,15 +133,39 @@ class StreamSource:
         log, per_shard = _Corrupt(self.info.name, self._max_corrupt), plan.batch // plan.shards
 
         def run() -> Iterator[Batch]:
-            epoch, skip = divmod(plan.start_step, plan.steps_per_epoch)
+            step, guarded = plan.start_step, False
             while True:
-                for batch in self._epoch(plan, epoch, skip):
-                    yield replace_bad(batch, per_shard, log)
-                epoch, skip = epoch + 1, 0
+                try:
+                    epoch, skip = divmod(step, plan.steps_per_epoch)
+                    for batch in self._epoch(plan, epoch, skip, guarded):
+                        yield replace_bad(batch, per_shard, log)
+                        step += 1
+                except tensorflow().errors.InvalidArgumentError:
+                    if guarded:
+                        raise
+                    guarded = True
 
         return run()
 
     def evaluate(self, plan: EvalPlan) -> Iterator[Batch]:
+        log = _Corrupt(self.info.name, self._max_corrupt)
+
+        def run() -> Iterator[Batch]:
+            step, guarded = 0, False
+            while step < plan.steps:
+                try:
+                    for batch in self._pass(plan, step, guarded):
+                        yield mask_bad(batch, log)
+                        step += 1
+                except tensorflow().errors.InvalidArgumentError:
+                    if guarded:
+                        raise
+                    guarded = True
+
+        return run()
+
+    def _pass(self, plan: EvalPlan, skip: int, guarded: bool) -> Iterator[Batch]:
+        """The batches of one evaluation from batch `skip` on, with `bad` and `name`."""
         tf = tensorflow()
         per_shard, streams = plan.batch // plan.shards, []
         for shard in _local_shards(plan):
@@ -136,11 +174,9 @@ class StreamSource:
             padding = rows.element_spec[0]
             empty = tuple(tf.zeros(spec.shape, spec.dtype) for spec in padding)
             rows = rows.concatenate(tf.data.Dataset.from_tensors((empty, 0.0)).repeat())
-            streams.append(rows.take(plan.steps * per_shard))
+            streams.append(rows.take(plan.steps * per_shard).skip(skip * per_shard))
         shape = (*plan.size, self.info.channels)
-
-        decode = compiled_eval(plan.size, shape[-1], plan.crop_pct, plan.interpolation)
-        decode = _guarded(tf, decode, shape)
+        decode = compiled_eval(plan.size, shape[-1], plan.crop_pct, plan.interpolation, guarded)
 
         def example(row: Any, mask: Any) -> dict[str, Any]:
             image, bad = tf.cond(
@@ -153,10 +189,21 @@ class StreamSource:
                 out |= {"labels": row[3], "mask": mask * tf.cast(tf.reduce_any(row[3]), tf.float32)}
             return out
 
-        log = _Corrupt(self.info.name, self._max_corrupt)
-        rows = _in_turn(tf, streams, per_shard)
-        batches = _batches(tf, rows, example, per_shard * len(streams), plan.steps)
-        return (mask_bad(batch, log) for batch in batches)
+        return _batches(
+            tf, _in_turn(tf, streams, per_shard), example, per_shard * len(streams), plan.steps - skip
+        )
+
+
+def view_order(records: int, repeats: int) -> list[tuple[int, int]]:
+    """(record, view) of each row of a group, neighbours never of the same record (from 2 records on)."""
+    turn = 1 if records > 2 else 0
+    return [((i + view * turn) % records, view) for view in range(repeats) for i in range(records)]
+
+
+def _stacked(rows: Sequence[tuple[Batch, int]]) -> Batch:
+    """A batch of (views of a record, which of them)."""
+    batch = {key: np.array([made[key] for made, _ in rows]) for key in rows[0][0] if key != "image"}
+    return {"image": np.stack([made["image"][view] for made, view in rows]), **batch}
 
 
 class _Corrupt:
@@ -217,24 +264,6 @@ def mask_bad(batch: Batch, log: _Corrupt) -> Batch:
     return batch
 
 
-def _guarded(tf: Any, decode: Callable[..., Any], shape: tuple[int, ...]) -> Callable[..., tuple[Any, Any]]:
-    """`decode`, but returning (image, did it fail) instead of raising inside the graph.
-
-    Its graph is set up anew for each image, so it is to be small.
-    """
-    black = tf.data.Dataset.from_tensors((tf.zeros(shape, tf.uint8), True))
-
-    def run(*arguments: Any) -> tuple[Any, Any]:
-        @tf.autograph.experimental.do_not_convert
-        def good(*arguments: Any) -> tuple[Any, Any]:
-            return decode(*arguments), False
-
-        made = tf.data.Dataset.from_tensors(arguments).map(good).ignore_errors()
-        return made.concatenate(black).take(1).get_single_element()
-
-    return run
-
-
 def _check_streamable(info: DataInfo, options: AugmentOptions) -> None:
     if options.crop == "pad":
         raise DataError(
@@ -259,7 +288,10 @@ def _in_turn(tf: Any, streams: list[Any], block: int) -> Any:
 
 def _batches(tf: Any, records: Any, example: Any, batch: int, steps: int) -> Iterator[Batch]:
     """Decodes in parallel, in order; yields `steps` numpy batches."""
+    rows = _mapped(tf, records, example).batch(batch, drop_remainder=True)
+    return rows.take(steps).prefetch(2).as_numpy_iterator()
+
+
+def _mapped(tf: Any, records: Any, example: Any) -> Any:
     example = tf.autograph.experimental.do_not_convert(example)
-    rows = records.map(example, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
-    rows = rows.batch(batch, drop_remainder=True).take(steps).prefetch(2)
-    return rows.as_numpy_iterator()
+    return records.map(example, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)

@@ -53,6 +53,29 @@ def _decode(data: Any, channels: int, box: Callable[[Any, Any], Any] | None = No
     return tf.ensure_shape(image, (None, None, channels))
 
 
+def decode_unguarded(data: Any, channels: int, box: Any = None) -> tuple[Any, Any]:
+    """(image, False); an image that does not decode raises."""
+    return _decode(data, channels, box), tensorflow().constant(False)
+
+
+def decode_guarded(data: Any, channels: int, box: Any = None) -> tuple[Any, Any]:
+    """(image, did it fail): a black pixel instead of an error inside the graph.
+
+    Nothing but tf.data can catch an error there, and setting a data set up for
+    each image takes longer than decoding it: see `stream`.
+    """
+    tf = tensorflow()
+    black = tf.data.Dataset.from_tensors((tf.zeros((1, 1, channels), tf.uint8), True))
+
+    @tf.autograph.experimental.do_not_convert
+    def good(data: Any) -> tuple[Any, Any]:
+        return _decode(data, channels, box), False
+
+    made = tf.data.Dataset.from_tensors(data).map(good).ignore_errors()
+    image, bad = made.concatenate(black).take(1).get_single_element()
+    return tf.ensure_shape(image, (None, None, channels)), bad
+
+
 def _stretch(image: Any, size: Any, interpolation: str) -> Any:
     """Resizes the first axis of `[n, m]` to `size`, antialiased; float32 `[size, m]`."""
     tf = tensorflow()
@@ -68,108 +91,141 @@ def _stretch(image: Any, size: Any, interpolation: str) -> Any:
     return tf.reshape(out, tf.stack([size, shape[1]]))
 
 
-def _resize(image: Any, height: Any, width: Any, interpolation: str) -> Any:
-    """uint8 `[h, w, C]` -> uint8 `[height, width, C]`, antialiased as `tf.image.resize`.
+def _resize(image: Any, height: Any, width: Any, interpolation: str, flip: Any = False) -> Any:
+    """uint8 `[h, w, C]` -> uint8 `[height, width, C]`, antialiased as `tf.image.resize`; mirrored if `flip`.
 
-    Rows, then columns, each as a matrix: that takes half the time of both at
-    once, whose inner loop is over three channels.
+    Rows, then columns, each as the rows of a matrix: that takes half the time of
+    both at once, whose inner loop is over three channels.
     """
     tf = tensorflow()
     shape = tf.shape(image)
     channels = image.shape[-1]
     rows = _stretch(tf.reshape(image, tf.stack([shape[0], -1])), height, interpolation)  # [height, w C]
-    rows = tf.reshape(tf.transpose(rows), tf.stack([shape[1], -1]))  # [w, C height]
-    both = tf.transpose(_stretch(rows, width, interpolation))  # [C height, width]
-    both = tf.cast(tf.clip_by_value(tf.floor(both + 0.5), 0.0, 255.0), tf.uint8)
-    both = tf.transpose(tf.reshape(both, (channels, -1)))
-    return tf.reshape(both, tf.stack([height, width, channels]))
+    rows = tf.transpose(tf.reshape(rows, tf.stack([height, shape[1], channels])), (1, 0, 2))
+    both = _stretch(tf.reshape(rows, tf.stack([shape[1], -1])), width, interpolation)  # [width, height C]
+    both = tf.cast(tf.minimum(tf.maximum(both + 0.5, 0.0), 255.0), tf.uint8)
+    order = tf.range(width)
+    both = tf.gather(both, tf.where(flip, width - 1 - order, order))  # lines are cheap to reverse here
+    return tf.transpose(tf.reshape(both, tf.stack([width, height, channels])), (1, 0, 2))
 
 
 def random_box(draws: Any, height: Any, width: Any, options: AugmentOptions) -> Any:
     """`augment.random_boxes` for one image.
 
     Args:
-      draws: float32 `[22]` in [0, 1).
+      draws: float32 `[..., 22]` in [0, 1).
       height, width: int32 scalars.
 
     Returns:
-      int32 `[4]` (top, left, height, width).
+      int32 `[..., 4]` (top, left, height, width).
     """
     tf = tensorflow()
     tall, wide = tf.cast(height, tf.float32), tf.cast(width, tf.float32)
     (low, high), (narrow, broad) = options.scale, options.ratio
-    area = tall * wide * (low + draws[:TRIES] * (high - low))
-    aspect = tf.exp(math.log(narrow) + draws[TRIES : 2 * TRIES] * math.log(broad / narrow))
+    area = tall * wide * (low + draws[..., :TRIES] * (high - low))
+    aspect = tf.exp(math.log(narrow) + draws[..., TRIES : 2 * TRIES] * math.log(broad / narrow))
     w = tf.cast(tf.round(tf.sqrt(area * aspect)), tf.int32)
     h = tf.cast(tf.round(tf.sqrt(area / aspect)), tf.int32)
     fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
-    first = tf.argmax(tf.cast(fits, tf.int32))
-    w, h = w[first], h[first]
-    top = tf.minimum(tf.cast(draws[-2] * tf.cast(height - h + 1, tf.float32), tf.int32), height - h)
-    left = tf.minimum(tf.cast(draws[-1] * tf.cast(width - w + 1, tf.float32), tf.int32), width - w)
+    first = tf.one_hot(tf.argmax(tf.cast(fits, tf.int32), -1), TRIES, dtype=tf.int32)
+    w, h = tf.reduce_sum(w * first, -1), tf.reduce_sum(h * first, -1)
+    top = tf.minimum(tf.cast(draws[..., -2] * tf.cast(height - h + 1, tf.float32), tf.int32), height - h)
+    left = tf.minimum(tf.cast(draws[..., -1] * tf.cast(width - w + 1, tf.float32), tf.int32), width - w)
     most_h = tf.where(wide / tall < narrow, tf.cast(tf.round(wide / narrow), tf.int32), height)
     most_w = tf.where(wide / tall > broad, tf.cast(tf.round(tall * broad), tf.int32), width)
     whole = tf.stack([(height - most_h) // 2, (width - most_w) // 2, most_h, most_w])
-    return tf.where(tf.reduce_any(fits), tf.stack([top, left, h, w]), whole)
+    return tf.where(tf.reduce_any(fits, -1, keepdims=True), tf.stack([top, left, h, w], -1), whole)
 
 
 _DISTORT = 1  # what the seed of the distortion's draws is folded with
 
 
-def train_image(data: Any, seed: Any, size: tuple[int, int], channels: int, options: AugmentOptions) -> Any:
-    """Decodes, crops, resizes and flips one image.
+def train_views(
+    data: Any,
+    seed: Any,
+    size: tuple[int, int],
+    channels: int,
+    options: AugmentOptions,
+    distortion: Distortion | None = None,
+    *,
+    decode: Callable[..., tuple[Any, Any]] = decode_unguarded,
+) -> tuple[Any, Any]:
+    """Decodes one image, then crops, resizes, flips and distorts it once per view.
+
+    A single view decodes its crop only; several share the whole image.
 
     Args:
       data: the encoded image.
       seed: int64 `[2]`, keys every draw.
       size: (h, w) of the result.
+      decode: `decode_unguarded` or `decode_guarded`.
 
     Returns:
-      uint8 `[h, w, channels]`.
+      (uint8 `[options.repeats, h, w, channels]`, bool: it did not decode).
     """
     tf = tensorflow()
-    draws = tf.random.stateless_uniform((2 * TRIES + 3,), seed)
-    if options.crop == "random_resized":
-        box = functools.partial(random_box, draws[:-1], options=options)
-        image = _resize(_decode(data, channels, box), *size, options.interpolation)
+    views, crops = options.repeats, options.crop == "random_resized"
+    draws = tf.random.stateless_uniform((views, 2 * TRIES + 3), seed)
+    places = draws[:, : 2 * TRIES + 2]
+    if crops and views == 1:
+        image, bad = decode(data, channels, functools.partial(random_box, places[0], options=options))
     else:
-        image = eval_image(data, size, channels, 1.0, options.interpolation)
-    image = tf.where(draws[-1] < options.flip, image[:, ::-1], image)
-    return tf.ensure_shape(image, (*size, channels))
-
-
-def distort_image(image: Any, seed: Any, distortion: Distortion) -> Any:
-    """RandAugment or colour jitter of a cropped uint8 image `[h, w, C]`, keyed like `train_image`."""
-    tf = tensorflow()
-    seed = tf.random.experimental.stateless_fold_in(seed, _DISTORT)
-    return distortion(image, tf.random.stateless_uniform((distortion.width,), seed))
+        image, bad = decode(data, channels)
+    if crops and views > 1:
+        boxes = random_box(places, tf.shape(image)[0], tf.shape(image)[1], options)
+    made = []
+    for view in range(views):
+        piece = image
+        if crops and views > 1:
+            top, left, tall, wide = tf.unstack(boxes[view])
+            piece = image[top : top + tall, left : left + wide]
+        flip = draws[view, 2 * TRIES + 2] < options.flip
+        if crops:
+            piece = _resize(piece, *size, options.interpolation, flip)
+        else:
+            piece = _centre(piece, size, 1.0, options.interpolation)
+            piece = tf.cond(flip, lambda piece=piece: tf.reverse(piece, [1]), lambda piece=piece: piece)
+        piece = tf.ensure_shape(piece, (*size, channels))
+        made.append(piece)
+    if distortion:
+        seed = tf.random.experimental.stateless_fold_in(seed, _DISTORT)
+        draws = tf.random.stateless_uniform((views, distortion.width), seed)
+        made = [distortion(piece, draws[view]) for view, piece in enumerate(made)]
+    return tf.stack(made), bad
 
 
 @functools.lru_cache(maxsize=16)
 def compiled_train(
-    size: tuple[int, int], channels: int, options: AugmentOptions
-) -> Callable[[Any, Any], Any]:
-    """`train_image` of (data, seed) as a graph that every epoch reuses."""
+    size: tuple[int, int],
+    channels: int,
+    options: AugmentOptions,
+    distortion: Distortion | None,
+    guarded: bool,
+) -> Callable[[Any, Any], tuple[Any, Any]]:
+    """`train_views` of (data, seed) as a graph that every epoch reuses."""
     tf = tensorflow()
     signature = (tf.TensorSpec((), tf.string), tf.TensorSpec((2,), tf.int64))
+    decode = decode_guarded if guarded else decode_unguarded
 
     @tf.function(input_signature=signature, autograph=False)
-    def run(data: Any, seed: Any) -> Any:
-        return train_image(data, seed, size, channels, options)
+    def run(data: Any, seed: Any) -> tuple[Any, Any]:
+        return train_views(data, seed, size, channels, options, distortion, decode=decode)
 
     return run
 
 
 @functools.lru_cache(maxsize=16)
 def compiled_eval(
-    size: tuple[int, int], channels: int, crop_pct: float, interpolation: str
-) -> Callable[[Any], Any]:
-    """`eval_image` of the encoded image, likewise."""
+    size: tuple[int, int], channels: int, crop_pct: float, interpolation: str, guarded: bool
+) -> Callable[[Any], tuple[Any, Any]]:
+    """`eval_image` of the encoded image and whether it did not decode, likewise."""
     tf = tensorflow()
+    decode = decode_guarded if guarded else decode_unguarded
 
     @tf.function(input_signature=(tf.TensorSpec((), tf.string),), autograph=False)
-    def run(data: Any) -> Any:
-        return eval_image(data, size, channels, crop_pct, interpolation)
+    def run(data: Any) -> tuple[Any, Any]:
+        image, bad = decode(data, channels)
+        return tf.ensure_shape(_centre(image, size, crop_pct, interpolation), (*size, channels)), bad
 
     return run
 
@@ -180,8 +236,12 @@ def eval_image(data: Any, size: tuple[int, int], channels: int, crop_pct: float,
     Returns:
       uint8 `[h, w, channels]`; an image of the right size comes back unchanged.
     """
+    image = _centre(_decode(data, channels), size, crop_pct, interpolation)
+    return tensorflow().ensure_shape(image, (*size, channels))
+
+
+def _centre(image: Any, size: tuple[int, int], crop_pct: float, interpolation: str) -> Any:
     tf = tensorflow()
-    image = _decode(data, channels)
     height, width = tf.shape(image)[0], tf.shape(image)[1]
     tall, wide = int(size[0] / crop_pct), int(size[1] / crop_pct)
 
@@ -195,4 +255,4 @@ def eval_image(data: Any, size: tuple[int, int], channels: int, crop_pct: float,
         return resized[top : top + size[0], left : left + size[1]]
 
     untouched = (height == size[0]) & (width == size[1])
-    return tf.ensure_shape(tf.cond(untouched, lambda: image, fit), (*size, channels))
+    return tf.cond(untouched, lambda: image, fit)

@@ -12,9 +12,13 @@ class Sites:
     Attributes:
       nested: a site sees what the one before it left. False: every site starts
         from a whole grid of its own.
+      site_noun: what the positions of sites count.
+      resize: how the official code resizes position embeddings.
     """
 
     nested = True
+    site_noun = "block"
+    resize = "bicubic"
 
     def sites_of(self, score: str) -> tuple[int, ...]:
         """Where a method with this scorer reduces unless told otherwise."""
@@ -27,6 +31,10 @@ class Sites:
     def site_rates(self, rate: float, sites: int) -> tuple[float, ...] | float:
         """One keep rate as one per site; a number leaves that to the method's own rule."""
         return rate
+
+    def positions_of(self, path: str) -> tuple[int, tuple[int, int]]:
+        """(prefix rows, grid) of a position embedding, by its path in the tree of variables."""
+        return self.prefix, self.grid
 
     def refuse(self, *, score: str, fuse: str, at: tuple[int, ...]) -> str | None:
         """Why a method makes no sense here, as the end of a sentence; None if it does.

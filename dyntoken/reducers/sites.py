@@ -36,7 +36,9 @@ def make_sites(
     """
     at = tuple(at)
     if list(at) != sorted(set(at)) or not at or at[0] < 0 or at[-1] >= body.depth:
-        raise ValueError(f"at={at} must be increasing block indices between 0 and {body.depth - 1}")
+        raise ValueError(
+            f"at={at} must be increasing {body.site_noun} indices between 0 and {body.depth - 1}"
+        )
     row = reducers.method(method, **options)
     _check_pairing(body, method, row, at, arch)
     sites = []
@@ -61,8 +63,9 @@ def _check_pairing(body: Any, method: str, row: reducers.Method, at: tuple[int, 
     reason = refusal(body, row, at)
     if reason is None:
         return
-    working = [name for name in reducers.METHODS if refusal(body, reducers.METHODS[name]) is None]
-    instead = f"{', '.join(working)} work there" if working else "no method works there"
+    working = [name for name in reducers.METHODS if refusal(body, reducers.METHODS[name], at) is None]
+    verb = "works" if len(working) == 1 else "work"
+    instead = f"{', '.join(working)} {verb} there" if working else "no method works there"
     raise ValueError(f"method {method!r} at {at} makes no sense in {arch}: {reason}; {instead}")
 
 

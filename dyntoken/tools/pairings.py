@@ -58,7 +58,7 @@ def _sites(name: str) -> tuple[int, ...]:
 
 
 def markdown(found: dict[str, dict[str, str]]) -> str:
-    """The table and, below it, the reasons."""
+    """The table and, below it, the reasons, each once; `create_model` adds what works instead."""
     reasons: list[str] = []
     lines = [f"| | {' | '.join(PREFIXES)} |", f"|---|{'---|' * len(PREFIXES)}"]
     for arch, row in found.items():
@@ -71,7 +71,7 @@ def markdown(found: dict[str, dict[str, str]]) -> str:
 def _cell(text: str, reasons: list[str]) -> str:
     if not text.startswith("no: "):
         return text
-    reason = text.removeprefix("no: ")
+    reason = text.partition("no: ")[2].partition(": ")[2].partition("; ")[0]  # without names and advice
     if reason not in reasons:
         reasons.append(reason)
     return f"no ({reasons.index(reason) + 1})"

@@ -1,9 +1,10 @@
 """One of two processes that train `config()` together, with two CPU devices each.
 
-    python -m tests.train.pair PORT PROCESS WORKDIR [--hang=STEP] [--train=N] [--pieces]
+    python -m tests.train.pair PORT PROCESS WORKDIR [--hang=STEP] [--train=N] [--pieces | --images=DIR]
 
 `--hang` stops after a step until it is killed; `--train` gives this process a training
-split of another size; `--pieces` cuts the batch into slices and the state into pieces.
+split of another size; `--pieces` cuts the batch into slices and the state into pieces;
+`--images` trains `everything(DIR)` instead.
 """
 
 from __future__ import annotations
@@ -27,7 +28,24 @@ def config(**overrides):
         model__drop_path=0.1,
         losses__keep_ratio={"weight": 2.0},
         ema=0.9,
-        checkpoint_steps=3,
+        **{"checkpoint_steps": 3, **overrides},
+    )
+
+
+def everything(images, **overrides):
+    """`config()` on a folder of JPEGs for 20 steps, with all of DeiT's augmentation."""
+    return config(
+        data={
+            "name": f"folder:{images}",
+            "eval_split": "val",
+            "size": 16,
+            "shards": 4,
+            "augment": {"flip": 0.5, "rand_augment": "rand-m9-mstd0.5-inc1", "repeats": 3},
+        },
+        mix__smoothing=0.1,
+        mix__erase=0.25,
+        steps=20,
+        checkpoint_steps=6,
         **overrides,
     )
 
@@ -40,6 +58,7 @@ def main() -> None:
     parser.add_argument("--hang", type=int)
     parser.add_argument("--train", type=int, default=64)
     parser.add_argument("--pieces", action="store_true")
+    parser.add_argument("--images")
     args = parser.parse_args()
     pieces = {"accumulate": 2, "shard": "params"} if args.pieces else {}
 
@@ -59,7 +78,8 @@ def main() -> None:
     )
     from dyntoken import train
 
-    result = train.run(config(data__options__train=args.train, **pieces), args.workdir, log=log)
+    chosen = everything(args.images) if args.images else config(data__options__train=args.train, **pieces)
+    result = train.run(chosen, args.workdir, log=log)
     print("mesh", result.plan.mesh.size, "count", result.metrics.get("count"), flush=True)
 
 

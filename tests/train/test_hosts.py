@@ -22,7 +22,7 @@ from etils import epath
 from dyntoken import train
 from dyntoken.train import hosts, loop
 from dyntoken.train.plan import build
-from tests.train.pair import config
+from tests.train.pair import config, everything
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 LIMIT_S = 300  # a hang is a failure
@@ -85,18 +85,21 @@ def assert_close(a, b):
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-5), a, b)
 
 
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-    """The same run by one process on one device: (result, rows)."""
-    workdir = tmp_path_factory.mktemp("alone")
+def run_alone(chosen, workdir):
+    """A run by one process on one device: (result, rows)."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "build", functools.partial(build, devices=jax.devices()[:1]))
-        result = train.run(config(), workdir, log=[].append)
+        result = train.run(chosen, workdir, log=[].append)
     assert result.plan.mesh.size == 1
     return result, rows(workdir)
 
 
-def assert_same_run(workdir, alone):
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    return run_alone(config(), tmp_path_factory.mktemp("alone"))
+
+
+def assert_same_run(workdir, alone, again_config=None, steps=6, count=37):
     """What the workdir says and holds is what one device makes."""
     result, expected = alone
     found = rows(workdir)
@@ -105,8 +108,8 @@ def assert_same_run(workdir, alone):
         assert here.keys() == there.keys() and here.get("count") == there.get("count")
         for name, value in there.items():
             assert here[name] == value or here[name] == pytest.approx(value, abs=1e-5), name
-    again = train.run(config(), workdir, log=[].append)
-    assert int(again.state.step) == 6 and again.metrics["count"] == 37
+    again = train.run(again_config or config(), workdir, log=[].append)
+    assert int(again.state.step) == steps and again.metrics["count"] == count
     assert_close(again.state.params, result.state.params)
     assert_close(again.state.ema, result.state.ema)
 
@@ -120,9 +123,9 @@ def test_two_processes_train_and_evaluate_as_one(tmp_path, alone):
     assert not list((tmp_path / "run").glob(".probe*"))
 
 
-def wait_for_checkpoint(workdir, processes, outputs, step):
+def wait_for_checkpoint(workdir, processes, outputs, step, said="step 4/6"):
     deadline = time.monotonic() + LIMIT_S
-    while not ((workdir / "checkpoints" / str(step)).exists() and "step 4/6" in outputs[0].read_text()):
+    while not ((workdir / "checkpoints" / str(step)).exists() and said in outputs[0].read_text()):
         assert all(process.poll() is None for process in processes), outputs[0].read_text()
         assert time.monotonic() < deadline
         time.sleep(0.1)
@@ -139,6 +142,59 @@ def test_two_processes_killed_go_on_as_one(tmp_path, alone, options):
     resumed = train.run(config(), tmp_path / "run", log=lines.append)
     assert resumed.finished and "resuming at step 3 of 6" in lines
     assert_same_run(tmp_path / "run", alone)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """Pieces of a photograph that matplotlib ships, JPEGs in a folder per class: 100 to train on, 30 to evaluate.
+
+    Those with the richest patches: between flat ones rounding would decide which are kept.
+    """
+    pillow = pytest.importorskip("PIL.Image")
+    cbook = pytest.importorskip("matplotlib.cbook")
+    pytest.importorskip("tensorflow")
+    root = tmp_path_factory.mktemp("images")
+
+    def flattest(piece) -> float:
+        small = np.asarray(piece.resize((16, 16))).astype(float)
+        return min(small[y : y + 8, x : x + 8].std() for y in (0, 8) for x in (0, 8))
+
+    with pillow.open(cbook.get_sample_data("grace_hopper.jpg", asfileobj=False)) as photo:
+        places = [(left, top) for top in range(0, 540, 25) for left in range(0, 440, 25)]
+        pieces = [photo.crop((left, top, left + 60 + left % 7, top + 50)) for left, top in places]
+    for number, piece in enumerate(sorted(pieces, key=flattest, reverse=True)[:130]):
+        folder = root / ("train" if number % 13 < 10 else "val") / str(number % 10)
+        folder.mkdir(parents=True, exist_ok=True)
+        piece.save(folder / f"{number}.jpg")
+    return root
+
+
+@pytest.fixture(scope="module")
+def everything_alone(images, tmp_path_factory):
+    return run_alone(everything(images), tmp_path_factory.mktemp("everything"))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_two_processes_are_one_with_all_augmentation_on_real_images(tmp_path, images, everything_alone):
+    with pair(tmp_path, f"--images={images}") as (processes, outputs):
+        finish(processes, outputs)
+    assert_same_run(tmp_path / "run", everything_alone, everything(images), 20, 30)
+    losses = [row["loss"] for row in rows(tmp_path / "run") if row["kind"] == "train"]
+    assert len(losses) == 20 and len(set(losses)) == 20
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_all_augmentation_survives_a_kill_and_another_number_of_processes(tmp_path, images, everything_alone):
+    with pair(tmp_path, f"--images={images}", "--hang=9") as (processes, outputs):
+        wait_for_checkpoint(tmp_path / "run", processes, outputs, 6, "step 9/20")
+        for process in processes:
+            process.send_signal(signal.SIGKILL)
+    lines = []
+    assert train.run(everything(images), tmp_path / "run", log=lines.append).finished
+    assert "resuming at step 6 of 20" in lines
+    assert_same_run(tmp_path / "run", everything_alone, everything(images), 20, 30)
 
 
 @pytest.mark.slow
