@@ -65,7 +65,7 @@ def _collectives(found: Mapping[str, Any]) -> str:
 
 
 def _size(count: int) -> str:
-    return f"{count / MIB:.2f} MiB" if count >= MIB else str(count)
+    return f"{count / MIB:.2f} MiB" if count >= MIB else f"{count} B"
 
 
 def _movements(found: Mapping[str, Any]) -> str:
