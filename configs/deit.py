@@ -9,8 +9,8 @@ Published (facebookresearch/deit, 300 epochs, 224 px): T 72.2 at 1.25 GMACs, S
 79.8 at 4.60, B 81.8 at 17.56. On ImageNet: not yet run. Crop, flip, RandAugment
 (rand-m9-mstd0.5-inc1), random erasing (0.25), repeated augmentation (3 views),
 mixup, cutmix, smoothing and stochastic depth are DeiT's. What differs: mixup pairs
-neighbouring images, and the views of an image lie in different data shards, so
-that both are the same on any number of devices.
+neighbouring images, never two views of one, so that the result is the same on any
+number of devices.
 
 `fashion` trains the small model that ships with the package, on all 60,000
 images of Fashion-MNIST (`python -m dyntoken.data.prepare_fashion_mnist` writes
