@@ -117,7 +117,7 @@ def test_the_recipe_of_cifar10_builds():
 
     plan = train.build(recipes.load("configs/tps_deit.py:cifar10,keep=0.5"))
     assert plan.info.name == "cifar10" and plan.total_steps == 100 * (50_000 // 256)
-    assert plan.model.at == (2, 3, 4) and plan.model.keep == (32, 16, 8)
+    assert plan.model.at == (2, 3, 4) and plan.model.keep == 0.5
     assert set(plan.settings.losses) == {"ce", "keep_ratio"} and plan.teacher is None
 
 
