@@ -27,10 +27,12 @@ DATA = [
     'tensorflow-cpu>=2.18; sys_platform == "linux" and platform_machine == "x86_64"',
     'tensorflow>=2.18; sys_platform != "linux" or platform_machine != "x86_64"',
 ]
+TENSORBOARD = ["tensorboardX>=2.6"]
 VIZ = ["matplotlib>=3.9", "pillow>=11.0"]
 EXTRAS = {
     "data": DATA,
     "viz": VIZ,
+    "tensorboard": TENSORBOARD,
     "torch": ["torch>=2.6"],
     "hub": ["huggingface_hub>=0.30"],
     "export": ["flatbuffers>=24.3", "jax2onnx>=0.15", "onnxruntime>=1.20"],
@@ -40,6 +42,7 @@ EXTRAS = {
     "dev": [
         *DATA,
         *VIZ,
+        *TENSORBOARD,
         "pytest>=8.3",
         "pytest-xdist>=3.6",
         "hypothesis>=6.120",

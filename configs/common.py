@@ -45,6 +45,8 @@ def base():
     c = ml_collections.ConfigDict()
     c.seed = 0
     c.batch = 1024  # images per step, over all devices
+    c.accumulate = 1  # slices of a device's images, one after the other: less memory, the same step
+    c.shard = "none"  # or "optimizer", "params": each device holds a piece of them; the same step
     c.epochs = 30.0
     c.steps = 0  # > 0 wins over epochs
     c.log_steps = 50
@@ -52,10 +54,19 @@ def base():
     c.eval_epochs = 1.0  # 0: evaluate only at the end
     c.checkpoint_steps = 1000
     c.keep_checkpoints = 2
+    c.keep_best = 0  # so many of the best stay besides; every evaluation then saves
+    c.best_metric = "top1"  # or "ema/top1", "loss", "LABEL/top1" of a further set
+    c.rewind = 0  # so often a run may go back to its last checkpoint from a loss that is not finite
     c.resume = config_dict.placeholder(str)  # workdir of another run to go on from
+    c.profile = {"start": 20, "steps": 0}  # steps > 0: jax.profiler traces them into WORKDIR/profile
+    c.tensorboard = False  # also write WORKDIR/tensorboard (pip install "dyntoken[tensorboard]")
+    c.curves = True  # draw WORKDIR/curves.png at every evaluation, if matplotlib is there
     c.ema = 0.0  # decay of the weight average; 0 for none
 
-    c.model = ml_collections.ConfigDict({"name": ""})  # and any keyword of create_model
+    # and any keyword of create_model: keep, at, ...; dtype="bfloat16", scan, remat
+    c.model = ml_collections.ConfigDict({"name": ""})
+    # Keeps every token until start_epoch, model.keep from end_epoch on (0: always), in so many levels.
+    c.keep_schedule = {"start_epoch": 0, "end_epoch": 0, "levels": 5}
 
     c.data = ml_collections.ConfigDict()
     c.data.name = "imagenet2012"
@@ -74,6 +85,9 @@ def base():
     c.data.eval = {"crop_pct": 0.875, "interpolation": "bicubic"}
     c.data.options = ml_collections.ConfigDict()
 
+    # Further sets to evaluate on: {"v2": {"name": "imagenet_v2", "split": "test"}} adds v2/top1.
+    c.evals = ml_collections.ConfigDict()
+
     c.mix = {
         "mixup": 0.8,
         "cutmix": 1.0,
@@ -85,7 +99,9 @@ def base():
     c.losses = ml_collections.ConfigDict()
     c.optim = ml_collections.ConfigDict()
     c.teacher = ml_collections.ConfigDict({"name": "", "weights": ""})
-    c.init = ml_collections.ConfigDict({"path": "", "head": "keep"})  # weights to start from
+    c.init = ml_collections.ConfigDict(
+        {"path": "", "head": "keep", "step": "newest"}
+    )  # weights to start from
     c.compare = False  # demo: table of linear, dense, drop and this run, and a picture
     return c
 
@@ -102,13 +118,41 @@ def deit_augment(c, repeats=3, policy="rand-m9-mstd0.5-inc1"):
 
 
 SIZES = {"t": "tiny", "s": "small", "b": "base"}
+DEIT = {"size": "s", "pixels": 224, "inat": False}
 
 
-def deit_name(size):
+def size_name(size):
+    """`"s"` to `"small"`."""
+    if size not in SIZES:
+        raise ValueError(f"size={size} is not one of {', '.join(SIZES)}")
+    return SIZES[size]
+
+
+def deit_name(size, pixels=224):
     """`"s"` to `"deit_small_patch16_224"`."""
     if size not in SIZES:
         raise ValueError(f"size={size} is not one of {', '.join(SIZES)}")
-    return f"deit_{SIZES[size]}_patch16_224"
+    return f"deit_{SIZES[size]}_patch16_{pixels}"
+
+
+def deit(arg):
+    """`base` with the dense DeiT of `arg` (entries of `DEIT`) on ImageNet or iNaturalist 2019."""
+    c = base()
+    c.model.name = deit_name(arg.size, arg.pixels)
+    c.init.path = f"weights/{c.model.name}.safetensors"
+    c.data.size = arg.pixels
+    if arg.inat:
+        c.data.name = "i_naturalist2019"
+        c.init.path = f"weights/{c.model.name}_inat2019.safetensors"
+    return c
+
+
+def distilled(arg, auto=True):
+    """Whether `distill=auto|true|false` asks for a teacher; `auto` is what the official recipe does."""
+    choices = {"auto": auto, "true": True, "false": False}
+    if arg.distill not in choices:
+        raise ValueError(f"distill={arg.distill} is not one of {', '.join(choices)}")
+    return choices[arg.distill]
 
 
 def tps(c, variant, *, distill=True):
@@ -130,6 +174,81 @@ def tps(c, variant, *, distill=True):
         "weight_decay": 0.05,
         "decay": "all",
     }
+
+
+# Arguments of the recipes whose models reduce stage by stage.
+STAGES = {"variant": "dtps", "keep": 0.0, "at": (), "dropped": "zero", "demo": False, "tiny": False}
+
+
+def tps_stages(c, arg, demo_model, tiny_model):
+    """TPS's recipe on a backbone that reduces stage by stage; `c` has the dense model, `arg` `STAGES`."""
+    if arg.variant not in ("dtps", "etps"):
+        raise ValueError(f"variant={arg.variant} is not one of dtps, etps")
+    c.init.path = f"weights/{c.model.name}.safetensors"
+    tps(c, arg.variant)
+    if arg.demo:
+        demo_from_scratch(c, **demo_model)
+        c.batch = 40  # steps are what a fresh model needs
+        c.data.eval.batch = 200
+        c.log_steps = 100
+        c.checkpoint_steps = 400
+    if arg.tiny:
+        name = c.model.name
+        tiny(c)
+        c.model = ml_collections.ConfigDict({"name": name, **tiny_model})
+        c.optim.warmup_epochs = 0
+    from_dense(c, arg.variant, arg.keep or (0.5 if arg.demo else 0.7), arg.at)
+    c.model.dropped = arg.dropped
+    return c
+
+
+def dual_path(c, arg, demo_model, tiny_model):
+    """What raoyongming/DynamicViT trains Swin and ConvNeXt with; `c` has the dense model.
+
+    120 epochs in batches of 4096 (its 8 devices add up 4 batches of 1024), learning
+    rate 4e-3 x batch / 4096 after 20 epochs of warm-up; the backbone frozen for 5
+    epochs, then at 0.2 of that rate; EMA 0.9999; keep-ratio loss of weight 10, the KL
+    of the class logits and the squared distance of the whole feature map. Crop,
+    flip, RandAugment (rand-m9-mstd0.5-inc1), random erasing (0.25), mixup, cutmix and
+    smoothing are its own, those of DeiT; no repeated augmentation. What differs: mixup
+    pairs neighbouring images.
+    """
+    c.init.path = f"weights/{c.model.name}.safetensors"
+    c.batch = 4096
+    c.epochs = 120.0
+    c.ema = 0.9999
+    deit_augment(c, repeats=1)
+    c.losses = {
+        "ce": {"weight": 1.0},
+        "keep_ratio": {"weight": 10.0},
+        "logit_kl": {"weight": 0.5},
+        "token_distill": {"weight": 0.5, "variant": "mse"},
+    }
+    c.optim = {
+        "lr": c.get_ref("batch").to_float() * (4e-3 / 4096),
+        "min_lr": 1e-6,
+        "schedule": "cosine",
+        "warmup_epochs": 20,
+        "warmup_lr": 0.0,
+        "weight_decay": 0.05,
+        "decay": "not_1d",
+        "backbone_freeze_epochs": 5,
+        "backbone_lr_scale": 0.2,
+    }
+    if arg.demo:
+        demo_from_scratch(c, **demo_model)
+        c.data.size = 32  # 28 pixels do not halve often enough
+        c.data.eval.crop_pct = 1.0
+        c.batch = 80
+        c.epochs = 4.0
+        c.log_steps = 50
+    if arg.tiny:
+        name = c.model.name
+        tiny(c)
+        c.model = ml_collections.ConfigDict({"name": name, **tiny_model})
+        c.optim.warmup_epochs = 0
+    from_dense(c, "dynamicvit", arg.keep or 0.7, arg.at)
+    return c
 
 
 def dvt(c, arg, recipe):
@@ -275,10 +394,11 @@ def demo_from_scratch(c, losses=("ce", "keep_ratio"), **model):
     c.optim.update({"lr": 1.5e-3, "warmup_epochs": 0.3, "backbone_lr_scale": 1.0})
 
 
-def tiny(c, **model):
+def tiny(c, at=(), **model):
     """Made images and a toy model: two steps, to see that everything fits.
 
-    `model` replaces the toy's patch size by what another kind of model needs.
+    Deep enough for sites `at`; `model` replaces the toy's patch size by what
+    another kind of model needs.
     """
     c.data.name = "fake"
     c.data.eval_split = "test"
@@ -286,12 +406,14 @@ def tiny(c, **model):
     c.data.augment.update({"rand_augment": None, "repeats": 1})
     c.mix.erase = 0.0
     c.data.options = {"num_classes": 4, "train": 64, "test": 24, "image_size": 16, "channels": 3}
-    c.model.update({"width": 24, "depth": 4, "heads": 2, **(model or {"patch_size": 4})})
+    depth = max([4, *(site + 1 for site in at)])
+    c.model.update({"width": 24, "depth": depth, "heads": 2, **(model or {"patch_size": 4})})
     c.init.path = ""
     c.losses = {key: spec for key, spec in c.losses.items() if key not in ("logit_kl", "token_distill")}
     c.batch = 16
     c.steps = 2
     c.log_steps = 1
+    c.curves = False
     c.checkpoint_steps = 1
 
 

@@ -5,12 +5,27 @@
     python -m dyntoken.main --config=configs/deit.py:demo
     python -m dyntoken.main --config=configs/deit.py:tiny
 
-Published (facebookresearch/deit, 300 epochs, 224 px): T 72.2 at 1.25 GMACs, S
-79.8 at 4.60, B 81.8 at 17.56. On ImageNet: not yet run. Crop, flip, RandAugment
+One argument per published row (facebookresearch/deit); GMACs as `tools.flops` counts
+them. On ImageNet: not yet run.
+
+    argument            GMACs   top-1
+    size=t              1.254   72.2
+    size=s              4.599   79.9
+    size=b             17.564   81.8
+    size=b,pixels=384  55.484   82.9
+    size=s,pixels=384  15.490   no number found
+    size=b,inat=true   17.564   no number found
+
+300 epochs at batch 1024, learning rate 5e-4 x batch / 512. Crop, flip, RandAugment
 (rand-m9-mstd0.5-inc1), random erasing (0.25), repeated augmentation (3 views),
 mixup, cutmix, smoothing and stochastic depth are DeiT's. What differs: mixup pairs
 neighbouring images, never two views of one, so that the result is the same on any
 number of devices.
+
+`pixels=384` fine-tunes weights of 224 pixels: 30 epochs at batch 512 and the constant
+rate 5e-6 x batch / 512, weight decay 1e-8 (README_deit.md). `inat` fine-tunes them on
+iNaturalist 2019 with a new classifier: 360 epochs at batch 768, 7.5e-5 x batch / 768,
+random erasing 0.1 (facebookresearch/deit issue 105).
 
 `fashion` trains the small model that ships with the package, on all 60,000
 images of Fashion-MNIST (`python -m dyntoken.data.prepare_fashion_mnist` writes
@@ -21,23 +36,36 @@ from configs import common
 
 
 def get_config(arg=None):
-    """`size=t|s|b`, `fashion`, `demo`, `tiny`."""
-    arg = common.parse_arg(arg, size="s", fashion=False, demo=False, tiny=False)
-    c = common.base()
-    c.model.name = common.deit_name(arg.size)
+    """`size=t|s|b`, `pixels=224|384`, `inat`, `fashion`, `demo`, `tiny`."""
+    arg = common.parse_arg(arg, **common.DEIT, fashion=False, demo=False, tiny=False)
+    c = common.deit(arg)
     c.model.drop_path = 0.1
     common.deit_augment(c)
     c.epochs = 300.0
     c.ema = 0.99996
     c.losses = {"ce": {"weight": 1.0}}
+    c.init.path = ""
+    per_image = 5e-4 / 512
+    optim = {"min_lr": 1e-5, "weight_decay": 0.05}
+    if arg.pixels > 224:
+        c.init.path = f"weights/{common.deit_name(arg.size)}.safetensors"
+        c.batch = 512
+        c.epochs = 30.0
+        per_image = 5e-6 / 512
+        optim = {"min_lr": c.get_ref("batch").to_float() * per_image, "weight_decay": 1e-8}
+    if arg.inat:
+        c.init = {"path": f"weights/{common.deit_name(arg.size)}.safetensors", "head": "reset"}
+        c.batch = 768
+        c.epochs = 360.0
+        c.mix.erase = 0.1
+        per_image = 7.5e-5 / 768
     c.optim = {
-        "lr": c.get_ref("batch").to_float() * (5e-4 / 512),
-        "min_lr": 1e-5,
+        "lr": c.get_ref("batch").to_float() * per_image,
         "schedule": "cosine_epoch",
         "warmup_epochs": 5,
         "warmup_lr": 1e-6,
-        "weight_decay": 0.05,
         "decay": "not_1d",
+        **optim,
     }
     if arg.demo or arg.fashion:
         common.demo(c)

@@ -5,9 +5,14 @@
     python -m dyntoken.main --config=configs/dynamicvit_lvvit.py:demo
     python -m dyntoken.main --config=configs/dynamicvit_lvvit.py:tiny
 
-Published (NeurIPS 2021, 224 px): LV-ViT-S dense / 0.7 / 0.5: 83.3 / 83.0 / 82.0 at
-6.6 / 4.6 / 3.7 GMACs; LV-ViT-M dense / 0.8 / 0.7: 84.0 / 83.9 / 83.8 at 12.7 /
-9.6 / 8.5. On ImageNet: not yet run.
+One argument per published row (NeurIPS 2021, 224 px); GMACs as `tools.flops` counts
+them. Dense: S 83.3 at 6.551, M 84.0 at 12.678. On ImageNet: not yet run.
+
+    argument         GMACs   top-1
+    keep=0.7         4.650   83.0
+    keep=0.5         3.790   82.0
+    size=m,keep=0.8  9.783   83.9
+    size=m,keep=0.7  8.593   83.8
 
 Follows raoyongming/DynamicViT: batch 512 (S) or 384 (M), learning rate 1e-3 x
 batch / 1024 (the paper's rule); the backbone frozen for 5 epochs, then at 0.01 of that rate; class

@@ -1,13 +1,35 @@
-"""EViT on DeiT: 30 epochs from a dense DeiT, without a teacher.
+"""EViT on DeiT: 30 epochs from a dense DeiT, or 300 from scratch, without a teacher.
 
     python -m dyntoken.main --config=configs/evit_deit.py --workdir=runs/evit_deit_s
     python -m dyntoken.main --config=configs/evit_deit.py:keep=0.5,fuse=false
+    python -m dyntoken.main --config=configs/evit_deit.py:scratch,keep=0.7 --workdir=runs/evit_deit_s_scratch
     python -m dyntoken.main --config=configs/evit_deit.py:demo
     python -m dyntoken.main --config=configs/evit_deit.py:tiny
 
-Published (youweiliang/evit, DeiT-S, 30 epochs, with the fused token), keep 0.9 /
-0.8 / 0.7 / 0.6 / 0.5: 79.8 / 79.8 / 79.5 / 78.9 / 78.5 at 4.0 / 3.5 / 3.0 / 2.6 /
-2.3 GMACs; without it 79.9 / 79.7 / 79.4 / 79.1 / 78.4. On ImageNet: not yet run.
+One argument per published row; GMACs as `tools.flops` counts them. [R] the model zoo of
+youweiliang/evit, [T] read off the main figure of TPS (CVPR 2023). On ImageNet: not yet run.
+
+    argument                     GMACs   top-1
+    keep=0.9                     4.022   79.8 [R]
+    keep=0.8                     3.477   79.8 [R]
+    keep=0.7                     3.029   79.5 [R], 79.51 [T]
+    keep=0.6                     2.635   78.9 [R]
+    keep=0.5                     2.309   78.5 [R], 78.67 [T]
+    keep=0.9,fuse=false          3.988   79.9 [R]
+    keep=0.8,fuse=false          3.444   79.7 [R]
+    keep=0.7,fuse=false          2.997   79.4 [R]
+    keep=0.6,fuse=false          2.608   79.1 [R]
+    keep=0.5,fuse=false          2.282   78.4 [R]
+    keep=0.7,at=3-5-7-9          2.746   79.22 [T]
+    keep=0.7,at=2-4-6-8          2.462   78.70 [T]
+    keep=0.5,at=3-5-7-9          2.073   77.50 [T]
+    keep=0.5,at=2-4-6-8          1.723   76.18 [T]
+    size=t,keep=0.7              0.821   71.92 [T]
+    size=t,keep=0.7,at=3-5-7-9   0.745   71.42 [T]
+    size=t,keep=0.7,at=2-4-6-8   0.667   70.39 [T]
+    size=t,keep=0.5              0.629   70.12 [T]
+    size=t,keep=0.5,at=3-5-7-9   0.568   68.99 [T]
+    size=t,keep=0.5,at=2-4-6-8   0.473   66.28 [T]
 
 Follows youweiliang/evit's fine-tuning: batch 2048, learning rate 2e-5 x batch /
 512, weight decay 1e-6, no warm-up, dropout layers off, EMA 0.99996. Tokens are
@@ -15,35 +37,52 @@ really dropped in training, so the steps are cheaper than dense ones. Crop, flip
 RandAugment (rand-m9-mstd0.5-inc1), random erasing (0.25), repeated augmentation (3
 views), mixup, cutmix and smoothing are its own, those of DeiT; timm drops its colour
 jitter beside RandAugment. What differs: mixup pairs neighbouring images.
+
+`scratch` is the repository's run_code.sh: 300 epochs at batch 1024, learning rate 5e-4 x
+batch / 512, weight decay 0.05, stochastic depth 0.1. Every token stays for 10 epochs,
+then the keep rate falls by a cosine until epoch 110. What differs: it falls in 5 levels,
+one compilation each (there at every step), and evaluations drop what the final model does.
 """
 
 from configs import common
 
 
 def get_config(arg=None):
-    """`size=t|s|b`, `keep=`, `at=`, `fuse=true|false`, `demo`, `tiny`."""
-    arg = common.parse_arg(arg, size="s", keep=0.0, at=(), fuse=True, demo=False, tiny=False)
-    c = common.base()
-    c.model.name = common.deit_name(arg.size)
-    c.init.path = f"weights/{c.model.name}.safetensors"
+    """`size=t|s|b`, `pixels=224|384`, `inat`, `keep=`, `at=`, `fuse=true|false`, `scratch`, `demo`, `tiny`."""
+    arg = common.parse_arg(
+        arg, **common.DEIT, keep=0.0, at=(), fuse=True, scratch=False, demo=False, tiny=False
+    )
+    c = common.deit(arg)
     c.batch = 2048
     c.ema = 0.99996
     common.deit_augment(c)
     c.losses = {"ce": {"weight": 1.0}}
+    per_image = 2e-5 / 512
+    optim = {"min_lr": 2e-6, "warmup_epochs": 0, "weight_decay": 1e-6}
+    if arg.scratch:
+        c.batch = 1024
+        c.epochs = 300.0
+        c.init.path = ""
+        c.model.drop_path = 0.1
+        c.keep_schedule.update({"start_epoch": 10, "end_epoch": 110})
+        per_image = 5e-4 / 512
+        optim = {"min_lr": 1e-5, "warmup_epochs": 5, "weight_decay": 0.05}
     c.optim = {
-        "lr": c.get_ref("batch").to_float() * (2e-5 / 512),
-        "min_lr": 2e-6,
+        "lr": c.get_ref("batch").to_float() * per_image,
         "schedule": "cosine_epoch",
-        "warmup_epochs": 0,
         "warmup_lr": 1e-6,
-        "weight_decay": 1e-6,
         "decay": "not_1d",
+        **optim,
     }
     if arg.demo:
         common.demo(c)
         arg.at = arg.at or common.DEMO_SITES
         c.compare = True
     if arg.tiny:
-        common.tiny(c)
+        common.tiny(c, arg.at)
+        if arg.scratch:
+            c.optim.warmup_epochs = 0
+            c.keep_schedule.update({"start_epoch": 0, "end_epoch": 1, "levels": 2})
+            c.steps = 3
     common.from_dense(c, "evit" if arg.fuse else "topk", arg.keep or (0.5 if arg.demo else 0.7), arg.at)
     return c

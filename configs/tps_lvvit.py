@@ -5,8 +5,12 @@
     python -m dyntoken.main --config=configs/tps_lvvit.py:demo
     python -m dyntoken.main --config=configs/tps_lvvit.py:tiny
 
-Published (CVPR 2023, 224 px): dTPS-LV-ViT-S 82.6 and eTPS-LV-ViT-S 82.5 at 3.8
-GMACs, which is keep 0.5 at blocks 4-8-12. On ImageNet: not yet run.
+One argument per published row (CVPR 2023, 224 px); GMACs as `tools.flops` counts
+them; the keep rate is inferred from the 3.8 G of both. On ImageNet: not yet run.
+
+    argument               GMACs   top-1
+    keep=0.5               3.800   82.6
+    variant=etps,keep=0.5  3.854   82.5
 
 megvii-research/TPS-CVPR2023 holds no LV-ViT code. This is its recipe for DeiT:
 batch 1024, learning rate 2.5e-4 x batch / 1024, weight decay 0.05 on every

@@ -2,7 +2,7 @@
 
     python -m dyntoken.main --config=configs/tps_deit.py:demo --workdir=runs/demo
     python -m dyntoken.main --config=configs/tps_deit.py --config.optim.lr=5e-4 --dry_run
-    python -m dyntoken.main --config=configs/tps_deit.py:demo --workdir=runs/demo --mode=eval
+    python -m dyntoken.main --config=configs/tps_deit.py:demo --workdir=runs/demo --mode=eval --step=best
 
 Rerunning a command resumes it.
 """
@@ -26,6 +26,7 @@ CORES_FLAG = "--xla_force_host_platform_device_count"
 FLAG_ERRORS = (flags.Error, AttributeError, KeyError, TypeError, ValueError)
 flags.DEFINE_string("workdir", None, "folder of the run, also gs://; by default runs/<config>")
 flags.DEFINE_enum("mode", "train", ["train", "eval"], "train, or evaluate a workdir or config.init.path")
+flags.DEFINE_string("step", "newest", "of --mode=eval: newest, best (by the run's best_metric) or a number")
 flags.DEFINE_bool("dry_run", False, "build, compile, print parameters, MACs, memory and plan; read no data")
 flags.DEFINE_enum(
     "distributed", "auto", cluster.MODES, "join other processes (auto: if the environment says so)"
@@ -60,7 +61,7 @@ def start(batch: int) -> None:
     cluster.join(found, timeout=FLAGS.cluster_timeout)
 
 
-def run(config, workdir: str, mode: str, dry_run: bool) -> None:
+def run(config, workdir: str, mode: str, dry_run: bool, step: str = "newest") -> None:
     """Does what the flags ask for; raises what goes wrong."""
     import jax
 
@@ -73,7 +74,7 @@ def run(config, workdir: str, mode: str, dry_run: bool) -> None:
         say(f"gmacs: {_spell(_gmacs(train.build(config).model))}")
         say(f"plan: {facts['steps']} steps of {config['batch']} images into {workdir}")
     elif mode == "eval":
-        metrics = train.evaluate(config, workdir)
+        metrics = train.evaluate(config, workdir, step=step)
         gmacs = _gmacs(train.build(config).model)
         say(json.dumps({**metrics, "count": int(metrics["count"]), "gmacs": gmacs}))
     else:
@@ -115,7 +116,7 @@ def main(argv: list[str]) -> None:
     default = os.path.join("runs", re.sub(r"\W+", "_", os.path.basename(FLAGS.recipe).replace(".py", "")))
     try:
         start(FLAGS.config.batch)
-        run(FLAGS.config, FLAGS.workdir or default, FLAGS.mode, FLAGS.dry_run)
+        run(FLAGS.config, FLAGS.workdir or default, FLAGS.mode, FLAGS.dry_run, FLAGS.step)
     except cluster.ClusterError as error:
         fail(error, at_once=True)
     except USER_ERRORS as error:

@@ -13,12 +13,13 @@ import jax.numpy as jnp
 
 from dyntoken import names, reducers
 from dyntoken.backbones import BACKBONES
+from dyntoken.backbones.isotropic import Isotropic
 from dyntoken.cascade import Cascade, checks
 from dyntoken.heads import ClassHead, with_dense
 from dyntoken.multiexit import MultiExit, default_exits
 from dyntoken.nn import draws, layers
 from dyntoken.nn.trunk import Context, Site, Spec
-from dyntoken.reducers.sites import make_sites
+from dyntoken.reducers.sites import default_sites, make_sites, refusal
 from dyntoken.registry import UnknownNameError, check_options, suggest
 from dyntoken.types import Output
 
@@ -157,11 +158,23 @@ def list_models(pattern: str = "*") -> list[str]:
     Any patch size and resolution can be asked for besides those listed.
     """
     listed = names.LISTED
+    reduced = [f"{m}_{n}" for n in listed for m, reason in pairings(n).items() if reason is None]
     cascades = [f"{names.CASCADE}_{n}" for n in names.CASCADES]
-    multiexits = [f"{names.MULTIEXIT}_{n}" for n in listed if "distilled" not in n]
     cascades += [f"{names.CASCADE}_{m}_{n}" for m in reducers.METHODS for n in names.REDUCED_CASCADES]
-    known = [*listed, *(f"{m}_{n}" for m in reducers.METHODS for n in listed), *cascades, *multiexits]
+    multiexits = [f"{names.MULTIEXIT}_{n}" for n in listed if _isotropic(n) and "distilled" not in n]
+    known = [*listed, *reduced, *cascades, *multiexits]
     return sorted(fnmatch.filter(known, pattern))
+
+
+def pairings(arch_name: str) -> dict[str, str | None]:
+    """For each method, why it makes no sense in a backbone, or None if it works there.
+
+    Args:
+      arch_name: a name without a method, "deit_small_patch16_224".
+    """
+    arch = names.parse(arch_name)
+    body = _backbone(arch, arch.options, {}, set())(parent=None)
+    return {name: refusal(body, reducers.METHODS[name]) for name in reducers.METHODS}
 
 
 def split_name(name: str) -> tuple[str | None, str]:
@@ -227,9 +240,9 @@ def create_model(name: str, **overrides: Any) -> Model | Cascade | MultiExit:
     fields = {k: _static(v) for k, v in overrides.items() if k in of_model | OF_SITES}
     fields.setdefault("num_classes", arch.num_classes)
     if method is not None:
-        fields |= _site_fields(fields, overrides, of_method, backbone)
+        fields |= _site_fields(method, fields, overrides, of_method, backbone)
     model = Model(arch=arch_name, backbone=backbone, method=method, **fields)
-    model.plain()
+    model.plain().check()
     model.sites()  # so that a bad value fails here, not inside a jitted step
     return model
 
@@ -257,7 +270,7 @@ def _cascade(
     fields = {k: _static(v) for k, v in overrides.items() if k in of_cascade}
     fields.setdefault("num_classes", arch.num_classes)
     if method is not None:
-        fields |= {"reducer": method, **_site_fields(fields, overrides, of_method, backbone)}
+        fields |= {"reducer": method, **_site_fields(method, fields, overrides, of_method, backbone)}
     model = Cascade(arch=arch_name, backbone=backbone, **fields)
     model.validate()
     return model
@@ -265,6 +278,11 @@ def _cascade(
 
 def _multiexit(name: str, arch_name: str, overrides: dict[str, Any], of_backbone: set[str]) -> MultiExit:
     """A dense backbone with a classifier after some of its blocks."""
+    if not _isotropic(arch_name):
+        raise ValueError(
+            f"{name}: exits at several depths need blocks of one width; {arch_name} has stages. "
+            f"multiexit_deit_small and all of list_models('{names.MULTIEXIT}_*') have one"
+        )
     arch = names.parse(arch_name)
     of_exits = _fields(MultiExit) - {"arch", "backbone"}
     of_backbone = of_backbone - DENSE  # its exits have class heads only
@@ -279,11 +297,23 @@ def _multiexit(name: str, arch_name: str, overrides: dict[str, Any], of_backbone
     return model
 
 
+def _isotropic(arch_name: str) -> bool:
+    """Whether all blocks of a backbone have one width."""
+    return issubclass(BACKBONES[names.parse(arch_name).backbone], Isotropic)
+
+
 def _of_method(method: str | None) -> set[str]:
     """Keywords that a method takes."""
     if method is None:
         return set()
-    return _fields(reducers.METHODS[method].make) - {"keep", "current", "ratio", "form", "stage"}
+    return _fields(reducers.METHODS[method].make) - {
+        "keep",
+        "current",
+        "ratio",
+        "form",
+        "stage",
+        "predictor_eps",
+    }
 
 
 def _refuse_sites(name: str, overrides: dict[str, Any], method: str | None, other: str) -> None:
@@ -296,12 +326,13 @@ def _refuse_sites(name: str, overrides: dict[str, Any], method: str | None, othe
 
 
 def _site_fields(
-    fields: dict[str, Any], overrides: dict[str, Any], of_method: set[str], backbone: Spec
+    method: str, fields: dict[str, Any], overrides: dict[str, Any], of_method: set[str], backbone: Spec
 ) -> dict[str, Any]:
     """`at` (by default the backbone's) and the method's own options."""
     at = fields.get("at", ())
-    at = backbone(parent=None).default_sites if at is None or at == () else at
     options = tuple(sorted((k, _static(v)) for k, v in overrides.items() if k in of_method))
+    if at is None or at == ():
+        at = default_sites(backbone(parent=None), reducers.method(method, **dict(options)))
     return {"at": (at,) if isinstance(at, int) else tuple(at), "method_options": options}
 
 

@@ -65,6 +65,22 @@ PSVIT = {  # width, blocks after the sampling, heads, channels after the first b
     "ti": (192, 8, 3, 192),
     "b": (384, 10, 6, 256),
 }
+PVT = {"tiny": (2, 2, 2, 2), "small": (3, 4, 6, 3), "medium": (3, 4, 18, 3), "large": (3, 8, 27, 3)}  # depths
+CVT = {  # widths, depths, heads, pixels; microsoft/CvT
+    "13": ((64, 192, 384), (1, 2, 10), (1, 3, 6), 224),
+    "21": ((64, 192, 384), (1, 4, 16), (1, 3, 6), 224),
+    "w24": ((192, 768, 1024), (2, 2, 20), (3, 12, 16), 384),
+}
+SWIN = {  # width, blocks of the third stage, heads of the first; microsoft/Swin-Transformer
+    "tiny": (96, 6, 3),
+    "small": (96, 18, 3),
+    "base": (128, 18, 4),
+}
+CONVNEXT = {  # width of the first stage, blocks of the third; facebookresearch/ConvNeXt
+    "tiny": (96, 9),
+    "small": (96, 27),
+    "base": (128, 27),
+}
 
 
 def _vit(found: re.Match[str]) -> Arch:
@@ -102,6 +118,32 @@ def _psvit(found: re.Match[str]) -> Arch:
     return Arch("psvit", options, crop_pct=0.9)
 
 
+def _pvt(found: re.Match[str]) -> Arch:
+    return Arch("pvt", {"depths": PVT[found[1]], "img_size": 224, "in_chans": 3})
+
+
+def _cvt(found: re.Match[str]) -> Arch:
+    widths, depths, heads, usual = CVT[found[1]]
+    size = int(found[2] or usual)
+    options = {"widths": widths, "depths": depths, "heads": heads, "img_size": size, "in_chans": 3}
+    return Arch("cvt", options, crop_pct=1.0 if size >= 384 else 0.875)
+
+
+def _swin(found: re.Match[str]) -> Arch:
+    width, depth, heads = SWIN[found[1]]
+    fields = {"width": width, "depths": (2, 2, depth, 2), "heads": tuple(heads * 2**s for s in range(4))}
+    patch, window, pixels = (
+        int(given or usual) for given, usual in zip(found.groups()[1:], (4, 7, 224), strict=True)
+    )
+    return Arch("swin", {**fields, "patch_size": patch, "window": window, "img_size": pixels, "in_chans": 3})
+
+
+def _convnext(found: re.Match[str]) -> Arch:
+    width, depth = CONVNEXT[found[1]]
+    fields = {"widths": tuple(width * 2**s for s in range(4)), "depths": (3, 3, depth, 3)}
+    return Arch("convnext", {**fields, "img_size": 224, "in_chans": 3})
+
+
 FAMILIES = (
     Family(
         rf"(?:deit|vit)_({'|'.join(VIT)})(_distilled)?(?:_patch(\d+)_(\d+))?",
@@ -127,6 +169,18 @@ FAMILIES = (
         _psvit,
         ("psvit_ti_14", *(f"psvit_b_{n}" for n in (10, 14, 16, 18))),
     ),
+    Family(rf"pvt_({'|'.join(PVT)})", _pvt, tuple(f"pvt_{size}" for size in PVT)),
+    Family(
+        rf"cvt_({'|'.join(CVT)})(?:_(\d+))?",
+        _cvt,
+        (*(f"cvt_{size}" for size in CVT), "cvt_13_384", "cvt_21_384"),
+    ),
+    Family(
+        rf"swin_({'|'.join(SWIN)})(?:_patch(\d+)_window(\d+)_(\d+))?",
+        _swin,
+        (*(f"swin_{s}_patch4_window7_224" for s in SWIN), "swin_base_patch4_window12_384"),
+    ),
+    Family(rf"convnext_({'|'.join(CONVNEXT)})", _convnext, tuple(f"convnext_{size}" for size in CONVNEXT)),
 )
 CASCADE = "dvt"  # prefix of a cascade over any of these
 CASCADES = (*(f"deit_{s}" for s in ("tiny", "small", "base")), *(f"t2t_vit_{n}" for n in T2T))

@@ -34,6 +34,8 @@ class Tokens:
       grid: (rows, columns) of the first patch grid.
       mixed: `[B, N0]` bool, cells whose content MixToken took from the row's
         partner (`ops.mixing`); None where nothing was mixed.
+      last: `[B, N0, C]`, what a cell shows on a map once its row is dropped
+        (`nn.stages.to_map`); None for zeros.
     """
 
     x: Array
@@ -44,6 +46,7 @@ class Tokens:
     prefix: int = flax.struct.field(pytree_node=False)
     grid: tuple[int, int] = flax.struct.field(pytree_node=False)
     mixed: Array | None = None
+    last: Array | None = None
 
     @classmethod
     def start(cls, x: Array, *, prefix: int = 1, grid: tuple[int, int] | None = None) -> Tokens:

@@ -208,7 +208,7 @@ def test_keep_and_at_per_exit():
         ("dvt_dtps_deit_tiny", {"dropped": "mean"}, "unknown dropped 'mean': choose host or zero"),
         ("dvt_dtps_deit_tiny", {"fuse": "sqeeze"}, "unknown fuse 'sqeeze'.*squeeze"),
         ("dvt_dtps_deit_tiny", {"depth": (2, 3)}, "the exits of a cascade share one backbone"),
-        ("dvt_evit_deit_tiny", {"class_token": False, "pool": "mean"}, "dynamicvit and dtps work without"),
+        ("dvt_evit_deit_tiny", {"class_token": False, "pool": "mean"}, "dynamicvit, dtps work there"),
         ("dvt_dtsp_deit_tiny", {}, "unknown method 'dtsp'.*dtps"),
         ("dvt_deit_tiny", {}, "dvt_deit_tiny is dense and takes no 'keep'.*dvt_dtps_deit_tiny"),
     ],

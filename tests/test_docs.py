@@ -53,8 +53,16 @@ def test_a_command_parses(command):
 
 
 def test_the_run_books_have_every_case():
-    assert len(COMMANDS) == 10
-    for title in ("One machine", "TPU pod", "Slurm", "Plain cluster", "Resume after", "Bring your own data"):
+    assert len(COMMANDS) == 12
+    for title in (
+        "One machine",
+        "TPU pod",
+        "Slurm",
+        "Plain cluster",
+        "Resume after",
+        "A run of days",
+        "Bring your own data",
+    ):
         assert f"\n## {title}" in TEXT
     with pytest.raises(flags.Error, match="procesess"):
         parse(["dyntoken.main", "--config=configs/tps_deit.py", "--procesess=2"])

@@ -18,7 +18,7 @@ ALLOWED = {
     "cluster": set(),
     "names": set(),
     "ops": {"types"},
-    "nn": {"ops", "types"},
+    "nn": BASE | {"ops"},
     "reducers": BASE | {"nn", "ops"},
     "backbones": BASE | {"nn", "ops"},
     "heads": {"nn", "ops", "types"},
@@ -70,6 +70,8 @@ def _imports(file):
             names = [f"{node.module}.{alias.name}" for alias in node.names]
         for name in names:
             parts = name.split(".")
+            if parts == ["dyntoken", "__version__"]:
+                continue
             if parts[0] == "dyntoken":
                 ours.add(parts[1])
             else:

@@ -300,7 +300,7 @@ def test_an_all_dropped_sample_stays_finite():
         (
             "evit_deit_small_patch16_224",
             {"class_token": False, "pool": "mean"},
-            "lacks: dynamicvit and dtps work",
+            "class token, and there is none; dynamicvit, dtps work there",
         ),
         ("deit_small_patch16_224", {"img_size": 225}, "not divisible by patch_size"),
     ],

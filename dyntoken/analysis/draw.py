@@ -88,6 +88,7 @@ def picture(
     *,
     index: int = 0,
     at: Sequence[int] | None = None,
+    noun: str = "block",
     title: str | None = None,
 ) -> Any:
     """Draws the input and, per stage, kept patches and who absorbed whom.
@@ -96,7 +97,8 @@ def picture(
       image: `[H, W]`, `[H, W, 1]` or `[H, W, 3]`; uint8, or float in [0, 1].
       reductions: `Output.reductions`.
       index: which image of the batch the reductions are read for.
-      at: block index of each site, for the panel titles.
+      at: index of each site, for the panel titles.
+      noun: what that index counts.
       title: a line above everything.
 
     Returns:
@@ -124,7 +126,8 @@ def picture(
     _panel(axes[0, 0], rgb, grid, f"input: {grid[0]} x {grid[1]} = {grid[0] * grid[1]} patches")
     _lattice(axes[0, 0], grid)
     for stage, f in enumerate(fates):
-        where = f"stage {stage + 1}" if at is None else f"block {at[stage]}"
+        where = f"stage {stage + 1}" if at is None else f"{noun} {at[stage]}"
+        where += f", {f.grid[0]} x {f.grid[1]}" if f.grid != grid else ""
         _panel(axes[0, stage + 1], faded(rgb, f), f.grid, f"{where}: {f.kept.sum()} of {f.kept.size} kept")
         _outline(axes[0, stage + 1], np.where(f.kept, 1, 0), f.grid, INK, 0.8)
         if second:

@@ -14,6 +14,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from dyntoken.ops.depthwise import SHIFTED
+
 CONTAINERS = "jaxpr", "call_jaxpr", "branches", "body_jaxpr", "cond_jaxpr", "fun_jaxpr"
 
 
@@ -47,19 +49,22 @@ def operations(jaxpr: Any, path: tuple[str, ...] = (), times: int = 1) -> Iterat
       ValueError: a product inside a `while` loop, whose trip count no shape tells.
     """
     for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
-        here = _scopes(path, str(equation.source_info.name_stack))
+        scopes = _scopes(path, str(equation.source_info.name_stack))
+        here = tuple(scope for scope in scopes if scope != SHIFTED)
         name = equation.primitive.name
         if name == "dot_general":
             yield _dot(equation, here, times)
         elif name == "conv_general_dilated":
             yield Operation(here, "conv", times * _conv(equation))
+        elif name == "mul" and SHIFTED in scopes:
+            yield Operation(here, "conv", times * math.prod(equation.outvars[0].aval.shape))
         elif name == "cond":
             yield from max(
-                ([*operations(branch, here, times)] for branch in equation.params["branches"]),
+                ([*operations(branch, scopes, times)] for branch in equation.params["branches"]),
                 key=lambda ops: sum(op.macs for op in ops),
             )
         else:
-            inner = [*_inside(equation, here, times * _trips(equation))]
+            inner = [*_inside(equation, scopes, times * _trips(equation))]
             if name == "while" and any(op.macs for op in inner):
                 raise ValueError(
                     f"a while loop at {'/'.join(here) or 'the top'} multiplies matrices: cannot count"

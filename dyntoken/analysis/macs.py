@@ -18,13 +18,16 @@ import jax.numpy as jnp
 from jax.interpreters import partial_eval
 
 from dyntoken.analysis.jaxpr import Operation, operations
+from dyntoken.nn.trunk import Spec
 from dyntoken.ops import backend
 
 RESIZE = "resize"  # the named scope whose work stands on its own line
 BLOCK = re.compile(r"blocks_\d+")
 REDUCER = re.compile(r"reducer_\d+")
 EXIT = re.compile(r"exit_\d+")
+STAGE = re.compile(r"stage_\d+")
 REUSE = re.compile(r"reuse_\d+")
+FAST = re.compile(r"fast_?(path|mlp).*")  # the cheap path of a block, beside its own layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +53,8 @@ class Block:
       name: module path, e.g. `backbone/trunk/blocks_3`.
       tokens: rows its first layer works on (prefix tokens included).
       tokens_out: rows its last layer works on; fewer where the reducer sits
-        between attention and MLP (EViT, eTPS).
+        between attention and MLP (EViT, eTPS), or where the others take a fast
+        path (Swin), whose rows do not count here.
       macs: multiply-adds without the reducer's own.
       params: number of parameters.
     """
@@ -69,7 +73,9 @@ class Stage:
     Attributes:
       tokens: rows of every block in it (prefix tokens included).
       blocks: numbers of the blocks it touches; one that holds a reducer inside
-        belongs to two stages, each with its share.
+        belongs to two stages, each with its share. In a hierarchical backbone
+        they start again at 0 in each of its own stages.
+      names: module paths of those blocks.
       macs: multiply-adds of those blocks.
       reducer: multiply-adds of the reducer that opens the stage, 0 for none.
       exit: number of the exit of a cascade that it belongs to, else None.
@@ -80,6 +86,7 @@ class Stage:
     macs: int
     reducer: int
     exit: int | None = None
+    names: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,11 +153,20 @@ def count(model: Any, image_shape: Sequence[int] | None = None, *, upto: int | N
         raise ValueError(f"image_shape must be (height, width, channels), got {shape}")
     if getattr(model, "form", "gather") != "gather":
         model = model.clone(form="gather")
+    model = _unlooped(model)
     images = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
     with backend.trace_for("cpu"):
         variables = jax.eval_shape(lambda x: model.init(jax.random.key(0), x), images)
         ops = [*_trace(model, variables, images, upto)]
     return _tally(ops, _params_by_module(variables), shape)
+
+
+def _unlooped(model: Any) -> Any:
+    """The model with every block by its name, where it runs some of them as one loop."""
+    recipe = getattr(model, "backbone", None)
+    if not isinstance(recipe, Spec) or not dict(recipe.options).get("scan"):
+        return model
+    return model.clone(backbone=Spec.of(recipe.make, **{**dict(recipe.options), "scan": False}))
 
 
 def default_image_shape(model: Any) -> tuple[int, int, int]:
@@ -168,14 +184,18 @@ def default_image_shape(model: Any) -> tuple[int, int, int]:
 
 
 def unit(path: str) -> str:
-    """The row of a summary that a module belongs to: its block, its reducer, or its first two names."""
+    """The row of a summary that a module belongs to: its block, its reducer, or its first names.
+
+    Those are two, or three where the second is a stage of a hierarchical backbone.
+    """
     names = path.split("/")
     for depth, name in enumerate(names):
         if REDUCER.fullmatch(name) or BLOCK.fullmatch(name):
             return "/".join(names[: depth + 1])
     start = 1 if EXIT.fullmatch(names[0]) else 0
     whole = names[start : start + 1] == ["head"] or REUSE.fullmatch(names[0])
-    return "/".join(names[: start + (1 if whole else 2)])
+    staged = STAGE.fullmatch((names[start + 1 : start + 2] or [""])[0])
+    return "/".join(names[: start + (1 if whole else 3 if staged else 2)])
 
 
 def exits(model: Any) -> int:
@@ -250,7 +270,7 @@ def _blocks(ops: Sequence[Operation], params: Mapping[str, int]) -> tuple[Block,
             held.setdefault(block, []).append(op)
     blocks = []
     for name, own in held.items():
-        rows = [op.rows for op in own if op.rows] or [0]
+        rows = [op.rows for op in own if op.rows and _name_of(op, FAST) is None] or [0]
         size = sum(n for path, n in params.items() if _within(path, name))
         blocks.append(Block(name, rows[0], rows[-1], sum(map(_macs, own), Macs()), size))
     return tuple(blocks)
@@ -284,6 +304,7 @@ def _stage(ops: Sequence[Operation], reducer: int, exit_: str) -> Stage:
         macs=sum(op.macs for op in own),
         reducer=reducer,
         exit=int(exit_.rpartition("_")[2]) if exit_ else None,
+        names=tuple(names),
     )
 
 

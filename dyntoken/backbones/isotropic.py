@@ -11,6 +11,8 @@ import jax.numpy as jnp
 
 from dyntoken.nn import layers
 from dyntoken.nn.block import Block
+from dyntoken.nn.remat import check_policy
+from dyntoken.nn.sites import Sites
 from dyntoken.nn.trunk import Context, Site, Spec, Trunk
 from dyntoken.types import Reduction, Tokens
 
@@ -22,7 +24,17 @@ def pair(value: int | tuple[int, int]) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
 
 
-class Isotropic(nn.Module):
+def check_images(images: Array, img_size: int | tuple[int, int], in_chans: int) -> None:
+    """Raises ValueError unless `images` are `[B, *img_size, in_chans]`."""
+    size = pair(img_size)
+    if images.ndim != 4 or images.shape[1:] != (*size, in_chans):
+        raise ValueError(
+            f"this model takes images [B, {size[0]}, {size[1]}, {in_chans}], got {images.shape}; "
+            "create_model(..., img_size=, in_chans=) builds it for others"
+        )
+
+
+class Isotropic(Sites, nn.Module):
     """A stem, then blocks of one width.
 
     Class (and other prefix) tokens come first, then one position embedding of
@@ -41,7 +53,10 @@ class Isotropic(nn.Module):
       skip_lam: what the residual branches are divided by.
       context: channels that something outside concatenates before each MLP,
         one number or one per block.
-      remat: recompute block halves in the backward pass.
+      remat: recompute block halves in the backward pass: True, or the name of
+        what to keep, see `nn.remat.POLICIES`.
+      scan: run the blocks between two sites as one loop: same parameters and
+        results, a shorter compilation, see `nn.looped`.
       dtype: compute type; parameters stay float32.
       sites: reduction sites.
     """
@@ -61,7 +76,8 @@ class Isotropic(nn.Module):
     norm_eps: float = 1e-6
     skip_lam: float = 1.0
     context: int | tuple[int, ...] = 0
-    remat: bool = False
+    remat: bool | str = False
+    scan: bool = False
     dtype: Any = jnp.float32
     sites: tuple[Site, ...] = ()
 
@@ -91,6 +107,7 @@ class Isotropic(nn.Module):
             raise ValueError(f"width {self.width} is not divisible by {self.heads} heads")
         if self.drop_path_rule not in ("linear", "constant"):
             raise ValueError(f"drop_path_rule must be linear or constant, got {self.drop_path_rule!r}")
+        check_policy(self.remat)
 
     def setup_stem(self) -> None:
         """Builds the modules of the stem."""
@@ -114,7 +131,8 @@ class Isotropic(nn.Module):
         init = layers.trunc_normal()
         self.first = [self.param(name, init, (1, 1, self.width)) for name in self.prefix_names]
         self.added = self.positions()
-        self.trunk = Trunk(tuple(self._block(i) for i in range(self.depth)), self.sites, self.remat)
+        blocks = tuple(self._block(i) for i in range(self.depth))
+        self.trunk = Trunk(blocks, self.sites, self.remat, self.scan)
         self.norm = nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype)
 
     def _block(self, index: int) -> Spec:
@@ -138,12 +156,7 @@ class Isotropic(nn.Module):
 
     def embed(self, images: Array, context: Context) -> Tokens:
         """Images `[B, H, W, in_chans]` to the tokens that enter block 0."""
-        size = pair(self.img_size)
-        if images.ndim != 4 or images.shape[1:] != (*size, self.in_chans):
-            raise ValueError(
-                f"this model takes images [B, {size[0]}, {size[1]}, {self.in_chans}], got {images.shape}; "
-                "create_model(..., img_size=, in_chans=) builds it for others"
-            )
+        check_images(images, self.img_size, self.in_chans)
         x = self.stem_rows(images.astype(self.dtype), context)
         batch = x.shape[0]
         first = [jnp.broadcast_to(t.astype(x.dtype), (batch, 1, self.width)) for t in self.first]

@@ -7,11 +7,13 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dyntoken.backbones.isotropic import Isotropic, pair
 from dyntoken.nn import layers
 from dyntoken.nn.batchnorm import BatchNorm
 from dyntoken.nn.block import Block
+from dyntoken.nn.remat import rematerialised
 from dyntoken.nn.trunk import Context, Spec
 from dyntoken.ops import bilinear, sample
 from dyntoken.types import Tokens
@@ -159,7 +161,7 @@ class PSViT(Isotropic):
         """Stem, the embedding of points, one module per iteration."""
         self.stem = Stem(tuple(self.stem_channels), self.width, self.dtype)
         self.pos_layer = layers.dense(self.width)
-        make = nn.remat(Sampling, static_argnums=(3,)) if self.remat else Sampling
+        make = rematerialised(Sampling, self.remat, static=(3,))
         for index in range(self.iterations):
             moves = index < self.iterations - 1
             setattr(self, f"sampling_{index}", make(self._sampling_block(index), moves, self.offset_bias))
@@ -195,6 +197,12 @@ class PSViT(Isotropic):
             sampled = sampled if rows is None else sampled + rows
             rows, offset = getattr(self, f"sampling_{index}")(sampled, context.dropout, context.train)
         return rows
+
+    def official_points(self) -> np.ndarray:
+        """Where the points start, as the official code lists them, column by column: `[1, P, 2]` float32."""
+        size = tuple(side // STRIDE for side in pair(self.img_size))
+        points = np.asarray(start_points(self.grid, size)).reshape(*self.grid, 2)
+        return np.ascontiguousarray(points.transpose(1, 0, 2).reshape(1, -1, 2))
 
     @property
     def _shape(self) -> tuple[int, int]:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from dyntoken.nn import layers
+from dyntoken.nn.remat import rematerialised
 from dyntoken.ops import resample, select
 
 Array = jax.Array
@@ -88,7 +89,7 @@ class Reuse(nn.Module):
       relations: `Cascade.relation_source`, None without relation reuse.
       mixer, resize, chunks: `Cascade.relation_mixer`, `relation_resize`,
         `relation_chunks`.
-      remat: recompute the relation MLP in the backward pass.
+      remat: recompute the relation MLP in the backward pass, see `nn.remat`.
     """
 
     old: Grid
@@ -104,7 +105,7 @@ class Reuse(nn.Module):
     mixer: str
     resize: str
     chunks: int
-    remat: bool = False
+    remat: bool | str = False
     dtype: Any = jnp.float32
 
     @property
@@ -119,7 +120,7 @@ class Reuse(nn.Module):
                 setattr(self, f"context_{layer}", ContextMlp(*options))
         if self.relations is None:
             return
-        make = nn.remat(MIXERS[self.mixer]) if self.remat else MIXERS[self.mixer]
+        make = rematerialised(MIXERS[self.mixer], self.remat)
         if self.relations == "all":
             self.relation = make(self.dtype)
         else:

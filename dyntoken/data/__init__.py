@@ -35,7 +35,7 @@ from dyntoken.data.arrays import Batch
 from dyntoken.data.augment import AugmentOptions
 from dyntoken.data.errors import DataError, MissingDataError
 from dyntoken.data.plan import DataInfo, EvalPlan, TrainPlan, check_size, count_rows, parse_split
-from dyntoken.data.prefetching import prefetch
+from dyntoken.data.prefetching import Prefetch, prefetch
 from dyntoken.data.sources import SOURCES, open_source
 
 __all__ = [
@@ -45,6 +45,7 @@ __all__ = [
     "DataError",
     "DataInfo",
     "MissingDataError",
+    "Prefetch",
     "eval_batches",
     "info",
     "prefetch",

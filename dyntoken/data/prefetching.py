@@ -47,6 +47,10 @@ class Prefetch(Generic[T]):
     def __iter__(self) -> Prefetch[T]:
         return self
 
+    def ready(self) -> bool:
+        """Whether `next` would return (or raise) at once."""
+        return self._done or not self._queue.empty()
+
     def __next__(self) -> T:
         if self._done:
             raise StopIteration

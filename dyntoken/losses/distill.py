@@ -95,12 +95,13 @@ def token_distill(output: Output, batch: Mapping[str, Any], *, variant: str = "m
     Counts the tokens alive after the last site. In mask form rows keep their
     place; in gather form each row is compared with the teacher's patch at
     `tokens.place`, and rows that stand for no single patch (EViT's fused token)
-    are left out.
+    are left out. Swin and ConvNeXt keep every cell, so there it is the whole
+    feature map (`ConvNextDistillDiffPruningLoss`).
 
     Args:
       output: student, recorded with `record=("features",)`.
       batch: `"teacher"` likewise, dense, of the same width; `"mask"` `[B]`.
-      variant: `"mse"`, mean over channels (DynamicViT on DeiT), or `"kl"`,
+      variant: `"mse"`, mean over channels (DynamicViT), or `"kl"`,
         KL(teacher || student) of the softmaxes over channels (TPS).
 
     Returns:

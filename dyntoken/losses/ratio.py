@@ -28,8 +28,8 @@ def keep_ratio(
         always divides by 3, however many sites there are.
       dynamic: compare the mean over tokens *and* rows with the target, so that
         images may differ in how much they keep. That is a statistic of the
-        rows at hand: on several devices, of each device's share of the batch,
-        and then the only loss that depends on the number of devices.
+        rows at hand: on several devices (or with `config.accumulate`), of each
+        share of the batch, and then the only loss that depends on their number.
 
     Returns:
       (sum over rows, number of rows).

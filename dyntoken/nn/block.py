@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -17,6 +17,18 @@ from dyntoken.types import Attended, Tokens
 Array = jax.Array
 # Numbers of the random streams inside a layer; the MLP numbers its own two below MLP.
 ATTENTION, MLP, ATTENTION_PATH, MLP_PATH = range(4)
+
+
+class Layer(NamedTuple):
+    """What tells a block from the other ones of a loop, where both are traced.
+
+    Attributes:
+      number: int32 scalar, keys the random draws.
+      drop_path: float32 scalar, stochastic depth rate.
+    """
+
+    number: int | Array
+    drop_path: float | Array
 
 
 class Block(nn.Module):
@@ -69,6 +81,7 @@ class Block(nn.Module):
         observe: bool,
         relate: bool = False,
         bias: Callable[[], Array] | None = None,
+        layer: Layer | None = None,
     ) -> tuple[Tokens, Attended | None]:
         """First half: attention over the rows alive, residual added.
 
@@ -77,7 +90,10 @@ class Block(nn.Module):
           relate: return the attention logits.
           bias: makes the `[B, heads, T, T]` that is added to them; called here,
             so that recomputing this half recomputes it.
+          layer: replaces the fields of these names (of `drop_path` only whether
+            it is 0 counts then).
         """
+        layer = layer or Layer(self.layer, self.drop_path)
         policy = None if tokens.alive is None else attend.with_prefix(tokens.alive, tokens.prefix)
         y, seen = self.attn(
             self.norm1(tokens.x),
@@ -88,18 +104,26 @@ class Block(nn.Module):
             relate=relate,
             bias=None if bias is None else bias(),
             draws=draws,
-            path=(self.layer, ATTENTION),
+            path=(layer.number, ATTENTION),
         )
         y = self.ls1(y) if self.layer_scale is not None else y
-        return tokens.replace(x=tokens.x + self._path(y, draws, ATTENTION_PATH)), seen
+        return tokens.replace(x=tokens.x + self._path(y, draws, ATTENTION_PATH, layer)), seen
 
-    def feed(self, tokens: Tokens, draws: sample.Draws | None, extra: Array | None = None) -> Tokens:
+    def feed(
+        self,
+        tokens: Tokens,
+        draws: sample.Draws | None,
+        extra: Array | None = None,
+        layer: Layer | None = None,
+    ) -> Tokens:
         """Second half: MLP, residual added.
 
         Args:
           extra: `[B, T, context]`, concatenated to the MLP's input before its
             norm; the residual goes without it.
+          layer: as in `attend`.
         """
+        layer = layer or Layer(self.layer, self.drop_path)
         x = tokens.x
         if (extra is None) == bool(self.context):
             raise ValueError(
@@ -107,11 +131,11 @@ class Block(nn.Module):
             )
         if extra is not None:
             x = jnp.concatenate([x, extra.astype(x.dtype)], axis=-1)
-        y = self.mlp(self.norm2(x), draws, (self.layer, MLP))
+        y = self.mlp(self.norm2(x), draws, (layer.number, MLP))
         y = self.ls2(y) if self.layer_scale is not None else y
-        return tokens.replace(x=tokens.x + self._path(y, draws, MLP_PATH))
+        return tokens.replace(x=tokens.x + self._path(y, draws, MLP_PATH, layer))
 
-    def _path(self, y: Array, draws: sample.Draws | None, stream: int) -> Array:
+    def _path(self, y: Array, draws: sample.Draws | None, stream: int, layer: Layer) -> Array:
         if draws is not None and self.drop_path > 0.0:
-            y = sample.drop_path(y, self.drop_path, draws, self.layer, stream)
+            y = sample.drop_path(y, layer.drop_path, draws, layer.number, stream)
         return y if self.skip_lam == 1.0 else y / self.skip_lam

@@ -27,9 +27,14 @@ def of_dropout(module: nn.Module, options: dict, ids: Array) -> Draws | None:
     Raises:
       ValueError: the model draws and `apply` got no key.
     """
-    if not any(options.get(rate, 0.0) for rate in ("dropout", "drop_path", "mix_token")):
+    if not any(_positive(options.get(rate, 0.0)) for rate in ("dropout", "drop_path", "mix_token")):
         return None
     draws = of_stream(module, "dropout", ids)
     if draws is None:
         raise ValueError("this model drops out or mixes tokens in training: pass rngs={'dropout': key}")
     return draws
+
+
+def _positive(rate: float | tuple[float, ...]) -> bool:
+    """Whether a rate, or one of the rates per stage, is not 0."""
+    return any(rate) if isinstance(rate, tuple) else bool(rate)

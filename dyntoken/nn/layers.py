@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from dyntoken.ops import sample
+from dyntoken.ops.depthwise import depthwise
 
 Array = jax.Array
 Dtype = Any
@@ -113,21 +115,51 @@ def _padded(images: Array, padding: tuple[int, int], patch: int) -> Array:
 
 
 class Mlp(nn.Module):
-    """Two linear layers with an exact GELU: `[B, T, C]` -> `[B, T, width]`, by default width = C."""
+    """Two linear layers, between them an exact GELU: `[B, T, C]` -> `[B, T, width]`, by default width = C."""
 
     hidden: int
     dropout: float = 0.0
     dtype: Dtype = jnp.float32
     width: int | None = None
+    activation: Callable[[Array], Array] = gelu
 
     @nn.compact
     def __call__(self, x: Array, draws: sample.Draws | None = None, path: tuple[int, ...] = ()) -> Array:
         """`draws` turns dropout on; `path` numbers the layer."""
         width = self.width or x.shape[-1]
-        x = gelu(dense(self.hidden, name="fc1", dtype=self.dtype)(x))
+        x = self.activation(dense(self.hidden, name="fc1", dtype=self.dtype)(x))
         x = drop(x, self.dropout, draws, *path, 0)
         x = dense(width, name="fc2", dtype=self.dtype)(x)
         return drop(x, self.dropout, draws, *path, 1)
+
+
+class DepthwiseConv(nn.Module):
+    """A filter per channel: `[B, H, W, C]` -> `[B, h, w, C]`, parameters as a grouped `nn.Conv`.
+
+    Attributes:
+      kernel: taps per axis.
+      stride, padding: see `ops.depthwise`.
+      use_bias: adds a bias per channel.
+      kernel_init: of the filters, by default torch's; biases start at zero then only if it is given.
+    """
+
+    kernel: int
+    stride: int = 1
+    padding: int = 0
+    use_bias: bool = True
+    kernel_init: Any = None
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        usual = torch_uniform(self.kernel**2)
+        shape = (self.kernel, self.kernel, 1, x.shape[-1])
+        kernel = self.param("kernel", self.kernel_init or usual, shape)
+        y = depthwise(x.astype(self.dtype), kernel, stride=self.stride, padding=self.padding)
+        if not self.use_bias:
+            return y
+        bias = self.param("bias", nn.initializers.zeros if self.kernel_init else usual, shape[-1:])
+        return y + bias.astype(y.dtype)[None, None, None]
 
 
 class LayerScale(nn.Module):

@@ -11,7 +11,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from dyntoken.nn import looped
 from dyntoken.nn.block import Block
+from dyntoken.nn.remat import rematerialised
 from dyntoken.ops import sample, select
 from dyntoken.types import Attended, Reduction, Tokens
 
@@ -97,16 +99,20 @@ class Trunk(nn.Module):
     Attributes:
       blocks: one recipe of a `Block` per layer.
       sites: at most one per block, in order.
-      remat: recompute each block's halves in the backward pass (never a reducer).
+      remat: recompute each block's halves in the backward pass (never a reducer);
+        True, or what to keep, see `nn.remat.POLICIES`.
+      scan: run alike blocks between two sites as one loop: the same numbers from
+        a smaller program. A block that holds a reducer stands alone.
     """
 
     blocks: tuple[Spec, ...]
     sites: tuple[Site, ...] = ()
-    remat: bool = False
+    remat: bool | str = False
+    scan: bool = False
 
     def setup(self) -> None:
         for index, spec in enumerate(self.blocks):
-            make = _rematerialised(spec.make) if self.remat else spec.make
+            make = _rematerialised(spec.make, self.remat)
             setattr(self, f"blocks_{index}", Spec(make, spec.options)())
         for stage, site in enumerate(self.sites):
             setattr(self, f"reducer_{stage}", site.reducer(stage=stage))
@@ -134,8 +140,8 @@ class Trunk(nn.Module):
         if context.train and self._masks():
             # The references run every block under the policy softmax, also those before the first site.
             tokens = tokens.replace(alive=jnp.ones(tokens.place.shape, jnp.float32))
-        for index in range(len(self.blocks)) if some is None else some:
-            block = getattr(self, f"blocks_{index}")
+        for run in self._runs(range(len(self.blocks)) if some is None else some):
+            index = run[0]
             stage = stage_at.get(index)
             site = None if stage is None else self.sites[stage]
             before = tokens.x
@@ -143,6 +149,14 @@ class Trunk(nn.Module):
                 tokens, reduction = self._reduce(stage, tokens, None, context)
                 reductions.append(reduction)
                 stages.append((before, tokens.x))
+            if len(run) > 1:
+                address = [self._address(index, tokens, fed=fed) for fed in (False, True)]
+                addresses.extend([address] * len(run))
+                tokens, rows, logits = self._loop(run, tokens, context)
+                outs.extend(rows)
+                relations.extend(logits)
+                continue
+            block = getattr(self, f"blocks_{index}")
             inside = site is not None and site.inside
             bias = self._bias(index, tokens, context)
             addresses.append([self._address(index, tokens, fed=False)])
@@ -164,6 +178,30 @@ class Trunk(nn.Module):
         }
         return tokens, tuple(reductions), {k: v for k, v in records.items() if k in context.record}
 
+    def _runs(self, numbers: range) -> list[tuple[int, ...]]:
+        """Block numbers, those that one loop runs together."""
+        if not self.scan or self.is_initializing():  # each block makes its own parameters
+            return [(index,) for index in numbers]
+        cuts = [at for site in self.sites for at in (site.at, site.at + int(site.inside))]
+        return looped.runs(self.blocks, cuts, numbers)
+
+    def _loop(
+        self, run: tuple[int, ...], tokens: Tokens, context: Context
+    ) -> tuple[Tokens, tuple[Array, ...], tuple[Array | None, ...]]:
+        """The blocks of a run, see `looped.run_blocks`."""
+        params = self.variables["params"]
+        return looped.run_blocks(
+            _rematerialised(self.blocks[run[0]].make, self.remat, looped=True),
+            [dict(self.blocks[index].options) for index in run],
+            [params[f"blocks_{index}"] for index in run],
+            tokens,
+            draws=context.dropout,
+            train=context.train,
+            bias=[self._bias(index, tokens, context) for index in run],
+            extra=[self._extra(index, tokens, context) for index in run],
+            wanted=looped.Wanted("blocks" in context.record, "relations" in context.record),
+        )
+
     def _reduced(self, index: int, *, fed: bool) -> bool:
         """Whether a site lies ahead of the attention of a block, or of its MLP (`fed`)."""
         return any(site.at < index or (site.at == index and (fed or not site.inside)) for site in self.sites)
@@ -178,7 +216,7 @@ class Trunk(nn.Module):
             return bias
         # A pytree, so that recomputing the attention takes its arrays as inputs.
         rows, new = _rows(tokens)
-        return jax.tree_util.Partial(functools.partial(_bias_of_rows, new=new), bias, rows)
+        return jax.tree_util.Partial(_bias_with(new), bias, rows)
 
     def _extra(self, index: int, tokens: Tokens, context: Context) -> Array | None:
         """The features of a block, for the rows that are left."""
@@ -226,11 +264,16 @@ def _of_rows(x: Array, rows: Array | None, new: int, axes: tuple[int, ...]) -> A
     return x
 
 
+@functools.cache  # equal functions are one object: blocks that share it have pytrees of one structure
+def _bias_with(new: int) -> Callable[..., Array]:
+    return functools.partial(_bias_of_rows, new=new)
+
+
 def _bias_of_rows(bias: Callable[[], Array], rows: Array | None, *, new: int) -> Array:
     return _of_rows(bias(), rows, new, axes=(2, 3))
 
 
-def _rematerialised(block: type[Block]) -> type[Block]:
+def _rematerialised(block: type[Block], remat: bool | str, *, looped: bool = False) -> type[Block]:
     """`block` with each half recomputed in the backward pass (train, observe, relate are static)."""
-    half = nn.remat(block, methods=["feed"])
-    return nn.remat(half, methods=["attend"], static_argnums=(3, 4, 5))
+    half = rematerialised(block, remat, method="feed", looped=looped)
+    return rematerialised(half, remat, method="attend", static=(3, 4, 5), looped=looped)

@@ -25,7 +25,7 @@ class Draws:
     key: Array
     ids: Array
 
-    def keys(self, *path: int) -> Array:
+    def keys(self, *path: int | Array) -> Array:
         """One key per example, `[B]`, for a stage or layer."""
         key = self.key
         for number in path:
@@ -40,7 +40,7 @@ class Draws:
         """Uniform(0, 1) `[B, *shape]` float32."""
         return jax.vmap(lambda k: jax.random.uniform(k, shape))(self.keys(*path))
 
-    def bernoulli(self, p: float, shape: tuple[int, ...], *path: int) -> Array:
+    def bernoulli(self, p: float | Array, shape: tuple[int, ...], *path: int | Array) -> Array:
         """Booleans `[B, *shape]`, True with probability p."""
         return jax.vmap(lambda k: jax.random.bernoulli(k, p, shape))(self.keys(*path))
 
@@ -82,13 +82,18 @@ def permutation(alive: Array, draws: Draws, *path: int) -> Array:
     return jnp.where(live, jnp.take_along_axis(shuffled, rank, axis=1), rows).astype(jnp.int32)
 
 
-def dropout(x: Array, rate: float, draws: Draws, *path: int) -> Array:
+def dropout(x: Array, rate: float, draws: Draws, *path: int | Array) -> Array:
     """Zeroes elements of `x [B, ...]` with probability `rate`, rescaling the rest."""
     keep = draws.bernoulli(1.0 - rate, x.shape[1:], *path)
     return jnp.where(keep, x / (1.0 - rate), jnp.zeros_like(x))
 
 
-def drop_path(x: Array, rate: float, draws: Draws, *path: int) -> Array:
-    """Zeroes a whole residual branch per example (stochastic depth), rescaling the rest."""
-    keep = draws.bernoulli(1.0 - rate, (1,) * (x.ndim - 1), *path)
-    return jnp.where(keep, x / (1.0 - rate), jnp.zeros_like(x))
+def drop_path(x: Array, rate: float | Array, draws: Draws, *path: int | Array) -> Array:
+    """Zeroes a whole residual branch per example (stochastic depth), rescaling the rest.
+
+    Args:
+      rate, path: Python numbers, or traced scalars where a loop runs the layers.
+    """
+    stays = 1.0 - rate
+    keep = draws.bernoulli(stays, (1,) * (x.ndim - 1), *path)
+    return jnp.where(keep, x / jnp.asarray(stays, x.dtype), jnp.zeros_like(x))

@@ -166,7 +166,7 @@ def keep_counts(
       ValueError: no entry per site, a rate outside (0, 1], a count outside
         1..current.
     """
-    rates = _expand(keep, sites, relative)
+    rates = expand(keep, sites, relative=relative)
     counts, current = [], initial
     for site, rate in enumerate(rates):
         if isinstance(rate, int):
@@ -188,7 +188,14 @@ def keep_counts(
     return tuple(counts)
 
 
-def _expand(keep, sites: int, relative: bool) -> tuple[float | int, ...]:
+def expand(
+    keep: float | int | Sequence[float | int], sites: int, *, relative: bool
+) -> tuple[float | int, ...]:
+    """One entry per site of what `keep_counts` takes.
+
+    Raises:
+      ValueError: not a number, nor a sequence with an entry per site.
+    """
     if isinstance(keep, bool) or not isinstance(keep, (int, float, Sequence)) or isinstance(keep, str):
         raise ValueError(f"keep must be a number or a sequence of numbers, got {keep!r}")
     if isinstance(keep, Sequence):

@@ -91,6 +91,7 @@ class ScoreSelectFuse(Reducer):
       temperature: of the similarity in "mean" and "squeeze".
       tau: temperature of the Gumbel-softmax.
       similarity: "cosine", or "dot" for the plain inner product ("squeeze").
+      predictor_eps: LayerNorm epsilon of the predictor, which the backbone says.
     """
 
     score: str = "predictor"
@@ -99,6 +100,7 @@ class ScoreSelectFuse(Reducer):
     temperature: float = 1.0
     tau: float = 1.0
     similarity: str = "cosine"
+    predictor_eps: float = 1e-5
 
     @property
     def learns(self) -> bool:
@@ -106,7 +108,8 @@ class ScoreSelectFuse(Reducer):
 
     @nn.compact
     def reduce(self, tokens, seen, train, *, draws, noise, decision) -> tuple[Tokens, Reduction]:
-        scores = SCORERS[self.score](tokens, seen, draws, self.stage)
+        options = {"eps": self.predictor_eps} if self.learns else {}
+        scores = SCORERS[self.score](tokens, seen, draws, self.stage, **options)
         if self.shuffle:
             scores = shuffled(scores, tokens, draws, self.stage)
         chex.assert_shape(scores.rank, tokens.place.shape)

@@ -36,14 +36,19 @@ class Predictor(nn.Module):
     Half of the channels stay local, the other half becomes the mean over the
     rows alive; output index 0 means keep. Always float32: in bfloat16 almost
     half of the images have ties at the cut.
+
+    Attributes:
+      eps: LayerNorm epsilon.
     """
+
+    eps: float = 1e-5
 
     @nn.compact
     def __call__(self, x: Array, alive: Array | None = None) -> Array:
         """Log-probabilities `[B, n, 2]` of patch rows `x [B, n, C]`, `alive [B, n]`."""
         width = x.shape[-1]
         x = x.astype(jnp.float32)
-        x = nn.LayerNorm(epsilon=1e-5, name="in_conv_0")(x)
+        x = nn.LayerNorm(epsilon=self.eps, name="in_conv_0")(x)
         x = layers.gelu(layers.dense(width, name="in_conv_1")(x))
         local, shared = x[..., : width // 2], x[..., width // 2 :]
         if alive is None:
@@ -59,9 +64,11 @@ class Predictor(nn.Module):
         return nn.log_softmax(layers.dense(2, name="out_conv_4")(x), axis=-1)
 
 
-def predictor(tokens: Tokens, seen: Attended | None, draws: sample.Draws | None, stage: int) -> Scores:
+def predictor(
+    tokens: Tokens, seen: Attended | None, draws: sample.Draws | None, stage: int, eps: float = 1e-5
+) -> Scores:
     """DynamicViT and dTPS: a small network on the residual stream. Has parameters."""
-    log_probs = Predictor(name="predictor")(tokens.patches, tokens.alive)
+    log_probs = Predictor(eps, name="predictor")(tokens.patches, tokens.alive)
     keep = jnp.exp(log_probs[..., 0])
     return Scores(rank=log_probs[..., 0], importance=_shares(keep, tokens), log_probs=log_probs)
 

@@ -23,31 +23,65 @@ def make_sites(
     """The sites of a method in a backbone.
 
     Args:
-      body: the backbone, of which `depth`, `grid` and `prefix` are read.
+      body: the backbone: `depth`, and the answers of `nn.sites.Sites`.
       method: row of `METHODS`; options: replacements of its own fields.
       keep: keep rate or counts, see `ops.select.keep_counts`.
-      at: 0-based block indices.
+      at: 0-based positions, of blocks or (hierarchical) as the backbone says.
       form: "auto", "mask" or "gather".
       arch: what messages call the backbone.
 
     Raises:
       ValueError: a site outside the depth, a keep that leaves no token, or a
-        method that needs the class token of a backbone without one.
+        method that the backbone refuses.
     """
     at = tuple(at)
     if list(at) != sorted(set(at)) or not at or at[0] < 0 or at[-1] >= body.depth:
-        raise ValueError(f"at={at} must be increasing block indices between 0 and {body.depth - 1}")
-    row = reducers.method(method, **options)
-    if dict(row.options).get("score") == "class_attention" and not body.prefix:
         raise ValueError(
-            f"method {method!r} ranks patches by the class token, which {arch} lacks: "
-            "dynamicvit and dtps work without one"
+            f"at={at} must be increasing {body.site_noun} indices between 0 and {body.depth - 1}"
         )
-    initial = body.grid[0] * body.grid[1]
-    counts = select.keep_counts(keep, len(at), initial, relative=row.relative, fused=row.fused)
-    sites, current = [], initial
-    for index, (kept, ratio) in zip(at, counts, strict=True):
+    row = reducers.method(method, **options)
+    _check_pairing(body, method, row, at, arch)
+    sites = []
+    for index, (current, kept, ratio) in zip(at, _counts(body, row, keep, at), strict=True):
         spec = Spec.of(row.make, keep=kept, current=current, ratio=ratio, form=form, **dict(row.options))
         sites.append(Site(index, spec, row.inside))
-        current = kept + int(row.fused and kept < current)
     return tuple(sites)
+
+
+def refusal(body: Any, row: reducers.Method, at: tuple[int, ...] | None = None) -> str | None:
+    """Why a backbone refuses a method, or None if it takes it; at its default sites unless given."""
+    score, fuse = (dict(row.options).get(key, "") for key in ("score", "fuse"))
+    return body.refuse(score=score, fuse=fuse, at=default_sites(body, row) if at is None else at)
+
+
+def default_sites(body: Any, row: reducers.Method) -> tuple[int, ...]:
+    """Where a method reduces in a backbone unless told otherwise."""
+    return body.sites_of(dict(row.options).get("score", ""))
+
+
+def _check_pairing(body: Any, method: str, row: reducers.Method, at: tuple[int, ...], arch: str) -> None:
+    reason = refusal(body, row, at)
+    if reason is None:
+        return
+    working = [name for name in reducers.METHODS if refusal(body, reducers.METHODS[name], at) is None]
+    verb = "works" if len(working) == 1 else "work"
+    instead = f"{', '.join(working)} {verb} there" if working else "no method works there"
+    raise ValueError(f"method {method!r} at {at} makes no sense in {arch}: {reason}; {instead}")
+
+
+def _counts(
+    body: Any, row: reducers.Method, keep: Any, at: tuple[int, ...]
+) -> tuple[tuple[int, int, float], ...]:
+    """Per site: rows before it, rows that stay, target ratio."""
+    rule = {"relative": row.relative, "fused": row.fused}
+    keep = body.site_rates(keep, len(at)) if isinstance(keep, float) else keep
+    cells = [rows * columns for rows, columns in map(body.site_grid, at)]
+    if not body.nested:
+        rates = select.expand(keep, len(at), relative=True)
+        alone = [select.keep_counts((rate,), 1, n, **rule)[0] for rate, n in zip(rates, cells, strict=True)]
+        return tuple((n, *count) for n, count in zip(cells, alone, strict=True))
+    found, current = [], cells[0]
+    for kept, ratio in select.keep_counts(keep, len(at), cells[0], **rule):
+        found.append((current, kept, ratio))
+        current = kept + int(row.fused and kept < current)
+    return tuple(found)

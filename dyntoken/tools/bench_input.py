@@ -12,7 +12,7 @@ from dyntoken import config as recipes
 from dyntoken.data import input_speed
 from dyntoken.data.plan import check_size
 from dyntoken.tools import cli
-from dyntoken.train.plan import read
+from dyntoken.train.settings import read
 
 TEXT = """\
 Times how fast training images are made as CONFIG asks (decoding of the crop,

@@ -8,8 +8,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from dyntoken.tools import cli
 from dyntoken.weights import export_reference, files, load_weights, save_weights
+from dyntoken.weights.buffers import with_buffers
 
 TEXT = """\
 Converts a weight file. IN may be in timm's (DeiT's) keys, in those of
@@ -36,12 +39,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ValueError(_misfit(args, report))
     if args.to == "ours":
         save_weights(args.target, variables, model=model)
-    elif suffix == ".npz":
-        files.write_npz(args.target, export_reference(model, variables))
     else:
-        files.write_safetensors(args.target, export_reference(model, variables), {"format": "pt"})
+        _write_official(args.target, suffix, with_buffers(model, export_reference(model, variables)))
     print(f"{report}\nwritten: {args.target}")
     return 0
+
+
+def _write_official(target: str, suffix: str, tensors: dict[str, np.ndarray]) -> None:
+    if suffix == ".npz":
+        files.write_npz(target, tensors)
+    else:
+        files.write_safetensors(target, tensors, {"format": "pt"})
 
 
 def _parser() -> cli.Parser:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -87,7 +88,7 @@ def report(name: str, model: Any, count: macs.Count) -> str:
         keeps, sites = (
             ", ".join(map(str, values)) for values in (kept(model), [site.at for site in model.sites()])
         )
-        head += f", {keeps} patch tokens stay at blocks {sites}"
+        head += f", {keeps} patch tokens stay at {model.plain().site_noun}s {sites}"
     parts = [head, cli.table(_modules(count))]
     if macs.exits(model):
         costs = macs.gmacs_per_exit(model, count)
@@ -122,10 +123,15 @@ def _tokens(block: macs.Block | None) -> str:
     return str(block.tokens) if block.tokens == block.tokens_out else f"{block.tokens} > {block.tokens_out}"
 
 
+def _number(block: str) -> str:
+    """`4` for a fifth block, `2.4` for that of a third stage."""
+    return ".".join(re.findall(r"(?:stage|blocks)_(\d+)", block))
+
+
 def _stages(count: macs.Count) -> list[list[str]]:
     rows = [["stage", "tokens", "blocks", "MACs", "reducer"]]
     for number, stage in enumerate(count.stages):
-        span = f"{stage.blocks[0]}-{stage.blocks[-1]}" if stage.blocks else "-"
+        span = f"{_number(stage.names[0])}-{_number(stage.names[-1])}" if stage.names else "-"
         reducer = cli.short(stage.reducer) if stage.reducer else ""
         rows.append([str(number), str(stage.tokens), span, cli.short(stage.macs), reducer])
         if stage.exit is not None:

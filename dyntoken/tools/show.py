@@ -80,7 +80,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for suffix, logits, reductions, at in views(model, out):
             title = _title(args.name + suffix, picture, logits)
             target = path.with_stem(path.stem + suffix.replace(", ", "_").replace(" ", "_"))
-            draw.save(draw.picture(picture.pixels, reductions, at=at, title=title), target)
+            noun = model.plain().site_noun
+            draw.save(draw.picture(picture.pixels, reductions, at=at, noun=noun, title=title), target)
             fates = "; ".join(draw.fate(reduction).summary() for reduction in reductions)
             print(f"{target}: {fates}")
     return 0

@@ -16,7 +16,7 @@ from dyntoken import data, mix
 from dyntoken.analysis import plot, sheet
 from dyntoken.data.plan import check_size, parse_split
 from dyntoken.tools import cli
-from dyntoken.train.plan import DataSettings, Settings, read
+from dyntoken.train.settings import DataSettings, Settings, read
 
 TEXT = """\
 A sheet of what training sees under a recipe: images of its training split, each

@@ -7,10 +7,10 @@ from typing import Any
 
 _NAMES = {
     "run": "loop",
-    "evaluate": "loop",
-    "dry_run": "loop",
+    "evaluate": "evaluation",
+    "dry_run": "compiled",
     "Result": "loop",
-    "measure": "loop",
+    "measure": "evaluation",
     "build": "plan",
     "TrainError": "state",
     "TrainState": "state",

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import flax.serialization
@@ -22,11 +22,13 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
+from dyntoken.train.mesh import gathered
 from dyntoken.train.state import TrainState
+from dyntoken.weights import workdirs
 
 Tree = Any
 Log = Callable[[str], None]
-FOLDER = "checkpoints"
+FOLDER = workdirs.CHECKPOINTS
 
 
 class CheckpointError(RuntimeError):
@@ -54,23 +56,46 @@ def folder(workdir: str | epath.PathLike) -> epath.Path:
     return epath.Path(workdir).expanduser().absolute() / FOLDER
 
 
+@dataclasses.dataclass
+class _Chosen(ocp.checkpoint_managers.PreservationPolicy):
+    """Keeps the steps that a function chooses."""
+
+    choose: Callable[[list[int]], Collection[int]]
+
+    def should_preserve(self, checkpoints: Iterable[Any], *, context: Any) -> list[bool]:
+        steps = [info.step for info in checkpoints]
+        chosen = self.choose(steps)
+        return [step in chosen for step in steps]
+
+
 class Checkpoints:
     """The checkpoints of one run, `<workdir>/checkpoints/<step>/{state,meta}`.
 
     Args:
       workdir: folder of the run; may be on `gs://`.
       keep: how many of the newest to keep; at least 2 leave one to fall back to.
+      also: which of some steps to keep besides; asked at every save.
       log: takes one line of text.
     """
 
-    def __init__(self, workdir: str | epath.PathLike, *, keep: int = 2, log: Log = print):
+    def __init__(
+        self,
+        workdir: str | epath.PathLike,
+        *,
+        keep: int = 2,
+        also: Callable[[list[int]], Collection[int]] = lambda steps: (),
+        log: Log = print,
+    ):
         if keep < 1:
             raise ValueError(f"keep_checkpoints must be at least 1, not {keep}")
+        managers = ocp.checkpoint_managers
         self._log = log
         self._manager = ocp.CheckpointManager(
             folder(workdir),
             options=ocp.CheckpointManagerOptions(
-                max_to_keep=keep, enable_async_checkpointing=True, cleanup_tmp_directories=True
+                preservation_policy=managers.AnyPreservationPolicy([managers.LatestN(keep), _Chosen(also)]),
+                enable_async_checkpointing=True,
+                cleanup_tmp_directories=True,
             ),
         )
         self._newest = -1
@@ -79,7 +104,7 @@ class Checkpoints:
         """Starts writing a copy of the state, unless this step is saved already.
 
         Args:
-          state: replicated over the devices.
+          state: replicated over the devices, or in pieces on them.
           **meta: JSON values to keep beside it.
         """
         step = int(state.step)
@@ -97,21 +122,31 @@ class Checkpoints:
         )
         self._newest = step
 
-    def restore(self, like: TrainState) -> Restored | None:
+    def restore(
+        self, like: TrainState, *, among: Callable[[int], bool] = lambda step: True
+    ) -> Restored | None:
         """The newest intact checkpoint, or None if there is none at all.
 
         Damaged ones are moved to `<workdir>/damaged/<step>`.
 
         Args:
-          like: shapes, types and shardings to restore to (`mesh.replicated_like`);
+          like: shapes, types and shardings to restore to (`mesh.like`);
             any number of devices.
+          among: which steps come into question.
 
         Raises:
           CheckpointError: if all are damaged, or they hold another model.
         """
-        found = _newest_intact(self._manager, like, self._log, self._set_aside)
+        steps = sorted(filter(among, self._manager.all_steps()), reverse=True)
+        found = _first_intact(self._manager, steps, like, self._log, self._set_aside)
         self._newest = found.step if found else -1
         return found
+
+    def forget(self, step: int) -> None:
+        """Deletes what was saved after a step: the run takes another way from there."""
+        for later in self._manager.all_steps():
+            if later > step:
+                self._manager.delete(later)
 
     def _set_aside(self, step: int) -> None:
         source = epath.Path(self._manager.directory) / str(step)
@@ -142,8 +177,17 @@ class Checkpoints:
         self._manager.close()
 
 
-def restore_from(workdir: str | epath.PathLike, like: TrainState, *, log: Log = print) -> Restored:
+def restore_from(
+    workdir: str | epath.PathLike, like: TrainState, *, step: int | str = "newest", log: Log = print
+) -> Restored:
     """The newest intact checkpoint of another run, which is left untouched.
+
+    Args:
+      workdir: of that run.
+      like: as in `Checkpoints.restore`.
+      step: "newest", "best" (by the run's `best_metric`, the next best where
+        it is damaged) or the number of a step.
+      log: takes one line of text.
 
     Raises:
       CheckpointError: if there is none, all are damaged, or they hold another model.
@@ -153,7 +197,10 @@ def restore_from(workdir: str | epath.PathLike, like: TrainState, *, log: Log = 
         raise CheckpointError(f"no checkpoints in {where}: give the workdir of a run")
     manager = ocp.CheckpointManager(where, options=ocp.CheckpointManagerOptions(create=False))
     try:
-        found = _newest_intact(manager, like, log, lambda step: None)
+        steps = workdirs.candidates(where.parent, manager.all_steps(), step)
+        found = _first_intact(manager, steps, like, log, lambda step: None)
+    except workdirs.NoCheckpointError as error:
+        raise CheckpointError(str(error)) from error
     finally:
         manager.close()
     if found is None:
@@ -176,10 +223,13 @@ def _unflatten(like: TrainState, flat: Mapping[str, Any]) -> TrainState:
     return flax.serialization.from_state_dict(like, tree)
 
 
-def _newest_intact(
-    manager: ocp.CheckpointManager, like: TrainState, log: Log, set_aside: Callable[[int], None]
+def _first_intact(
+    manager: ocp.CheckpointManager,
+    steps: Sequence[int],
+    like: TrainState,
+    log: Log,
+    set_aside: Callable[[int], None],
 ) -> Restored | None:
-    steps = sorted(manager.all_steps(), reverse=True)
     for step in steps:
         try:
             return _restore(manager, step, like)
@@ -233,9 +283,9 @@ def _check_same_model(saved: Mapping[str, Any], wanted: Mapping[str, Any], where
 
 
 def _host(leaf: jax.Array) -> np.ndarray:
-    """A copy of a replicated array. What is written and what is summed up are these very bytes:
+    """A copy of a whole array. What is written and what is summed up are these very bytes:
     on a CPU an array without a copy is a view, and the next step reuses the donated memory."""
-    return np.array(leaf.addressable_data(0), order="C")
+    return np.array(gathered(leaf).addressable_data(0), order="C")
 
 
 def _describe(value: np.ndarray) -> list[Any]:

@@ -83,6 +83,11 @@ def exchange(text: str) -> list[str]:
     return [row[:size].tobytes().decode() for row, size in zip(rows, lengths, strict=True)]
 
 
+def of_first(text: str) -> str:
+    """The text of process 0, on every process."""
+    return text if jax.process_count() == 1 else exchange(text)[0]
+
+
 def digest(tree: Any) -> int:
     """CRC-32 of the arrays of a tree, in the order of its leaves."""
     total = 0

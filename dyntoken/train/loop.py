@@ -9,11 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
-import signal
-import threading
-import time
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -22,17 +17,23 @@ import jax
 import numpy as np
 from etils import epath
 
-from dyntoken import data, weights
-from dyntoken.eval.classify import classify
+from dyntoken import data
 from dyntoken.train import hosts
 from dyntoken.train import mesh as meshes
-from dyntoken.train.checkpoint import Checkpoints, Restored, folder, restore_from
+from dyntoken.train.checkpoint import Checkpoints
+from dyntoken.train.compiled import Programs, state_bytes
+from dyntoken.train.evaluation import check_sets, measure
+from dyntoken.train.keeper import Keeper
 from dyntoken.train.plan import Plan, build
-from dyntoken.train.report import Clock, Report, Value, atomic_write, duration, spell
-from dyntoken.train.state import TrainError, TrainState
+from dyntoken.train.report import Report, Value
+from dyntoken.train.start import beginning, facts, load_teacher, start, write_config
+from dyntoken.train.state import TrainState
+from dyntoken.train.stop import Stop
+from dyntoken.train.tracing import Tracer, Window
+from dyntoken.train.watch import NotFiniteError, Watch
 
-Tree = Any
 Log = Callable[[str], None]
+Batches = Iterator[dict[str, np.ndarray]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,316 +68,156 @@ def run(config: Mapping[str, Any], workdir: str | epath.PathLike, *, log: Log = 
       log: takes one line of text.
 
     Raises:
-      TrainError: when the loss or the gradient stops being finite.
+      TrainError: when the loss or the gradient stops being finite, and
+        `config.rewind` allows no (further) rewind.
       ValueError: for what does not fit together, before anything is written.
       CheckpointError: when the workdir holds another run, or only damaged files.
       WorkdirError: when nothing, or no checkpoint, can be written to the workdir.
       HostError: when the processes differ in data, config, weights or workdir.
+      ImportError: when `config.tensorboard` lacks its library.
     """
     log = log if jax.process_index() == 0 else _silent
-    plan = hosts.agree(lambda: build(config), _facts)
-    settings, total = plan.settings, plan.total_steps
+    plan = hosts.agree(lambda: build(config), facts)
     workdir = epath.Path(workdir).expanduser().absolute()
-    hosts.check_workdir(workdir, need=_state_bytes(plan))
-    report = Report(workdir, total=total, batch=settings.batch, log=log)
-    with (
-        contextlib.closing(Checkpoints(workdir, keep=settings.keep_checkpoints, log=log)) as checkpoints,
-        _Stop() as stop,
-    ):
-        state, clock, same = _start(plan, checkpoints, log)
-        first = step = int(state.step)
-        report.resume(first)
-        _write_config(workdir, plan)
-        if first < total:
-            # Both: a wrong evaluation split must not show up after the training.
-            batches, _ = hosts.agree(lambda: (plan.train_batches(first), plan.eval_batches()))
-            teacher = _load_teacher(plan, log)
-            train_step = _compile(plan, log)
-            watch = _Watch()
-            clock.start(first)
-            with data.prefetch(batches) as batches:
-                for step, batch in zip(range(first + 1, total + 1), batches, strict=False):
-                    state, metrics = train_step(state, teacher, meshes.place(batch, plan.mesh))
-                    watch.add(step, metrics)
-                    stopping = stop.asked or checkpoints.preempted(step)
-                    if step % settings.log_steps == 0 or step == total:
-                        report.train(step, watch.means(), lr=float(plan.lr_fn(step - 1)), clock=clock)
-                    if _due(step, plan.eval_every) and step < total:
-                        with clock:
-                            report.evaluation(step, measure(plan, state.variables, state.ema))
-                    if _due(step, settings.checkpoint_steps) or stopping or step == total:
-                        watch.flush()  # what is not finite is never saved
-                        with clock:
-                            checkpoints.save(state, seconds=clock.seconds, config=settings.plain)
-                    if stopping and step < total:
-                        log(f"stopped by a signal after step {step}: run the same command again to go on")
-                        return Result(state, {}, plan.model, plan, workdir, finished=False)
-        # Saved before the last evaluation: a run killed during it only evaluates when run again.
-        checkpoints.save(state, seconds=clock.seconds, config=settings.plain)
-        checkpoints.wait()
-        final = report.evaluated(step) if same and first >= total else None
-        if final is None:
-            final = measure(plan, state.variables, state.ema)
-            report.evaluation(step, final)
-        else:
-            log(f"nothing to do: the run in {workdir} finished at step {step}")
-    return Result(state, final, plan.model, plan, workdir, finished=True)
+    hosts.check_workdir(workdir, need=state_bytes(plan))
+    with contextlib.ExitStack() as stack:
+        session = _Session(plan, workdir, log, stack)
+        state = session.state
+        if int(state.step) < plan.total_steps:
+            state, stopped = session.train(state)
+            if stopped:
+                log(f"stopped by a signal after step {int(state.step)}: run the same command again to go on")
+                return Result(state, {}, plan.model, plan, workdir, finished=False)
+        return Result(state, session.finish(state), plan.model, plan, workdir, finished=True)
 
 
-def evaluate(
-    config: Mapping[str, Any], workdir: str | epath.PathLike | None = None, *, log: Log = print
-) -> dict[str, Value]:
-    """Evaluates the newest checkpoint of a workdir, else the weights of `config.init`.
+class _Session:
+    """One life of a run, from its start or restart to its end or interruption."""
 
-    Returns:
-      `top1`, `top5` (fractions), `loss`, `count`, `images_per_s`, of a model
-      with exits `top1_per_exit` (the others are those of the last exit), the
-      same with the prefix `ema/` where the run keeps an average, and the `step`
-      of a checkpoint.
-
-    Raises:
-      ValueError: if there is neither a checkpoint nor `config.init.path`.
-    """
-    log = log if jax.process_index() == 0 else _silent
-    plan = hosts.agree(lambda: build(config), _facts)
-    if workdir is not None and _has_checkpoints(workdir):
-        found = restore_from(workdir, plan.abstract_state, log=log)
-        log(f"evaluating step {found.step} of {workdir}")
-        variables, ema, extra = found.state.variables, found.state.ema, {"step": found.step}
-    elif (plan.settings.init or {}).get("path"):
-        variables, ema, extra = _load_init(plan, log), None, {}
-    else:
-        raise ValueError(
-            f"nothing to evaluate: no checkpoint in {workdir} and config.init.path is empty; "
-            "train first, or give --config.init.path=WEIGHTS"
+    def __init__(self, plan: Plan, workdir: epath.Path, log: Log, stack: contextlib.ExitStack):
+        settings = plan.settings
+        self.plan, self.workdir, self.log = plan, workdir, log
+        self.keeper = Keeper(plan)
+        self.report = hosts.agree(
+            lambda: Report(
+                workdir,
+                total=plan.total_steps,
+                batch=settings.batch,
+                board=settings.tensorboard,
+                curves=settings.curves,
+                log=log,
+            )
         )
-    variables = meshes.replicate(variables, plan.mesh)
-    step = plan.eval_step  # compiled before the clock starts
-    log(f"evaluating batches of {plan.eval_batch}, {_peak(step.memory_analysis()) / 2**20:.0f} MiB a device")
-    began = time.monotonic()
-    metrics = measure(plan, variables, ema)
-    passes = 1 if ema is None else 2
-    metrics["images_per_s"] = passes * metrics["count"] / (time.monotonic() - began)
-    return metrics | extra
+        stack.callback(self.report.close)
+        self.checkpoints = Checkpoints(
+            workdir, keep=settings.keep_checkpoints, also=self.keeper.choose, log=log
+        )
+        stack.callback(self.checkpoints.close)
+        self.stop = stack.enter_context(Stop())
+        begun = start(plan, self.checkpoints, log)
+        self.state, self.clock, self.rewinds = begun.state, begun.clock, begun.rewinds
+        self.first = int(begun.state.step)
+        self.finished_before = begun.same and self.first >= plan.total_steps
+        self._take_up(self.first)
+        write_config(workdir, plan)
 
+    def _take_up(self, step: int) -> None:
+        """Makes the records those of a run that is at this step."""
+        self.report.resume(step)
+        self.keeper.read(self.report.rows())
 
-def dry_run(config: Mapping[str, Any], *, log: Log = print) -> dict[str, Any]:
-    """Builds and compiles a run without weights or images.
+    def train(self, state: TrainState) -> tuple[TrainState, bool]:
+        """Takes the steps that are left; returns the last state and whether a signal stopped it.
 
-    Returns:
-      `model`, `parameters`, `teacher`, `devices`, `batch`, `steps_per_epoch`,
-      `steps`, `eval_every`, `compile_s`, and per device in bytes `state_bytes`
-      and `memory_bytes` (arguments, results and temporaries of the step).
-    """
-    plan = build(config)
-    began = time.monotonic()
-    memory = plan.train_step.memory_analysis()
-    parameters = sum(x.size for x in jax.tree.leaves(plan.abstract_state.params))
-    facts = {
-        "model": plan.settings.model["name"],
-        "parameters": parameters,
-        "teacher": (plan.settings.teacher or {}).get("name") or None,
-        "devices": f"{plan.mesh.size} x {plan.mesh.devices.flat[0].device_kind}",
-        "batch": plan.settings.batch,
-        "steps_per_epoch": plan.steps_per_epoch,
-        "steps": plan.total_steps,
-        "eval_every": plan.eval_every,
-        "compile_s": round(time.monotonic() - began, 1),
-        "state_bytes": _state_bytes(plan),
-        "memory_bytes": _peak(memory),
-    }
-    for name, value in facts.items():
-        log(f"{name}: {value}")
-    return facts
+        Raises:
+          TrainError: see `run`.
+        """
+        # Both: a set that is missing must not show up after the training.
+        batches, _ = hosts.agree(lambda: (self._batches(self.first), check_sets(self.plan)))
+        teacher = load_teacher(self.plan, self.log)
+        programs = Programs(self.plan, self.log)
+        self.state = None  # the first step consumes it
+        while True:
+            try:
+                return self._steps(programs, teacher, state, batches)
+            except NotFiniteError as error:
+                bad = error.with_traceback(None)  # whose frames hold the state
+            del state, batches
+            state = self._go_back(bad)
+            batches = self._batches(int(state.step))
 
+    def _batches(self, step: int) -> Batches:
+        return self.plan.train_batches(step, **self.rewinds.data)
 
-def _state_bytes(plan: Plan) -> int:
-    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(plan.abstract_state))
+    def _steps(
+        self, programs: Programs, teacher: Any, state: TrainState, batches: Batches
+    ) -> tuple[TrainState, bool]:
+        plan, settings, total, first = self.plan, self.plan.settings, self.plan.total_steps, int(state.step)
+        watch, metrics = Watch(), None
+        tracer = Tracer(Window.of(settings.profile), self.workdir, self.log)
+        train_step = programs.at(first)
+        self.clock.start(first)
+        with data.prefetch(batches) as batches, contextlib.closing(tracer):
+            for step in range(first + 1, total + 1):
+                if not programs.ready(step - 1):
+                    with self.clock:
+                        train_step = programs.at(step - 1)
+                tracer.before(step, metrics)
+                batch = self.clock.take(batches, running=metrics)
+                state, metrics = train_step(state, teacher, meshes.place(batch, plan.mesh))
+                tracer.after(step, metrics)
+                watch.add(step, metrics)
+                stopping = self.stop.asked or self.checkpoints.preempted(step)
+                if step % settings.log_steps == 0 or step == total:
+                    lr = float(plan.lr_fn(step - 1))
+                    self.report.train(step, watch.means(), lr=lr, clock=self.clock)
+                evaluating = plan.eval_every > 0 and step % plan.eval_every == 0 and step < total
+                saving = self.keeper.planned(step) or stopping or step == total
+                if evaluating or saving:
+                    watch.flush()  # what is not finite is neither evaluated nor saved
+                    with self.clock:
+                        if evaluating:
+                            self._evaluate(step, state)
+                        if saving:
+                            self._save(state)
+                if stopping and step < total:
+                    return state, True
+        return state, False
 
+    def finish(self, state: TrainState) -> dict[str, Value]:
+        """The last evaluation, unless an earlier session made it."""
+        # Saved before it: a run killed during it only evaluates when run again.
+        self._save(state)
+        self.checkpoints.wait()
+        step = int(state.step)
+        final = self.report.evaluated(step) if self.finished_before else None
+        if final is None:
+            return self._evaluate(step, state)
+        self.log(f"nothing to do: the run in {self.workdir} finished at step {step}")
+        return final
 
-def _facts(plan: Plan) -> dict[str, Any]:
-    """What has to be the same on every host; where the data lie may differ."""
-    facts = {f"config.{name}": value for name, value in _flat(plan.settings.plain).items()}
-    facts.pop("config.data.data_dir", None)
-    info = plan.info
-    facts |= {f"the size of split {name!r}": size for name, size in info.splits.items()}
-    names = zlib.crc32("\n".join(info.class_names).encode())
-    return facts | {"the number of classes": info.num_classes, "the checksum of the class names": names}
+    def _evaluate(self, step: int, state: TrainState) -> dict[str, Value]:
+        metrics = measure(self.plan, state.variables, state.ema)
+        self.report.evaluation(step, metrics)
+        self.keeper.note(step, metrics)
+        return metrics
 
+    def _save(self, state: TrainState) -> None:
+        settings = self.plan.settings
+        self.checkpoints.save(state, seconds=self.clock.seconds, config=settings.plain, **self.rewinds.meta)
 
-def _write_config(workdir: epath.Path, plan: Plan) -> None:
-    if jax.process_index() == 0:
-        atomic_write(workdir / "config.json", json.dumps(plan.settings.plain, indent=2) + "\n")
-
-
-def _start(plan: Plan, checkpoints: Checkpoints, log: Log) -> tuple[TrainState, Clock, bool]:
-    """The state to go on from, its clock, and whether this very config made it."""
-    settings = plan.settings
-    found = checkpoints.restore(plan.abstract_state)
-    if found is not None:
-        log(f"resuming at step {found.step} of {plan.total_steps}")
-    elif settings.resume:
-        found = restore_from(settings.resume, plan.abstract_state, log=log)
-        log(f"going on from step {found.step} of {settings.resume}")
-    if found is not None:
-        same = _compare(found, settings.plain, log)
-        return found.state, Clock(found.meta["seconds"]), same
-    variables = _load_init(plan, log) if (settings.init or {}).get("path") else None
-    return plan.new_state(variables), Clock(), True
-
-
-def _compare(found: Restored, config: Mapping[str, Any], log: Log) -> bool:
-    before, now = _flat(found.meta["config"]), _flat(config)
-    changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
-    if changed:
-        shown = ", ".join(f"{key} {before.get(key)} -> {now.get(key)}" for key in changed[:6])
-        log(f"the config differs from the checkpoint's: {shown}" + (", ..." if len(changed) > 6 else ""))
-    return not changed
-
-
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, Mapping):
-        return {prefix: tree}
-    return {k: v for key, node in tree.items() for k, v in _flat(node, f"{prefix}.{key}".strip(".")).items()}
-
-
-def _load_init(plan: Plan, log: Log) -> Tree:
-    options = dict(plan.settings.init)
-    path = options.pop("path")
-    variables, report = hosts.agree(
-        lambda: weights.load_weights(plan.model, path, return_report=True, **options), _checksum
-    )
-    log(f"initial weights: {report}")
-    return variables
-
-
-def _load_teacher(plan: Plan, log: Log) -> Tree:
-    if plan.teacher is None:
-        return {}
-    path = plan.settings.teacher["weights"]
-    variables, report = hosts.agree(
-        lambda: weights.load_weights(plan.teacher, path, return_report=True), _checksum
-    )
-    log(f"teacher: {report}")
-    return meshes.replicate(variables, plan.mesh)
-
-
-def _checksum(loaded: tuple[Tree, Any]) -> dict[str, Any]:
-    return {"the checksum of the weights": hosts.digest(loaded[0])}
-
-
-def _compile(plan: Plan, log: Log) -> jax.stages.Compiled:
-    began = time.monotonic()
-    compiled = plan.train_step
-    memory = _peak(compiled.memory_analysis()) / 2**20
-    log(
-        f"compiled in {duration(time.monotonic() - began)}: {plan.total_steps} steps of "
-        f"{plan.settings.batch} images on {plan.mesh.size} device(s), {memory:.0f} MiB each"
-    )
-    return compiled
-
-
-def _peak(memory: Any) -> int:
-    """Bytes per device while a step runs; donated arguments count once."""
-    held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return held + memory.temp_size_in_bytes
-
-
-def measure(plan: Plan, variables: Tree, ema: Tree | None = None) -> dict[str, Value]:
-    """Evaluates variables on the plan's evaluation split: `top1`, ..., and `ema/top1`, ... ."""
-    metrics = classify(plan.eval_step, variables, _placed(plan))
-    if ema is not None:
-        averaged = classify(plan.eval_step, ema, _placed(plan))
-        metrics |= {f"ema/{name}": value for name, value in averaged.items() if name != "count"}
-    return metrics
-
-
-def _placed(plan: Plan) -> Iterator[dict[str, jax.Array]]:
-    with data.prefetch(plan.eval_batches()) as batches:
-        for batch in batches:
-            yield meshes.place(batch, plan.mesh)
+    def _go_back(self, bad: NotFiniteError) -> TrainState:
+        """The state of the last planned checkpoint, or of the beginning."""
+        self.rewinds.check(bad)
+        self.checkpoints.wait()
+        found = self.checkpoints.restore(self.plan.abstract_state, among=self.keeper.planned)
+        state = beginning(self.plan, self.log).state if found is None else found.state
+        step = int(state.step)
+        self.checkpoints.forget(step)
+        self.log(self.rewinds.add(step, bad))
+        self._take_up(step)
+        return state
 
 
 def _silent(line: str) -> None:
     """What the other processes say."""
-
-
-def _due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0
-
-
-def _has_checkpoints(workdir: str | epath.PathLike) -> bool:
-    where = folder(workdir)
-    return where.exists() and any(entry.name.isdigit() for entry in where.iterdir())
-
-
-class _Watch:
-    """Collects metrics one step behind the device and stops at what is not finite."""
-
-    def __init__(self) -> None:
-        self._waiting: tuple[int, Mapping[str, Any]] | None = None
-        self._sums: dict[str, tuple[np.ndarray, float]] = {}
-
-    def add(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Takes the metrics of a step that may still run; looks at those before."""
-        for value in jax.tree.leaves(metrics):
-            value.copy_to_host_async()
-        previous, self._waiting = self._waiting, (step, metrics)
-        if previous is not None:
-            self._look(*previous)
-
-    def flush(self) -> None:
-        """Looks at the newest step, too."""
-        if self._waiting is not None:
-            self._look(*self._waiting)
-            self._waiting = None
-
-    def means(self) -> dict[str, Value]:
-        """Sum over count of each metric since the last call."""
-        self.flush()
-        means = {name: _mean(total, count) for name, (total, count) in self._sums.items()}
-        self._sums = {}
-        return means
-
-    def _look(self, step: int, metrics: Mapping[str, Any]) -> None:
-        values = {
-            name: (np.asarray(total, np.float64), float(count)) for name, (total, count) in metrics.items()
-        }
-        if not all(np.isfinite(total).all() for total, _ in values.values()):
-            told = ", ".join(f"{name} {spell(_mean(*pair), '.6g')}" for name, pair in values.items())
-            raise TrainError(
-                f"not finite at step {step}: {told}; nothing after step {step - 1} was saved. "
-                "Lower optim.lr, set optim.clip or lengthen the warm-up, then run again"
-            )
-        for name, (total, count) in values.items():
-            before = self._sums.get(name, (0.0, 0.0))
-            self._sums[name] = (before[0] + total, before[1] + count)
-
-
-def _mean(total: np.ndarray, count: float) -> Value:
-    return (total / max(count, 1e-30)).tolist()
-
-
-class _Stop:
-    """Turns SIGTERM into a question the loop asks between steps.
-
-    Several processes are asked through the cluster's notice instead
-    (`Checkpoints.preempted`), so that all of them stop at the same step.
-    """
-
-    def __init__(self) -> None:
-        self.asked = False
-        self._before: Any = None
-        self._active = threading.current_thread() is threading.main_thread() and jax.process_count() == 1
-
-    def __enter__(self) -> _Stop:
-        if self._active:
-            self._before = signal.signal(signal.SIGTERM, self._ask)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._active:
-            signal.signal(signal.SIGTERM, self._before)
-
-    def _ask(self, *_: object) -> None:
-        self.asked = True

@@ -15,6 +15,8 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXIS = "data"
+# What a run may cut over the devices, and which parts of its state that is.
+SHARDS = {"none": (), "optimizer": ("opt_state", "ema"), "params": ("opt_state", "ema", "params")}
 Tree = Any
 
 
@@ -24,21 +26,23 @@ def data_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
     return jax.make_mesh((len(devices),), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
 
 
-def check_batch(batch: int, mesh: Mesh, *, multiple: int = 1) -> None:
+def check_batch(batch: int, mesh: Mesh, *, multiple: int = 1, slices: int = 1) -> None:
     """Raises ValueError unless every device gets the same number of rows.
 
     Args:
       batch: rows of the global batch.
       mesh: from `data_mesh`.
-      multiple: what the rows of one device must divide by; 2 where mixup pairs
+      multiple: what the rows of one slice must divide by; 2 where mixup pairs
         neighbouring rows.
+      slices: of the rows of one device, see `config.accumulate`.
     """
-    unit = mesh.size * multiple
+    unit = mesh.size * multiple * slices
     if batch > 0 and batch % unit == 0:
         return
     lower, upper = batch // unit * unit, (batch // unit + 1) * unit
     near = f"{lower} or {upper}" if lower > 0 else f"{upper}"
-    pairs = f" in groups of {multiple} (mixup pairs neighbours)" if multiple > 1 else ""
+    why = ["mixup pairs neighbours"] * (multiple > 1) + [f"accumulate={slices}"] * (slices > 1)
+    pairs = f" in groups of {multiple * slices} ({', '.join(why)})" if why else ""
     raise ValueError(
         f"a batch of {batch} does not divide over {mesh.size} devices{pairs}: set batch to {near}, "
         "or use another number of devices"
@@ -63,30 +67,112 @@ def data_parallel(
     return jax.jit(mapped, donate_argnums=tuple(donate))
 
 
+def split_update(
+    gradient: Callable[..., Tree],
+    update: Callable[[Tree, Tree], tuple[Tree, Tree]],
+    mesh: Mesh,
+    layout: Tree,
+) -> Callable[..., Tree]:
+    """Compiles a training step whose state lies in pieces on the devices.
+
+    The gradient half runs per device as ever. The update half is outside of the
+    `shard_map`, ordinary arithmetic on global arrays: told where the pieces lie,
+    the compiler keeps it local (each device updates what it holds), makes the
+    all-gathers and turns norms into one more sum. So any optimizer works that
+    works on whole arrays; collectives by hand would need one that knows which
+    piece it sees.
+
+    Args:
+      gradient, update: from `train.step`.
+      mesh: from `data_mesh`.
+      layout: a state of shardings, from `layout_of`.
+    """
+    specs = (PartitionSpec(),) * 3 + (PartitionSpec(AXIS),)
+    mapped = jax.shard_map(gradient, mesh=mesh, in_specs=specs, out_specs=PartitionSpec())
+
+    def step(state, teacher, batch):
+        found = mapped(state.step, state.variables, teacher, batch)
+        # Cut before the update, not after: the moments then never leave their device.
+        pieces = jax.tree.map(lambda x: piece(x, mesh), found.grads)
+        return update(state, found._replace(grads=jax.lax.with_sharding_constraint(found.grads, pieces)))
+
+    whole = NamedSharding(mesh, PartitionSpec())
+    return jax.jit(step, donate_argnums=(0,), out_shardings=(layout, whole))
+
+
+def piece(leaf: Any, mesh: Mesh) -> NamedSharding:
+    """An array cut along its longest axis that divides over the devices, else whole on each."""
+    fits = [axis for axis, size in enumerate(leaf.shape) if size % mesh.size == 0 and size > 0]
+    if not fits or mesh.size == 1:
+        return NamedSharding(mesh, PartitionSpec())
+    longest = max(fits, key=lambda axis: leaf.shape[axis])
+    return NamedSharding(
+        mesh, PartitionSpec(*(AXIS if axis == longest else None for axis in range(longest + 1)))
+    )
+
+
+def layout_of(state: Tree, mesh: Mesh, shard: str) -> Tree:
+    """A tree of shardings for a `TrainState`.
+
+    Args:
+      state: arrays, or their shapes and types.
+      shard: row of `SHARDS`. With "params" each step gathers the parameters
+        once.
+    """
+    whole = jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), state)
+    cut = {n: jax.tree.map(lambda x: piece(x, mesh), getattr(state, n)) for n in SHARDS[shard]}
+    return whole.replace(**cut)
+
+
+def gathered(tree: Tree) -> Tree:
+    """The same arrays, whole on every device; all processes call it together."""
+
+    def whole(x):
+        if x.is_fully_replicated:
+            return x
+        return _copies(NamedSharding(x.sharding.mesh, PartitionSpec()))(x)
+
+    return jax.tree.map(whole, tree)
+
+
+@functools.cache
+def _copies(where: NamedSharding) -> Callable[[jax.Array], jax.Array]:
+    return jax.jit(lambda x: x, out_shardings=where)
+
+
 def place(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """This process's rows of a batch, as global arrays split over the mesh."""
     sharding = NamedSharding(mesh, PartitionSpec(AXIS))
     return {k: jax.make_array_from_process_local_data(sharding, np.asarray(v)) for k, v in batch.items()}
 
 
-def replicate(tree: Tree, mesh: Mesh) -> Tree:
-    """A tree of equal arrays on every device of the mesh, in buffers of their own."""
+def replicate(tree: Tree, mesh: Mesh, layout: Tree | None = None) -> Tree:
+    """A tree of arrays, the same on every process, on the devices of the mesh, in buffers of their own.
+
+    Args:
+      layout: a tree of shardings; by default every device holds all.
+    """
     sharding = NamedSharding(mesh, PartitionSpec())
     # By way of host copies: device_put would hand on the caller's own buffer (even with
     # may_alias=False), and whoever donates the result would delete it under the caller.
     copies = jax.tree.map(np.array, tree)
+    layout = jax.tree.map(lambda _: sharding, copies) if layout is None else layout
     if jax.process_count() == 1:
-        return jax.device_put(copies, sharding)
+        return jax.device_put(copies, layout)
     # device_put would compare every leaf over all processes; `hosts` did that once, by checksum.
     return jax.tree.map(
-        lambda x: jax.make_array_from_process_local_data(sharding, x, global_shape=x.shape), copies
+        lambda x, where: jax.make_array_from_callback(x.shape, where, lambda index: x[index]), copies, layout
     )
 
 
+def like(tree: Tree, layout: Tree) -> Tree:
+    """Shapes and types of a tree with the shardings of another (for compiling and restoring)."""
+    return jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree, layout)
+
+
 def replicated_like(tree: Tree, mesh: Mesh) -> Tree:
-    """Shapes and types of a tree with the replicated sharding (for restoring)."""
-    sharding = NamedSharding(mesh, PartitionSpec())
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+    """Shapes and types of a tree with the replicated sharding."""
+    return like(tree, jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), tree))
 
 
 def batch_like(

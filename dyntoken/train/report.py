@@ -4,51 +4,19 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 from etils import epath
 
+from dyntoken.analysis import learning, plot
+from dyntoken.train.board import Board
+from dyntoken.train.clock import Clock
+from dyntoken.weights import workdirs
+
 Log = Callable[[str], None]
 Value = float | list[float]  # a list has one entry per exit
-
-
-class Clock:
-    """Training time, restarts included and pauses left out.
-
-    Args:
-      seconds: time that earlier sessions of this run have trained.
-    """
-
-    def __init__(self, seconds: float = 0.0):
-        self._before = seconds
-        self._running: float | None = None
-        self._mark = (0, seconds)
-
-    @property
-    def seconds(self) -> float:
-        """Training time so far."""
-        return self._before + (0.0 if self._running is None else time.monotonic() - self._running)
-
-    def start(self, step: int) -> None:
-        """Starts to count; `speed` refers to the steps from here."""
-        self._running = time.monotonic()
-        self._mark = (step, self.seconds)
-
-    def __enter__(self) -> None:
-        """A pause: evaluation and the like do not count as training."""
-        self._before, self._running = self.seconds, None
-
-    def __exit__(self, *_: object) -> None:
-        self._running = time.monotonic()
-
-    def speed(self, step: int) -> float:
-        """Steps per second since the last call (or the start)."""
-        then, seconds = self._mark
-        self._mark = (step, self.seconds)
-        return (step - then) / max(self._mark[1] - seconds, 1e-9)
 
 
 class Report:
@@ -58,16 +26,35 @@ class Report:
       workdir: folder of the run.
       total: number of steps of the run.
       batch: rows of the global batch.
+      board: also writes for TensorBoard.
+      curves: also draws `<workdir>/curves.png` at every evaluation; without
+        matplotlib it says so once.
       log: takes one line of text.
+
+    Raises:
+      ImportError: a board without tensorboardX.
     """
 
-    def __init__(self, workdir: epath.Path, *, total: int, batch: int, log: Log = print):
-        self._path = workdir / "metrics.jsonl"
+    def __init__(
+        self,
+        workdir: epath.Path,
+        *,
+        total: int,
+        batch: int,
+        board: bool = False,
+        curves: bool = False,
+        log: Log = print,
+    ):
+        self._path, self._picture = workdir / workdirs.METRICS, workdir / "curves.png"
         self._total, self._batch, self._log = total, batch, log
         self._writes = jax.process_index() == 0
+        self._board = Board(workdir) if board and self._writes else None
+        self._draws = curves and self._writes
 
     def resume(self, step: int) -> None:
         """Forgets what a killed session wrote after `step`: those steps are run again."""
+        if self._board is not None:
+            self._board.resume(step)
         if not self._writes or not self._path.exists():
             return
         rows = [row for row in self.rows() if row["step"] <= step]
@@ -75,20 +62,24 @@ class Report:
 
     def rows(self) -> list[dict[str, Any]]:
         """All that was written; a half-written last line is left out."""
-        if not self._path.exists():
-            return []
-        return [row for row in map(_parse, self._path.read_text().splitlines()) if row is not None]
+        return workdirs.read_rows(self._path)
+
+    def close(self) -> None:
+        """Writes what is pending."""
+        if self._board is not None:
+            self._board.close()
 
     def train(self, step: int, metrics: Mapping[str, Value], *, lr: float, clock: Clock) -> None:
-        """Reports the means since the last report."""
-        speed = clock.speed(step)
+        """Reports the means since the last report; `data` is the share of time without a batch."""
+        speed, wait = clock.lap(step)
         rate = speed * self._batch
-        self._write(step, "train", {**metrics, "lr": lr, "images_per_s": rate, "seconds": clock.seconds})
+        facts = {"lr": lr, "images_per_s": rate, "data_wait": wait, "seconds": clock.seconds}
+        self._write(step, "train", {**metrics, **facts})
         left = (self._total - step) / speed
         losses = "  ".join(f"{name} {spell(value, '.4g')}" for name, value in metrics.items())
         self._log(
             f"step {step}/{self._total}  {100 * step / self._total:.1f}%  {rate:.4g} img/s  "
-            f"ETA {duration(left)}  lr {lr:.3g}  {losses}"
+            f"data {100 * wait:.0f}%  ETA {duration(left)}  lr {lr:.3g}  {losses}"
         )
 
     def evaluation(self, step: int, metrics: Mapping[str, Value]) -> None:
@@ -99,6 +90,17 @@ class Report:
             for name, value in metrics.items()
         )
         self._log(f"eval at step {step}/{self._total}  {values}")
+        if self._draws:
+            self._draw()
+
+    def _draw(self) -> None:
+        try:
+            figure = learning.learning_curves(self.rows(), title=self._path.parent.name)
+        except ModuleNotFoundError as error:
+            self._draws = False
+            self._log(f"no {self._picture.name}: {error}")
+            return
+        plot.save(figure, self._picture)
 
     def evaluated(self, step: int) -> dict[str, Value] | None:
         """The latest evaluation that was reported at a step, if any."""
@@ -111,6 +113,8 @@ class Report:
         if self._writes:
             with self._path.open("a") as file:
                 file.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
+            if self._board is not None:
+                self._board.add(step, kind, values)
 
 
 def spell(value: Value, form: str, scale: float = 1) -> str:
@@ -134,11 +138,3 @@ def duration(seconds: float) -> str:
     if hours:
         return f"{hours}h{minutes:02d}m"
     return f"{minutes}m{secs:02d}s" if minutes else f"{secs}s"
-
-
-def _parse(line: str) -> dict[str, Any] | None:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError:
-        return None
-    return row if isinstance(row, dict) and "step" in row and "kind" in row else None

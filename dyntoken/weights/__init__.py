@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -38,7 +38,7 @@ __all__ = [
 
 FORMAT = "dyntoken"
 # Parameters that a dense checkpoint cannot have; they start fresh without a warning.
-NEW = ("/reducer_",)
+NEW = ("/reducer_", "/fast_path_", "/fastmlp_")
 _log = logging.getLogger(__name__)
 
 
@@ -78,8 +78,9 @@ def load_weights(
     source: Any,
     *,
     prefer: str = "ema",
+    step: int | str = "newest",
     strict: bool = False,
-    resize: str = "bicubic",
+    resize: str | None = None,
     head: str = "keep",
     source_grid: tuple[int, int] | None = None,
     seed: int = 0,
@@ -95,9 +96,12 @@ def load_weights(
         "pretrained:NAME" (ships with the package); "hf:org/name[/file]"; or a
         mapping of arrays.
       prefer: "ema" takes the average where the source holds one, or "params".
+      step: of a workdir: "newest", "best" (by the run's `best_metric` among the
+        checkpoints that were evaluated) or the number of a step.
       strict: missing or unexpected arrays are an error.
       resize: how a position embedding of another grid is resized: "bicubic"
-        (DeiT, EViT, TPS) or "bilinear" (DynamicViT).
+        (DeiT, EViT, TPS) or "bilinear" (DynamicViT, PVT); by default as the
+        backbone's official code does.
       head: "keep", or "reset" to leave the classifier freshly initialised.
       source_grid: (rows, columns) of the source's patches if they are no square.
       seed: of what is freshly initialised.
@@ -111,7 +115,7 @@ def load_weights(
     """
     if head not in ("keep", "reset"):
         raise WeightsError(f"head={head!r}: choose 'keep' or 'reset'")
-    bundle = files.read(source, prefer)
+    bundle = files.read(source, prefer, step)
     shapes = shapes_of(model)
     found, unexpected = _sort_for(model, bundle)
     spread = dense_start.applies(model, found)
@@ -122,14 +126,9 @@ def load_weights(
     _check_kinship(found, shapes, bundle.origin)
     missing = tuple(path for path in shapes if path not in found)
     fresh = functools.cache(lambda: _initialised(model, seed))
-    resized, notes = [], []
-    for path in [path for path in found if path.endswith("pos_embed")]:
-        old = found[path]
-        found[path] = _fit_positions(model, path, bundle, old, shapes[path], resize, source_grid, fresh)
-        if found[path] is not old:
-            resized.append(f"{path}: {list(old.shape)} -> {list(found[path].shape)}")
+    resized = positions.fit_all(model, found, shapes, bundle, resize, source_grid, fresh)
     _check_shapes(found, shapes, bundle.origin)
-    notes.extend(_notes(model, bundle, missing))
+    notes = _notes(model, bundle, missing)
     if spread:
         notes.append("weights of a dense model: every exit starts from them, the reuse between exits fresh")
     report = Report(
@@ -286,7 +285,7 @@ def _sort(bundle: files.Bundle, key_map: keys.KeyMap) -> tuple[dict[str, np.ndar
     """Arrays by our path, and the source's keys that no parameter wants."""
     found: dict[str, np.ndarray] = {}
     unexpected = []
-    for key, value in bundle.tensors.items():
+    for key, value in key_map.spelled(bundle.tensors).items():
         entry = key_map.find(key)
         if entry is not None and entry.path not in found:
             found[entry.path] = entry.from_reference(value)
@@ -333,40 +332,6 @@ def _check_shapes(
             "create the model with the sizes of the weights (its name, img_size, patch_size, in_chans, width)"
         )
     raise WeightsError(f"{origin}: weights of another shape: {listed}; {remedy}")
-
-
-def _fit_positions(
-    model: Model,
-    path: str,
-    bundle: files.Bundle,
-    value: np.ndarray,
-    want: tuple[int, ...],
-    method: str,
-    source_grid: tuple[int, int] | None,
-    fresh: Callable[[], Mapping[str, Any]],
-) -> np.ndarray:
-    """The source's position embedding on the model's grid; `value` itself if it fits."""
-    exit_, nested, _ = path.partition("/backbone/")
-    body = model.plain(int(exit_.removeprefix("exit_"))) if nested else model.plain()
-    if source_grid is None and "x" in bundle.metadata.get("grid", ""):
-        rows, columns = bundle.metadata["grid"].split("x")
-        source_grid = (int(rows), int(columns))
-    if value.ndim != 3 or value.shape[-1] != want[-1]:
-        return value  # reported with the other wrong shapes
-    if value.shape == want and source_grid in (None, tuple(body.grid)):
-        return value
-    tokens = {key.rsplit("/", 1)[-1] for key in bundle.tensors}
-    return positions.fit(
-        value,
-        prefix=body.prefix,
-        grid=body.grid,
-        source_prefix=sum(token in tokens for token in ("cls_token", "dist_token")),
-        source_grid=source_grid,
-        bare=not bundle.own,
-        method=method,
-        fresh=lambda: fresh()[path],
-        origin=bundle.origin,
-    )
 
 
 def _notes(model: Model, bundle: files.Bundle, missing: tuple[str, ...]) -> list[str]:

@@ -11,11 +11,9 @@ import dataclasses
 import io
 import json
 import zipfile
-import zlib
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors
@@ -61,7 +59,7 @@ class Bundle:
     own: bool
 
 
-def read(source: Any, prefer: str = "ema") -> Bundle:
+def read(source: Any, prefer: str = "ema", step: int | str = "newest") -> Bundle:
     """Reads a weight source.
 
     Args:
@@ -70,20 +68,23 @@ def read(source: Any, prefer: str = "ema") -> Bundle:
         or a mapping (nested or flat) of arrays.
       prefer: "ema" takes the weight average where the source holds one;
         "params" takes the raw parameters.
+      step: which checkpoint of an orbax workdir: "newest", "best" or a step.
 
     Raises:
       WeightsError: missing, truncated, unknown or unreadable source.
     """
     if prefer not in PREFERENCES:
         raise WeightsError(f"prefer={prefer!r}: choose 'ema' or 'params'")
-    return _bundle(*read_tree(source), prefer)
+    return _bundle(*read_tree(source, step), prefer)
 
 
-def read_tree(source: Any) -> tuple[Any, dict[str, str], str]:
+def read_tree(source: Any, step: int | str = "newest") -> tuple[Any, dict[str, str], str]:
     """A source as it is: its tree, the strings stored beside it, and its name for messages.
 
     Arguments and errors as `read`. Leaves are arrays; of a torch file also plain numbers, strings and lists.
     """
+    if step != "newest" and (isinstance(source, Mapping) or not epath.Path(source).is_dir()):
+        raise WeightsError(f"step={step!r} chooses among the checkpoints of a workdir, not in a weight file")
     if isinstance(source, Mapping):
         return source, {}, "the given mapping"
     name = str(source)
@@ -96,7 +97,9 @@ def read_tree(source: Any) -> tuple[Any, dict[str, str], str]:
             "checkpoint becomes ours by `python -m dyntoken.tools.convert IN OUT --model=NAME`)"
         )
     if path.is_dir():
-        return read_orbax(path), {}, name
+        from dyntoken.weights import orbax
+
+        return orbax.read(path, step), {}, name
     reader = READERS.get(path.suffix.lower())
     if reader is None:
         raise WeightsError(
@@ -127,7 +130,7 @@ def read_safetensors(path: epath.Path) -> tuple[dict[str, np.ndarray], dict[str,
         size = int.from_bytes(data[:8], "little")
         header = json.loads(data[8 : 8 + size])
     except (safetensors.SafetensorError, ValueError, KeyError) as error:
-        raise _damaged(path, "safetensors", error) from error
+        raise damaged(path, "safetensors", error) from error
     return tensors, header.get("__metadata__") or {}
 
 
@@ -145,7 +148,7 @@ def read_npz(path: epath.Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
             raise WeightsError(
                 f"{path}: holds pickled objects, which can run code and are never loaded; save plain arrays"
             ) from error
-        raise _damaged(path, "npz", error) from error
+        raise damaged(path, "npz", error) from error
 
 
 def read_torch(path: epath.Path) -> tuple[dict[str, Any], dict[str, str]]:
@@ -165,7 +168,7 @@ def read_torch(path: epath.Path) -> tuple[dict[str, Any], dict[str, str]]:
         with torch.serialization.safe_globals([argparse.Namespace]):
             tree = torch.load(io.BytesIO(path.read_bytes()), map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many types for a damaged or unsafe file
-        raise _damaged(path, "torch", error) from error
+        raise damaged(path, "torch", error) from error
 
     def convert(node: Any) -> Any:
         if isinstance(node, torch.Tensor):
@@ -187,70 +190,6 @@ READERS = {
     ".bin": read_torch,
     ".tar": read_torch,
 }
-
-
-def read_orbax(path: Any) -> dict[str, Any]:
-    """Trees of the newest step in a workdir (`<workdir>/checkpoints`).
-
-    Args:
-      path: the workdir, its `checkpoints` directory, or one step directory.
-
-    Returns:
-      Nested dict with "params" and, where the checkpoint has them, "ema" and
-      "batch_stats".
-
-    Raises:
-      WeightsError: no finished checkpoint, or an unreadable one.
-    """
-    import orbax.checkpoint as ocp
-
-    directory = _newest_step(epath.Path(path).absolute())
-    item = directory / "state" if (directory / "state").exists() else directory
-    handler = ocp.StandardCheckpointHandler()
-    try:
-        metadata = handler.metadata(item)
-        target = jax.tree.map(
-            lambda leaf: np.zeros(leaf.shape, leaf.dtype), getattr(metadata, "tree", metadata)
-        )
-        state = handler.restore(item, args=ocp.args.StandardRestore(target))
-        _verify(directory, state)
-    except WeightsError:
-        raise
-    except Exception as error:  # orbax raises whatever the storage layer raised
-        raise _damaged(directory, "orbax", error) from error
-    finally:
-        handler.close()
-    trees = {key: state[key] for key in ("params", "ema", "batch_stats") if state.get(key)}
-    if "batch_stats" not in trees and state.get("extra"):
-        trees["batch_stats"] = state["extra"].get("batch_stats", {})
-    return trees if "params" in trees else {"params": state}
-
-
-def _verify(directory: epath.Path, state: Mapping[str, Any]) -> None:
-    """Compares each array with the checksum that the trainer wrote; orbax itself keeps none."""
-    path = directory / "meta" / "metadata"
-    if not path.exists():
-        return
-    written = json.loads(path.read_text()).get("leaves", {})
-    for name, value in flatten(state).items():
-        found = zlib.crc32(np.ascontiguousarray(value).reshape(-1).view(np.uint8))
-        if name in written and found != written[name][2]:
-            raise WeightsError(
-                f"{directory}: damaged checkpoint ({name} has another checksum than when it was written); "
-                "give the directory of an older step"
-            )
-
-
-def _newest_step(path: epath.Path) -> epath.Path:
-    root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    if (root / "state").exists() or (root / "_METADATA").exists():
-        return root
-    steps = [int(entry.name) for entry in root.iterdir() if entry.is_dir() and entry.name.isdigit()]
-    if not steps:
-        raise WeightsError(
-            f"{path}: no finished checkpoint; expected a workdir with checkpoints/<step>/ in it"
-        )
-    return root / str(max(steps))
 
 
 def fetch_hub(source: str) -> str:
@@ -376,7 +315,8 @@ def _float32(value: np.ndarray) -> np.ndarray:
     return value.astype(np.float32)
 
 
-def _damaged(path: Any, kind: str, error: Exception) -> WeightsError:
+def damaged(path: Any, kind: str, error: Exception) -> WeightsError:
+    """The error for a file that cannot be read."""
     return WeightsError(
         f"{path}: truncated or damaged {kind} file ({_first_line(error)}); copy or download it again"
     )

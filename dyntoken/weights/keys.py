@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -63,11 +63,64 @@ PSVIT_RULES = (
     (r"^backbone/trunk/blocks_(\d+)/", r"trans_layers/\1/"),
     *VIT_RULES,
 )
+PVT_RULES = (
+    # Its stages count from 1.
+    *(
+        (rf"^backbone/stage_{i}/{ours}", theirs.format(i + 1))
+        for i in range(4)
+        for ours, theirs in (
+            ("pos_embed$", "pos_embed{}"),
+            ("patch_embed/", "patch_embed{}/"),
+            (r"trunk/blocks_(\d+)/", r"block{}/\1/"),
+        )
+    ),
+    (r"^backbone/stage_\d+/cls_token$", "cls_token"),
+    *VIT_RULES,
+)
+CVT_RULES = (
+    (r"^backbone/stage_(\d+)/trunk/blocks_(\d+)/", r"stage\1/blocks/\2/"),
+    (r"^backbone/stage_(\d+)/(patch_embed/|cls_token$)", r"stage\1/\2"),
+    *VIT_RULES,
+)
+SWIN_RULES = (
+    (r"^backbone/patch_embed_norm/", r"patch_embed/norm/"),
+    (r"^backbone/merge_(\d+)/", r"layers/\1/downsample/"),
+    (r"^backbone/stage_(\d+)/blocks_(\d+)/fastmlp_(\d)/", r"layers/\1/blocks/\2/fastmlp/fc1/\3/"),
+    (r"^backbone/stage_(\d+)/blocks_(\d+)/", r"layers/\1/blocks/\2/"),
+    (
+        r"^backbone/stage_(\d+)/reducer_(\d+)/predictor/(in|out)_conv_(\d+)/",
+        r"layers/\1/score_predictor/\2/\3_conv/\4/",
+    ),
+    *VIT_RULES,
+)
+CONVNEXT_RULES = (
+    (r"^backbone/stem_conv/", r"downsample_layers/0/0/"),
+    (r"^backbone/stem_norm/", r"downsample_layers/0/1/"),
+    (r"^backbone/downsample_(\d+)_norm/", r"downsample_layers/\1/0/"),
+    (r"^backbone/downsample_(\d+)_conv/", r"downsample_layers/\1/1/"),
+    (r"^backbone/stage_(\d+)/blocks_(\d+)/fast_path_(\d)/", r"stages/\1/\2/fast_path/\3/"),
+    (r"^backbone/stage_(\d+)/blocks_(\d+)/", r"stages/\1/\2/"),
+    (
+        r"^backbone/stage_\d+/reducer_(\d+)/predictor/(in|out)_conv_(\d+)/",
+        r"score_predictor/\1/\2_conv/\3/",
+    ),
+    *VIT_RULES,
+)
 # Other spellings of a reference key that some published files use.
 VIT_ALIASES = (
     (r"^blocks\.(\d+)\.gamma_([12])$", r"blocks.\1.ls\2.gamma"),  # DeiT-III
 )
 PSVIT_ALIASES = ((r"^ps_layers\.\d+\.position_layer\.(\w+)$", r"pos_layer.\1"),)  # one layer, listed again
+SWIN_ALIASES = ((r"^head\.fc\.(\w+)$", r"head.\1"),)  # timm
+CONVNEXT_ALIASES = (  # timm
+    (r"^stem\.(\d)\.", r"downsample_layers.0.\1."),
+    (r"^stages\.(\d+)\.downsample\.", r"downsample_layers.\1."),
+    (r"^stages\.(\d+)\.blocks\.(\d+)\.conv_dw\.", r"stages.\1.\2.dwconv."),
+    (r"^stages\.(\d+)\.blocks\.(\d+)\.mlp\.fc(\d)\.", r"stages.\1.\2.pwconv\3."),
+    (r"^stages\.(\d+)\.blocks\.(\d+)\.", r"stages.\1.\2."),
+    (r"^head\.norm\.", r"norm."),
+    (r"^head\.fc\.", r"head."),
+)
 
 # Exits of blackfeather-wang/Dynamic-Vision-Transformer, and what exit i takes from the one before.
 DVT_EXITS = ("less_less_token", "less_token", "normal_token")
@@ -78,17 +131,61 @@ DVT_REUSE = (
     (r"^relation/fc2/", r"relation_reuse_conv/2/"),
 )
 
+
+def _merging_first(names: Iterable[str]) -> dict[str, str]:
+    """timm's Swin merges patches at the start of a layer, the official one at the end of the one before.
+
+    One and the same key means another layer in the two, so the whole list has to
+    tell: only timm's first layer merges nothing and its last one does.
+    """
+    merging = [(name, re.match(r"layers\.(\d+)\.downsample\.", name)) for name in names]
+    found = {name: hit for name, hit in merging if hit}
+    if not found or any(int(hit[1]) == 0 for hit in found.values()):
+        return {}
+    return {name: f"layers.{int(hit[1]) - 1}.downsample.{name[hit.end() :]}" for name, hit in found.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Naming:
+    """The keys of one family of checkpoints.
+
+    Attributes:
+      rules: (pattern of our path, replacement): first match wins.
+      aliases: (pattern of a key, replacement): other spellings of the reference's keys.
+      pointwise: pattern of paths whose linear layers are 1x1 convolutions there.
+      respell: all keys of a file -> those that mean another of the reference's keys.
+    """
+
+    rules: tuple[tuple[str, str], ...]
+    aliases: tuple[tuple[str, str], ...] = ()
+    pointwise: str = "/relation/"
+    respell: Callable[[Iterable[str]], dict[str, str]] | None = None
+
+
 RULES = Table(
     "weight family",
     {
-        "vit": (VIT_RULES, VIT_ALIASES),
-        "t2t": (T2T_RULES, ()),
-        "lvvit": (LVVIT_RULES, ()),
-        "psvit": (PSVIT_RULES, PSVIT_ALIASES),
+        "vit": Naming(VIT_RULES, VIT_ALIASES),
+        "t2t": Naming(T2T_RULES),
+        "lvvit": Naming(LVVIT_RULES),
+        "psvit": Naming(PSVIT_RULES, PSVIT_ALIASES),
+        "pvt": Naming(PVT_RULES),
+        "cvt": Naming(CVT_RULES),
+        "swin": Naming(SWIN_RULES, SWIN_ALIASES, respell=_merging_first),
+        "convnext": Naming(CONVNEXT_RULES, CONVNEXT_ALIASES, pointwise="/predictor/"),
     },
 )
 # Backbone class -> row of RULES.
-FAMILIES = {"ViT": "vit", "T2T": "t2t", "LVViT": "lvvit", "PSViT": "psvit"}
+FAMILIES = {
+    "ViT": "vit",
+    "T2T": "t2t",
+    "LVViT": "lvvit",
+    "PSViT": "psvit",
+    "PVT": "pvt",
+    "CvT": "cvt",
+    "Swin": "swin",
+    "ConvNeXt": "convnext",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,11 +237,12 @@ class Entry:
 class KeyMap:
     """The entries of one model, searchable from both sides."""
 
-    def __init__(self, entries: Iterable[Entry], aliases: Iterable[tuple[str, str]] = ()):
+    def __init__(self, entries: Iterable[Entry], naming: Naming | None = None):
         self.entries = tuple(entries)
         self.by_key = {entry.key: entry for entry in self.entries}
         self.by_path = {entry.path: entry for entry in self.entries}
-        self._aliases = tuple(aliases)
+        self._aliases = () if naming is None else naming.aliases
+        self._respell = None if naming is None else naming.respell
         if len(self.by_key) != len(self.entries):
             raise ValueError("two parameters share a reference key")
 
@@ -157,6 +255,11 @@ class KeyMap:
             if count and other in self.by_key:
                 return self.by_key[other]
         return None
+
+    def spelled(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
+        """A whole file with every key in the reference's meaning."""
+        other = {} if self._respell is None else self._respell(tensors)
+        return {other.get(key, key): value for key, value in tensors.items()}
 
     def export(self, flat: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """Our flat tree (parameters or gradients) under the reference's keys and layouts."""
@@ -177,15 +280,15 @@ def key_map(shapes: Mapping[str, tuple[int, ...]], family: str = "vit", *, grid_
     Raises:
       ValueError: a path that no rule names.
     """
-    rules, aliases = RULES[family]
+    naming = RULES[family]
     entries = []
     for path, shape in shapes.items():
-        key = reference_key(path, rules)
+        key = reference_key(path, naming.rules)
         if grid_only and key == "pos_embed":
             entries.append(Entry(path, key, "grid_only", grid_only))
         else:
-            entries.append(Entry(path, key, layout(path, shape)))
-    return KeyMap(entries, aliases)
+            entries.append(Entry(path, key, layout(path, shape, naming.pointwise)))
+    return KeyMap(entries, naming)
 
 
 def reference_key(path: str, rules: Iterable[tuple[str, str]]) -> str:
@@ -204,11 +307,11 @@ def reference_key(path: str, rules: Iterable[tuple[str, str]]) -> str:
     )
 
 
-def layout(path: str, shape: tuple[int, ...]) -> str:
+def layout(path: str, shape: tuple[int, ...], pointwise: str) -> str:
     """Layout of a leaf: kernels are transposed, everything else is the same."""
     if path.rsplit("/", 1)[-1] != "kernel":
         return "same"
-    if "/relation/" in path:  # a 1x1 convolution there
+    if re.search(pointwise, path):
         return "pointwise"
     return {2: "linear", 4: "conv"}.get(len(shape), "same")
 

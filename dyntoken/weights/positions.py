@@ -3,13 +3,88 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from dyntoken.ops import resample
-from dyntoken.weights.files import WeightsError
+from dyntoken.weights.files import Bundle, WeightsError
+
+Grid = tuple[int, int]
+
+
+def fit_all(
+    model: Any,
+    found: dict[str, np.ndarray],
+    shapes: Mapping[str, tuple[int, ...]],
+    bundle: Bundle,
+    method: str | None,
+    source_grid: Grid | None,
+    fresh: Callable[[], Mapping[str, Any]],
+) -> list[str]:
+    """Brings a source's position embeddings and relative biases to the model's sizes.
+
+    Args:
+      model: from `create_model`.
+      found: arrays by the model's paths; those that do not fit are replaced.
+      shapes: of the model, by path.
+      bundle: the source.
+      method: "bicubic", "bilinear", or None for what the backbone's official code does.
+      source_grid: see `load_weights`.
+      fresh: returns freshly initialised arrays by path.
+
+    Returns:
+      "path: old shape -> new shape" of each that was resized.
+    """
+    resized = []
+    for path, old in list(found.items()):
+        if path.endswith("pos_embed"):
+            found[path] = _fitted(model, path, bundle, old, shapes[path], method, source_grid, fresh)
+        elif path.endswith("relative_position_bias_table"):
+            found[path] = fit_relative(old, shapes[path], method=method or model.plain().resize)
+        if found[path] is not old:
+            resized.append(f"{path}: {list(old.shape)} -> {list(found[path].shape)}")
+    return resized
+
+
+def _fitted(
+    model: Any,
+    path: str,
+    bundle: Bundle,
+    value: np.ndarray,
+    want: tuple[int, ...],
+    method: str | None,
+    source_grid: Grid | None,
+    fresh: Callable[[], Mapping[str, Any]],
+) -> np.ndarray:
+    """The source's position embedding on the model's grid; `value` itself if it fits."""
+    exit_, nested, _ = path.partition("/backbone/")
+    body = model.plain(int(exit_.removeprefix("exit_"))) if nested else model.plain()
+    prefix, grid = body.positions_of(path)
+    if source_grid is None and "x" in bundle.metadata.get("grid", ""):
+        rows, columns = bundle.metadata["grid"].split("x")
+        source_grid = (int(rows), int(columns))
+    if source_grid is not None:  # that of the final tokens; those of earlier stages are finer
+        source_grid = tuple(n * g // f for n, g, f in zip(source_grid, grid, body.grid, strict=True))
+    if value.ndim != 3 or value.shape[-1] != want[-1]:
+        return value  # reported with the other wrong shapes
+    if value.shape == want and source_grid in (None, tuple(grid)):
+        return value
+    tokens = {key.rsplit("/", 1)[-1] for key in bundle.tensors}
+    first = sum(token in tokens for token in ("cls_token", "dist_token"))
+    return fit(
+        value,
+        prefix=prefix,
+        grid=grid,
+        source_prefix=first if prefix == body.prefix else prefix,
+        source_grid=source_grid,
+        bare=not bundle.own,
+        method=method or body.resize,
+        fresh=lambda: fresh()[path],
+        origin=bundle.origin,
+    )
 
 
 def fit(
@@ -57,6 +132,19 @@ def fit(
             raise WeightsError(f"{origin}: pos_embed has {source_prefix} prefix rows, the model {prefix}")
         rows = np.concatenate([rows, np.asarray(fresh())[:, source_prefix:prefix]], axis=1)
     return np.concatenate([rows[:, :prefix], patches], axis=1)
+
+
+def fit_relative(value: np.ndarray, want: tuple[int, ...], *, method: str) -> np.ndarray:
+    """A bias per relative position `[(2w - 1)^2, heads]` of another window; `value` itself if it fits.
+
+    microsoft/Swin-Transformer resizes it as a picture, bicubic. What is no square
+    table for as many heads comes back unchanged.
+    """
+    sides = [math.isqrt(rows) for rows in (value.shape[0], want[0])]
+    if value.ndim != 2 or value.shape == want or value.shape[1] != want[1] or sides[0] ** 2 != len(value):
+        return value
+    resized = resample.resize_grid(jnp.asarray(value)[None], (sides[0],) * 2, (sides[1],) * 2, method)
+    return np.asarray(resized[0])
 
 
 def _layout(

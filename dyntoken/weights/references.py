@@ -20,12 +20,16 @@ from dyntoken.weights.files import WeightsError
 REPOSITORIES = (
     ("lvvit", ("tokenlabeling",)),
     ("psvit", ("ps-vit",)),
+    ("pvt", ("whai362/pvt",)),
+    ("cvt", ("microsoft/cvt",)),
     ("evit+tps", ("evit", "tps")),
     ("evit", ("evit",)),
     ("tps", ("tps",)),
     ("dynamicvit", ("dynamicvit",)),
     ("t2t", ("t2t-vit",)),
     ("dvt", ("dynamic-vision-transformer",)),
+    ("swin", ("swin-transformer",)),
+    ("convnext", ("convnext",)),
     ("timm", ("timm",)),
     ("timm", ("pytorch-image-models",)),
     ("timm", ("facebookresearch/deit",)),
@@ -42,6 +46,17 @@ REFERENCES = Table(
         "dynamicvit/LVViTDiffPruning": "dyntoken.weights.reference_lvvit:dynamicvit",
         "dynamicvit/LVViT_Teacher": "dyntoken.weights.reference_lvvit:teacher",
         "psvit/PSViT": "dyntoken.weights.reference_psvit:psvit",
+        "cvt/ConvolutionalVisionTransformer": "dyntoken.weights.reference_cvt:cvt",
+        "pvt/PyramidVisionTransformer": "dyntoken.weights.reference_pvt:pvt",
+        "swin/SwinTransformer": "dyntoken.weights.reference_swin:swin",
+        "timm/SwinTransformer": "dyntoken.weights.reference_swin:timm",
+        "dynamicvit/AdaSwinTransformer": "dyntoken.weights.reference_swin:dynamicvit",
+        "dynamicvit/SwinTransformer_Teacher": "dyntoken.weights.reference_swin:teacher",
+        "convnext/ConvNeXt": "dyntoken.weights.reference_convnext:convnext",
+        "timm/ConvNeXt": "dyntoken.weights.reference_convnext:timm",
+        "dynamicvit/AdaConvNeXt": "dyntoken.weights.reference_convnext:dynamicvit",
+        "dynamicvit/ConvNeXt": "dyntoken.weights.reference_convnext:convnext",
+        "dynamicvit/ConvNeXt_Teacher": "dyntoken.weights.reference_convnext:teacher",
         "evit/EViT": "dyntoken.weights.reference_vit:evit",
         "evit+tps/EViT": "dyntoken.weights.reference_vit:etps",
         "t2t/T2T_ViT": "dyntoken.weights.reference_t2t:t2t",
@@ -75,8 +90,9 @@ def find_reference(repository: str, cls: str) -> str:
     text = repository.lower()
     for name, parts in REPOSITORIES:
         if all(part in text for part in parts):
-            first = cls.split()[0] if cls.split() else cls
-            row = f"{name}/{first.rsplit('.', 1)[-1]}"  # a class may be given with its module
+            # A class may be given with its file and with its module: "models/pvt.py PVT", "pvt.PVT".
+            first = next((word for word in cls.split() if "/" not in word), cls)
+            row = f"{name}/{first.rsplit('.', 1)[-1]}"
             if row in REFERENCES:
                 return row
             known = [other for other in REFERENCES if other.startswith(f"{name}/")]

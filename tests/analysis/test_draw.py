@@ -90,6 +90,12 @@ def titles(figure):
     return [axis.get_title() for axis in figure.axes if axis.get_title()]
 
 
+def test_panels_of_stages_with_grids_of_their_own():
+    stages = [reduction(CARRIER, [4, 0, 8]), reduction([0, 0, 0, -1], [0], (2, 2))]
+    figure = draw.picture(np.zeros((6, 6), np.uint8), stages, at=(0, 1), noun="stage")
+    assert titles(figure)[1:3] == ["stage 0: 3 of 9 kept", "stage 1, 2 x 2: 1 of 4 kept"]
+
+
 def test_panels_of_a_squeezing_method():
     stages = [reduction(CARRIER, [4, 0, 8]), reduction([0, 0, 0, 0, 0, -1, -1, -1, 0], [4])]
     figure = draw.picture(np.zeros((6, 6), np.uint8), stages, at=(2, 5), title="a picture")

@@ -150,3 +150,15 @@ def test_errors_say_what_to_give():
         macs.count(Foreign())
     with pytest.raises(ValueError, match=r"image_shape must be \(height, width, channels\), got \(4, 3\)"):
         macs.count(Foreign(), (4, 3))
+
+
+def test_rows_of_a_summary():
+    rows = {
+        "backbone/patch_embed/proj": "backbone/patch_embed",
+        "backbone/trunk/blocks_3/attn/qkv": "backbone/trunk/blocks_3",
+        "backbone/stage_1/patch_embed/proj": "backbone/stage_1/patch_embed",
+        "backbone/stage_1/trunk/reducer_0/predictor": "backbone/stage_1/trunk/reducer_0",
+        "exit_1/backbone/patch_embed/proj": "exit_1/backbone/patch_embed",
+        "head/cls": "head",
+    }
+    assert {path: macs.unit(path) for path in rows} == rows

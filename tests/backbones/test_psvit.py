@@ -11,6 +11,7 @@ import dyntoken
 from dyntoken import weights
 from dyntoken.analysis import macs
 from dyntoken.backbones import psvit
+from dyntoken.weights.buffers import with_buffers
 
 TINY = {
     "img_size": 16,
@@ -90,14 +91,12 @@ def test_official_keys_round_trip():
     assert tensors["stem.4.downsample.0.weight"].shape == (8, 4, 1, 1)
     assert tensors["ps_layers.0.offset_layer.weight"].shape == (2, 16)
     assert tensors["trans_layers.0.attn.qkv.weight"].shape == (48, 16)
-    for step in range(2):  # an official file lists the shared layer once more per step
-        tensors |= {
-            f"ps_layers.{step}.position_layer.{n}": tensors[f"pos_layer.{n}"] for n in ("weight", "bias")
-        }
-    tensors |= {
-        "point_coord": np.zeros((1, 9, 2), np.float32),
-        "stem.1.num_batches_tracked": np.zeros((), int),
-    }
+    parameters = len(tensors)
+    tensors = with_buffers(_model(), tensors)
+    # The shared layer once more per step, the points column by column, and a counter per BatchNorm.
+    assert len(tensors) == parameters + 2 * 2 + 1 + sum(key.endswith("running_var") for key in tensors)
+    np.testing.assert_allclose(tensors["point_coord"][0, :2], [[2 / 3, 2 / 3], [2, 2 / 3]], rtol=1e-6)
+    assert tensors["stem.1.num_batches_tracked"].dtype == np.int64
     loaded = weights.load_weights(_model(), tensors, strict=True)
     jax.tree.map(np.testing.assert_array_equal, loaded, _variables())
     tensors["ps_layers.1.position_layer.bias"] = tensors["pos_layer.bias"] + 1

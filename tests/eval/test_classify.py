@@ -116,7 +116,10 @@ def test_the_compiled_step_of_a_plan_takes_several_labels():
     c.model.depth = 1
     plan = train.build(c, devices=jax.devices()[:1])
     assert data.info("imagenet2012_real").several_labels and not plan.info.several_labels
-    plan = dataclasses.replace(plan, info=dataclasses.replace(plan.info, several_labels=True))
+    several = dataclasses.replace(
+        plan.eval_sets[""], info=dataclasses.replace(plan.info, several_labels=True)
+    )
+    plan = dataclasses.replace(plan, eval_sets={"": several})
     batch = {
         "image": np.zeros((16, 16, 16, 3), np.uint8),
         "label": np.full(16, 3, np.int32),

@@ -8,9 +8,9 @@ import sys
 
 import pytest
 
-from dyntoken.tools import bench, budget, cli, convert, flops, show
+from dyntoken.tools import bench, budget, cli, convert, flops, show, tpu
 
-PROGRAMS = {"flops": flops, "bench": bench, "show": show, "convert": convert, "budget": budget}
+PROGRAMS = {"flops": flops, "bench": bench, "show": show, "convert": convert, "budget": budget, "tpu": tpu}
 
 
 @pytest.mark.parametrize(

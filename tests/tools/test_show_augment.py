@@ -8,7 +8,7 @@ import pytest
 from dyntoken import config as recipes
 from dyntoken import data
 from dyntoken.tools import show, show_augment
-from dyntoken.train.plan import read
+from dyntoken.train.settings import read
 
 Image = pytest.importorskip("PIL.Image")
 pytest.importorskip("matplotlib")

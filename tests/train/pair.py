@@ -1,9 +1,10 @@
 """One of two processes that train `config()` together, with two CPU devices each.
 
-    python -m tests.train.pair PORT PROCESS WORKDIR [--hang=STEP] [--train=N] [--images=DIR]
+    python -m tests.train.pair PORT PROCESS WORKDIR [--hang=STEP] [--train=N] [--pieces | --images=DIR]
 
 `--hang` stops after a step until it is killed; `--train` gives this process a training
-split of another size; `--images` trains `everything(DIR)` instead.
+split of another size; `--pieces` cuts the batch into slices and the state into pieces;
+`--images` trains `everything(DIR)` instead.
 """
 
 from __future__ import annotations
@@ -56,8 +57,10 @@ def main() -> None:
     parser.add_argument("workdir")
     parser.add_argument("--hang", type=int)
     parser.add_argument("--train", type=int, default=64)
+    parser.add_argument("--pieces", action="store_true")
     parser.add_argument("--images")
     args = parser.parse_args()
+    pieces = {"accumulate": 2, "shard": "params"} if args.pieces else {}
 
     def log(line: str) -> None:
         print(line, flush=True)
@@ -75,7 +78,7 @@ def main() -> None:
     )
     from dyntoken import train
 
-    chosen = everything(args.images) if args.images else config(data__options__train=args.train)
+    chosen = everything(args.images) if args.images else config(data__options__train=args.train, **pieces)
     result = train.run(chosen, args.workdir, log=log)
     print("mesh", result.plan.mesh.size, "count", result.metrics.get("count"), flush=True)
 

@@ -107,6 +107,25 @@ def test_other_number_of_devices(tmp_path, before, after):
     assert found.state.params["a"]["kernel"].sharding.mesh == mesh
 
 
+def test_what_else_is_kept_and_forgotten(tmp_path, mesh):
+    asked = []
+    checkpoints = Checkpoints(tmp_path, keep=1, also=lambda steps: asked.append(steps) or {2, 3, 9})
+    for step in range(1, 6):
+        checkpoints.save(make_state(step, mesh))
+    checkpoints.wait()
+    assert asked[-1] == [2, 3, 4, 5]  # 4 goes, and was there until 5 was complete
+    kept = tmp_path / "checkpoints"
+    assert sorted(path.name for path in kept.iterdir()) == ["2", "3", "5"]
+    like = meshes.replicated_like(make_state(0, mesh), mesh)
+    assert checkpoints.restore(like, among=lambda step: step % 2 == 0).step == 2
+    assert checkpoints.restore(like, among=lambda step: step > 5) is None
+    checkpoints.forget(2)
+    assert [path.name for path in kept.iterdir()] == ["2"]
+    checkpoints.save(make_state(3, mesh))
+    checkpoints.close()
+    assert restore(tmp_path, mesh)[0].step == 3
+
+
 def test_saving_again_is_no_error(saved, mesh):
     checkpoints = Checkpoints(saved)
     checkpoints.restore(meshes.replicated_like(make_state(0, mesh), mesh))

@@ -76,7 +76,9 @@ def finish(processes, outputs) -> list[str]:
 
 def rows(workdir):
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k not in ("seconds", "images_per_s")} for row in lines]
+    return [
+        {k: v for k, v in row.items() if k not in ("seconds", "images_per_s", "data_wait")} for row in lines
+    ]
 
 
 def assert_close(a, b):
@@ -130,8 +132,9 @@ def wait_for_checkpoint(workdir, processes, outputs, step, said="step 4/6"):
 
 
 @pytest.mark.slow
-def test_two_processes_killed_go_on_as_one(tmp_path, alone):
-    with pair(tmp_path, "--hang=4") as (processes, outputs):
+@pytest.mark.parametrize("options", [(), ("--pieces",)], ids=["whole", "pieces"])
+def test_two_processes_killed_go_on_as_one(tmp_path, alone, options):
+    with pair(tmp_path, "--hang=4", *options) as (processes, outputs):
         wait_for_checkpoint(tmp_path / "run", processes, outputs, 3)
         for process in processes:
             process.send_signal(signal.SIGKILL)

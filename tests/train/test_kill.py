@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pathlib
 import random
@@ -9,21 +10,23 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 
 import jax
 import numpy as np
+import pytest
 
 from dyntoken import train
-from tests.train.tiny import long_config
+from tests.train.tiny import long_config, series_config
 
 STEPS = 150
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
-def start(workdir: pathlib.Path) -> subprocess.Popen:
+def start(workdir: pathlib.Path, which: str = str(STEPS)) -> subprocess.Popen:
     with (workdir.parent / "output.txt").open("a") as output:
         return subprocess.Popen(
-            [sys.executable, "-m", "tests.train.tiny", str(workdir), str(STEPS)],
+            [sys.executable, "-m", "tests.train.tiny", str(workdir), which],
             cwd=ROOT,
             stdout=output,
             stderr=output,
@@ -38,11 +41,17 @@ def last_step(workdir: pathlib.Path) -> int:
 
 def kill_after(process: subprocess.Popen, workdir: pathlib.Path, step: int, delay: float) -> None:
     """Waits until a step is reported, a little longer, and sends SIGKILL."""
+    kill_when(process, workdir, lambda: last_step(workdir) >= step, delay)
+
+
+def kill_when(
+    process: subprocess.Popen, workdir: pathlib.Path, reached: Callable[[], bool], delay: float
+) -> None:
     deadline = time.monotonic() + 600
-    while last_step(workdir) < step:
+    while not reached():
         assert process.poll() is None, (workdir.parent / "output.txt").read_text()
         assert time.monotonic() < deadline
-        time.sleep(0.002)
+        time.sleep(0.001)
     time.sleep(delay)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
@@ -65,3 +74,93 @@ def test_killed_three_times(tmp_path):
     assert killed.metrics == straight.metrics
     steps = [row.split(",")[0] for row in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert steps[:-1] == [f'{{"step": {i}' for i in range(1, STEPS + 1)]  # none twice, none missing
+
+
+def rows(workdir: pathlib.Path) -> list[dict]:
+    """What was recorded, without what depends on the clock."""
+    path = workdir / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    found = []
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue  # killed while writing
+        found.append({k: v for k, v in row.items() if k not in ("seconds", "images_per_s", "data_wait")})
+    return found
+
+
+def finished(workdir: pathlib.Path) -> list[int]:
+    """Steps of the checkpoints that are complete."""
+    folder = workdir / "checkpoints"
+    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.exists() else []
+
+
+def unfinished(workdir: pathlib.Path) -> set[str]:
+    folder = workdir / "checkpoints"
+    return {p.name for p in folder.iterdir() if not p.name.isdigit()} if folder.exists() else set()
+
+
+def resumptions(workdir: pathlib.Path) -> list[int]:
+    lines = (workdir.parent / "output.txt").read_text().splitlines()
+    return [int(line.split()[3]) for line in lines if line.startswith("resuming at step")]
+
+
+@pytest.mark.slow
+def test_killed_twenty_times(tmp_path):
+    """While starting, training, evaluating, saving and in the last evaluation: the end is the same."""
+    draw, workdir, last = random.Random(1), tmp_path / "killed", series_config().steps
+    moments = ["train"] * 8 + ["save"] * 6 + ["start"] * 2 + ["evaluate"] * 2
+    draw.shuffle(moments)
+    hits = {"save": 0, "evaluate": 0, "end": 0}
+    (tmp_path / "output.txt").touch()
+    for moment in [*moments, "end", "end"]:
+        newest, seen = max(finished(workdir), default=0), len(resumptions(workdir))
+        process = start(workdir, "series")
+        _kill(process, moment, workdir, last, draw, hits)
+        went_on = resumptions(workdir)[seen:]
+        # From the newest complete checkpoint, unless it was killed before that.
+        assert went_on in ([], [newest]), moment
+    print(f"{len(moments) + 2} kills, {hits} in the act, resumed at {resumptions(workdir)}")
+    assert hits["save"] >= 2 and hits["evaluate"] >= 1 and hits["end"] >= 1
+
+    killed = train.run(series_config(), workdir, log=lambda line: None)
+    straight = train.run(series_config(), tmp_path / "straight", log=lambda line: None)
+    jax.tree.map(np.testing.assert_array_equal, killed.state, straight.state)
+    assert killed.metrics == straight.metrics
+    assert rows(workdir) == rows(tmp_path / "straight")
+    assert finished(workdir) == finished(tmp_path / "straight")
+
+
+def _kill(
+    process: subprocess.Popen, moment: str, workdir: pathlib.Path, last: int, draw: random.Random, hits: dict
+) -> None:
+    """One kill; `hits` counts those that met what they were meant for."""
+    trained, partial, sessions = _trained(workdir), unfinished(workdir), len(resumptions(workdir))
+    if moment == "start":
+        kill_when(process, workdir, lambda: True, draw.uniform(1.0, 8.0))
+    elif moment == "train":
+        step = trained + draw.randrange(2, 14)
+        kill_when(process, workdir, lambda: _trained(workdir) >= step, draw.uniform(0, 0.05))
+    elif moment == "save":
+        kill_when(process, workdir, lambda: bool(unfinished(workdir) - partial), draw.uniform(0, 0.02))
+        hits["save"] += bool(unfinished(workdir) - partial)
+    elif moment == "evaluate":
+        step = (trained // 100 + 1) * 100
+        kill_when(process, workdir, lambda: _trained(workdir) >= step, draw.uniform(0.02, 0.1))
+        hits["evaluate"] += not _evaluated(workdir, step)
+    else:
+
+        def evaluating() -> bool:
+            return last in finished(workdir) and len(resumptions(workdir)) > sessions
+
+        kill_when(process, workdir, evaluating, draw.uniform(0, 0.5))
+        hits["end"] += not _evaluated(workdir, last)
+
+
+def _trained(workdir: pathlib.Path) -> int:
+    return max((row["step"] for row in rows(workdir) if row["kind"] == "train"), default=0)
+
+
+def _evaluated(workdir: pathlib.Path, step: int) -> bool:
+    return any(row["step"] == step and row["kind"] == "eval" for row in rows(workdir))

@@ -13,7 +13,7 @@ import pytest
 import dyntoken
 from dyntoken import train
 from dyntoken.train import loop, plan
-from dyntoken.train.checkpoint import CheckpointError
+from dyntoken.train.checkpoint import CheckpointError, restore_from
 from tests.train.tiny import DTPS, SMALL, tiny_config
 
 # After a read that failed, TensorStore's threads still answer to the event loop that Orbax has closed.
@@ -43,7 +43,9 @@ def crash():
 def rows(workdir):
     """metrics.jsonl without what depends on the clock."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k not in ("seconds", "images_per_s")} for row in lines]
+    return [
+        {k: v for k, v in row.items() if k not in ("seconds", "images_per_s", "data_wait")} for row in lines
+    ]
 
 
 def steps_kept(workdir):
@@ -79,7 +81,7 @@ def test_what_a_run_leaves_behind(straight):
     assert steps_kept(workdir) == [4, 6]
     assert rows(workdir)[0]["lr"] == pytest.approx(1e-3)
     line = next(line for line in log if line.startswith("step 3/6"))
-    for part in ("50.0%", "img/s", "ETA", "lr 0.00075", "ce ", "grad_norm "):
+    for part in ("50.0%", "img/s", "data ", "ETA", "lr 0.00075", "ce ", "grad_norm "):
         assert part in line
     assert json.loads((workdir / "config.json").read_text())["optim"] == {"clip": 1.0, "lr": 1e-3}
     out = result.model.apply(result.state.variables, np.zeros((2, 16, 16, 3), np.float32))
@@ -89,7 +91,7 @@ def test_what_a_run_leaves_behind(straight):
 def test_a_rerun_does_nothing(straight, monkeypatch):
     result, workdir, _ = straight
     before = (workdir / "metrics.jsonl").read_text()
-    monkeypatch.setattr(loop, "_compile", lambda *_: pytest.fail("compiled a finished run"))
+    monkeypatch.setattr(loop, "Programs", lambda *_: pytest.fail("compiled a finished run"))
     monkeypatch.setattr(loop, "measure", lambda *_: pytest.fail("evaluated a finished run"))
     log = Log()
     again = train.run(CONFIG, workdir, log=log)
@@ -122,7 +124,7 @@ def test_killed_during_the_last_evaluation(straight, tmp_path, monkeypatch):
     with pytest.raises(CrashError), monkeypatch.context() as patch:
         patch.setattr(loop, "measure", lambda *_: crash())
         train.run(config, tmp_path, log=Log())
-    monkeypatch.setattr(loop, "_compile", lambda *_: pytest.fail("trained a finished run"))
+    monkeypatch.setattr(loop, "Programs", lambda *_: pytest.fail("trained a finished run"))
     again = train.run(config, tmp_path, log=Log())
     assert again.finished and again.metrics == straight[0].metrics
 
@@ -164,7 +166,7 @@ def test_not_finite_names_step_and_norm_and_saves_nothing(tmp_path):
     assert steps_kept(tmp_path) == [1, 2]
     with pytest.raises(train.TrainError, match=r"at step 3"):  # the same again, from what was saved
         train.run(config, tmp_path, log=Log())
-    state = loop.restore_from(tmp_path, plan.build(config).abstract_state).state
+    state = restore_from(tmp_path, plan.build(config).abstract_state).state
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(state))
 
 

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+import struct
+import sys
 
 import pytest
 from etils import epath
 
-from dyntoken.train import report
-from dyntoken.train.report import Clock, Report, duration
+from dyntoken.analysis import learning
+from dyntoken.train import clock as clocks
+from dyntoken.train.clock import Clock
+from dyntoken.train.report import Report, duration
 
 
 @pytest.fixture
 def now(monkeypatch):
     """A clock set by hand."""
     time = [100.0]
-    monkeypatch.setattr(report.time, "monotonic", lambda: time[0])
+    monkeypatch.setattr(clocks.time, "monotonic", lambda: time[0])
     return time
 
 
@@ -39,9 +43,54 @@ def test_clock_counts_training_only(now):
         now[0] += 1000.0  # an evaluation
     now[0] += 1.0
     assert clock.seconds == 55.0
-    assert clock.speed(20) == 2.0  # 10 steps in 5 s
+    assert clock.lap(20) == (2.0, 0.0)  # 10 steps in 5 s
     now[0] += 2.0
-    assert clock.speed(21) == 0.5  # since the last call only
+    assert clock.lap(21) == (0.5, 0.0)  # since the last call only
+
+
+class Slow:
+    """Batches of which some are late: (seconds until it is there, batch)."""
+
+    def __init__(self, now, *batches):
+        self.now, self.batches = now, list(batches)
+
+    def ready(self):
+        return self.batches[0][0] == 0.0
+
+    def __next__(self):
+        seconds, batch = self.batches.pop(0)
+        self.now[0] += seconds
+        return batch
+
+
+class Running:
+    """A result that is there after some seconds of waiting."""
+
+    def __init__(self, now, seconds):
+        self.now, self.seconds = now, seconds
+
+    def block_until_ready(self):
+        self.now[0] += self.seconds
+
+
+def test_only_idle_time_is_waiting_for_data(now):
+    clock, batches = Clock(), Slow(now, (0.0, "a"), (3.0, "b"))
+    clock.start(step=0)
+    assert clock.take(batches, Running(now, 5.0)) == "a"  # there at once: nobody looks at the step
+    now[0] += 2.0
+    assert clock.take(batches, Running(now, 5.0)) == "b"  # 5 s are the step's, 3 s the data's
+    assert clock.lap(2) == (0.2, 0.3)
+    now[0] += 1.0
+    assert clock.lap(3) == (1.0, 0.0)
+
+
+def test_a_clock_that_starts_again_goes_on(now):
+    clock = Clock()
+    clock.start(step=0)
+    now[0] += 4.0
+    clock.start(step=2)  # after a rewind
+    now[0] += 1.0
+    assert clock.seconds == 5.0 and clock.lap(3) == (1.0, 0.0)
 
 
 def test_lines(tmp_path, now):
@@ -51,9 +100,9 @@ def test_lines(tmp_path, now):
     clock.start(0)
     now[0] += 10.0
     reports.train(50, {"ce": 1.23456, "loss": 2.0}, lr=5e-4, clock=clock)
-    assert lines == ["step 50/200  25.0%  160 img/s  ETA 30s  lr 0.0005  ce 1.235  loss 2"]
+    assert lines == ["step 50/200  25.0%  160 img/s  data 0%  ETA 30s  lr 0.0005  ce 1.235  loss 2"]
     expected = {"step": 50, "kind": "train", "ce": 1.23456, "loss": 2.0, "lr": 5e-4}
-    assert reports.rows() == [expected | {"images_per_s": 160.0, "seconds": 10.0}]
+    assert reports.rows() == [expected | {"images_per_s": 160.0, "data_wait": 0.0, "seconds": 10.0}]
     reports.evaluation(50, {"top1": 0.25, "count": 37})
     assert lines[1] == "eval at step 50/200  top1 25.00%  count 37"
     reports.evaluation(50, {"top1": 0.5, "count": 37})
@@ -86,3 +135,74 @@ def test_resume_forgets_what_came_after(tmp_path):
     assert path.read_text() == '{"step": 10, "kind": "train"}\n{"step": 20, "kind": "train"}\n'
     reports.resume(0)
     assert path.read_text() == ""
+
+
+def points(folder):
+    """(name, step) -> value of all event files, as TensorBoard shows them."""
+    event_pb2 = pytest.importorskip("tensorboardX.proto.event_pb2")
+    shown = {}
+    for file in sorted(folder.iterdir(), key=lambda file: int(file.suffix[1:])):
+        raw = file.read_bytes()
+        while raw:
+            size = struct.unpack("<Q", raw[:8])[0]
+            event = event_pb2.Event.FromString(raw[12 : 12 + size])
+            raw = raw[16 + size :]
+            if event.session_log.status == event_pb2.SessionLog.START:
+                shown = {key: value for key, value in shown.items() if key[1] < event.step}
+            for value in event.summary.value:
+                assert (value.tag, event.step) not in shown, "a point twice"
+                shown[value.tag, event.step] = value.simple_value
+    return shown
+
+
+def test_the_board_holds_every_point_once(tmp_path, now):
+    def session(first, last, loss):
+        reports = Report(epath.Path(tmp_path), total=4, batch=32, board=True, log=lambda line: None)
+        reports.resume(first)
+        clock = Clock()
+        clock.start(first)
+        for step in range(first + 1, last + 1):
+            now[0] += 1.0
+            reports.train(step, {"loss": loss, "ce_per_exit": [1.0, 2.0]}, lr=0.5, clock=clock)
+        reports.evaluation(last, {"top1": 0.25, "ema/top1": 0.5})
+        reports.close()
+
+    session(0, 3, loss=1.0)  # killed after step 3, the last checkpoint is of step 2
+    session(2, 4, loss=2.0)
+    shown = points(tmp_path / "tensorboard")
+    losses = {step: value for (name, step), value in shown.items() if name == "train/loss"}
+    assert losses == {1: 1.0, 2: 1.0, 3: 2.0, 4: 2.0}
+    assert {key: value for key, value in shown.items() if key[0].startswith("eval")} == {
+        ("eval/top1", 4): 0.25,
+        ("eval/ema/top1", 4): 0.5,
+    }
+    assert shown["train/ce_per_exit/1", 4] == 2.0 and shown["train/lr", 1] == 0.5
+
+
+def test_a_board_without_its_library(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    with pytest.raises(
+        ImportError, match=r"needs tensorboardX: install it with .*dyntoken\[tensorboard\]"
+    ) as e:
+        Report(epath.Path(tmp_path), total=4, batch=32, board=True)
+    assert "\n" not in str(e.value)
+    Report(epath.Path(tmp_path), total=4, batch=32)
+
+
+def test_a_picture_at_every_evaluation_if_there_is_matplotlib(tmp_path, monkeypatch):
+    lines = []
+    reports = Report(epath.Path(tmp_path), total=4, batch=32, curves=True, log=lines.append)
+    reports.evaluation(2, {"top1": 0.25})
+    first = (tmp_path / "curves.png").read_bytes()
+    reports.evaluation(4, {"top1": 0.5})
+    assert first.startswith(b"\x89PNG") and (tmp_path / "curves.png").read_bytes() != first
+
+    def absent(name):
+        raise ModuleNotFoundError("drawing needs matplotlib: pip install dyntoken[viz]")
+
+    monkeypatch.setattr(learning, "matplotlib", absent)
+    reports.evaluation(5, {"top1": 0.5})
+    reports.evaluation(6, {"top1": 0.5})
+    assert [line for line in lines if "matplotlib" in line] == [
+        "no curves.png: drawing needs matplotlib: pip install dyntoken[viz]"
+    ]

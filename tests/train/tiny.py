@@ -1,8 +1,9 @@
 """A config that trains in seconds: a ViT of one block on generated images.
 
-    python -m tests.train.tiny WORKDIR [STEPS]
+    python -m tests.train.tiny WORKDIR [STEPS | series]
 
-trains it in a process of its own (with four CPU devices, as the tests have), to be killed.
+trains `long_config` or `series_config` in a process of its own (with four CPU devices, as the tests
+have), to be killed.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ def tiny_config(**overrides) -> ml_collections.ConfigDict:
         "mix": {"mixup": 0.8, "cutmix": 1.0},
         "optim": {"lr": 1e-3, "clip": 1.0},
         "log_steps": 1,
+        "curves": False,
     }
     for name, value in overrides.items():
         *path, last = name.split("__")
@@ -47,13 +49,20 @@ def long_config(steps: int = 200) -> ml_collections.ConfigDict:
     return tiny_config(steps=steps, checkpoint_steps=7, ema=0.9, model__dropout=0.1)
 
 
+def series_config() -> ml_collections.ConfigDict:
+    """The same with evaluations that last: what is killed twenty times."""
+    long = {"eval_steps": 100, "keep_best": 1, "data__options__test": 1600}
+    return tiny_config(steps=600, checkpoint_steps=7, ema=0.9, model__dropout=0.1, **long)
+
+
 def main() -> None:
     import jax
 
     jax.config.update("jax_num_cpu_devices", 4)
     from dyntoken import train
 
-    train.run(long_config(*map(int, sys.argv[2:])), sys.argv[1])
+    series = sys.argv[2:] == ["series"]
+    train.run(series_config() if series else long_config(*map(int, sys.argv[2:])), sys.argv[1])
 
 
 if __name__ == "__main__":

@@ -189,6 +189,9 @@ def test_newest_step_of_a_workdir(tmp_path):
     np.testing.assert_array_equal(files.read(tmp_path).tensors["a"], [10.5, 10.5])
     np.testing.assert_array_equal(files.read(tmp_path, "params").tensors["a"], [10, 10])
     np.testing.assert_array_equal(files.read(tmp_path / "checkpoints" / "2", "params").tensors["a"], [2, 2])
+    np.testing.assert_array_equal(files.read(tmp_path / "checkpoints", "params", 2).tensors["a"], [2, 2])
+    with pytest.raises(WeightsError, match=r"step='best' chooses among the checkpoints of a workdir"):
+        files.read({"a": np.zeros(2)}, step="best")
 
 
 def test_workdir_without_checkpoint(tmp_path):

@@ -72,6 +72,31 @@ def evaluate(model: Any, variables: Any, images: np.ndarray) -> Any:
     return run(lambda v, x: model.apply(v, x, record=records(model)), variables, images)
 
 
+def captured(built: Built, images: np.ndarray, kinds: tuple[type, ...]) -> tuple[Any, Any]:
+    """Evaluation with everything recorded, and what the backbone's modules of these kinds returned."""
+
+    def forward(variables: Any, images: Any) -> Any:
+        return built.model.apply(
+            variables,
+            images,
+            record=RECORD,
+            capture_intermediates=lambda module, _: isinstance(module, kinds),
+            mutable=["intermediates"],
+        )
+
+    out, state = run(forward, built.variables, images)
+    return out, state["intermediates"]["backbone"]
+
+
+def shrunk(built: Built, stage: int, cells: np.ndarray) -> Any:
+    """What a hierarchical backbone makes of the last cells of a stage for the next one, `stage`."""
+    return run(
+        lambda v, x: built.model.apply(v, x, method=lambda m, x: m.body.shrink(stage, x)),
+        built.variables,
+        cells,
+    )
+
+
 def with_options(model: Any, **options: Any) -> Any:
     """The same model with other fields of its backbone."""
     options = {**dict(model.backbone.options), **options}

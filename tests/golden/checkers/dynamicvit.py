@@ -114,7 +114,7 @@ def _check_hosts(ledger: Ledger, name: str, reduction: Any, labels: np.ndarray, 
         ledger.offer(name + "host_sim", (common.take(unit, index) * common.take(unit, at)).sum(-1))
 
 
-def _specs(case: Case, ledger: Ledger, token: str) -> dict[str, dict[str, Any]]:
+def loss_specs(case: Case, ledger: Ledger, token: str) -> dict[str, dict[str, Any]]:
     """The official total: loss list with weights, from the case's own description."""
     text = case.info["details"]["loss"]
 
@@ -153,7 +153,7 @@ def _check_training(case: Case, ledger: Ledger, built: common.Built, images: np.
     model, sites = built.model, len(built.model.at)
     noise = tuple(ledger.expected(f"train.stage{s}.gumbel") for s in range(sites))
     token = "token_distill" if model.aux_weight is None else "dense_distill"
-    specs = _specs(case, ledger, token)
+    specs = loss_specs(case, ledger, token)
     batch = {"image": images, "target": ledger.expected("input.soft_targets")}
     if ledger.holds("teacher.logits"):
         batch["teacher"] = _teacher(ledger, model)

@@ -20,18 +20,7 @@ def check(case: Case, ledger: Ledger) -> None:
     _check_operator(case, ledger)
     built = common.build(case, case.info["constructor"])
     images = common.nhwc(ledger.expected("x"))
-
-    def forward(variables: Any, images: Any) -> Any:
-        return built.model.apply(
-            variables,
-            images,
-            record=common.RECORD,
-            capture_intermediates=lambda module, _: isinstance(module, (psvit.Stem, psvit.Sampling)),
-            mutable=["intermediates"],
-        )
-
-    out, state = common.run(forward, built.variables, images)
-    seen = state["intermediates"]["backbone"]
+    out, seen = common.captured(built, images, (psvit.Stem, psvit.Sampling))
     features = seen["stem"]["__call__"][0]
     ledger.offer("stem", features.transpose(0, 3, 1, 2))
     _check_iterations(ledger, built.model.plain(), seen, features)

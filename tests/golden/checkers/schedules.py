@@ -97,7 +97,7 @@ def _parameter_groups(ledger: Ledger, name: str, table: Mapping[str, Any]) -> No
             weight_decay=backbone["weight_decay"],
             backbone_lr_scale=backbone["lr_scale"],
             backbone_freeze_epochs=backbone["fix_step"],
-            frozen=("cls_token$", "pos_embed$"),
+            frozen=("cls_token$", "pos_embed$") if {*keys.values()} - listed else (),
         )
         for group, expected in groups.items():
             mine = {path: row for path, row in ours.items() if row.name == group}
@@ -116,21 +116,29 @@ def _parameter_groups(ledger: Ledger, name: str, table: Mapping[str, Any]) -> No
 
 def _tree(cls: str, options: Mapping[str, Any], listed: Iterable[str]) -> tuple[Any, dict[str, str]]:
     """A tree of parameter shapes with as many blocks and predictors as the keys name, and path -> key."""
-    depth = 1 + max(int(found.group(1)) for key in listed if (found := re.match(r"blocks\.(\d+)", key)))
-    sites = 1 + max(
-        int(found.group(1)) for key in listed if (found := re.match(r"score_predictor\.(\d+)", key))
-    )
-    constructor = {
-        "img_size": 32,
-        "patch_size": 8,
-        "embed_dim": 8,
-        "num_heads": 2,
-        "depth": depth,
-        "pruning_loc": list(range(1, sites + 1)),
-        "token_ratio": [0.9**s for s in range(1, sites + 1)],
-        **options,
-    }
-    model = references.build("raoyongming/DynamicViT", cls, constructor).model
+    listed = list(listed)
+    sites = 1 + _highest(r"(?:layers\.2\.)?score_predictor\.(\d+)", listed)
+    stages = BLOCKS.get(cls)
+    if stages is None:
+        given = {
+            "img_size": 32,
+            "patch_size": 8,
+            "embed_dim": 8,
+            "num_heads": 2,
+            "depth": 1 + _highest(r"blocks\.(\d+)", listed),
+            "pruning_loc": list(range(1, sites + 1)),
+            "token_ratio": [0.9**s for s in range(1, sites + 1)],
+        }
+    else:
+        pattern, fast = stages
+        first = min(int(hit[1]) for key in listed if (hit := re.match(pattern.format(stage=2) + fast, key)))
+        given = {
+            "img_size": 32,
+            "depths": [1 + _highest(pattern.format(stage=stage), listed) for stage in range(4)],
+            "pruning_loc": list(range(first, first + sites)),
+            "sparse_ratio": [0.9**s for s in range(1, sites + 1)],
+        }
+    model = references.build("raoyongming/DynamicViT", cls, {**given, **options}).model
     shapes = {
         path: shape for path, shape in weights.shapes_of(model).items() if not path.startswith("batch_stats/")
     }
@@ -139,10 +147,22 @@ def _tree(cls: str, options: Mapping[str, Any], listed: Iterable[str]) -> tuple[
     return files.nest(leaves), {path: table[path] for path in shapes}
 
 
+def _highest(pattern: str, keys: Iterable[str]) -> int:
+    """The largest number that a pattern finds at the start of a key."""
+    return max(int(found[1]) for key in keys if (found := re.match(pattern, key)))
+
+
+# Class with stages -> its keys' (number of a block, what its fast path adds).
+BLOCKS = {
+    "AdaSwinTransformer": (r"layers\.{stage}\.blocks\.(\d+)", r"\.fastmlp"),
+    "AdaConvNeXt": (r"stages\.{stage}\.(\d+)", r"\.fast_path"),
+}
 # Model of a table of parameter groups -> its class in raoyongming/DynamicViT and what its constructor needs.
 MODELS = {
     "dynamicvit_deit": ("VisionTransformerDiffPruning", {}),
     "dylvvit": ("LVViTDiffPruning", {"return_dense": True}),
+    "dyswin": ("AdaSwinTransformer", {"embed_dim": 8, "num_heads": (1, 2, 4, 8), "window_size": 4}),
+    "dyconvnext": ("AdaConvNeXt", {"dims": (8, 16, 32, 64)}),
 }
 
 

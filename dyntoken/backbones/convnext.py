@@ -1,0 +1,181 @@
+"""ConvNeXt: a convolutional network built like a transformer; DynamicViT's form of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from dyntoken.backbones.hierarchical import Hierarchical
+from dyntoken.backbones.isotropic import pair
+from dyntoken.nn import layers
+from dyntoken.nn.dualpath import Route, Streams, branch
+from dyntoken.nn.trunk import Context, Spec
+from dyntoken.ops import sample
+
+Array = jax.Array
+SLOW_PATH, FAST_PATH = range(2)  # numbers of the random streams inside a layer
+
+
+class ConvNeXtBlock(nn.Module):
+    """`x + gamma * mlp(norm(depthwise(x)))`.
+
+    The fast path is one linear layer after a norm, `fast_path` of
+    raoyongming/DynamicViT; both paths share the convolution.
+
+    Attributes:
+      layer: number of the block, which keys its random draws.
+      width: channels.
+      grid: (rows, columns) of cells.
+      kernel: taps of the convolution, odd.
+      drop_path: stochastic depth rate.
+      layer_scale: initial value of gamma, None for none.
+      norm_eps: LayerNorm epsilon.
+      fast: whether it has a fast path.
+      dtype: compute type.
+    """
+
+    layer: int
+    width: int
+    grid: tuple[int, int]
+    kernel: int = 7
+    drop_path: float = 0.0
+    layer_scale: float | None = 1e-6
+    norm_eps: float = 1e-6
+    fast: bool = False
+    dtype: Any = jnp.float32
+
+    def setup(self) -> None:
+        options = {"padding": self.kernel // 2, "kernel_init": layers.trunc_normal(), "dtype": self.dtype}
+        self.dwconv = layers.DepthwiseConv(self.kernel, **options)
+        self.norm = self._norm()
+        self.pwconv1 = layers.dense(4 * self.width, dtype=self.dtype)
+        self.pwconv2 = layers.dense(self.width, dtype=self.dtype)
+        self.gamma = self._gamma("gamma")
+        if self.fast:
+            self.fast_path_0 = self._norm()
+            self.fast_path_1 = layers.dense(self.width, dtype=self.dtype)
+            self.fast_path_gamma = self._gamma("fast_path_gamma")
+
+    def _norm(self) -> nn.LayerNorm:
+        return nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype)
+
+    def _gamma(self, name: str) -> Array | None:
+        if self.layer_scale is None:
+            return None
+        return self.param(name, nn.initializers.constant(self.layer_scale), (self.width,))
+
+    def __call__(
+        self, x: Array | Streams, draws: sample.Draws | None, route: Route | None
+    ) -> Array | Streams:
+        """Cells `[B, N, C]` in and out; `route` is None ahead of the first site."""
+        if isinstance(x, Streams):
+            both = x.renewed(self._mix(x.mixed(route.mask)), route.mask)
+            slow = x.slow + self._path(self._slow(both.slow), draws, SLOW_PATH)
+            return Streams(slow, x.fast + self._path(self._fast(both.fast), draws, FAST_PATH))
+        y = self._mix(x)
+        y = self._slow(y) if route is None else branch(route, y, self._slow, self._fast)
+        return x + self._path(y, draws, SLOW_PATH)
+
+    def _mix(self, x: Array) -> Array:
+        return self.dwconv(x.reshape(len(x), *self.grid, self.width)).reshape(x.shape)
+
+    def _slow(self, x: Array) -> Array:
+        return _scaled(self.pwconv2(layers.gelu(self.pwconv1(self.norm(x)))), self.gamma)
+
+    def _fast(self, x: Array) -> Array:
+        return _scaled(self.fast_path_1(self.fast_path_0(x)), self.fast_path_gamma)
+
+    def _path(self, y: Array, draws: sample.Draws | None, stream: int) -> Array:
+        if draws is None or self.drop_path == 0.0:
+            return y
+        return sample.drop_path(y, self.drop_path, draws, self.layer, stream)
+
+
+class ConvNeXt(Hierarchical):
+    """ConvNeXt (Liu et al. 2022, "A ConvNet for the 2020s"; facebookresearch/ConvNeXt).
+
+    The classifier reads the norm of the mean cell.
+
+    Attributes (besides those of `Hierarchical`):
+      widths: channels per stage.
+      kernel: taps of the depthwise convolutions, odd.
+      layer_scale: initial value of gamma, None for none.
+      norm_eps: LayerNorm epsilon.
+    """
+
+    depths: tuple[int, ...] = (3, 3, 9, 3)
+    widths: tuple[int, ...] = (96, 192, 384, 768)
+    kernel: int = 7
+    layer_scale: float | None = 1e-6
+    norm_eps: float = 1e-6
+
+    predictor_eps = 1e-6
+
+    def check(self) -> None:
+        """Raises ValueError for fields that do not fit together."""
+        super().check()
+        if len(self.widths) != len(self.depths):
+            raise ValueError(f"widths={self.widths} needs one entry for each of depths={self.depths}")
+        if self.kernel % 2 == 0:
+            raise ValueError(f"kernel={self.kernel} must be odd, so that the grid stays")
+
+    @property
+    def site_step(self) -> int:
+        """Blocks from one default site to the next: a ninth of the stage."""
+        return max(1, self.depth // 9)
+
+    def setup(self) -> None:
+        self.stem_conv = self._conv(self.widths[0], pair(self.patch_size))
+        self.stem_norm = self._norm()
+        for number, width in enumerate(self.widths[1:], start=1):
+            setattr(self, f"downsample_{number}_norm", self._norm())
+            setattr(self, f"downsample_{number}_conv", self._conv(width, (2, 2)))
+        rates, layer, recipes = self.rates(), 0, []
+        for number, depth in enumerate(self.depths):
+            own = [self._block(layer + index, number, rates[number][index]) for index in range(depth)]
+            recipes.append(own)
+            layer += depth
+        self.stages = self.make_stages(recipes)
+        self.norm = self._norm()
+
+    def _norm(self) -> nn.LayerNorm:
+        return nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype)
+
+    def _conv(self, width: int, side: tuple[int, int]) -> nn.Conv:
+        init = layers.trunc_normal()
+        return nn.Conv(width, side, side, "VALID", kernel_init=init, dtype=self.dtype)
+
+    def _block(self, layer: int, stage: int, rate: float) -> Spec:
+        return Spec.of(
+            ConvNeXtBlock,
+            layer=layer,
+            width=self.widths[stage],
+            grid=self.grid_of(stage),
+            kernel=self.kernel,
+            drop_path=rate,
+            layer_scale=self.layer_scale,
+            norm_eps=self.norm_eps,
+            dtype=self.dtype,
+        )
+
+    def embed(self, images: Array, context: Context) -> Array:
+        """One convolution per patch, then a norm."""
+        return self.stem_norm(self.stem_conv(images)).reshape(len(images), -1, self.widths[0])
+
+    def shrink(self, stage: int, x: Array) -> Array:
+        """Norm, then one convolution per square of four cells."""
+        x = getattr(self, f"downsample_{stage}_norm")(x)
+        x = x.reshape(len(x), *self.grid_of(stage - 1), self.widths[stage - 1])
+        return getattr(self, f"downsample_{stage}_conv")(x).reshape(len(x), -1, self.widths[stage])
+
+    def finish(self, x: Array) -> Array:
+        """The mean cell and every cell, normalised."""
+        mean = x.astype(jnp.float32).mean(axis=1, keepdims=True).astype(x.dtype)
+        return self.norm(jnp.concatenate([mean, x], axis=1))
+
+
+def _scaled(x: Array, gamma: Array | None) -> Array:
+    return x if gamma is None else x * gamma.astype(x.dtype)[None, None]

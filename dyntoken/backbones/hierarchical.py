@@ -1,0 +1,274 @@
+"""What Swin and ConvNeXt share: stages of shrinking grids, sites in the third of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from dyntoken.backbones.isotropic import pair
+from dyntoken.nn.dualpath import Route, Streams
+from dyntoken.nn.sites import Sites
+from dyntoken.nn.trunk import Context, Site, Spec
+from dyntoken.types import Reduction, Tokens
+
+Array = jax.Array
+SPARSE = 2  # index of the stage whose cells a method tells apart
+
+
+class Stage(nn.Module):
+    """Blocks on one grid, with reducers at their sites.
+
+    No cell leaves: from the first site on a block sends those that are not kept
+    through its fast path (`nn.dualpath`), which earlier blocks do not have.
+
+    Attributes:
+      blocks: one recipe of a block per layer; it takes `(x [B, N, C] or Streams,
+        draws, Route or None)` and has a field `fast`.
+      grid: (rows, columns) of cells.
+      sites: in order.
+      predictor_eps: LayerNorm epsilon of learnt scorers.
+      remat: recompute each block in the backward pass (never a reducer).
+    """
+
+    blocks: tuple[Spec, ...]
+    grid: tuple[int, int]
+    sites: tuple[Site, ...] = ()
+    predictor_eps: float = 1e-5
+    remat: bool = False
+
+    def setup(self) -> None:
+        first = self.sites[0].at if self.sites else len(self.blocks)
+        for index, spec in enumerate(self.blocks):
+            make = nn.remat(spec.make) if self.remat else spec.make
+            setattr(self, f"blocks_{index}", Spec(make, spec.options)(fast=index >= first))
+        for number, site in enumerate(self.sites):
+            reducer = site.reducer(stage=number, predictor_eps=self.predictor_eps)
+            setattr(self, f"reducer_{number}", reducer)
+
+    def __call__(self, x: Array, context: Context) -> tuple[Array, tuple[Reduction, ...], dict[str, Any]]:
+        """Runs the stage on `x [B, N, C]`.
+
+        Returns:
+          The cells after it, one `Reduction` per site, and the records "blocks"
+          (cells after each block; a pair (slow, fast) where training carries
+          both) and "stages" (cells that a site scored, twice: all of them stay).
+        """
+        numbers = {site.at: number for number, site in enumerate(self.sites)}
+        reductions: list[Reduction] = []
+        blocks, stages, route = [], [], None
+        for index in range(len(self.blocks)):
+            if index in numbers:
+                cells = x.mixed(route.mask) if isinstance(x, Streams) else x
+                route, reduction = self._decide(numbers[index], cells, context)
+                x = Streams(cells, cells) if route.streams and not isinstance(x, Streams) else x
+                reductions.append(reduction)
+                stages.append((cells, cells))
+            x = getattr(self, f"blocks_{index}")(x, context.dropout, route)
+            blocks.append((x.slow, x.fast) if isinstance(x, Streams) else x)
+        x = x.mixed(route.mask) if isinstance(x, Streams) else x
+        return x, tuple(reductions), {"blocks": tuple(blocks), "stages": tuple(stages)}
+
+    def _decide(self, number: int, cells: Array, context: Context) -> tuple[Route, Reduction]:
+        reducer = getattr(self, f"reducer_{number}")
+        _, reduction = reducer(
+            Tokens.start(cells, prefix=0, grid=self.grid),
+            None,
+            context.train,
+            draws=context.policy,
+            noise=None if context.noise is None else context.noise[number],
+            decision=None if context.decisions is None else context.decisions[number],
+        )
+        return Route.of(reduction, reducer.resolved(context.train), context.train), reduction
+
+
+class Hierarchical(Sites, nn.Module):
+    """A stem, then stages, each on a grid half as fine as the one before.
+
+    Sites are blocks of the third stage, `at` counts from its first block. All cells
+    stay on their grid: those that a site does not keep take a cheaper path, and
+    every site chooses among all cells anew. Blocks from the first site on have
+    parameters for that path, so another first site needs other weights.
+
+    The final tokens are one row that the classifier reads, the pooled one, then
+    the cells of the last grid, each normalised.
+
+    Attributes:
+      img_size: pixels, `n` or `(height, width)`.
+      in_chans: image channels.
+      patch_size: pixels, `n` or `(height, width)`.
+      depths: blocks per stage.
+      drop_path: stochastic depth of the last block, growing linearly from 0.
+      remat: recompute blocks in the backward pass.
+      dtype: compute type; parameters stay float32.
+      sites: reduction sites.
+    """
+
+    img_size: int | tuple[int, int] = 224
+    in_chans: int = 3
+    patch_size: int | tuple[int, int] = 4
+    depths: tuple[int, ...] = (2, 2, 6, 2)
+    drop_path: float = 0.0
+    remat: bool = False
+    dtype: Any = jnp.float32
+    sites: tuple[Site, ...] = ()
+
+    nested = False
+    predictor_eps = 1e-5
+
+    def __post_init__(self) -> None:
+        self.check()
+        super().__post_init__()
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Channels per stage."""
+        raise NotImplementedError(f"{type(self).__name__} does not say its widths")
+
+    @property
+    def unit(self) -> int:
+        """What the sides of the first grid must divide by."""
+        return 2 ** (len(self.depths) - 1)
+
+    def check(self) -> None:
+        """Raises ValueError for fields that do not fit together."""
+        if not self.depths or min(self.depths) < 1:
+            raise ValueError(f"depths={self.depths} must name at least one block for each stage")
+        size, patch = pair(self.img_size), pair(self.patch_size)
+        units = [p * self.unit for p in patch]
+        if any(s % u for s, u in zip(size, units, strict=True)):
+            near = tuple(max(u, round(s / u) * u) for s, u in zip(size, units, strict=True))
+            raise ValueError(
+                f"img_size {size} does not fit {self.needs()}: it must be a multiple of {tuple(units)}; "
+                f"the nearest that fits is {near}"
+            )
+
+    def needs(self) -> str:
+        """What the image size has to fit, for messages."""
+        return f"patch_size {pair(self.patch_size)} and {len(self.depths)} stages"
+
+    def grid_of(self, stage: int) -> tuple[int, int]:
+        """(rows, columns) of a stage."""
+        size, patch = pair(self.img_size), pair(self.patch_size)
+        return size[0] // patch[0] // 2**stage, size[1] // patch[1] // 2**stage
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(rows, columns) of the last stage."""
+        return self.grid_of(len(self.depths) - 1)
+
+    @property
+    def prefix(self) -> int:
+        """Rows of the final tokens that are no cells: the pooled one."""
+        return 1
+
+    @property
+    def depth(self) -> int:
+        """Blocks of the stage that sites lie in."""
+        return self.depths[SPARSE] if len(self.depths) > SPARSE else 0
+
+    @property
+    def default_sites(self) -> tuple[int, ...]:
+        """Three sites from an early block of the third stage on, as the official models have them."""
+        step = self.site_step
+        return tuple(step * number for number in (1, 2, 3) if step * number < self.depth) or (0,)
+
+    @property
+    def site_step(self) -> int:
+        """Blocks from one default site to the next."""
+        raise NotImplementedError(f"{type(self).__name__} does not say its sites")
+
+    def site_grid(self, at: int) -> tuple[int, int]:
+        """(rows, columns) of the third stage."""
+        return self.grid_of(SPARSE)
+
+    def site_rates(self, rate: float, sites: int) -> tuple[float, ...]:
+        """r, r - 0.2, r - 0.4, each of all cells.
+
+        Raises:
+          ValueError: a rate that leaves nothing to a later site.
+        """
+        rates = tuple(rate - 0.2 * number for number in range(sites))
+        if rates[-1] <= 0:
+            raise ValueError(
+                f"keep={rate} falls by 0.2 from site to site, to {rates[-1]:.2g} at site {sites - 1}: give "
+                f"more than {0.2 * (sites - 1):.2g}, or one rate per site"
+            )
+        return rates
+
+    def refuse(self, *, score: str, fuse: str, at: tuple[int, ...]) -> str | None:
+        """Only methods that drop fit: here what they drop takes the cheap path."""
+        if len(self.depths) <= SPARSE:
+            return f"sites lie in the third stage, and it has {len(self.depths)}"
+        if score == "class_attention":
+            return "it ranks patches by the class token, and there is none"
+        if fuse != "drop":
+            return (
+                "all cells stay on the grid, those that are not kept on a cheaper path, so there is "
+                "nothing to fuse or merge"
+            )
+        return None
+
+    def make_stages(self, blocks: Sequence[Sequence[Spec]]) -> list[Stage]:
+        """The stages from their blocks' recipes; called in `setup`."""
+        return [
+            Stage(
+                tuple(own),
+                self.grid_of(number),
+                self.sites if number == SPARSE else (),
+                self.predictor_eps,
+                self.remat,
+                name=f"stage_{number}",
+            )
+            for number, own in enumerate(blocks)
+        ]
+
+    def rates(self) -> list[list[float]]:
+        """Stochastic depth rate of every block, by stage."""
+        whole, firsts = sum(self.depths), [sum(self.depths[:n]) for n in range(len(self.depths))]
+        return [
+            [self.drop_path * (first + index) / max(1, whole - 1) for index in range(depth)]
+            for first, depth in zip(firsts, self.depths, strict=True)
+        ]
+
+    def embed(self, images: Array, context: Context) -> Array:
+        """Images `[B, H, W, in_chans]` to the cells `[B, N, C]` that enter block 0."""
+        raise NotImplementedError(f"{type(self).__name__} does not build a stem")
+
+    def shrink(self, stage: int, x: Array) -> Array:
+        """Cells `[B, N, C]` of the stage before to those that enter `stage`, `[B, N / 4, C']`."""
+        raise NotImplementedError(f"{type(self).__name__} does not shrink its grid")
+
+    def finish(self, x: Array) -> Array:
+        """Cells of the last block `[B, N, C]` to the final rows `[B, 1 + N, C]`."""
+        raise NotImplementedError(f"{type(self).__name__} does not finish its cells")
+
+    def __call__(
+        self, images: Array, context: Context
+    ) -> tuple[Tokens, tuple[Reduction, ...], dict[str, Any]]:
+        """Runs stem, stages and final norm.
+
+        Returns:
+          The final tokens, one `Reduction` per site, records by name.
+        """
+        size = pair(self.img_size)
+        if images.ndim != 4 or images.shape[1:] != (*size, self.in_chans):
+            raise ValueError(
+                f"this model takes images [B, {size[0]}, {size[1]}, {self.in_chans}], got {images.shape}; "
+                "create_model(..., img_size=, in_chans=) builds it for others"
+            )
+        x = self.embed(images.astype(self.dtype), context)
+        records: dict[str, Any] = {"embed": x, "blocks": (), "stages": ()}
+        reductions: tuple[Reduction, ...] = ()
+        for number, stage in enumerate(self.stages):
+            x = self.shrink(number, x) if number else x
+            x, found, more = stage(x, context)
+            reductions += found
+            records |= {what: records[what] + rows for what, rows in more.items()}
+        tokens = Tokens.start(self.finish(x), prefix=1, grid=self.grid)
+        if self.sites:  # said outright, since the last decision is about cells too
+            tokens = tokens.replace(alive=jnp.ones(tokens.place.shape, jnp.float32))
+        return tokens, reductions, {what: v for what, v in records.items() if what in context.record}

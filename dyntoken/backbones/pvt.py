@@ -1,0 +1,188 @@
+"""PVT: a pyramid of patches whose keys come from a smaller map."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from dyntoken.backbones.isotropic import pair
+from dyntoken.backbones.pyramid import Pyramid
+from dyntoken.nn import layers
+from dyntoken.nn.stages import Map, MapBlock
+from dyntoken.nn.trunk import Spec
+from dyntoken.ops import attend, sample
+from dyntoken.types import Attended
+
+Array = jax.Array
+EMBED_EPS = 1e-5  # torch's default, which its embeddings and reduced maps keep whatever the blocks have
+
+
+class Embed(nn.Module):
+    """Non-overlapping patches, then a norm: `[B, H, W, Cin]` -> `[B, H / patch, W / patch, width]`."""
+
+    patch: int
+    width: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        x = _patches(self.width, self.patch, x, "proj", self.dtype)
+        return nn.LayerNorm(epsilon=EMBED_EPS, dtype=self.dtype, name="norm")(x)
+
+
+def _patches(width: int, patch: int, x: Array, name: str, dtype: Any) -> Array:
+    """A convolution without overlap; what fills no patch at the end of an axis is left out."""
+    init = layers.torch_uniform(patch * patch * x.shape[-1])
+    options = {"kernel_init": init, "bias_init": init, "dtype": dtype, "name": name}
+    return nn.Conv(width, (patch, patch), patch, "VALID", **options)(x)
+
+
+class SpatialReductionAttention(nn.Module):
+    """Queries of all rows, keys and values of a map that one convolution made smaller.
+
+    Attributes:
+      heads, qkv_bias, dropout: as timm's.
+      qk_scale: factor on the logits; None is head_dim ** -0.5.
+      ratio: kernel and stride of that convolution; with 1 the rows themselves are keys.
+      dtype: compute type; the softmax stays in float32.
+    """
+
+    heads: int
+    qkv_bias: bool = True
+    qk_scale: float | None = None
+    ratio: int = 1
+    dropout: float = 0.0
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Array,
+        *,
+        laid: Map | None = None,
+        policy: Array | None = None,
+        prefix: int = 0,
+        train: bool = False,
+        observe: bool = False,
+        draws: sample.Draws | None = None,
+        path: tuple[int, ...] = (),
+    ) -> tuple[Array, Attended | None]:
+        """Attends `x [B, T, C]`.
+
+        Args:
+          laid: the patches as a map, if ratio > 1.
+          policy: `[B, T]` keep mask over keys if ratio is 1, or None.
+          prefix, train, observe, draws, path: see `Attention`.
+
+        Returns:
+          `(y [B, T, C], Attended or None)`.
+        """
+        batch, rows, width = x.shape
+        options = {"dtype": self.dtype, "use_bias": self.qkv_bias}
+        source = x
+        if self.ratio > 1:
+            small = _patches(width, self.ratio, laid.cells, "sr", self.dtype)
+            source = small.reshape(batch, -1, width)
+            source = nn.LayerNorm(epsilon=EMBED_EPS, dtype=self.dtype, name="norm")(source)
+        q = layers.dense(width, name="q", **options)(x)
+        q = jnp.swapaxes(q.reshape(batch, rows, self.heads, -1), 1, 2)  # [B, heads, T, head_dim]
+        kv = layers.dense(2 * width, name="kv", **options)(source)
+        kv = kv.reshape(batch, source.shape[1], 2, self.heads, -1)
+        k, v = jnp.moveaxis(kv, (2, 3), (0, 2))  # each [B, heads, keys, head_dim]
+        scale = self.qk_scale if self.qk_scale is not None else (width // self.heads) ** -0.5
+        seen = None
+        if policy is None and not observe:
+            y = attend.attention(q, k, v, scale=scale)
+        else:
+            p = attend.normalise(attend.logits(q, k, scale=scale), policy=policy, train=train)
+            y = jnp.einsum("bhqk,bhkd->bhqd", p.astype(v.dtype), v)
+            cls = attend.class_attention(p, prefix) if prefix else None
+            seen = Attended(cls=cls, keys=k if self.ratio == 1 else None)
+        y = jnp.swapaxes(y, 1, 2).reshape(batch, rows, width)
+        y = layers.dense(width, name="proj", dtype=self.dtype)(y)
+        return layers.drop(y, self.dropout, draws, *path), seen if observe else None
+
+
+class PVTBlock(MapBlock):
+    """`MapBlock` with spatial reduction by `ratio`."""
+
+    ratio: int = 1
+
+    @property
+    def convolves(self) -> bool:
+        """Whether the attention takes a map."""
+        return self.ratio > 1
+
+    def attention(self) -> nn.Module:
+        """The attention layer."""
+        options = (self.heads, self.qkv_bias, self.qk_scale, self.ratio, self.dropout, self.dtype)
+        return SpatialReductionAttention(*options)
+
+
+class PVT(Pyramid):
+    """PVT v1 (Wang et al. 2021, "Pyramid Vision Transformer"; whai362/PVT).
+
+    The class token joins in the last stage, whose keys are its own rows. Of
+    tokens reduced there dropped ones are no keys; in the other stages keys come
+    from the reduced map, dropped cells included. What a map costs does not
+    shrink: the convolutions that make keys, and the next stage's embedding.
+
+    Attributes (besides those of `Pyramid`):
+      patch_size: pixels of a patch of the first stage; later ones halve the map.
+      sr_ratios: per stage, how much smaller the map of keys is along each axis;
+        1 in the last stage.
+      qk_scale: factor on the logits; None is head_dim ** -0.5.
+    """
+
+    patch_size: int = 4
+    sr_ratios: tuple[int, ...] = (8, 4, 2, 1)
+    qk_scale: float | None = None
+
+    per_stage = (*Pyramid.per_stage, "sr_ratios")
+    positions = True
+    resize = "bilinear"
+
+    @property
+    def grids(self) -> tuple[tuple[int, int], ...]:
+        """(rows, columns) of patches of each stage."""
+        size, whole = pair(self.img_size), self.patch_size * 2 ** (self.depth - 1)
+        if any(s % whole or s < whole for s in size):
+            near = tuple(max(whole, round(s / whole) * whole) for s in size)
+            raise ValueError(
+                f"img_size {size} is not divisible by {whole} (patch_size {self.patch_size}, halved "
+                f"{self.depth - 1} times); the nearest that fits is {near}"
+            )
+        first = tuple(s // self.patch_size for s in size)
+        return tuple((first[0] >> stage, first[1] >> stage) for stage in range(self.depth))
+
+    @property
+    def prefixes(self) -> tuple[int, ...]:
+        """Number of class tokens of each stage."""
+        return (0,) * (self.depth - 1) + (1,)
+
+    def convolves(self, stage: int) -> bool:
+        """Whether the blocks of a stage take keys from a map."""
+        return self.sr_ratios[stage] > 1
+
+    def check(self) -> None:
+        """Raises ValueError for fields that do not fit together."""
+        super().check()
+        if self.sr_ratios[-1] != 1:
+            raise ValueError(
+                f"sr_ratios={self.sr_ratios}: the last stage has a class token, which no map holds: 1 there"
+            )
+        for stage, (ratio, grid) in enumerate(zip(self.sr_ratios, self.grids, strict=True)):
+            if not 1 <= ratio <= min(grid):
+                raise ValueError(f"sr_ratios={self.sr_ratios}: stage {stage} has a map of {grid}")
+
+    def embed(self, stage: int) -> Spec:
+        """The embedding that a stage starts with."""
+        patch = self.patch_size if stage == 0 else 2
+        return Spec.of(Embed, patch=patch, width=self.widths[stage], dtype=self.dtype)
+
+    def block(self, stage: int) -> Spec:
+        """A block of a stage."""
+        return Spec.of(PVTBlock, ratio=self.sr_ratios[stage], qk_scale=self.qk_scale)

@@ -1,0 +1,271 @@
+"""What hierarchical backbones share whose tokens are reduced stage by stage (PVT, CvT)."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from dyntoken.backbones.isotropic import check_images
+from dyntoken.nn.sites import Sites
+from dyntoken.nn.stages import DROPPED, Stage
+from dyntoken.nn.trunk import Context, Site, Spec
+from dyntoken.ops import sample
+from dyntoken.types import Reduction, Tokens
+
+Array = jax.Array
+
+
+class Pyramid(Sites, nn.Module):
+    """Stages of falling resolution, each with blocks of its own width.
+
+    `at` counts stages, from 0. A site lies in the first block of its stage:
+    before it for learnt scores, between its attention and its MLP for class
+    attention. The survivors run through the stage; before a convolution of a
+    block, and before the next stage's embedding, they are laid out on the
+    stage's grid, where dropped cells are zero or keep their last value
+    (`dropped`). The next stage's grid is complete again, so that a keep rate
+    refers to each stage's own number of patches.
+
+    Class attention needs a class token, so it can rank patches only in the
+    stage that has one, and EViT's fused token needs a stage without maps, as it
+    has no cell.
+
+    A subclass gives `grids`, `prefixes`, the embedding and block of a stage.
+
+    Attributes:
+      img_size: pixels, `n` or `(height, width)`.
+      in_chans: image channels.
+      widths, depths, heads, mlp_ratios: one number per stage.
+      qkv_bias: as timm's; one flag, or one per stage.
+      dropout: after the positions, attention projection and in the MLP; one
+        rate, or one per stage.
+      drop_path: stochastic depth of the last block, or of the last one of each stage.
+      drop_path_rule: "linear" (the official one) or "constant" (TPS).
+      norm_eps: LayerNorm epsilon of the blocks and the last norm.
+      dropped: what a map shows where a token was dropped: "zero" (as TPS
+        describes it), or "last", its value when it was dropped.
+      remat: recompute block halves in the backward pass.
+      dtype: compute type; parameters stay float32.
+      sites: reduction sites.
+    """
+
+    img_size: int | tuple[int, int] = 224
+    in_chans: int = 3
+    widths: tuple[int, ...] = (64, 128, 320, 512)
+    depths: tuple[int, ...] = (3, 4, 6, 3)
+    heads: tuple[int, ...] = (1, 2, 5, 8)
+    mlp_ratios: tuple[float, ...] = (8.0, 8.0, 4.0, 4.0)
+    qkv_bias: bool | tuple[bool, ...] = True
+    dropout: float | tuple[float, ...] = 0.0
+    drop_path: float | tuple[float, ...] = 0.0
+    drop_path_rule: str = "linear"
+    norm_eps: float = 1e-6
+    dropped: str = "zero"
+    remat: bool = False
+    dtype: Any = jnp.float32
+    sites: tuple[Site, ...] = ()
+
+    nested = False
+    site_noun = "stage"
+    per_stage = ("depths", "heads", "mlp_ratios")
+    positions = False
+
+    @property
+    def depth(self) -> int:
+        """Number of stages."""
+        return len(self.widths)
+
+    @property
+    def default_sites(self) -> tuple[int, ...]:
+        """Every stage."""
+        return tuple(range(self.depth))
+
+    @property
+    def grids(self) -> tuple[tuple[int, int], ...]:
+        """(rows, columns) of patches of each stage."""
+        raise NotImplementedError(f"{type(self).__name__} does not say its grids")
+
+    @property
+    def prefixes(self) -> tuple[int, ...]:
+        """Number of class tokens of each stage."""
+        raise NotImplementedError(f"{type(self).__name__} does not say where its class token is")
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(rows, columns) of the last stage."""
+        return self.grids[-1]
+
+    @property
+    def prefix(self) -> int:
+        """Class tokens of the last stage."""
+        return self.prefixes[-1]
+
+    def convolves(self, stage: int) -> bool:
+        """Whether the blocks of a stage take keys from a map."""
+        raise NotImplementedError(f"{type(self).__name__} does not say where it convolves")
+
+    def embed(self, stage: int) -> Spec:
+        """The embedding that a stage starts with."""
+        raise NotImplementedError(f"{type(self).__name__} does not embed")
+
+    def block(self, stage: int) -> Spec:
+        """A block of a stage; `Pyramid` adds the fields that all kinds share."""
+        raise NotImplementedError(f"{type(self).__name__} has no blocks")
+
+    def check(self) -> None:
+        """Raises ValueError for fields that do not fit together."""
+        for name in (*self.per_stage, "qkv_bias", "dropout", "drop_path"):
+            values = getattr(self, name)
+            if (isinstance(values, tuple) or name in self.per_stage) and len(values) != self.depth:
+                raise ValueError(
+                    f"{name}={values} has {len(values)} entries for {self.depth} stages (widths={self.widths})"
+                )
+        for width, heads in zip(self.widths, self.heads, strict=True):
+            if width % heads:
+                raise ValueError(f"width {width} is not divisible by {heads} heads")
+        if min(self.depths) < 1:
+            raise ValueError(f"depths={self.depths}: every stage needs a block")
+        if self.drop_path_rule not in ("linear", "constant"):
+            raise ValueError(f"drop_path_rule must be linear or constant, got {self.drop_path_rule!r}")
+        if self.dropped not in DROPPED:
+            raise ValueError(f"dropped must be one of {', '.join(DROPPED)}, got {self.dropped!r}")
+
+    # Where sites may lie
+
+    def sites_of(self, score: str) -> tuple[int, ...]:
+        """Every stage; for class attention those that have a class token."""
+        if score == "class_attention" and any(self.prefixes):
+            return tuple(stage for stage, count in enumerate(self.prefixes) if count)
+        return self.default_sites
+
+    def site_grid(self, at: int) -> tuple[int, int]:
+        """(rows, columns) of a stage."""
+        return self.grids[at]
+
+    def positions_of(self, path: str) -> tuple[int, tuple[int, int]]:
+        """(prefix rows, grid) of the position embedding of the stage that a path names."""
+        stage = int(path.rpartition("stage_")[2].partition("/")[0])
+        return self.prefixes[stage], self.grids[stage]
+
+    def refuse(self, *, score: str, fuse: str, at: tuple[int, ...]) -> str | None:
+        """Class attention outside of a stage with a class token; a fused token in a stage with maps."""
+        able = self.sites_of(score)
+        if score == "class_attention":
+            if not any(self.prefixes):
+                return "it ranks patches by the class token, and there is none"
+            if not set(at) <= set(able):
+                return f"it ranks patches by the class token, and that joins at stage {_listed(able)}"
+        if fuse == "one_token":
+            free = [s for s in range(self.depth) if s == self.depth - 1 and not self.convolves(s)]
+            if not set(at) <= set(free):
+                where = f"only stage {_listed(free)} needs none" if free else "every stage needs one"
+                return f"its fused token has no cell on a map, and {where}"
+        return None
+
+    # Running
+
+    def setup(self) -> None:
+        self.check()
+        at = {site.at: site for site in self.sites}
+        for number in range(self.depth):
+            setattr(self, f"stage_{number}", self._stage(number, at.get(number)))
+        self.norm = nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype)
+
+    def _stage(self, number: int, site: Site | None) -> Stage:
+        return Stage(
+            embed=self.embed(number),
+            blocks=tuple(self._block(number, index, site) for index in range(self.depths[number])),
+            sites=() if site is None else (dataclasses.replace(site, at=0),),
+            grid=self.grids[number],
+            width=self.widths[number],
+            prefix=self.prefixes[number],
+            positions=self.positions,
+            dropout=_at(self.dropout, number),
+            layer=sum(self.depths) + number,
+            dropped=self.dropped,
+            remat=self.remat,
+        )
+
+    def _block(self, number: int, index: int, site: Site | None) -> Spec:
+        spec = self.block(number)
+        return Spec.of(
+            spec.make,
+            **dict(spec.options),
+            layer=sum(self.depths[:number]) + index,
+            width=self.widths[number],
+            heads=self.heads[number],
+            mlp_ratio=self.mlp_ratios[number],
+            qkv_bias=_at(self.qkv_bias, number),
+            dropout=_at(self.dropout, number),
+            drop_path=self.path_rate(number, index),
+            norm_eps=self.norm_eps,
+            reduced=site is not None and (index > 0 or not site.inside),
+            dropped=self.dropped,
+            dtype=self.dtype,
+        )
+
+    def path_rate(self, number: int, index: int) -> float:
+        """Stochastic depth of a block of a stage.
+
+        One rate grows over all blocks; with one per stage each grows over that stage's.
+        """
+        if isinstance(self.drop_path, tuple):
+            return self._grown(self.drop_path[number], index, self.depths[number])
+        return self._grown(self.drop_path, sum(self.depths[:number]) + index, sum(self.depths))
+
+    def _grown(self, rate: float, index: int, blocks: int) -> float:
+        return rate if self.drop_path_rule == "constant" else rate * index / max(1, blocks - 1)
+
+    def __call__(
+        self, images: Array, context: Context
+    ) -> tuple[Tokens, tuple[Reduction, ...], dict[str, Any]]:
+        """Runs the stages and the last norm.
+
+        Returns:
+          Normalised tokens of the last stage, one `Reduction` per site, records by
+          name: those of the trunk stage after stage, and "embed" of the first.
+        """
+        check_images(images, self.img_size, self.in_chans)
+        x = images.astype(self.dtype)
+        reductions: list[Reduction] = []
+        records: list[dict[str, Any]] = []
+        for number in range(self.depth):
+            stage = getattr(self, f"stage_{number}")
+            tokens, reduced, found = stage(x, self._context(context, number))
+            reductions.extend(reduced)
+            records.append(found)
+            if number < self.depth - 1:
+                x = stage.left(tokens)
+        merged = {name: tuple(v for found in records for v in found[name]) for name in records[0]}
+        if "embed" in merged:
+            merged["embed"] = merged["embed"][0]
+        return tokens.replace(x=self.norm(tokens.x), last=None), tuple(reductions), merged
+
+    def _context(self, context: Context, number: int) -> Context:
+        """The context of one stage: its own site's draws, noise and decisions."""
+        if number not in [site.at for site in self.sites]:
+            return dataclasses.replace(context, noise=None, decisions=None)
+        index = [site.at for site in self.sites].index(number)
+        policy = context.policy
+        if policy is not None:
+            policy = sample.Draws(jax.random.fold_in(policy.key, index), policy.ids)
+        return dataclasses.replace(
+            context,
+            policy=policy,
+            noise=None if context.noise is None else (context.noise[index],),
+            decisions=None if context.decisions is None else (context.decisions[index],),
+        )
+
+
+def _at(value: Any, stage: int) -> Any:
+    """What one value, or one per stage, is in a stage."""
+    return value[stage] if isinstance(value, tuple) else value
+
+
+def _listed(stages: tuple[int, ...] | list[int]) -> str:
+    """`3 (at=(3,))`."""
+    return f"{' and '.join(map(str, stages))} (at={tuple(stages)})"

@@ -1,0 +1,292 @@
+"""Swin Transformer: attention in windows that shift from block to block; DynamicViT's form of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from dyntoken.backbones.hierarchical import Hierarchical
+from dyntoken.backbones.isotropic import pair
+from dyntoken.nn import layers
+from dyntoken.nn.dualpath import Route, Streams, branch
+from dyntoken.nn.trunk import Context, Spec
+from dyntoken.ops import attend, sample, select, windows
+
+Array = jax.Array
+FAST_EPS = 1e-5  # of the fast path's norm, whatever the blocks have
+# Numbers of the random streams inside a layer; the MLP numbers its own two below MLP.
+ATTENTION, MLP, ATTENTION_PATH, MLP_PATH, FAST, FAST_PATH = range(6)
+
+
+class WindowAttention(nn.Module):
+    """Self-attention inside the squares of a grid, with a bias per relative position.
+
+    Attributes:
+      grid: (rows, columns) of cells.
+      window: side of a square.
+      shift: rows and columns that the squares are moved by.
+      heads, qkv_bias, qk_scale, dropout, dtype: see `nn.attention.Attention`.
+    """
+
+    grid: tuple[int, int]
+    window: int
+    shift: int
+    heads: int
+    qkv_bias: bool = True
+    qk_scale: float | None = None
+    dropout: float = 0.0
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, draws: sample.Draws | None, path: tuple[int, ...]) -> Array:
+        """Attends cells `[B, N, C]`."""
+        batch, _, width = x.shape
+        each = width // self.heads
+        x = windows.partition(x, self.grid, self.window, self.shift)
+        squares, rows, _ = x.shape
+        qkv = layers.dense(3 * width, name="qkv", dtype=self.dtype, use_bias=self.qkv_bias)(x)
+        q, k, v = jnp.moveaxis(qkv.reshape(squares, rows, 3, self.heads, each), (2, 3), (0, 2))
+        logits = attend.logits(q, k, scale=self.qk_scale if self.qk_scale is not None else each**-0.5)
+        logits = logits.reshape(batch, -1, *logits.shape[1:]) + self._bias()[None]
+        p = attend.normalise(logits.reshape(squares, self.heads, rows, rows), policy=None, train=False)
+        y = jnp.einsum("bhqk,bhkd->bhqd", p.astype(v.dtype), v)
+        y = jnp.swapaxes(y, 1, 2).reshape(squares, rows, width)
+        y = layers.dense(width, name="proj", dtype=self.dtype)(y)
+        return layers.drop(windows.merge(y, self.grid, self.shift), self.dropout, draws, *path)
+
+    def _bias(self) -> Array:
+        """What is added to the logits: `[1 or squares, heads, rows, rows]` float32."""
+        shape = ((2 * self.window - 1) ** 2, self.heads)
+        table = self.param("relative_position_bias_table", layers.trunc_normal(), shape)
+        rows = self.window**2
+        bias = select.take(table[None], jnp.asarray(windows.offsets(self.window))[None])
+        bias = bias.reshape(1, rows, rows, self.heads).transpose(0, 3, 1, 2)
+        if not self.shift:
+            return bias
+        return bias + jnp.asarray(windows.apart(self.grid, self.window, self.shift))[:, None]
+
+
+class SwinBlock(nn.Module):
+    """`x + attention(norm1(x))`, then `x + mlp(norm2(x))`.
+
+    The fast path is one linear layer after a norm in place of `mlp(norm2(.))`,
+    `fastmlp` of raoyongming/DynamicViT; both paths share the attention.
+
+    Attributes:
+      layer: number of the block, which keys its random draws.
+      width: channels.
+      grid: (rows, columns) of cells.
+      window, shift: see `WindowAttention`.
+      heads, mlp_ratio, qkv_bias, qk_scale, dropout, drop_path, norm_eps: see `nn.block.Block`.
+      fast: whether it has a fast path.
+      dtype: compute type.
+    """
+
+    layer: int
+    width: int
+    grid: tuple[int, int]
+    window: int
+    shift: int
+    heads: int
+    mlp_ratio: float = 4.0
+    qkv_bias: bool = True
+    qk_scale: float | None = None
+    dropout: float = 0.0
+    drop_path: float = 0.0
+    norm_eps: float = 1e-5
+    fast: bool = False
+    dtype: Any = jnp.float32
+
+    def setup(self) -> None:
+        self.norm1 = nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype)
+        self.attn = WindowAttention(
+            self.grid,
+            self.window,
+            self.shift,
+            self.heads,
+            self.qkv_bias,
+            self.qk_scale,
+            self.dropout,
+            self.dtype,
+        )
+        self.norm2 = nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype)
+        self.mlp = layers.Mlp(int(self.width * self.mlp_ratio), self.dropout, self.dtype, self.width)
+        if self.fast:
+            self.fastmlp_0 = nn.LayerNorm(epsilon=FAST_EPS, dtype=self.dtype)
+            self.fastmlp_1 = layers.dense(self.width, dtype=self.dtype)
+
+    def __call__(
+        self, x: Array | Streams, draws: sample.Draws | None, route: Route | None
+    ) -> Array | Streams:
+        """Cells `[B, N, C]` in and out; `route` is None ahead of the first site."""
+
+        def slow(y: Array) -> Array:
+            return self.mlp(self.norm2(y), draws, (self.layer, MLP))
+
+        def fast(y: Array) -> Array:
+            return layers.drop(self.fastmlp_1(self.fastmlp_0(y)), self.dropout, draws, self.layer, FAST)
+
+        if isinstance(x, Streams):
+            both = x
+            x = self._attended(x.mixed(route.mask), draws)
+            both = both.renewed(x, route.mask)
+            # Officially the residual of either path is the mixed one.
+            return Streams(
+                x + self._path(slow(both.slow), draws, MLP_PATH),
+                x + self._path(fast(both.fast), draws, FAST_PATH),
+            )
+        x = self._attended(x, draws)
+        y = slow(x) if route is None else branch(route, x, slow, fast)
+        return x + self._path(y, draws, MLP_PATH)
+
+    def _attended(self, x: Array, draws: sample.Draws | None) -> Array:
+        y = self.attn(self.norm1(x), draws, (self.layer, ATTENTION))
+        return x + self._path(y, draws, ATTENTION_PATH)
+
+    def _path(self, y: Array, draws: sample.Draws | None, stream: int) -> Array:
+        if draws is None or self.drop_path == 0.0:
+            return y
+        return sample.drop_path(y, self.drop_path, draws, self.layer, stream)
+
+
+class PatchMerging(nn.Module):
+    """Norm and a linear layer over each square of four cells: `[B, N, C]` -> `[B, N / 4, width]`.
+
+    Attributes:
+      grid: (rows, columns) of cells before it.
+    """
+
+    grid: tuple[int, int]
+    width: int
+    norm_eps: float = 1e-5
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        batch, _, channels = x.shape
+        high, wide = (cells // 2 for cells in self.grid)
+        # Channels of the four cells in the official order: the row varies first.
+        x = x.reshape(batch, high, 2, wide, 2, channels).transpose(0, 1, 3, 4, 2, 5)
+        x = x.reshape(batch, high * wide, 4 * channels)
+        x = nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype, name="norm")(x)
+        return layers.dense(self.width, name="reduction", dtype=self.dtype, use_bias=False)(x)
+
+
+class Swin(Hierarchical):
+    """Swin Transformer (Liu et al. 2021; microsoft/Swin-Transformer).
+
+    Odd blocks of a stage move their windows by half a window. Where a grid is no
+    larger than the window, one window is the grid, and nothing moves. The
+    classifier reads the mean of the normalised cells.
+
+    Attributes (besides those of `Hierarchical`):
+      width: channels of the first stage; they double from stage to stage.
+      heads: attention heads per stage.
+      window: side of a window, in cells.
+      mlp_ratio, qkv_bias, qk_scale: as timm's.
+      dropout: after the patch embedding, attention projection and MLP.
+      norm_eps: LayerNorm epsilon.
+      patch_norm: a norm after the patch embedding.
+    """
+
+    width: int = 96
+    heads: tuple[int, ...] = (3, 6, 12, 24)
+    window: int = 7
+    mlp_ratio: float = 4.0
+    qkv_bias: bool = True
+    qk_scale: float | None = None
+    dropout: float = 0.0
+    norm_eps: float = 1e-5
+    patch_norm: bool = True
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Channels per stage."""
+        return tuple(self.width * 2**stage for stage in range(len(self.depths)))
+
+    @property
+    def site_step(self) -> int:
+        """Blocks from one default site to the next: 1 of 6 blocks (Swin-T), 2 of 18 (Swin-S, -B)."""
+        return 1 if self.depth < 12 else 2
+
+    def check(self) -> None:
+        """Raises ValueError for fields that do not fit together."""
+        super().check()
+        if len(self.heads) != len(self.depths):
+            raise ValueError(f"heads={self.heads} needs one entry for each of depths={self.depths}")
+        for width, heads in zip(self.widths, self.heads, strict=True):
+            if width % heads:
+                raise ValueError(f"width {width} of a stage is not divisible by its {heads} heads")
+        for stage in range(len(self.depths)):
+            side, grid = self.window_of(stage), self.grid_of(stage)
+            if any(cells % side for cells in grid):
+                raise ValueError(
+                    f"img_size {pair(self.img_size)} gives stage {stage} a grid of {grid}, which windows of "
+                    f"{side} x {side} do not tile: choose img_size {self._tiled()}, or another window"
+                )
+
+    def _tiled(self) -> tuple[int, int]:
+        """The nearest image size whose grids the windows tile."""
+        units = [patch * self.unit * self.window for patch in pair(self.patch_size)]
+        return tuple(max(u, round(s / u) * u) for s, u in zip(pair(self.img_size), units, strict=True))
+
+    def window_of(self, stage: int) -> int:
+        """Side of the windows of a stage."""
+        return min(self.window, *self.grid_of(stage))
+
+    def setup(self) -> None:
+        self.patch_embed = layers.PatchEmbed(pair(self.patch_size), self.width, dtype=self.dtype)
+        if self.patch_norm:
+            self.patch_embed_norm = self._norm()
+        for number, width in enumerate(self.widths[1:], start=1):
+            merging = PatchMerging(self.grid_of(number - 1), width, self.norm_eps, self.dtype)
+            setattr(self, f"merge_{number - 1}", merging)  # officially at the end of the stage before
+        rates, layer, recipes = self.rates(), 0, []
+        for number, depth in enumerate(self.depths):
+            recipes.append([self._block(layer + i, number, i, rates[number][i]) for i in range(depth)])
+            layer += depth
+        self.stages = self.make_stages(recipes)
+        self.norm = self._norm()
+
+    def _norm(self) -> nn.LayerNorm:
+        return nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype)
+
+    def _block(self, layer: int, stage: int, index: int, rate: float) -> Spec:
+        grid = self.grid_of(stage)
+        moves = index % 2 == 1 and min(grid) > self.window
+        return Spec.of(
+            SwinBlock,
+            layer=layer,
+            width=self.widths[stage],
+            grid=grid,
+            window=self.window_of(stage),
+            shift=self.window // 2 if moves else 0,
+            heads=self.heads[stage],
+            mlp_ratio=self.mlp_ratio,
+            qkv_bias=self.qkv_bias,
+            qk_scale=self.qk_scale,
+            dropout=self.dropout,
+            drop_path=rate,
+            norm_eps=self.norm_eps,
+            dtype=self.dtype,
+        )
+
+    def embed(self, images: Array, context: Context) -> Array:
+        """One product per patch, then a norm."""
+        x = self.patch_embed(images).reshape(len(images), -1, self.width)
+        x = self.patch_embed_norm(x) if self.patch_norm else x
+        # This layer number keys the draw: no block uses it.
+        return layers.drop(x, self.dropout, context.dropout, sum(self.depths))
+
+    def shrink(self, stage: int, x: Array) -> Array:
+        """Patch merging."""
+        return getattr(self, f"merge_{stage - 1}")(x)
+
+    def finish(self, x: Array) -> Array:
+        """The mean of the normalised cells, and those."""
+        x = self.norm(x)
+        mean = x.astype(jnp.float32).mean(axis=1, keepdims=True).astype(x.dtype)
+        return jnp.concatenate([mean, x], axis=1)

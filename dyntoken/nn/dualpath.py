@@ -1,0 +1,85 @@
+"""Two paths through a block: DynamicViT where no cell may leave the grid.
+
+Rao et al. 2022, "Dynamic Spatial Sparsification" (section 3.4; raoyongming/DynamicViT,
+`dyswin.py` and `dyconvnext.py`): the cells a site keeps take the slow path of every
+block, its MLP; the others a cheap one, the fast path. Every site chooses anew among
+all cells.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from dyntoken.ops import select
+from dyntoken.types import Reduction
+
+Array = jax.Array
+Layers = Callable[[Array], Array]
+
+
+@flax.struct.dataclass
+class Streams:
+    """What training in mask form carries: every cell as if on either path.
+
+    Attributes:
+      slow, fast: `[B, N, C]`.
+    """
+
+    slow: Array
+    fast: Array
+
+    def mixed(self, mask: Array) -> Array:
+        """`[B, N, C]`: each cell from the path that `mask [B, N]` says."""
+        weight = mask.astype(self.slow.dtype)[..., None]
+        return self.slow * weight + self.fast * (1 - weight)
+
+    def renewed(self, x: Array, mask: Array) -> Streams:
+        """Each cell of `x [B, N, C]` on its own path; the other path keeps what it had."""
+        weight = mask.astype(x.dtype)[..., None]
+        return Streams(x * weight + self.slow * (1 - weight), x * (1 - weight) + self.fast * weight)
+
+
+@flax.struct.dataclass
+class Route:
+    """Which cells take the slow path.
+
+    Attributes:
+      mask: `[B, N]` 1.0 for those; in training with straight-through gradient.
+      order: `[B, N]` cells, those of the slow path first, and back: `[B, N]` where
+        each cell is in `order`; None in mask form.
+      slow: static number of cells on the slow path (gather form).
+      streams: both paths go on side by side (`Streams`), as the official training does.
+    """
+
+    mask: Array
+    order: Array | None = None
+    back: Array | None = None
+    slow: int = flax.struct.field(pytree_node=False, default=0)
+    streams: bool = flax.struct.field(pytree_node=False, default=False)
+
+    @classmethod
+    def of(cls, reduction: Reduction, form: str, train: bool) -> Route:
+        """The route that a site decided on, in the form in force ("mask" or "gather")."""
+        if form == "mask":
+            return cls(reduction.decision, streams=train)
+        order = jnp.concatenate(select.split(reduction.decision, reduction.count), axis=1)
+        return cls(reduction.decision, order, select.order(-order), reduction.count)
+
+
+def branch(route: Route, x: Array, slow: Layers, fast: Layers) -> Array:
+    """What the two paths make of `x [B, N, C]`: `[B, N, C]`.
+
+    The gather form runs each path on its own cells, the mask form both on all.
+
+    Args:
+      slow, fast: `[B, n, C]` -> `[B, n, C]`, each cell by itself.
+    """
+    if route.order is None:
+        return jnp.where(route.mask[..., None] > 0.5, slow(x), fast(x))
+    moved = select.take(x, route.order)
+    paths = [slow(moved[:, : route.slow]), fast(moved[:, route.slow :])]
+    return select.take(jnp.concatenate(paths, axis=1), route.back)

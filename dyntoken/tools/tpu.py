@@ -1,0 +1,328 @@
+"""A TPU's program without a TPU: `python -m dyntoken.tools.tpu NAME --topology=v5e:2x4`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.metadata
+import importlib.util
+import json
+import os
+import pathlib
+import shlex
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+
+from dyntoken import __version__, losses, models
+from dyntoken.analysis import hlo
+from dyntoken.config import load
+from dyntoken.nn.remat import POLICIES
+from dyntoken.ops import backend
+from dyntoken.tools import cli, tpu_report
+from dyntoken.train import plan as plans
+
+TEXT = """\
+Compiles the evaluation or the training step ahead of time with libtpu (extra
+[aot]) for chips that are not there, and reports what the compiler says: memory per
+chip, collectives, sorts, gathers, copies, and its own cost estimate by class of
+operations. Nothing is run, nothing is measured but the compilation.
+
+A report is kept as JSON (--results) and printed from there while the request and
+the versions stay the same. Compiling takes minutes: --scan shortens it several times.
+
+Without --config a model trains as in the DynamicViT and TPS recipes: AdamW, an
+average of the weights, mixup and CutMix, the keep-ratio loss where the method
+learns its decision; --teacher adds the dense model and both distillation losses."""
+EXAMPLES = """\
+  python -m dyntoken.tools.tpu deit_small_patch16_224
+  python -m dyntoken.tools.tpu dtps_deit_small_patch16_224 --train --teacher --scan --remat=True
+  python -m dyntoken.tools.tpu --config=configs/dvt_deit.py --train --batch=64
+  python -m dyntoken.tools.tpu evit_deit_base_patch16_384 --topology=v5p --json
+  python -m dyntoken.tools.tpu --table results/tpu/*.json"""
+# Before libtpu is loaded: it would ask a metadata server that is not there, and lock the chips.
+# The last two only spare its complaints that this is no TPU host.
+ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+}
+# Short name: full topology; any other that libtpu knows may be given in full.
+TOPOLOGIES = {
+    "v4": "v4:2x2x1",
+    "v5e": "v5e:2x4",
+    "v5p": "v5p:2x2x1",
+    "v6e": "v6e:2x4",
+    "pod": "v5e:16x16",
+}
+HBM = {"v4": 32, "v5e": 16, "v5p": 95, "v6e": 32}  # GiB per chip, from Google's data sheets
+
+
+@cli.program
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints the report of one step, or a table of stored ones; returns the exit status."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    args = _parser().parse_args(argv)
+    if args.table:
+        print(tpu_report.table([json.loads(pathlib.Path(path).read_text()) for path in args.table]))
+        return 0
+    plan = _plan(args)
+    wanted = request(args, plan)
+    path = pathlib.Path(args.results) / f"{_slug(wanted)}.json"
+    found = None if args.again or args.hlo else stored(path, wanted)
+    if found is None:
+        command = shlex.join(["python", "-m", "dyntoken.tools.tpu", *_lasting(argv)])
+        found = {"command": command, **wanted, **_compiled(args, plan)}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(found, indent=1) + "\n")
+    print(json.dumps(found) if args.json else tpu_report.text(found))
+    return 0
+
+
+def _lasting(argv: Sequence[str]) -> list[str]:
+    """The arguments that decide what a report says, not where it goes."""
+    kept, skip = [], False
+    for word in argv:
+        option, equals, _ = word.partition("=")
+        if option in ("--hlo", "--results"):
+            skip = not equals
+        elif skip or word in ("--again", "--json"):
+            skip = False
+        else:
+            kept.append(word)
+    return kept
+
+
+def _parser() -> cli.Parser:
+    parser = cli.Parser("tpu", TEXT, EXAMPLES)
+    parser.add_argument("name", metavar="NAME", nargs="?", help="model, e.g. dtps_deit_small_patch16_224")
+    parser.add_argument("--config", help="recipe to take model, losses, teacher and optimizer from instead")
+    cli.add_model_options(parser)
+    group = parser.add_argument_group("the program")
+    group.add_argument(
+        "--topology",
+        default="v5e:2x4",
+        help=f"chips (default v5e:2x4): {', '.join(f'{k} = {v}' for k, v in TOPOLOGIES.items())}, or in full",
+    )
+    group.add_argument("--batch", type=cli.positive, default=128, help="images per chip (default 128)")
+    group.add_argument("--train", action="store_true", help="the training step, optimizer and all")
+    group.add_argument("--teacher", action="store_true", help="with --train: distill from the dense model")
+    group.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="compute type (default bfloat16)"
+    )
+    group.add_argument("--scan", action="store_true", help="alike blocks as one loop")
+    group.add_argument(
+        "--remat", type=_remat, default=False, help=f"True, or what is kept: {', '.join(POLICIES)}"
+    )
+    group.add_argument("--accumulate", type=cli.positive, help="slices of a batch, see the config")
+    group.add_argument("--shard", help="none, optimizer or params, see the config")
+    group = parser.add_argument_group("the report")
+    group.add_argument("--results", default="results/tpu", help="folder of the stored reports (results/tpu)")
+    group.add_argument("--hlo", metavar="FILE", help="also write the compiled program as text (and compile)")
+    group.add_argument("--again", action="store_true", help="compile even if there is a stored report")
+    group.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+    group.add_argument("--table", nargs="+", metavar="FILE", help="only print stored reports as a table")
+    return parser
+
+
+def _remat(text: str) -> bool | str:
+    return {"true": True, "false": False}.get(text.lower(), text)
+
+
+def chips(topology: str) -> tuple[str, int, int]:
+    """(full name, number of chips, GiB per chip) of a topology such as "v5e" or "v5e:2x4".
+
+    Raises:
+      ValueError: for a kind of chip or a shape that is none.
+    """
+    name = TOPOLOGIES.get(topology, topology)
+    kind, _, shape = name.partition(":")
+    sides = shape.split("x")
+    if kind not in HBM or not all(side.isdigit() and int(side) for side in sides):
+        raise ValueError(
+            f"unknown topology {topology!r}: give {', '.join(TOPOLOGIES)}, or a kind "
+            f"({', '.join(HBM)}) and a shape as in v5e:4x4"
+        )
+    count = 1
+    for side in sides:
+        count *= int(side)
+    return name, count, HBM[kind]
+
+
+def devices(topology: str) -> Sequence[Any]:
+    """The chips that libtpu compiles for.
+
+    Raises:
+      ImportError: without libtpu.
+      ValueError: for a topology that libtpu does not know.
+    """
+    name, _, _ = chips(topology)
+    if importlib.util.find_spec("libtpu") is None:
+        raise ImportError("libtpu is not installed, which compiles for TPUs: pip install 'dyntoken[aot]'")
+    for key, value in ENVIRONMENT.items():
+        os.environ.setdefault(key, value)
+    jax.config.update("jax_platforms", "cpu")  # what runs here runs on the host
+    from jax.experimental import topologies
+
+    # One device per chip also where a chip has two cores, as jax runs them.
+    options = {"chip_config_name": "megacore"} if name.startswith("v4") else {}
+    try:
+        return topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
+    except Exception as error:
+        raise ValueError(f"libtpu makes no topology {name!r}: {cli.one_line(error)[:200]}") from error
+
+
+def _plan(args: argparse.Namespace) -> plans.Plan:
+    """The run whose step is compiled; reads no images and no weights."""
+    if (args.name is None) == (args.config is None):
+        raise ValueError("give the NAME of a model, or --config=RECIPE")
+    if args.teacher and (args.config or not args.train):
+        raise ValueError("--teacher goes with NAME and --train; a recipe says itself who teaches")
+    _, count, _ = chips(args.topology)
+    config = _of_recipe(args) if args.config else _of_name(args)
+    config["batch"] = args.batch * count
+    config["data"].setdefault("eval", {}).pop("batch", None)
+    config |= {k: v for k in ("accumulate", "shard") if (v := getattr(args, k)) is not None}
+    return plans.build(plans.read(config), devices=devices(args.topology))
+
+
+def _switches(args: argparse.Namespace) -> dict[str, Any]:
+    switches = {"dtype": args.dtype, "scan": args.scan, "remat": args.remat}
+    return {key: value for key, value in switches.items() if value}
+
+
+def _of_recipe(args: argparse.Namespace) -> dict[str, Any]:
+    config = load(args.config).to_dict()
+    config["model"] |= {**cli.overrides(args), **_switches(args)}
+    teacher = config.get("teacher") or {}
+    if teacher.get("name"):
+        config["teacher"] = {**teacher, **_switches(args), "weights": teacher.get("weights") or "unread"}
+    return config
+
+
+def _of_name(args: argparse.Namespace) -> dict[str, Any]:
+    """What `TEXT` says of a model without a recipe; images of its own shape, that nobody reads."""
+    model = cli.build(args, **_switches(args))
+    given = {**cli.overrides(args), **_switches(args)}
+    for key in ("img_size", "in_chans", "num_classes"):  # of the data
+        given.pop(key, None)
+    height, width, channels = model.input_shape
+    shape = {"image_size": height, "channels": channels, "num_classes": model.num_classes}
+    config: dict[str, Any] = {
+        "model": {"name": args.name, **given},
+        "data": {"name": "fake", "size": (height, width), "options": {**shape, "train": 1281167}},
+        "steps": 1,
+        "ema": 0.9999,
+        "losses": {"ce": {}},
+        "optim": {"lr": 1e-3, "weight_decay": 0.05},
+        "mix": {"mixup": 0.8, "cutmix": 1.0},
+    }
+    if any(dict(site.reducer.options).get("score") == "predictor" for site in model.sites()):
+        config["losses"]["keep_ratio"] = {"weight": 2.0}
+    if args.teacher:
+        _, dense = models.split_name(args.name)
+        config["teacher"] = {"name": dense, "weights": "unread", **_switches(args)}
+        config["losses"] |= {"logit_kl": {"weight": 0.5}, "token_distill": {"weight": 0.5, "variant": "kl"}}
+    return config
+
+
+def request(args: argparse.Namespace, plan: plans.Plan) -> dict[str, Any]:
+    """What a report depends on, besides the code: the program, the chips, the versions."""
+    settings = plan.settings
+    teacher = (settings.teacher or {}).get("name") if args.train else None
+    name, count, hbm = chips(args.topology)
+    return {
+        "model": {key: value for key, value in settings.plain["model"].items() if value is not None},
+        "config": args.config,
+        "step": "train" if args.train else "eval",
+        "losses": sorted(losses.weights(settings.losses)) if args.train else [],
+        "teacher": teacher,
+        "topology": name,
+        "chips": count,
+        "batch_per_chip": args.batch,
+        "accumulate": settings.accumulate if args.train else 1,
+        "shard": settings.shard if args.train else "none",
+        "hbm_gib": hbm,
+        "versions": {
+            "dyntoken": __version__,
+            **{package: importlib.metadata.version(package) for package in ("jax", "jaxlib", "libtpu")},
+        },
+    }
+
+
+def stored(path: pathlib.Path, wanted: Mapping[str, Any]) -> dict[str, Any] | None:
+    """A report from an earlier run, unless it answers another request."""
+    if not path.exists():
+        return None
+    found = json.loads(path.read_text())
+    same = all(found.get(key) == value for key, value in json.loads(json.dumps(wanted)).items())
+    return found if same else None
+
+
+def _slug(wanted: Mapping[str, Any]) -> str:
+    """File name of a report, from what a reader would tell it by."""
+    model = dict(wanted["model"])
+    parts = [model.pop("name"), wanted["step"], wanted["topology"].replace(":", "-")]
+    parts += [f"b{wanted['batch_per_chip']}"]
+    parts += ["teacher"] if wanted["teacher"] else []
+    parts += [f"accumulate{wanted['accumulate']}"] if wanted["accumulate"] > 1 else []
+    parts += [f"shard-{wanted['shard']}"] if wanted["shard"] != "none" else []
+    parts += [
+        key if value is True else f"{key}-{value}" if key != "dtype" else str(value)
+        for key, value in sorted(model.items())
+    ]
+    return "".join(c if c.isalnum() or c in "._-" else "-" for c in "_".join(map(str, parts)))
+
+
+def _compiled(args: argparse.Namespace, plan: plans.Plan) -> dict[str, Any]:
+    """Compiles and reads off the program; what does not fit is reported, not raised."""
+    began, busy = time.monotonic(), time.process_time()
+
+    def took() -> dict[str, float]:
+        cpu = time.process_time() - busy  # says more than the clock of a machine that does other things
+        return {"compile_s": round(time.monotonic() - began, 1), "compile_cpu_s": round(cpu, 1)}
+
+    try:
+        with backend.trace_for("tpu"):
+            step = plan.train_step if args.train else plan.eval_step
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise ValueError(f"the compiler refuses: {cli.one_line(error)[:300]}") from error
+        return {**took(), "refused": cli.one_line(error)[:300]}
+    times, program = took(), step.as_text()
+    if args.hlo:
+        pathlib.Path(args.hlo).write_text(program)
+    return {**times, **measured(step.memory_analysis(), program)}
+
+
+def measured(memory: Any, text: str) -> dict[str, Any]:
+    """The part of a report that the compiler answers.
+
+    Args:
+      memory: `Compiled.memory_analysis()`, bytes per chip.
+      text: `Compiled.as_text()`.
+    """
+    found = hlo.operations(text)
+    arguments, results = memory.argument_size_in_bytes, memory.output_size_in_bytes
+    held = arguments + results - memory.alias_size_in_bytes
+    parts = {"arguments": arguments, "held": held, "temporary": memory.temp_size_in_bytes}
+    parts["code"] = memory.generated_code_size_in_bytes
+    moved = [op for op in found if op.group == "copies and layout" and op.kind in hlo.SYNCHRONOUS_MOVES]
+    return {
+        "memory": {**parts, "total": held + parts["temporary"] + parts["code"]},
+        "collectives": [dataclasses.asdict(count) for count in hlo.collectives(found)],
+        "sorts": hlo.counted(found, "sort").count,
+        "gathers": hlo.counted(found, "gather").count,
+        "scatters": hlo.counted(found, "scatter").count,
+        "copies": {"count": sum(op.times for op in moved), "bytes": sum(op.times * op.bytes for op in moved)},
+        "unknown_loops": hlo.unknown_loops(found),
+        "estimate": [dataclasses.asdict(cost) for cost in hlo.costs(found)],
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

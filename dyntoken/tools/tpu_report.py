@@ -1,0 +1,138 @@
+"""The reports of `tools.tpu` as text and as a table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dyntoken.tools import cli
+
+GIB = 2**30
+MIB = 2**20
+
+
+def text(found: Mapping[str, Any]) -> str:
+    """One report as a page of tables."""
+    model = dict(found["model"])
+    options = ", ".join(f"{key}={value}" for key, value in sorted(model.items()) if key != "name")
+    what = {"train": "training step", "eval": "evaluation step"}[found["step"]]
+    head = [
+        f"{model['name']} ({options}): {what} for {found['chips']} chips {found['topology']}, "
+        f"{found['batch_per_chip']} images per chip",
+        _training(found),
+        f"compiled ahead of time in {found['compile_s']} s ({found['compile_cpu_s']} s of processor time) by "
+        f"{_versions(found)}; nothing was run",
+    ]
+    parts = ["\n".join(filter(None, head))]
+    if "refused" in found:
+        return "\n\n".join([*parts, f"does not fit into {found['hbm_gib']} GiB: {found['refused']}"])
+    return "\n\n".join([*parts, _memory(found), _collectives(found), _movements(found), _estimate(found)])
+
+
+def _training(found: Mapping[str, Any]) -> str:
+    if found["step"] != "train":
+        return ""
+    words = [f"losses {', '.join(found['losses'])}"]
+    words += [f"teacher {found['teacher']}"] if found["teacher"] else []
+    words += [f"accumulate={found['accumulate']}"] if found["accumulate"] > 1 else []
+    words += [f"shard={found['shard']}"] if found["shard"] != "none" else []
+    return "; ".join(words)
+
+
+def _versions(found: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+
+
+def _memory(found: Mapping[str, Any]) -> str:
+    memory, limit = found["memory"], found["hbm_gib"]
+    rows = [["memory per chip", "MiB"]]
+    rows += [
+        ["arguments and results", f"{memory['held'] / MIB:.1f}"],
+        ["temporary", f"{memory['temporary'] / MIB:.1f}"],
+        ["program", f"{memory['code'] / MIB:.1f}"],
+        ["total", f"{memory['total'] / MIB:.1f}"],
+    ]
+    share = 100 * memory["total"] / GIB / limit
+    return cli.table(rows) + f"\n{share:.0f} % of the chip's {limit} GiB"
+
+
+def _collectives(found: Mapping[str, Any]) -> str:
+    if not found["collectives"]:
+        return "collectives: none"
+    rows = [["collective", "runs", "bytes per chip"]]
+    rows += [[c["kind"], str(c["count"]), _size(c["bytes"])] for c in found["collectives"]]
+    return cli.table(rows)
+
+
+def _size(count: int) -> str:
+    return f"{count / MIB:.2f} MiB" if count >= MIB else str(count)
+
+
+def _movements(found: Mapping[str, Any]) -> str:
+    copies = found["copies"]
+    return (
+        f"sorts {found['sorts']}, gathers {found['gathers']}, scatters {found['scatters']}, "
+        f"copies and transposes {copies['count']} ({copies['bytes'] / MIB:.1f} MiB)"
+    )
+
+
+def _estimate(found: Mapping[str, Any]) -> str:
+    costs = found["estimate"]
+    whole = sum(cost["cycles"] for cost in costs)
+    if not whole:
+        return "no estimate: only a TPU's compiler writes one"
+    rows = [["the compiler's estimate (not a measurement)", "runs", "with estimate", "M cycles", "share"]]
+    for cost in costs:
+        cells = [str(cost["count"]), str(cost["estimated"]), f"{cost['cycles'] / 1e6:.2f}"]
+        rows.append([cost["group"], *cells, f"{100 * cost['cycles'] / whole:.1f} %"])
+    lines = cli.table([*rows, ["all", "", "", f"{whole / 1e6:.2f}", ""]])
+    loops = found["unknown_loops"]
+    return f"{lines}\n{loops} loops of unknown length count as one round" if loops else lines
+
+
+def table(reports: Sequence[Mapping[str, Any]]) -> str:
+    """Stored reports as a Markdown table, one row each."""
+    head = (
+        "program",
+        "chips",
+        "images per chip",
+        "GiB per chip",
+        "collectives",
+        "sorts",
+        "gathers",
+        "estimated M cycles",
+        "of them products",
+        "compiled in (processor time)",
+    )
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    lines += [f"| {' | '.join(_row(found))} |" for found in reports]
+    return "\n".join(lines)
+
+
+def _row(found: Mapping[str, Any]) -> list[str]:
+    model = dict(found["model"])
+    options = [
+        key if value is True else f"{key}={value}" for key, value in sorted(model.items()) if key != "name"
+    ]
+    options += ["teacher"] if found["teacher"] else []
+    row = [f"`{model['name']}` {found['step']}, {', '.join(options)}", found["topology"]]
+    row += [str(found["batch_per_chip"])]
+    if "refused" in found:
+        return [*row, f"more than {found['hbm_gib']}", *["-"] * 5, _seconds(found)]
+    collectives = [f"{c['count']} x {_size(c['bytes'] // c['count'])}" for c in found["collectives"]]
+    whole = sum(cost["cycles"] for cost in found["estimate"])
+    products = sum(c["cycles"] for c in found["estimate"] if c["group"].startswith("matrix"))
+    return [
+        *row,
+        f"{found['memory']['total'] / GIB:.2f} of {found['hbm_gib']}",
+        ", ".join(collectives) or "none",
+        str(found["sorts"]),
+        str(found["gathers"]),
+        f"{whole / 1e6:.1f}",
+        f"{100 * products / max(whole, 1):.0f} %",
+        _seconds(found),
+    ]
+
+
+def _seconds(found: Mapping[str, Any]) -> str:
+    return f"{found['compile_cpu_s']:.0f} s"

@@ -1,0 +1,105 @@
+"""The compiled step of a run: its memory, and a run that goes no further."""
+
+from __future__ import annotations
+
+import bisect
+import math
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+from dyntoken.train.plan import Plan, build
+from dyntoken.train.report import duration
+
+Log = Callable[[str], None]
+
+
+def dry_run(config: Mapping[str, Any], *, log: Log = print) -> dict[str, Any]:
+    """Builds and compiles a run without weights or images.
+
+    Returns:
+      `model`, `parameters`, `teacher`, `devices`, `batch`, `steps_per_epoch`,
+      `steps`, `eval_every`, `compile_s`, and per device in bytes `state_bytes`
+      and `memory_bytes` (arguments, results and temporaries of the step).
+    """
+    plan = build(config)
+    began = time.monotonic()
+    largest = plan.stages[0].model  # a keep rate only falls
+    memory = plan.train_step_for(largest).memory_analysis()
+    parameters = sum(x.size for x in jax.tree.leaves(plan.abstract_state.params))
+    facts = {
+        "model": plan.settings.model["name"],
+        "parameters": parameters,
+        "teacher": (plan.settings.teacher or {}).get("name") or None,
+        "devices": f"{plan.mesh.size} x {plan.mesh.devices.flat[0].device_kind}",
+        "batch": plan.settings.batch,
+        "steps_per_epoch": plan.steps_per_epoch,
+        "steps": plan.total_steps,
+        "eval_every": plan.eval_every,
+        "compile_s": round(time.monotonic() - began, 1),
+        "state_bytes": held_bytes(plan),
+        "memory_bytes": peak(memory),
+    }
+    for name, value in facts.items():
+        log(f"{name}: {value}")
+    return facts
+
+
+class Programs:
+    """The train step of each stage of a run, compiled when it is reached.
+
+    Args:
+      plan: the run.
+      log: takes one line of text; hears of all stages at once.
+    """
+
+    def __init__(self, plan: Plan, log: Log):
+        self._plan, self._log = plan, log
+        self._firsts = [stage.first for stage in plan.stages]
+        self._stage, self._compiled = -1, None
+        if len(plan.stages) > 1:
+            parts = (f"{'/'.join(map(str, stage.counts))} from step {stage.first}" for stage in plan.stages)
+            log(f"tokens kept in {len(plan.stages)} stages, a compilation each: {', '.join(parts)}")
+
+    def ready(self, done: int) -> bool:
+        """Whether `at` costs nothing."""
+        return self._stage == bisect.bisect_right(self._firsts, done) - 1
+
+    def at(self, done: int) -> jax.stages.Compiled:
+        """The step that follows `done` steps."""
+        if not self.ready(done):
+            self._stage = bisect.bisect_right(self._firsts, done) - 1
+            self._compiled = compile_step(self._plan, self._plan.stages[self._stage].model, self._log)
+        return self._compiled
+
+
+def compile_step(plan: Plan, model: nn.Module, log: Log) -> jax.stages.Compiled:
+    """A train step, and a line about it."""
+    began = time.monotonic()
+    compiled = plan.train_step_for(model)
+    memory = peak(compiled.memory_analysis()) / 2**20
+    log(
+        f"compiled in {duration(time.monotonic() - began)}: {plan.total_steps} steps of "
+        f"{plan.settings.batch} images on {plan.mesh.size} device(s), {memory:.0f} MiB each"
+    )
+    return compiled
+
+
+def peak(memory: Any) -> int:
+    """Bytes per device while a step runs; donated arguments count once."""
+    held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return held + memory.temp_size_in_bytes
+
+
+def state_bytes(plan: Plan) -> int:
+    """What one checkpoint holds."""
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(plan.abstract_state))
+
+
+def held_bytes(plan: Plan) -> int:
+    """What each device holds of the state between two steps."""
+    leaves = jax.tree.leaves(plan.abstract_state)
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)

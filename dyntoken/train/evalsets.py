@@ -1,0 +1,109 @@
+"""What a run is evaluated on: the split of `config.data`, and any number of further sets."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from dyntoken import data
+from dyntoken.data.plan import parse_split
+from dyntoken.registry import UnknownNameError, suggest
+from dyntoken.train.fields import check_keywords, fill
+
+if TYPE_CHECKING:
+    from dyntoken.train.settings import DataSettings
+
+MAIN = ""  # the label of the set that `config.data` names
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalSettings:
+    """One entry of `config.evals`; images are resized and normalised as those of `config.data`.
+
+    Attributes:
+      name: see `dyntoken.data`.
+      split: TFDS spelling.
+      data_dir: where TFDS data lies; None: where `config.data` has it.
+      eval: arguments of `data.eval_batches` that differ from `config.data.eval`.
+      options: of the source.
+    """
+
+    name: str
+    split: Any = "test"
+    data_dir: str | None = None
+    eval: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalSet:
+    """A set that is there, with the arguments of `data.eval_batches` that are its own."""
+
+    info: data.DataInfo
+    arguments: Mapping[str, Any]
+
+
+def read_evals(given: Mapping[str, Any] | None) -> dict[str, EvalSettings]:
+    """Checks `config.evals`, label -> entry.
+
+    Raises:
+      UnknownNameError: for a key that nothing reads.
+      ValueError: for a label that is no prefix of a metric, or an entry without name.
+    """
+    entries = {}
+    for label, entry in (given or {}).items():
+        if not label or "/" in label or label == "ema":
+            raise ValueError(f"config.evals has the label {label!r}: use a word without '/', not 'ema'")
+        entries[label] = fill(EvalSettings, entry, f"config.evals.{label}")
+        own = ("split", "size", "shards", "process", "data_dir", "batch")
+        check_keywords(f"config.evals.{label}.eval", data.eval_batches, entries[label].eval, own=own)
+    return entries
+
+
+def open_sets(
+    chosen: DataSettings, info: data.DataInfo, entries: Mapping[str, EvalSettings]
+) -> dict[str, EvalSet]:
+    """Every evaluation set by its label, `MAIN` first; reads no image.
+
+    Args:
+      chosen: the section `config.data`.
+      info: of its data set.
+      entries: from `read_evals`.
+
+    Raises:
+      ValueError: a set of other classes or channels, or no such split.
+    """
+    reading = {key: value for key, value in chosen.eval.items() if key != "batch"}
+    main = {"name": chosen.name, "split": chosen.eval_split, "data_dir": chosen.data_dir}
+    sets = {MAIN: EvalSet(info, {**main, **reading, **chosen.options})}
+    for label, entry in entries.items():
+        where = entry.data_dir or chosen.data_dir
+        found = data.info(entry.name, where, **entry.options)
+        for what, here, there in (
+            ("classes", found.num_classes, info.num_classes),
+            ("channels", found.channels, info.channels),
+        ):
+            if here != there:
+                raise ValueError(
+                    f"config.evals.{label}: {entry.name} has {here} {what}, the model is trained on {there} "
+                    f"({chosen.name}): name a set of the same classes"
+                )
+        own = {"name": entry.name, "split": entry.split, "data_dir": where}
+        sets[label] = EvalSet(found, {**own, **reading, **entry.eval, **entry.options})
+    for one in sets.values():
+        parse_split(one.arguments["name"], one.arguments["split"], one.info.splits)
+    return sets
+
+
+def check_metric(name: str, sets: Mapping[str, EvalSet], *, ema: bool) -> None:
+    """Raises `UnknownNameError` unless evaluations have the metric `best_metric`."""
+    kinds = ("", "ema/") if ema else ("",)
+    values = ("top1", "top5", "loss") if sets[MAIN].info.num_classes > 5 else ("top1", "loss")
+    known = [
+        f"{f'{label}/' if label else ''}{kind}{value}" for label in sets for kind in kinds for value in values
+    ]
+    if name not in known:
+        raise UnknownNameError(
+            f"config.best_metric is {name!r}, which is not measured: {suggest(name, known)}"
+        )

@@ -1,0 +1,111 @@
+"""Evaluates a run: every set, raw weights and their average."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+from etils import epath
+
+from dyntoken import data
+from dyntoken.eval.classify import classify
+from dyntoken.train import hosts
+from dyntoken.train import mesh as meshes
+from dyntoken.train.checkpoint import folder, restore_from
+from dyntoken.train.compiled import peak
+from dyntoken.train.evalsets import MAIN
+from dyntoken.train.plan import Plan, build
+from dyntoken.train.report import Value
+from dyntoken.train.start import facts, load_init
+
+Tree = Any
+Log = Callable[[str], None]
+
+
+def evaluate(
+    config: Mapping[str, Any],
+    workdir: str | epath.PathLike | None = None,
+    *,
+    step: int | str = "newest",
+    log: Log = print,
+) -> dict[str, Value]:
+    """Evaluates a checkpoint of a workdir, else the weights of `config.init`.
+
+    Args:
+      config: of the run; other `evals` than it had are fine.
+      workdir: of the run.
+      step: "newest", "best" (by the run's `best_metric`) or the number of a step.
+      log: takes one line of text.
+
+    Returns:
+      `top1`, `top5` (fractions), `loss`, `count`, `images_per_s`, of a model
+      with exits `top1_per_exit` (the others are those of the last exit), the
+      same with the prefix `ema/` where the run keeps an average, all of these
+      with the prefix `LABEL/` of each of `config.evals`, and the `step` of a
+      checkpoint.
+
+    Raises:
+      ValueError: if there is neither a checkpoint nor `config.init.path`.
+      CheckpointError: no such step, or it is damaged.
+    """
+    log = log if jax.process_index() == 0 else _silent
+    plan = hosts.agree(lambda: build(config), facts)
+    if workdir is not None and _has_checkpoints(workdir):
+        found = restore_from(workdir, plan.abstract_state, step=step, log=log)
+        log(f"evaluating step {found.step} of {workdir}")
+        variables, ema, extra = found.state.variables, found.state.ema, {"step": found.step}
+    elif (plan.settings.init or {}).get("path"):
+        variables, ema, extra = meshes.replicate(load_init(plan, log), plan.mesh), None, {}
+    else:
+        raise ValueError(
+            f"nothing to evaluate: no checkpoint in {workdir} and config.init.path is empty; "
+            "train first, or give --config.init.path=WEIGHTS"
+        )
+    hosts.agree(lambda: check_sets(plan))
+    for label in plan.eval_sets:
+        compiled = plan.eval_step_for(label)  # before the clock starts
+    memory = peak(compiled.memory_analysis()) / 2**20
+    log(f"evaluating batches of {plan.eval_batch}, {memory:.0f} MiB a device")
+    began = time.monotonic()
+    metrics = measure(plan, variables, ema)
+    images = sum(value for name, value in metrics.items() if name.rsplit("/", 1)[-1] == "count")
+    passes = 1 if ema is None else 2
+    metrics["images_per_s"] = passes * images / (time.monotonic() - began)
+    return metrics | extra
+
+
+def measure(plan: Plan, variables: Tree, ema: Tree | None = None) -> dict[str, Value]:
+    """Evaluates variables on every set of the plan: `top1`, ..., `ema/top1`, ..., `LABEL/top1`, ... ."""
+    variables, ema = meshes.gathered((variables, ema))
+    metrics = {}
+    for label in plan.eval_sets:
+        prefix = f"{label}/" if label else ""
+        found = classify(plan.eval_step_for(label), variables, _placed(plan, label))
+        metrics |= {f"{prefix}{name}": value for name, value in found.items()}
+        if ema is not None:
+            found = classify(plan.eval_step_for(label), ema, _placed(plan, label))
+            metrics |= {f"{prefix}ema/{name}": value for name, value in found.items() if name != "count"}
+    return metrics
+
+
+def check_sets(plan: Plan) -> None:
+    """Opens every set: what is not on disk must show up before the training, not after it."""
+    for label in plan.eval_sets:
+        plan.eval_batches(label)
+
+
+def _placed(plan: Plan, label: str = MAIN) -> Iterator[dict[str, jax.Array]]:
+    with data.prefetch(plan.eval_batches(label)) as batches:
+        for batch in batches:
+            yield meshes.place(batch, plan.mesh)
+
+
+def _has_checkpoints(workdir: str | epath.PathLike) -> bool:
+    where = folder(workdir)
+    return where.exists() and any(entry.name.isdigit() for entry in where.iterdir())
+
+
+def _silent(line: str) -> None:
+    """What the other processes say."""

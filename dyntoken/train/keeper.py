@@ -1,0 +1,56 @@
+"""Which checkpoints outlive the newest: the best, and what a rewind goes back to."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from dyntoken.train import hosts
+from dyntoken.train.plan import Plan
+from dyntoken.weights import workdirs
+
+
+class Keeper:
+    """Decides by the run's own record of evaluations, the same on every process.
+
+    Orbax's `BestN` is not used: it ranks by a metrics file of each checkpoint
+    that has no checksum (one flipped bit there and no checkpoint is found any
+    more), and the last evaluation comes after the last checkpoint.
+    """
+
+    def __init__(self, plan: Plan):
+        settings = plan.settings
+        self._metric, self._best, self._rewind = settings.best_metric, settings.keep_best, settings.rewind
+        self._periods = [settings.checkpoint_steps] + [plan.eval_every] * (self._best > 0)
+        self._scores: dict[int, float] = {}
+
+    def planned(self, step: int) -> bool:
+        """Whether a run saves at a step even if nobody stops it.
+
+        A rewind goes back to such a step only: what a signal saved is there in
+        the one run and not in the other.
+        """
+        return any(period > 0 and step % period == 0 for period in self._periods)
+
+    def read(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Takes over what process 0 finds in the record of the run."""
+        found = {str(step): score for step, score in workdirs.scores(rows, self._metric).items()}
+        agreed = json.loads(hosts.of_first(json.dumps(found)))
+        self._scores = {int(step): score for step, score in agreed.items()}
+
+    def note(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Takes an evaluation."""
+        score = workdirs.score(self._metric, metrics)
+        if score is not None:
+            self._scores[step] = score
+
+    def choose(self, steps: Iterable[int]) -> set[int]:
+        """Those of some checkpoints that must stay, however many are newer."""
+        steps = list(steps)
+        ranked = workdirs.by_rank({step: self._scores[step] for step in steps if step in self._scores})
+        kept = set(ranked[: self._best])
+        targets = [step for step in steps if self.planned(step)]
+        if self._rewind and targets:
+            kept.add(max(targets))
+        return kept

@@ -1,0 +1,131 @@
+"""Where a run starts: its own workdir, another run, weights, or fresh variables."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from etils import epath
+
+from dyntoken import weights
+from dyntoken.train import hosts
+from dyntoken.train import mesh as meshes
+from dyntoken.train.checkpoint import Checkpoints, Restored, restore_from
+from dyntoken.train.clock import Clock
+from dyntoken.train.plan import Plan
+from dyntoken.train.report import atomic_write
+from dyntoken.train.rewind import Rewinds
+from dyntoken.train.state import TrainState
+
+Tree = Any
+Log = Callable[[str], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """What a session goes on from.
+
+    Attributes:
+      state: after the last step that counts.
+      clock: with the time that it took.
+      rewinds: those on the way there.
+      same: whether this very config made it.
+    """
+
+    state: TrainState
+    clock: Clock
+    rewinds: Rewinds
+    same: bool
+
+
+def start(plan: Plan, checkpoints: Checkpoints, log: Log) -> Start:
+    """The newest checkpoint of the run, or its beginning."""
+    found = checkpoints.restore(plan.abstract_state)
+    if found is None:
+        return beginning(plan, log)
+    log(f"resuming at step {found.step} of {plan.total_steps}")
+    return _from(found, plan, log)
+
+
+def beginning(plan: Plan, log: Log) -> Start:
+    """Where a run without checkpoints starts: `config.resume`, `config.init` or fresh variables."""
+    settings = plan.settings
+    if settings.resume:
+        found = restore_from(settings.resume, plan.abstract_state, log=log)
+        log(f"going on from step {found.step} of {settings.resume}")
+        return _from(found, plan, log)
+    variables = load_init(plan, log) if (settings.init or {}).get("path") else None
+    return Start(plan.new_state(variables), Clock(), Rewinds(settings.rewind), True)
+
+
+def _from(found: Restored, plan: Plan, log: Log) -> Start:
+    same = _compare(found, plan.settings.plain, log)
+    rewinds = Rewinds(plan.settings.rewind, found.meta.get("rewinds", ()))
+    return Start(found.state, Clock(found.meta["seconds"]), rewinds, same)
+
+
+def _compare(found: Restored, config: Mapping[str, Any], log: Log) -> bool:
+    before, now = flat(found.meta["config"]), flat(config)
+    changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
+    if changed:
+        shown = ", ".join(f"{key} {before.get(key)} -> {now.get(key)}" for key in changed[:6])
+        log(f"the config differs from the checkpoint's: {shown}" + (", ..." if len(changed) > 6 else ""))
+    return not changed
+
+
+def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """A nested mapping by dotted names."""
+    if not isinstance(tree, Mapping):
+        return {prefix: tree}
+    return {k: v for key, node in tree.items() for k, v in flat(node, f"{prefix}.{key}".strip(".")).items()}
+
+
+def facts(plan: Plan) -> dict[str, Any]:
+    """What has to be the same on every host; where the data lie may differ."""
+    facts = {f"config.{name}": value for name, value in flat(plan.settings.plain).items()}
+    facts.pop("config.data.data_dir", None)
+    info = plan.info
+    facts |= {f"the size of split {name!r}": size for name, size in info.splits.items()}
+    for label, one in plan.eval_sets.items():
+        if label:
+            facts |= {f"the size of split {k!r} of {label}": size for k, size in one.info.splits.items()}
+            facts.pop(f"config.evals.{label}.data_dir", None)
+    names = zlib.crc32("\n".join(info.class_names).encode())
+    return facts | {"the number of classes": info.num_classes, "the checksum of the class names": names}
+
+
+def write_config(workdir: epath.Path, plan: Plan) -> None:
+    """Writes what `open_workdir` and a later `--mode=eval` read."""
+    if jax.process_index() == 0:
+        atomic_write(workdir / "config.json", json.dumps(plan.settings.plain, indent=2) + "\n")
+
+
+def load_init(plan: Plan, log: Log) -> Tree:
+    """The variables that `config.init` names."""
+    options = dict(plan.settings.init)
+    path = options.pop("path")
+    variables, report = hosts.agree(
+        lambda: weights.load_weights(plan.model, path, return_report=True, **options), _checksum
+    )
+    log(f"initial weights: {report}")
+    return variables
+
+
+def load_teacher(plan: Plan, log: Log) -> Tree:
+    """The teacher's variables on every device, `{}` without a teacher."""
+    if plan.teacher is None:
+        return {}
+    path = plan.settings.teacher["weights"]
+    variables, report = hosts.agree(
+        lambda: weights.load_weights(plan.teacher, path, return_report=True), _checksum
+    )
+    log(f"teacher: {report}")
+    return meshes.replicate(variables, plan.mesh)
+
+
+def _checksum(loaded: tuple[Tree, Any]) -> dict[str, Any]:
+    return {"the checksum of the weights": hosts.digest(loaded[0])}

@@ -1,0 +1,82 @@
+"""Orbax checkpoints as weight sources; apart from `files`, so that Orbax is imported on use."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+
+from dyntoken.weights import files, workdirs
+
+
+def read(path: Any, step: int | str = "newest") -> dict[str, Any]:
+    """Trees of one checkpoint in a workdir (`<workdir>/checkpoints`).
+
+    Args:
+      path: the workdir, its `checkpoints` directory, or one step directory.
+      step: "newest", "best" (by the run's `best_metric`) or a step.
+
+    Returns:
+      Nested dict with "params" and, where the checkpoint has them, "ema" and
+      "batch_stats".
+
+    Raises:
+      WeightsError: no finished checkpoint, or an unreadable one.
+    """
+    directory = _step_folder(epath.Path(path).absolute(), step)
+    item = directory / "state" if (directory / "state").exists() else directory
+    handler = ocp.StandardCheckpointHandler()
+    try:
+        metadata = handler.metadata(item)
+        target = jax.tree.map(
+            lambda leaf: np.zeros(leaf.shape, leaf.dtype), getattr(metadata, "tree", metadata)
+        )
+        state = handler.restore(item, args=ocp.args.StandardRestore(target))
+        _verify(directory, state)
+    except files.WeightsError:
+        raise
+    except Exception as error:  # orbax raises whatever the storage layer raised
+        raise files.damaged(directory, "orbax", error) from error
+    finally:
+        handler.close()
+    trees = {key: state[key] for key in ("params", "ema", "batch_stats") if state.get(key)}
+    if "batch_stats" not in trees and state.get("extra"):
+        trees["batch_stats"] = state["extra"].get("batch_stats", {})
+    return trees if "params" in trees else {"params": state}
+
+
+def _verify(directory: epath.Path, state: Mapping[str, Any]) -> None:
+    """Compares each array with the checksum that the trainer wrote; orbax itself keeps none."""
+    path = directory / "meta" / "metadata"
+    if not path.exists():
+        return
+    written = json.loads(path.read_text()).get("leaves", {})
+    for name, value in files.flatten(state).items():
+        found = zlib.crc32(np.ascontiguousarray(value).reshape(-1).view(np.uint8))
+        if name in written and found != written[name][2]:
+            raise files.WeightsError(
+                f"{directory}: damaged checkpoint ({name} has another checksum than when it was written); "
+                "give the directory of an older step"
+            )
+
+
+def _step_folder(path: epath.Path, step: int | str) -> epath.Path:
+    root = path / workdirs.CHECKPOINTS if (path / workdirs.CHECKPOINTS).is_dir() else path
+    if (root / "state").exists() or (root / "_METADATA").exists():
+        return root
+    steps = [int(entry.name) for entry in root.iterdir() if entry.is_dir() and entry.name.isdigit()]
+    if not steps:
+        raise files.WeightsError(
+            f"{path}: no finished checkpoint; expected a workdir with checkpoints/<step>/ in it"
+        )
+    workdir = root.parent if root.name == workdirs.CHECKPOINTS else root
+    try:
+        return root / str(workdirs.candidates(workdir, steps, step)[0])
+    except workdirs.NoCheckpointError as error:
+        raise files.WeightsError(str(error)) from error

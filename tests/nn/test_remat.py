@@ -1,0 +1,71 @@
+"""What the backward pass computes again, by policy; the gradient is that of no recomputation."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import pytest
+
+import dyntoken
+from dyntoken.nn.remat import POLICIES
+from dyntoken.registry import UnknownNameError
+
+IMAGES = jnp.linspace(-1, 1, 2 * 8 * 8 * 3).reshape(2, 8, 8, 3)
+DEPTH = 2
+
+
+def _grad(remat, scan=False):
+    model = dyntoken.create_model(
+        "deit_tiny_patch4_8", width=8, heads=2, depth=DEPTH, drop_path=0.3, remat=remat, scan=scan
+    )
+
+    def loss(variables):
+        rngs = {"dropout": jax.random.key(1)}
+        return (model.apply(variables, IMAGES, train=True, rngs=rngs).logits ** 2).sum()
+
+    return jax.grad(loss), jax.eval_shape(model.init, jax.random.key(0), IMAGES)
+
+
+def _products(remat):
+    """Matrix products in forward and backward pass, of which a block's forward has six."""
+    grad, variables = _grad(remat)
+    return str(jax.make_jaxpr(grad)(variables)).count("dot_general[")
+
+
+def test_policies_recompute_what_they_say():
+    none = _products(False)
+    assert none == _products("everything_saveable") == _products("dots_saveable")
+    # The last product of a half feeds only the residual sum: nothing needs it again.
+    attention = _products("dots_with_no_batch_dims_saveable") - none
+    everything = _products(True) - none
+    assert _products("nothing_saveable") - none == everything
+    assert 0 < attention < everything
+    assert attention % DEPTH == everything % DEPTH == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", [True, *POLICIES])
+@pytest.mark.parametrize("scan", [False, True])
+def test_the_gradient_is_the_same(remat, scan):
+    grad, _ = _grad(remat, scan)
+    chex.assert_trees_all_close(jax.jit(grad)(_variables()), _expected(), rtol=1e-4, atol=1e-5)
+
+
+@functools.cache
+def _variables():
+    shapes = _grad(False)[1]
+    keys = iter(jax.random.split(jax.random.key(3), 100))
+    return jax.tree.map(lambda s: 0.3 * jax.random.normal(next(keys), s.shape) + (s.ndim == 1), shapes)
+
+
+@functools.cache
+def _expected():
+    return jax.jit(_grad(False)[0])(_variables())
+
+
+def test_unknown_policy_names_the_nearest():
+    with pytest.raises(UnknownNameError, match=r"'dot_saveable': did you mean dots_saveable"):
+        _grad("dot_saveable")
+    with pytest.raises(UnknownNameError, match=r"unknown remat policy 1: known: dots_saveable"):
+        _grad(1)

@@ -1,0 +1,40 @@
+"""The table of methods and backbones, and its copy in the README."""
+
+import json
+import pathlib
+
+import pytest
+
+from dyntoken import models, names
+from dyntoken.backbones import BACKBONES
+from dyntoken.tools import pairings
+
+README = pathlib.Path(__file__).resolve().parents[2] / "README.md"
+
+
+@pytest.fixture(scope="module")
+def found():
+    return pairings.pairings()
+
+
+def test_the_readme_shows_what_the_tool_prints(found):
+    text = README.read_text().split("<!-- pairings -->\n")[1].split("\n<!-- /pairings -->")[0]
+    assert text == pairings.markdown(found)
+
+
+def test_every_backbone_has_a_row(found):
+    assert {names.parse(arch).backbone for arch in found} == set(BACKBONES)
+
+
+def test_what_works_is_what_is_listed(found):
+    listed = set(models.list_models())
+    for arch, row in found.items():
+        for method in models.pairings(arch):
+            assert (f"{method}_{arch}" in listed) == (not row[method].startswith("no"))
+    assert found["deit_tiny_patch16_224"]["dtps"] == "yes"
+    assert "token grid can be chosen" in found["lvvit_t"]["dvt"]
+
+
+def test_json_is_the_same(found, capsys):
+    assert pairings.main(["--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == found
