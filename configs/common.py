@@ -205,7 +205,7 @@ def tps_stages(c, arg, demo_model, tiny_model):
 def dual_path(c, arg, demo_model, tiny_model):
     """What raoyongming/DynamicViT trains Swin and ConvNeXt with; `c` has the dense model.
 
-    120 epochs in batches of 4096 (its 8 devices add up 4 batches of 1024), learning
+    120 epochs in batches of 4096, in four slices each (its `update_freq`), learning
     rate 4e-3 x batch / 4096 after 20 epochs of warm-up; the backbone frozen for 5
     epochs, then at 0.2 of that rate; EMA 0.9999; keep-ratio loss of weight 10, the KL
     of the class logits and the squared distance of the whole feature map. Crop,
@@ -215,6 +215,7 @@ def dual_path(c, arg, demo_model, tiny_model):
     """
     c.init.path = f"weights/{c.model.name}.safetensors"
     c.batch = 4096
+    c.accumulate = 4
     c.epochs = 120.0
     c.ema = 0.9999
     deit_augment(c, repeats=1)
@@ -235,6 +236,8 @@ def dual_path(c, arg, demo_model, tiny_model):
         "backbone_freeze_epochs": 5,
         "backbone_lr_scale": 0.2,
     }
+    if arg.demo or arg.tiny:
+        c.accumulate = 1
     if arg.demo:
         demo_from_scratch(c, **demo_model)
         c.data.size = 32  # 28 pixels do not halve often enough
@@ -352,7 +355,7 @@ def cifar10(c):
         "lr": c.get_ref("batch").to_float() * (1e-3 / 256),
         "min_lr": 1e-6,
         "schedule": "cosine",
-        "warmup_epochs": 3,
+        "warmup_epochs": 3.0,
         "weight_decay": 0.05,
         "clip": 1.0,
     }

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from dyntoken.backbones.isotropic import pair
 from dyntoken.nn.dualpath import Route, Streams
+from dyntoken.nn.remat import check_policy, rematerialised
 from dyntoken.nn.sites import Sites
 from dyntoken.nn.trunk import Context, Site, Spec
 from dyntoken.types import Reduction, Tokens
@@ -31,19 +32,20 @@ class Stage(nn.Module):
       grid: (rows, columns) of cells.
       sites: in order.
       predictor_eps: LayerNorm epsilon of learnt scorers.
-      remat: recompute each block in the backward pass (never a reducer).
+      remat: recompute each block in the backward pass (never a reducer): True, or
+        what to keep, see `nn.remat.POLICIES`.
     """
 
     blocks: tuple[Spec, ...]
     grid: tuple[int, int]
     sites: tuple[Site, ...] = ()
     predictor_eps: float = 1e-5
-    remat: bool = False
+    remat: bool | str = False
 
     def setup(self) -> None:
         first = self.sites[0].at if self.sites else len(self.blocks)
         for index, spec in enumerate(self.blocks):
-            make = nn.remat(spec.make) if self.remat else spec.make
+            make = rematerialised(spec.make, self.remat)
             setattr(self, f"blocks_{index}", Spec(make, spec.options)(fast=index >= first))
         for number, site in enumerate(self.sites):
             reducer = site.reducer(stage=number, predictor_eps=self.predictor_eps)
@@ -102,7 +104,8 @@ class Hierarchical(Sites, nn.Module):
       patch_size: pixels, `n` or `(height, width)`.
       depths: blocks per stage.
       drop_path: stochastic depth of the last block, growing linearly from 0.
-      remat: recompute blocks in the backward pass.
+      remat: recompute blocks in the backward pass: True, or the name of what to
+        keep, see `nn.remat.POLICIES`.
       dtype: compute type; parameters stay float32.
       sites: reduction sites.
     """
@@ -112,7 +115,7 @@ class Hierarchical(Sites, nn.Module):
     patch_size: int | tuple[int, int] = 4
     depths: tuple[int, ...] = (2, 2, 6, 2)
     drop_path: float = 0.0
-    remat: bool = False
+    remat: bool | str = False
     dtype: Any = jnp.float32
     sites: tuple[Site, ...] = ()
 
@@ -135,6 +138,7 @@ class Hierarchical(Sites, nn.Module):
 
     def check(self) -> None:
         """Raises ValueError for fields that do not fit together."""
+        check_policy(self.remat)
         if not self.depths or min(self.depths) < 1:
             raise ValueError(f"depths={self.depths} must name at least one block for each stage")
         size, patch = pair(self.img_size), pair(self.patch_size)

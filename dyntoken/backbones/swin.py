@@ -237,6 +237,10 @@ class Swin(Hierarchical):
         """Side of the windows of a stage."""
         return min(self.window, *self.grid_of(stage))
 
+    def shift_of(self, stage: int, index: int) -> int:
+        """Rows and columns by which the windows of a stage's block are moved."""
+        return self.window // 2 if index % 2 and min(self.grid_of(stage)) > self.window else 0
+
     def setup(self) -> None:
         self.patch_embed = layers.PatchEmbed(pair(self.patch_size), self.width, dtype=self.dtype)
         if self.patch_norm:
@@ -255,15 +259,13 @@ class Swin(Hierarchical):
         return nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype)
 
     def _block(self, layer: int, stage: int, index: int, rate: float) -> Spec:
-        grid = self.grid_of(stage)
-        moves = index % 2 == 1 and min(grid) > self.window
         return Spec.of(
             SwinBlock,
             layer=layer,
             width=self.widths[stage],
-            grid=grid,
+            grid=self.grid_of(stage),
             window=self.window_of(stage),
-            shift=self.window // 2 if moves else 0,
+            shift=self.shift_of(stage, index),
             heads=self.heads[stage],
             mlp_ratio=self.mlp_ratio,
             qkv_bias=self.qkv_bias,

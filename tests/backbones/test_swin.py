@@ -5,6 +5,7 @@ import pytest
 
 import dyntoken
 from dyntoken import weights
+from dyntoken.weights import buffers
 
 SMALL = {
     "img_size": 16,
@@ -45,8 +46,18 @@ def _filled(model):
 def test_windows_move_in_odd_blocks_until_one_window_is_the_grid():
     body = _small(depths=(2, 2)).plain()
     assert [body.window_of(stage) for stage in (0, 1)] == [4, 4]
-    shifts = [[dict(body._block(0, stage, i, 0.0).options)["shift"] for i in (0, 1)] for stage in (0, 1)]
-    assert shifts == [[0, 2], [0, 0]]  # grids of 8 and 4 cells
+    # Grids of 8 and 4 cells.
+    assert [[body.shift_of(stage, index) for index in (0, 1)] for stage in (0, 1)] == [[0, 2], [0, 0]]
+
+
+def test_an_export_lists_the_official_buffers():
+    found = buffers.with_buffers(_small(), {})
+    mask = found.pop("layers.0.blocks.1.attn_mask")
+    assert mask.shape == (4, 16, 16) and set(np.unique(mask)) == {0, -100}
+    assert sorted(found) == [
+        f"layers.{block}.attn.relative_position_index" for block in ("0.blocks.0", "0.blocks.1", "1.blocks.0")
+    ]
+    assert all(table.dtype == np.int64 and table.max() == 48 for table in found.values())
 
 
 def test_a_pixel_reaches_the_neighbouring_window_through_the_second_block_only():
