@@ -44,4 +44,5 @@ def get_config(arg=None):
     c = common.tps_stages(c, arg, DEMO, TINY)
     if arg.demo:
         c.data.size = 32  # patches of 4 pixels, 8 x 8 of them, then 4 x 4
+        c.epochs = 4.0
     return c
