@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from dyntoken.backbones.isotropic import pair
 from dyntoken.nn.dualpath import Route, Streams
+from dyntoken.nn.remat import rematerialised
 from dyntoken.nn.sites import Sites
 from dyntoken.nn.trunk import Context, Site, Spec
 from dyntoken.types import Reduction, Tokens
@@ -31,19 +32,19 @@ class Stage(nn.Module):
       grid: (rows, columns) of cells.
       sites: in order.
       predictor_eps: LayerNorm epsilon of learnt scorers.
-      remat: recompute each block in the backward pass (never a reducer).
+      remat: recompute each block in the backward pass (never a reducer), see `nn.remat`.
     """
 
     blocks: tuple[Spec, ...]
     grid: tuple[int, int]
     sites: tuple[Site, ...] = ()
     predictor_eps: float = 1e-5
-    remat: bool = False
+    remat: bool | str = False
 
     def setup(self) -> None:
         first = self.sites[0].at if self.sites else len(self.blocks)
         for index, spec in enumerate(self.blocks):
-            make = nn.remat(spec.make) if self.remat else spec.make
+            make = rematerialised(spec.make, self.remat)
             setattr(self, f"blocks_{index}", Spec(make, spec.options)(fast=index >= first))
         for number, site in enumerate(self.sites):
             reducer = site.reducer(stage=number, predictor_eps=self.predictor_eps)
@@ -102,7 +103,7 @@ class Hierarchical(Sites, nn.Module):
       patch_size: pixels, `n` or `(height, width)`.
       depths: blocks per stage.
       drop_path: stochastic depth of the last block, growing linearly from 0.
-      remat: recompute blocks in the backward pass.
+      remat: recompute blocks in the backward pass, see `nn.remat`.
       dtype: compute type; parameters stay float32.
       sites: reduction sites.
     """
@@ -112,7 +113,7 @@ class Hierarchical(Sites, nn.Module):
     patch_size: int | tuple[int, int] = 4
     depths: tuple[int, ...] = (2, 2, 6, 2)
     drop_path: float = 0.0
-    remat: bool = False
+    remat: bool | str = False
     dtype: Any = jnp.float32
     sites: tuple[Site, ...] = ()
 
