@@ -48,7 +48,7 @@ class Pyramid(Sites, nn.Module):
       norm_eps: LayerNorm epsilon of the blocks and the last norm.
       dropped: what a map shows where a token was dropped: "zero" (as TPS
         describes it), or "last", its value when it was dropped.
-      remat: recompute block halves in the backward pass.
+      remat: recompute block halves in the backward pass, see `nn.remat`.
       dtype: compute type; parameters stay float32.
       sites: reduction sites.
     """
@@ -65,7 +65,7 @@ class Pyramid(Sites, nn.Module):
     drop_path_rule: str = "linear"
     norm_eps: float = 1e-6
     dropped: str = "zero"
-    remat: bool = False
+    remat: bool | str = False
     dtype: Any = jnp.float32
     sites: tuple[Site, ...] = ()
 
