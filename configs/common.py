@@ -355,7 +355,7 @@ def cifar10(c):
         "lr": c.get_ref("batch").to_float() * (1e-3 / 256),
         "min_lr": 1e-6,
         "schedule": "cosine",
-        "warmup_epochs": 3,
+        "warmup_epochs": 3.0,
         "weight_decay": 0.05,
         "clip": 1.0,
     }

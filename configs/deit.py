@@ -19,8 +19,8 @@ them. On ImageNet: not yet run.
 300 epochs at batch 1024, learning rate 5e-4 x batch / 512. Crop, flip, RandAugment
 (rand-m9-mstd0.5-inc1), random erasing (0.25), repeated augmentation (3 views),
 mixup, cutmix, smoothing and stochastic depth are DeiT's. What differs: mixup pairs
-neighbouring images, and the views of an image lie in different data shards, so
-that both are the same on any number of devices.
+neighbouring images, never two views of one, so that the result is the same on any
+number of devices.
 
 `pixels=384` fine-tunes weights of 224 pixels: 30 epochs at batch 512 and the constant
 rate 5e-6 x batch / 512, weight decay 1e-8 (README_deit.md). `inat` fine-tunes them on

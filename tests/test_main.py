@@ -112,6 +112,15 @@ def test_what_does_not_fit_is_said_before_anything_is_written(changes, message, 
     assert not list(tmp_path.rglob("metrics.jsonl"))
 
 
+def test_the_recipe_of_cifar10_builds():
+    from dyntoken import train
+
+    plan = train.build(recipes.load("configs/tps_deit.py:cifar10,keep=0.5"))
+    assert plan.info.name == "cifar10" and plan.total_steps == 100 * (50_000 // 256)
+    assert plan.model.at == (2, 3, 4) and plan.model.keep == 0.5
+    assert set(plan.settings.losses) == {"ce", "keep_ratio"} and plan.teacher is None
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("argument", ["", ":demo", ":tiny"])
 def test_every_recipe_builds(recipe, argument):

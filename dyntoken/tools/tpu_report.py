@@ -20,7 +20,7 @@ def text(found: Mapping[str, Any]) -> str:
         f"{model['name']} ({options}): {what} for {found['chips']} chips {found['topology']}, "
         f"{found['batch_per_chip']} images per chip",
         _training(found),
-        f"compiled ahead of time in {found['compile_s']} s ({found['compile_cpu_s']} s of processor time) by "
+        f"compiled ahead of time in {found['compile_s']} s (processor time: {_seconds(found)}) by "
         f"{_versions(found)}; nothing was run",
     ]
     parts = ["\n".join(filter(None, head))]
@@ -65,7 +65,7 @@ def _collectives(found: Mapping[str, Any]) -> str:
 
 
 def _size(count: int) -> str:
-    return f"{count / MIB:.2f} MiB" if count >= MIB else str(count)
+    return f"{count / MIB:.2f} MiB" if count >= MIB else f"{count} B"
 
 
 def _movements(found: Mapping[str, Any]) -> str:
@@ -135,4 +135,5 @@ def _row(found: Mapping[str, Any]) -> list[str]:
 
 
 def _seconds(found: Mapping[str, Any]) -> str:
-    return f"{found['compile_cpu_s']:.0f} s"
+    known = found["compile_cpu_s"]
+    return "not recorded" if known is None else f"{known:.0f} s"

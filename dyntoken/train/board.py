@@ -10,6 +10,8 @@ from typing import Any
 from etils import epath
 
 FOLDER = "tensorboard"
+# TensorBoard reads files in the order of their names, which hold the second; two of one second differ in this.
+_NUMBERS = itertools.count()
 
 
 class Board:
@@ -32,13 +34,11 @@ class Board:
             ) from error
         self._make, self._folder = tensorboardX.SummaryWriter, workdir / FOLDER
         self._writer: Any = None
-        self._numbers = itertools.count()
 
     def resume(self, step: int) -> None:
         """Starts a file that takes back what others say of later steps: those are run again."""
         self.close()
-        # Two files of one second would have the same name.
-        suffix = f".{os.getpid()}.{next(self._numbers)}"
+        suffix = f".{os.getpid()}.{next(_NUMBERS):06d}"
         self._writer = self._make(str(self._folder), purge_step=step + 1, filename_suffix=suffix)
 
     def add(self, step: int, kind: str, values: Mapping[str, Any]) -> None:

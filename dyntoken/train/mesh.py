@@ -126,18 +126,21 @@ def layout_of(state: Tree, mesh: Mesh, shard: str) -> Tree:
 
 def gathered(tree: Tree) -> Tree:
     """The same arrays, whole on every device; all processes call it together."""
-
-    def whole(x):
-        if x.is_fully_replicated:
-            return x
-        return _copies(NamedSharding(x.sharding.mesh, PartitionSpec()))(x)
-
-    return jax.tree.map(whole, tree)
+    leaves, structure = jax.tree.flatten(tree)
+    cut = [x for x in leaves if not x.is_fully_replicated]
+    if not cut:
+        return tree
+    # One program for all, and its end awaited: of many started at once, each with a collective, CPU
+    # devices that share few threads may each wait for another one, for ever.
+    copies = _copies(NamedSharding(cut[0].sharding.mesh, PartitionSpec()))
+    whole = iter(jax.block_until_ready(copies(cut)))
+    leaves = [x if x.is_fully_replicated else next(whole) for x in leaves]
+    return jax.tree.unflatten(structure, leaves)
 
 
 @functools.cache
-def _copies(where: NamedSharding) -> Callable[[jax.Array], jax.Array]:
-    return jax.jit(lambda x: x, out_shardings=where)
+def _copies(where: NamedSharding) -> Callable[[list[jax.Array]], list[jax.Array]]:
+    return jax.jit(lambda arrays: arrays, out_shardings=where)
 
 
 def place(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:

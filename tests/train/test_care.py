@@ -289,7 +289,8 @@ def four(tmp_path_factory):
     return whole, died
 
 
-@pytest.mark.parametrize("devices", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [1, 2])
 def test_four_devices_then_fewer(four, tmp_path, monkeypatch, devices):
     whole, died = four
     monkeypatch.setattr(loop, "build", functools.partial(build, devices=jax.devices()[:devices]))

@@ -141,7 +141,7 @@ def points(folder):
     """(name, step) -> value of all event files, as TensorBoard shows them."""
     event_pb2 = pytest.importorskip("tensorboardX.proto.event_pb2")
     shown = {}
-    for file in sorted(folder.iterdir(), key=lambda file: int(file.suffix[1:])):
+    for file in sorted(folder.iterdir()):
         raw = file.read_bytes()
         while raw:
             size = struct.unpack("<Q", raw[:8])[0]
