@@ -71,7 +71,7 @@ def dual_path(c, arg, demo_model, tiny_model):
         c.data.size = 32  # 28 pixels do not halve often enough
         c.data.eval.crop_pct = 1.0
         c.batch = 80
-        c.epochs = 4.0
+        c.epochs = 6.0
         c.log_steps = 50
     if arg.tiny:
         name = c.model.name

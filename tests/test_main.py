@@ -19,6 +19,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 RECIPES = (
     *("deit", "dynamicvit_deit", "tps_deit", "evit_deit"),
     *("lvvit", "dynamicvit_lvvit", "tps_lvvit", "tps_psvit"),
+    *("dynamicvit_swin", "dynamicvit_convnext", "tps_pvt", "tps_cvt"),
 )
 CASCADES = ("dvt_deit", "dvt_t2t", "dvt_cifar")
 
