@@ -163,6 +163,8 @@ DEIT, NOTHING = ("rand-m9-mstd0.5-inc1", 0.25), (None, 0.0)
 VIEWS = {  # of an image in an epoch, where the official recipe augments as DeiT does
     **dict.fromkeys(("deit", "tps_deit", "evit_deit", "tps_lvvit", "tps_psvit"), 3),
     **dict.fromkeys(("dynamicvit_deit", "dynamicvit_lvvit", "lvvit", "dvt_deit", "dvt_t2t"), 1),
+    **dict.fromkeys(("tps_pvt", "tps_cvt"), 3),
+    **dict.fromkeys(("dynamicvit_swin", "dynamicvit_convnext"), 1),
     "multiexit_deit": 1,
 }
 

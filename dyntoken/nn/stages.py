@@ -106,6 +106,7 @@ class MapBlock(Block):
         layer: Layer | None = None,
     ) -> tuple[Tokens, Attended | None]:
         """First half, see `Block.attend`; attention maps over rows (`relate`, `bias`) there are none."""
+        layer = layer or Layer(self.layer, self.drop_path)
         if relate or bias is not None:
             raise ValueError("keys of a stage are those of its map: there are no logits per pair of rows")
         layer = layer or Layer(self.layer, self.drop_path)
