@@ -20,6 +20,8 @@ def tps_stages(c, arg, demo_model, tiny_model):
         c.data.eval.batch = 200
         c.log_steps = 100
         c.checkpoint_steps = 400
+        # Zeros on a map are noise to what follows: without clipping a fresh model's loss rose again.
+        c.optim.update({"lr": 1e-3, "clip": 1.0})
     if arg.tiny:
         name = c.model.name
         toys.tiny(c)

@@ -23,40 +23,36 @@ Array = jax.Array
 class Pyramid(Sites, nn.Module):
     """Stages of falling resolution, each with blocks of its own width.
 
-        `at` counts stages, from 0. A site lies in the first block of its stage:
-        before it for learnt scores, between its attention and its MLP for class
-        attention. The survivors run through the stage; before a convolution of a
-        block, and before the next stage's embedding, they are laid out on the
-        stage's grid, where dropped cells are zero or keep their last value
-        (`dropped`). The next stage's grid is complete again, so that a keep rate
-        refers to each stage's own number of patches.
+    `at` counts stages, from 0. A site lies in the first block of its stage:
+    before it for learnt scores, between its attention and its MLP for class
+    attention. The survivors run through the stage; before a convolution of a
+    block, and before the next stage's embedding, they are laid out on the
+    stage's grid, where dropped cells are zero or keep their last value
+    (`dropped`). The next stage's grid is complete again, so that a keep rate
+    refers to each stage's own number of patches.
 
-        Class attention needs a class token, so it can rank patches only in the
-        stage that has one, and EViT's fused token needs a stage without maps, as it
-        has no cell.
+    Class attention needs a class token, so it can rank patches only in the
+    stage that has one, and EViT's fused token needs a stage without maps, as it
+    has no cell.
 
-        A subclass gives `grids`, `prefixes`, the embedding and block of a stage.
+    A subclass gives `grids`, `prefixes`, the embedding and block of a stage.
 
-        Attributes:
-          img_size: pixels, `n` or `(height, width)`.
-          in_chans: image channels.
-          widths, depths, heads, mlp_ratios: one number per stage.
-          qkv_bias: as timm's; one flag, or one per stage.
-          dropout: after the positions, attention projection and in the MLP; one
-            rate, or one per stage.
-          drop_path: stochastic depth of the last block, or of the last one of each stage.
-          drop_path_rule: "linear" (the official one) or "constant" (TPS).
-          norm_eps: LayerNorm epsilon of the blocks and the last norm.
-          dropped: what a map shows where a token was dropped: "zero" (as TPS
-            describes it), or "last", its value when it was dropped.
-    <<<<<<< HEAD
-          remat: recompute block halves in the backward pass, see `nn.remat`.
-    =======
-          remat: recompute block halves in the backward pass: True, or the name of
-            what to keep, see `nn.remat.POLICIES`.
-    >>>>>>> h5
-          dtype: compute type; parameters stay float32.
-          sites: reduction sites.
+    Attributes:
+      img_size: pixels, `n` or `(height, width)`.
+      in_chans: image channels.
+      widths, depths, heads, mlp_ratios: one number per stage.
+      qkv_bias: as timm's; one flag, or one per stage.
+      dropout: after the positions, attention projection and in the MLP; one
+        rate, or one per stage.
+      drop_path: stochastic depth of the last block, or of the last one of each stage.
+      drop_path_rule: "linear" (the official one) or "constant" (TPS).
+      norm_eps: LayerNorm epsilon of the blocks and the last norm.
+      dropped: what a map shows where a token was dropped: "zero" (as TPS
+        describes it), or "last", its value when it was dropped.
+      remat: recompute block halves in the backward pass: True, or the name of
+        what to keep, see `nn.remat.POLICIES`.
+      dtype: compute type; parameters stay float32.
+      sites: reduction sites.
     """
 
     img_size: int | tuple[int, int] = 224
