@@ -109,7 +109,6 @@ class MapBlock(Block):
         layer = layer or Layer(self.layer, self.drop_path)
         if relate or bias is not None:
             raise ValueError("keys of a stage are those of its map: there are no logits per pair of rows")
-        layer = layer or Layer(self.layer, self.drop_path)
         x = self.norm1(tokens.x)
         options = {"prefix": tokens.prefix, "train": train, "observe": observe}
         if self.convolves:
