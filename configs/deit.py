@@ -32,7 +32,7 @@ images of Fashion-MNIST (`python -m dyntoken.data.prepare_fashion_mnist` writes
 them); `demo` the same on the 10,000 embedded ones.
 """
 
-from configs import common
+from configs import common, toys
 
 
 def get_config(arg=None):
@@ -68,7 +68,7 @@ def get_config(arg=None):
         **optim,
     }
     if arg.demo or arg.fashion:
-        common.demo(c)
+        toys.demo(c)
         c.init.path = ""
         c.optim.update({"lr": 1.5e-3, "warmup_epochs": 0.3, "backbone_lr_scale": 1.0})
         c.epochs = 8.0
@@ -81,6 +81,6 @@ def get_config(arg=None):
         c.eval_epochs = 1.0
         c.checkpoint_steps = 500
     if arg.tiny:
-        common.tiny(c)
+        toys.tiny(c)
         c.optim.warmup_epochs = 0
     return c

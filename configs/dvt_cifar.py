@@ -19,7 +19,7 @@ and normalised with its numbers, those of CIFAR-10 for both; no smoothing, no
 mixing. The losses of all exits have equal weights, as on ImageNet.
 """
 
-from configs import common
+from configs import common, toys
 
 
 def get_config(arg=None):
@@ -54,6 +54,6 @@ def get_config(arg=None):
         "frozen": ("cls_token$", "backbone/norm/", *common.T2T_FROZEN),
     }
     if arg.tiny:
-        common.tiny_dvt(c, **({"token_dim": 8} if "t2t" in arg.backbone else {}))
+        toys.tiny_dvt(c, **({"token_dim": 8} if "t2t" in arg.backbone else {}))
         c.data.augment.pad = 2
     return c

@@ -21,7 +21,7 @@ draws bilinear or bicubic interpolation per image, here all is bicubic.
 `distill` weighs our addition, KL from the last exit to the earlier ones.
 """
 
-from configs import common
+from configs import common, toys
 
 
 def get_config(arg=None):
@@ -33,7 +33,7 @@ def get_config(arg=None):
     common.dvt(c, arg, {"lr": 5e-4, "weight_decay": 0.05})
     common.deit_augment(c, repeats=1)
     if arg.demo:
-        common.demo_dvt(c, arg, name="dvt_vit_mini", stem="conv")
+        toys.demo_dvt(c, arg, name="dvt_vit_mini", stem="conv")
     if arg.tiny:
-        common.tiny_dvt(c)
+        toys.tiny_dvt(c)
     return c

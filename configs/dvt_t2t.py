@@ -23,7 +23,7 @@ bicubic interpolation per image, here all is bicubic. `distill` weighs our
 addition, KL from the last exit to the earlier ones.
 """
 
-from configs import common
+from configs import common, toys
 
 DEPTHS = (7, 10, 12, 14, 19, 24)
 
@@ -41,7 +41,7 @@ def get_config(arg=None):
     common.deit_augment(c, repeats=1)
     if arg.demo:  # no T2T weights ship with the package: from scratch
         small = {"width": 64, "depth": 4, "heads": 2, "token_dim": 16}
-        common.demo_dvt(c, arg, start=False, name="dvt_t2t_vit_7", **small)
+        toys.demo_dvt(c, arg, start=False, name="dvt_t2t_vit_7", **small)
     if arg.tiny:
-        common.tiny_dvt(c, token_dim=8)
+        toys.tiny_dvt(c, token_dim=8)
     return c

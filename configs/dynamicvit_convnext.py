@@ -19,14 +19,14 @@ at 8.684, B 83.8 at 15.355. On ImageNet: not yet run.
 
 No cell leaves its grid: of the 196 of the third stage the kept ones (rates r, r - 0.2,
 r - 0.4 from blocks 1, 2, 3; in S and B 3, 6, 9) go through the MLP, the others through
-one linear layer. `common.dual_path` says what the recipe is.
+one linear layer. `stages.dual_path` says what the recipe is.
 
 `demo` trains a small ConvNeXt from scratch on the embedded images, 6 epochs: 84.30 %
 top-1; 4.6 minutes of processor time, 14 by the clock beside other work (load 8 to 15
 on 2 cores).
 """
 
-from configs import common
+from configs import common, stages
 
 DROP_PATH = {"t": 0.2, "s": 0.2, "b": 0.5}
 DEMO = {"patch_size": 2, "widths": (16, 32, 64), "depths": (1, 1, 3), "kernel": 5, "layer_scale": 0.1}
@@ -39,4 +39,4 @@ def get_config(arg=None):
     c = common.base()
     c.model.name = f"convnext_{common.size_name(arg.size)}"
     c.model.drop_path = DROP_PATH[arg.size]
-    return common.dual_path(c, arg, DEMO, TINY)
+    return stages.dual_path(c, arg, DEMO, TINY)

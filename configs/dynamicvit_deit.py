@@ -41,7 +41,7 @@ paper gives no other; both start from a dense DeiT of that kind
 (`configs/deit.py:pixels=384`, `:inat`).
 """
 
-from configs import common
+from configs import common, toys
 
 
 def get_config(arg=None):
@@ -70,11 +70,11 @@ def get_config(arg=None):
         "frozen": ("cls_token", "pos_embed"),
     }
     if arg.demo:
-        common.demo(c)
-        arg.at = arg.at or common.DEMO_SITES
+        toys.demo(c)
+        arg.at = arg.at or toys.DEMO_SITES
         c.compare = True
     if arg.tiny:
-        common.tiny(c, arg.at)
+        toys.tiny(c, arg.at)
         c.optim.warmup_epochs = 0
     common.from_dense(c, "dynamicvit", arg.keep or (0.5 if arg.demo else 0.7), arg.at)
     return c

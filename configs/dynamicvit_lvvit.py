@@ -26,7 +26,7 @@ beside RandAugment. What differs: mixup pairs neighbouring images.
 `demo` trains a small LV-ViT from scratch on the embedded images: not yet run.
 """
 
-from configs import common
+from configs import common, toys
 
 BATCH = {"s": 512, "m": 384}
 DEMO = {"patch_size": 4, "width": 64, "depth": 6, "heads": 2, "stem_width": 16}
@@ -63,10 +63,10 @@ def get_config(arg=None):
         "frozen": ("cls_token", "pos_embed"),
     }
     if arg.demo:
-        common.demo_from_scratch(c, **DEMO)
-        arg.at = arg.at or common.DEMO_SITES
+        toys.demo_from_scratch(c, **DEMO)
+        arg.at = arg.at or toys.DEMO_SITES
     if arg.tiny:
-        common.tiny(c)
+        toys.tiny(c)
         c.model.stem_width = 8
         c.losses = {key: spec for key, spec in c.losses.items() if key != "dense_distill"}
         c.optim.warmup_epochs = 0

@@ -16,13 +16,13 @@ at 8.741, B 83.5 at 15.431. On ImageNet: not yet run.
 
 No cell leaves its grid: of the 196 of the third stage the kept ones (rates r, r - 0.2,
 r - 0.4 from blocks 1, 2, 3; in S and B 2, 4, 6) go through the MLP, the others through
-one linear layer. `common.dual_path` says what the recipe is.
+one linear layer. `stages.dual_path` says what the recipe is.
 
 `demo` trains a small Swin from scratch on the embedded images, 6 epochs: not yet run.
 With `--config.epochs=4` it reached 74.75 % top-1 (5.1 minutes of processor time).
 """
 
-from configs import common
+from configs import common, stages
 
 DROP_PATH = {"t": 0.2, "s": 0.2, "b": 0.5}
 DEMO = {"patch_size": 2, "width": 16, "depths": (1, 2, 3), "heads": (1, 2, 4), "window": 4}
@@ -35,4 +35,4 @@ def get_config(arg=None):
     c = common.base()
     c.model.name = f"swin_{common.size_name(arg.size)}_patch4_window7_224"
     c.model.drop_path = DROP_PATH[arg.size]
-    return common.dual_path(c, arg, DEMO, TINY)
+    return stages.dual_path(c, arg, DEMO, TINY)

@@ -44,7 +44,7 @@ then the keep rate falls by a cosine until epoch 110. What differs: it falls in 
 one compilation each (there at every step), and evaluations drop what the final model does.
 """
 
-from configs import common
+from configs import common, toys
 
 
 def get_config(arg=None):
@@ -75,11 +75,11 @@ def get_config(arg=None):
         **optim,
     }
     if arg.demo:
-        common.demo(c)
-        arg.at = arg.at or common.DEMO_SITES
+        toys.demo(c)
+        arg.at = arg.at or toys.DEMO_SITES
         c.compare = True
     if arg.tiny:
-        common.tiny(c, arg.at)
+        toys.tiny(c, arg.at)
         if arg.scratch:
             c.optim.warmup_epochs = 0
             c.keep_schedule.update({"start_epoch": 0, "end_epoch": 1, "levels": 2})

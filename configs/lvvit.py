@@ -21,7 +21,7 @@ image, here all is bicubic.
 `demo` trains a small LV-ViT on the embedded images: not yet run.
 """
 
-from configs import common
+from configs import common, toys
 
 DROP_PATH = {"t": 0.1, "s": 0.1, "m": 0.2, "l": 0.3}
 DEMO = {"patch_size": 4, "width": 64, "depth": 6, "heads": 2, "stem_width": 16}
@@ -49,9 +49,9 @@ def get_config(arg=None):
         "decay": "not_1d",
     }
     if arg.demo:
-        common.demo_from_scratch(c, ("ce", "token_label"), mix_token=True, **DEMO)
+        toys.demo_from_scratch(c, ("ce", "token_label"), mix_token=True, **DEMO)
     if arg.tiny:
-        common.tiny(c)
+        toys.tiny(c)
         c.model.stem_width = 8
         c.optim.warmup_epochs = 0
     return c

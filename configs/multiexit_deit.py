@@ -11,7 +11,7 @@ the recipe is that of configs/dvt_deit.py, augmentation included, so that `tools
 terms. On ImageNet: not yet run.
 """
 
-from configs import common
+from configs import common, toys
 
 
 def get_config(arg=None):
@@ -24,13 +24,13 @@ def get_config(arg=None):
     common.exits_recipe(c, arg, {"lr": 5e-4, "weight_decay": 0.05})
     common.deit_augment(c, repeats=1)
     if arg.demo:
-        common.demo(c)
+        toys.demo(c)
         c.model.name = f"multiexit_{c.model.name}"
         c.optim.update({"backbone_lr_scale": 1.0, "lr": 5e-4})
         c.checkpoint_steps = 0
         c.compare = True
     if arg.tiny:
-        common.tiny(c)
+        toys.tiny(c)
         c.optim.update({"warmup_epochs": 0, "cooldown_epochs": 0})
     if arg.exits:
         c.model.exits = arg.exits

@@ -26,7 +26,7 @@ tokens of the first stage with each other, 39 MB per image: `at=1-2` leaves it a
 `demo` trains a small CvT from scratch on the embedded images: not yet run.
 """
 
-from configs import common
+from configs import common, stages
 
 SIZES = {"13": 224, "21": 224, "w24": 384}  # pixels
 TWO = {"heads": (1, 2), "mlp_ratios": (4, 4), "kernels": (3, 3), "kv_strides": (2, 2)}
@@ -39,11 +39,11 @@ TINY |= {"patch_sizes": (3, 3), "patch_strides": (2, 2), "patch_paddings": (1, 1
 
 def get_config(arg=None):
     """`variant=dtps|etps`, `size=13|21|w24`, `keep=`, `at=`, `dropped=zero|last`, `demo`, `tiny`."""
-    arg = common.parse_arg(arg, size="13", **common.STAGES)
+    arg = common.parse_arg(arg, size="13", **stages.STAGES)
     if arg.size not in SIZES:
         raise ValueError(f"size={arg.size} is not one of {', '.join(SIZES)}")
     c = common.base()
     c.model.name = f"cvt_{arg.size}"
     c.data.size = SIZES[arg.size]
     c.data.eval.crop_pct = 0.875 if c.data.size == 224 else 1.0
-    return common.tps_stages(c, arg, DEMO, TINY)
+    return stages.tps_stages(c, arg, DEMO, TINY)

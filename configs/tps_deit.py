@@ -56,7 +56,7 @@ the real CIFAR-10, as TFDS prepares it under $TFDS_DATA_DIR (`tfds build cifar10
 nothing like it is published. 100 epochs: not yet run.
 """
 
-from configs import common
+from configs import common, toys
 
 
 def get_config(arg=None):
@@ -68,14 +68,14 @@ def get_config(arg=None):
     c = common.deit(arg)
     common.tps(c, arg.variant, distill=common.distilled(arg, auto=arg.size != "t"))
     if arg.demo:
-        common.demo(c)
-        arg.at = arg.at or common.DEMO_SITES
+        toys.demo(c)
+        arg.at = arg.at or toys.DEMO_SITES
         c.compare = True
     if arg.cifar10:
-        common.cifar10(c)
-        arg.at = arg.at or common.CIFAR_SITES
+        toys.cifar10(c)
+        arg.at = arg.at or toys.CIFAR_SITES
     if arg.tiny:
-        common.tiny(c, arg.at)
+        toys.tiny(c, arg.at)
         c.optim.warmup_epochs = 0
     common.from_dense(c, arg.variant, arg.keep or (0.5 if arg.demo else 0.7), arg.at)
     return c

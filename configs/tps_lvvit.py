@@ -23,7 +23,7 @@ Distillation compares class logits: the teacher's auxiliary head is left out.
 `demo` trains a small LV-ViT from scratch on the embedded images: not yet run.
 """
 
-from configs import common
+from configs import common, toys
 
 SIZES = {"t": 0.9, "s": 0.9, "m": 1.0, "l": 1.0}  # share of the image that evaluation crops
 DEMO = {"patch_size": 4, "width": 64, "depth": 6, "heads": 2, "stem_width": 16}
@@ -42,10 +42,10 @@ def get_config(arg=None):
     c.data.eval.crop_pct = SIZES[arg.size]
     common.tps(c, arg.variant)
     if arg.demo:
-        common.demo_from_scratch(c, **DEMO)
-        arg.at = arg.at or common.DEMO_SITES
+        toys.demo_from_scratch(c, **DEMO)
+        arg.at = arg.at or toys.DEMO_SITES
     if arg.tiny:
-        common.tiny(c)
+        toys.tiny(c)
         c.model.stem_width = 8
         c.optim.warmup_epochs = 0
     common.from_dense(c, arg.variant, arg.keep or 0.5, arg.at)

@@ -19,7 +19,7 @@ too.
 `demo` trains a small PS-ViT from scratch on the embedded images: not yet run.
 """
 
-from configs import common
+from configs import common, toys
 
 SIZES = ("ti_14", "b_10", "b_14", "b_16", "b_18")
 DEMO = {"points": 7, "width": 64, "depth": 4, "iterations": 2, "heads": 2, "stem_channels": (16, 16, 32, 16)}
@@ -38,10 +38,10 @@ def get_config(arg=None):
     c.data.eval.crop_pct = 0.9
     common.tps(c, arg.variant)
     if arg.demo:
-        common.demo_from_scratch(c, **DEMO)
+        toys.demo_from_scratch(c, **DEMO)
         arg.at = arg.at or (2, 3)
     if arg.tiny:
-        common.tiny(c)
+        toys.tiny(c)
         del c.model["patch_size"]
         c.model.update({"points": 4, "depth": 2, "iterations": 2, "stem_channels": (8, 8, 16, 8)})
         c.optim.warmup_epochs = 0

@@ -25,7 +25,7 @@ tokens of the first stage with each other, 39 MB per image: `at=1-2-3` leaves it
 `demo` trains a small PVT from scratch on the embedded images: not yet run.
 """
 
-from configs import common
+from configs import common, stages
 
 SIZES = ("tiny", "small", "medium", "large")
 DEMO = {"patch_size": 4, "widths": (64, 128), "depths": (2, 2), "heads": (1, 2)}
@@ -36,12 +36,12 @@ TINY |= {"mlp_ratios": (2, 2), "sr_ratios": (2, 1)}
 
 def get_config(arg=None):
     """`variant=dtps|etps`, `size=tiny|small|medium|large`, `keep=`, `at=`, `dropped=zero|last`, `demo`, `tiny`."""
-    arg = common.parse_arg(arg, size="small", **common.STAGES)
+    arg = common.parse_arg(arg, size="small", **stages.STAGES)
     if arg.size not in SIZES:
         raise ValueError(f"size={arg.size} is not one of {', '.join(SIZES)}")
     c = common.base()
     c.model.name = f"pvt_{arg.size}"
-    c = common.tps_stages(c, arg, DEMO, TINY)
+    c = stages.tps_stages(c, arg, DEMO, TINY)
     if arg.demo:
         c.data.size = 32  # patches of 4 pixels, 8 x 8 of them, then 4 x 4
     return c

@@ -16,11 +16,19 @@ import pytest
 from dyntoken import config as recipes
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-DEMOS = sorted(
-    path.stem
-    for path in recipes.locate("configs/common.py").parent.glob("*.py")
-    if "demo=False" in path.read_text()
-)
+
+
+def _has_demo(recipe):
+    try:
+        recipes.load(f"configs/{recipe}.py:demo")
+    except ValueError:
+        return False
+    return True
+
+
+FILES = recipes.locate("configs/common.py").parent.glob("*.py")
+NO_RECIPES = ("__init__", "common", "stages", "toys")
+DEMOS = sorted(path.stem for path in FILES if path.stem not in NO_RECIPES and _has_demo(path.stem))
 IN_CI = ("tps_deit", "tps_lvvit")
 
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from dyntoken.backbones.isotropic import check_images
+from dyntoken.nn.remat import check_policy
 from dyntoken.nn.sites import Sites
 from dyntoken.nn.stages import DROPPED, Stage
 from dyntoken.nn.trunk import Context, Site, Spec
@@ -48,7 +49,8 @@ class Pyramid(Sites, nn.Module):
       norm_eps: LayerNorm epsilon of the blocks and the last norm.
       dropped: what a map shows where a token was dropped: "zero" (as TPS
         describes it), or "last", its value when it was dropped.
-      remat: recompute block halves in the backward pass.
+      remat: recompute block halves in the backward pass: True, or the name of
+        what to keep, see `nn.remat.POLICIES`.
       dtype: compute type; parameters stay float32.
       sites: reduction sites.
     """
@@ -65,7 +67,7 @@ class Pyramid(Sites, nn.Module):
     drop_path_rule: str = "linear"
     norm_eps: float = 1e-6
     dropped: str = "zero"
-    remat: bool = False
+    remat: bool | str = False
     dtype: Any = jnp.float32
     sites: tuple[Site, ...] = ()
 
@@ -129,6 +131,7 @@ class Pyramid(Sites, nn.Module):
                 raise ValueError(f"width {width} is not divisible by {heads} heads")
         if min(self.depths) < 1:
             raise ValueError(f"depths={self.depths}: every stage needs a block")
+        check_policy(self.remat)
         if self.drop_path_rule not in ("linear", "constant"):
             raise ValueError(f"drop_path_rule must be linear or constant, got {self.drop_path_rule!r}")
         if self.dropped not in DROPPED:

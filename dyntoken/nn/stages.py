@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from dyntoken.nn import layers
-from dyntoken.nn.block import ATTENTION, ATTENTION_PATH, Block
+from dyntoken.nn.block import ATTENTION, ATTENTION_PATH, Block, Layer
 from dyntoken.nn.trunk import Context, Site, Spec, Trunk
 from dyntoken.ops import attend, sample, select
 from dyntoken.types import Attended, Reduction, Tokens
@@ -103,8 +103,10 @@ class MapBlock(Block):
         observe: bool,
         relate: bool = False,
         bias: Callable[[], Array] | None = None,
+        layer: Layer | None = None,
     ) -> tuple[Tokens, Attended | None]:
         """First half, see `Block.attend`; attention maps over rows (`relate`, `bias`) there are none."""
+        layer = layer or Layer(self.layer, self.drop_path)
         if relate or bias is not None:
             raise ValueError("keys of a stage are those of its map: there are no logits per pair of rows")
         x = self.norm1(tokens.x)
@@ -113,8 +115,8 @@ class MapBlock(Block):
             options["laid"] = self._laid(tokens, x[:, tokens.prefix :])
         elif tokens.alive is not None:
             options["policy"] = attend.with_prefix(tokens.alive, tokens.prefix)
-        y, seen = self.attn(x, **options, draws=draws, path=(self.layer, ATTENTION))
-        tokens = tokens.replace(x=tokens.x + self._path(y, draws, ATTENTION_PATH))
+        y, seen = self.attn(x, **options, draws=draws, path=(layer.number, ATTENTION))
+        tokens = tokens.replace(x=tokens.x + self._path(y, draws, ATTENTION_PATH, layer))
         if observe and self.dropped == "last":
             tokens = tokens.replace(last=tokens.patches)
         return tokens, seen
@@ -154,7 +156,7 @@ class Stage(nn.Module):
     dropout: float
     layer: int
     dropped: str = "zero"
-    remat: bool = False
+    remat: bool | str = False
 
     def setup(self) -> None:
         self.patch_embed = self.embed()
