@@ -16,7 +16,7 @@ def tps_stages(c, arg, demo_model, tiny_model):
     common.tps(c, arg.variant)
     if arg.demo:
         toys.demo_from_scratch(c, **demo_model)
-        c.batch = 40  # steps are what a fresh model needs
+        c.batch, c.epochs = 40, 6.0  # steps are what a fresh model needs
         c.data.eval.batch = 200
         c.log_steps = 100
         c.checkpoint_steps = 400
