@@ -18,8 +18,9 @@ No cell leaves its grid: of the 196 of the third stage the kept ones (rates r, r
 r - 0.4 from blocks 1, 2, 3; in S and B 2, 4, 6) go through the MLP, the others through
 one linear layer. `stages.dual_path` says what the recipe is.
 
-`demo` trains a small Swin from scratch on the embedded images, 6 epochs: not yet run.
-With `--config.epochs=4` it reached 74.75 % top-1 (5.1 minutes of processor time).
+`demo` trains a small Swin from scratch on the embedded images, 6 epochs: 77.70 %
+top-1; 5.4 minutes of processor time, 15 by the clock beside other work (load 6 to 9 on
+2 cores).
 """
 
 from configs import common, stages

@@ -18,10 +18,12 @@ import jax
 import numpy as np
 import pytest
 from etils import epath
+from flax.traverse_util import flatten_dict, unflatten_dict
 
-from dyntoken import train
+from dyntoken import train, weights
 from dyntoken.train import hosts, loop
 from dyntoken.train.plan import build
+from dyntoken.train.state import init_variables
 from tests.train.pair import config, everything
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -166,7 +168,17 @@ def images(tmp_path_factory):
         folder = root / ("train" if number % 13 < 10 else "val") / str(number % 10)
         folder.mkdir(parents=True, exist_ok=True)
         piece.save(folder / f"{number}.jpg")
+    save_decided(everything(root), f"{root}.safetensors")
     return root
+
+
+def save_decided(chosen, path):
+    """Fresh weights whose predictor has clear opinions: of scores that are alike, rounding would choose."""
+    plan = build(chosen)
+    variables = init_variables(plan.model, plan.shape, plan.settings.seed)
+    louder = {name: 30.0 if "reducer" in name else 1.0 for name in flatten_dict(variables, sep="/")}
+    scaled = {name: leaf * louder[name] for name, leaf in flatten_dict(variables, sep="/").items()}
+    weights.save_weights(path, unflatten_dict(scaled, sep="/"))
 
 
 @pytest.fixture(scope="module")
