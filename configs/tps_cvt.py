@@ -26,7 +26,6 @@ tokens of the first stage with each other, 39 MB per image: `at=1-2` leaves it a
 `demo` trains a small CvT from scratch on the embedded images, 6 epochs: 80.35 %
 top-1; 4.8 minutes of processor time, 12 by the clock beside other work (load 5 to 9 on
 2 cores).
-With `--config.epochs=3` it reached 74.30 %.
 """
 
 from configs import common, stages
