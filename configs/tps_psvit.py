@@ -39,6 +39,7 @@ def get_config(arg=None):
     common.tps(c, arg.variant)
     if arg.demo:
         toys.demo_from_scratch(c, **DEMO)
+        c.epochs = 3.0  # its convolutional stem learns fast
         arg.at = arg.at or (2, 3)
     if arg.tiny:
         toys.tiny(c)

@@ -176,7 +176,7 @@ def save_decided(chosen, path):
     """Fresh weights whose predictor has clear opinions: of scores that are alike, rounding would choose."""
     plan = build(chosen)
     variables = init_variables(plan.model, plan.shape, plan.settings.seed)
-    louder = {name: 30.0 if "reducer" in name else 1.0 for name in flatten_dict(variables, sep="/")}
+    louder = {name: 10.0 if "reducer" in name else 1.0 for name in flatten_dict(variables, sep="/")}
     scaled = {name: leaf * louder[name] for name, leaf in flatten_dict(variables, sep="/").items()}
     weights.save_weights(path, unflatten_dict(scaled, sep="/"))
 
