@@ -16,7 +16,8 @@ keep-ratio loss. Crop, flip, RandAugment (rand-m9-mstd0.5-inc1), random erasing
 too.
 `at` counts the blocks after the sampling steps.
 
-`demo` trains a small PS-ViT from scratch on the embedded images: not yet run.
+`demo` trains a small PS-ViT from scratch on the embedded images, 3 epochs: 77.95 %
+top-1, 15 minutes by the clock beside other work (load 5 to 9 on 2 cores).
 """
 
 from configs import common, toys

@@ -22,7 +22,9 @@ RandAugment (rand-m9-mstd0.5-inc1), random erasing (0.25), repeated augmentation
 views), mixup, cutmix and smoothing are that recipe's, too. Training compares all 3,136
 tokens of the first stage with each other, 39 MB per image: `at=1-2-3` leaves it alone.
 
-`demo` trains a small PVT from scratch on the embedded images: not yet run to its end.
+`demo` trains a small PVT from scratch on the embedded images, reduced in its last stage
+to 12 of 16 patches: 71.25 % top-1 after 10 epochs, less than the demos of the other
+backbones; 6.7 minutes of processor time, 4 by the clock beside other work.
 """
 
 from configs import common, stages
@@ -42,11 +44,11 @@ def get_config(arg=None):
     c = common.base()
     c.model.name = f"pvt_{arg.size}"
     if arg.demo:
-        arg.at = arg.at or (
-            1,
-        )  # the last stage: a fresh PVT, without convolutions, learns slowly from holes in its maps
+        # A fresh PVT, without convolutions, learns slowly from holes in its maps: the last stage alone.
+        arg.at = arg.at or (1,)
+        arg.keep = arg.keep or 0.75  # of 16 patches
     c = stages.tps_stages(c, arg, DEMO, TINY)
     if arg.demo:
         c.data.size = 32  # patches of 4 pixels, 8 x 8 of them, then 4 x 4
-        c.epochs = 6.0
+        c.epochs = 10.0
     return c
