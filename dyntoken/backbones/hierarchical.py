@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dyntoken.backbones.isotropic import pair
+from dyntoken.backbones.isotropic import check_images, pair
 from dyntoken.nn.dualpath import Route, Streams
 from dyntoken.nn.remat import check_policy, rematerialised
 from dyntoken.nn.sites import Sites
@@ -258,12 +258,7 @@ class Hierarchical(Sites, nn.Module):
         Returns:
           The final tokens, one `Reduction` per site, records by name.
         """
-        size = pair(self.img_size)
-        if images.ndim != 4 or images.shape[1:] != (*size, self.in_chans):
-            raise ValueError(
-                f"this model takes images [B, {size[0]}, {size[1]}, {self.in_chans}], got {images.shape}; "
-                "create_model(..., img_size=, in_chans=) builds it for others"
-            )
+        check_images(images, self.img_size, self.in_chans)
         x = self.embed(images.astype(self.dtype), context)
         records: dict[str, Any] = {"embed": x, "blocks": (), "stages": ()}
         reductions: tuple[Reduction, ...] = ()

@@ -250,9 +250,10 @@ class Pyramid(Sites, nn.Module):
 
     def _context(self, context: Context, number: int) -> Context:
         """The context of one stage: its own site's draws, noise and decisions."""
-        if number not in [site.at for site in self.sites]:
+        at = [site.at for site in self.sites]
+        if number not in at:
             return dataclasses.replace(context, noise=None, decisions=None)
-        index = [site.at for site in self.sites].index(number)
+        index = at.index(number)
         policy = context.policy
         if policy is not None:
             policy = sample.Draws(jax.random.fold_in(policy.key, index), policy.ids)

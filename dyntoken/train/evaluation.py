@@ -17,7 +17,7 @@ from dyntoken.train.checkpoint import folder, restore_from
 from dyntoken.train.compiled import peak
 from dyntoken.train.evalsets import MAIN
 from dyntoken.train.plan import Plan, build
-from dyntoken.train.report import Value
+from dyntoken.train.report import Value, silent
 from dyntoken.train.start import facts, load_init
 
 Tree = Any
@@ -50,7 +50,7 @@ def evaluate(
       ValueError: if there is neither a checkpoint nor `config.init.path`.
       CheckpointError: no such step, or it is damaged.
     """
-    log = log if jax.process_index() == 0 else _silent
+    log = log if jax.process_index() == 0 else silent
     plan = hosts.agree(lambda: build(config), facts)
     if workdir is not None and _has_checkpoints(workdir):
         found = restore_from(workdir, plan.abstract_state, step=step, log=log)
@@ -105,7 +105,3 @@ def _placed(plan: Plan, label: str = MAIN) -> Iterator[dict[str, jax.Array]]:
 def _has_checkpoints(workdir: str | epath.PathLike) -> bool:
     where = folder(workdir)
     return where.exists() and any(entry.name.isdigit() for entry in where.iterdir())
-
-
-def _silent(line: str) -> None:
-    """What the other processes say."""

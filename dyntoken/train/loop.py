@@ -25,7 +25,7 @@ from dyntoken.train.compiled import Programs, state_bytes
 from dyntoken.train.evaluation import check_sets, measure
 from dyntoken.train.keeper import Keeper
 from dyntoken.train.plan import Plan, build
-from dyntoken.train.report import Report, Value
+from dyntoken.train.report import Report, Value, silent
 from dyntoken.train.start import beginning, facts, load_teacher, start, write_config
 from dyntoken.train.state import TrainState
 from dyntoken.train.stop import Stop
@@ -76,7 +76,7 @@ def run(config: Mapping[str, Any], workdir: str | epath.PathLike, *, log: Log = 
       HostError: when the processes differ in data, config, weights or workdir.
       ImportError: when `config.tensorboard` lacks its library.
     """
-    log = log if jax.process_index() == 0 else _silent
+    log = log if jax.process_index() == 0 else silent
     plan = hosts.agree(lambda: build(config), facts)
     workdir = epath.Path(workdir).expanduser().absolute()
     hosts.check_workdir(workdir, need=state_bytes(plan))
@@ -217,7 +217,3 @@ class _Session:
         self.log(self.rewinds.add(step, bad))
         self._take_up(step)
         return state
-
-
-def _silent(line: str) -> None:
-    """What the other processes say."""

@@ -190,11 +190,11 @@ def batch_like(
       labels: classes, if the batch holds every label that fits; else 0.
     """
     sharding = NamedSharding(mesh, PartitionSpec(AXIS))
-    like = functools.partial(jax.ShapeDtypeStruct, sharding=sharding)
-    rows = {
-        "image": like((batch, *shape), np.uint8),
-        "label": like((batch,), np.int32),
-        "mask": like((batch,), np.float32),
-        "id": like((batch,), np.int32),
+    rows = functools.partial(jax.ShapeDtypeStruct, sharding=sharding)
+    found = {
+        "image": rows((batch, *shape), np.uint8),
+        "label": rows((batch,), np.int32),
+        "mask": rows((batch,), np.float32),
+        "id": rows((batch,), np.int32),
     }
-    return rows | ({"labels": like((batch, labels), np.bool_)} if labels else {})
+    return found | ({"labels": rows((batch, labels), np.bool_)} if labels else {})

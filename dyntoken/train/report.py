@@ -138,3 +138,7 @@ def duration(seconds: float) -> str:
     if hours:
         return f"{hours}h{minutes:02d}m"
     return f"{minutes}m{secs:02d}s" if minutes else f"{secs}s"
+
+
+def silent(line: str) -> None:
+    """The log of those who say nothing: all processes but the first."""

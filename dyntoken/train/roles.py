@@ -16,6 +16,19 @@ if TYPE_CHECKING:
 def make_model(
     section: Mapping[str, Any], info: data.DataInfo, shape: tuple[int, int, int], what: str
 ) -> nn.Module:
+    """The model of a section of the config, fitted to the data set.
+
+    Args:
+      section: `name` and keywords of `create_model`; classes, image size and
+        channels come from the data unless given.
+      info: of the data set.
+      shape: `(H, W, C)` of the batches.
+      what: the section's name, for messages.
+
+    Raises:
+      UnknownNameError: no such name or keyword.
+      ValueError: no name, or a model for other images or classes.
+    """
     options = dict(section)
     if not options.get("name"):
         raise ValueError(f"{what}.name is missing: see dyntoken.list_models()")
@@ -32,6 +45,12 @@ def make_model(
 
 
 def make_teacher(settings: Settings, info: data.DataInfo, shape: tuple[int, int, int]) -> nn.Module | None:
+    """The teacher that `config.teacher` names, None without one; arguments as of `make_model`.
+
+    Raises:
+      ValueError: a loss that needs a teacher and none, a teacher that no loss
+        reads or that has no weights, or one with exits.
+    """
     wanted = sorted(s.key for s in losses.parse(settings.losses) if "teacher" in losses.needs({s.key: {}}))
     section = dict(settings.teacher or {})
     source = section.pop("weights", None)
