@@ -57,5 +57,12 @@ def test_a_demo_learns(recipe, tmp_path):
     assert metrics["top1"] > 0.75 and metrics["count"] == 2000 and metrics["step"] > 0
 
 
+@pytest.mark.parametrize("recipe", DEMOS)
+def test_a_demo_evaluates_the_images_it_trains_on(recipe):
+    """Stored images of another size are resized whole to train on: a centre crop would show larger things."""
+    c = recipes.load(f"configs/{recipe}.py:demo")
+    assert c.data.size == 28 or c.data.eval.crop_pct == 1.0
+
+
 def test_there_are_demos():
     assert set(IN_CI) < set(DEMOS) and len(DEMOS) >= 10
