@@ -167,6 +167,48 @@ def operations(
     ]
 
 
+# Gathers of single pixels at offsets that vary from row to row: XLA's take three times as long as TensorFlow's.
+_NOT_COMPILED = ("ShearX", "ShearY")
+
+
+@functools.lru_cache(maxsize=64)
+def _one(name: str, shape: tuple[int, ...], interpolation: str, fill: tuple[int, ...]) -> Callable[..., Any]:
+    """One operation, (image, float32 `[2]` magnitude and sign) -> image, as a single node of the graph.
+
+    XLA fuses its dozen of passes over the image into one or two. And a branch of
+    a switch that is not taken costs by its nodes.
+    """
+    tf = tensorflow()
+
+    def run(image: Any, how: Any) -> Any:
+        return operations(image, how[0], how[1], interpolation, fill)[OPERATIONS.index(name)]()
+
+    return tf.function(
+        run,
+        input_signature=(tf.TensorSpec(shape, tf.uint8), tf.TensorSpec((2,), tf.float32)),
+        autograph=False,
+        **(
+            {"experimental_attributes": {"_noinline": True}}
+            if name in _NOT_COMPILED
+            else {"jit_compile": True}
+        ),
+    )
+
+
+@functools.lru_cache(maxsize=8)
+def _layer(shape: tuple[int, ...], interpolation: str, fill: tuple[int, ...]) -> Callable[..., Any]:
+    """One operation of RandAugment, (image, which, how) -> image, as a graph that all layers share."""
+    tf = tensorflow()
+    ops = [_one(name, shape, interpolation, fill) for name in OPERATIONS]
+
+    def run(image: Any, kind: Any, how: Any) -> Any:
+        branches = [functools.partial(op, image, how) for op in ops]
+        return _switch(kind, [*branches, functools.partial(tf.identity, image)], image)
+
+    signature = (tf.TensorSpec(shape, tf.uint8), tf.TensorSpec((), tf.int32), tf.TensorSpec((2,), tf.float32))
+    return tf.function(run, input_signature=signature, autograph=False)
+
+
 _ORDERS = tuple(itertools.permutations(range(3)))
 
 
@@ -186,13 +228,20 @@ def jitter(image: Any, draws: Any, strength: float) -> Any:
     order = orders[tf.minimum(tf.cast(draws[3] * len(_ORDERS), tf.int32), len(_ORDERS) - 1)]
     for place in range(3):
         kind = order[place]
-        image = _switch(kind, _enhancers(image, factors[kind]), image)
+        branches = [
+            functools.partial(enhance, image, factors[kind]) for enhance in _enhancers(tuple(image.shape))
+        ]
+        image = _switch(kind, branches, image)
     return image
 
 
-def _enhancers(image: Any, factor: Any) -> list[Callable[[], Any]]:
+@functools.lru_cache(maxsize=8)
+def _enhancers(shape: tuple[int, ...]) -> tuple[Callable[..., Any], ...]:
+    """Brightness, contrast and saturation, (image, factor) -> image, compiled as in `_one`."""
+    tf = tensorflow()
+    signature = (tf.TensorSpec(shape, tf.uint8), tf.TensorSpec((), tf.float32))
     each = (pillow_ops.brightness, pillow_ops.contrast, pillow_ops.color)
-    return [functools.partial(op, image, factor) for op in each]
+    return tuple(tf.function(op, input_signature=signature, autograph=False, jit_compile=True) for op in each)
 
 
 def _switch(index: Any, branches: list[Callable[[], Any]], like: Any) -> Any:
@@ -222,17 +271,24 @@ class Distortion:
         layers = self.policy.layers if self.policy else 0
         return _PER_LAYER * layers + (_PER_JITTER if self.jitter else 0)
 
-    def __call__(self, image: Any, draws: Any) -> Any:
-        """uint8 `[h, w, C]` of static shape and float32 `[width]` -> uint8 `[h, w, C]`."""
+    def chosen(self, draws: Any) -> tuple[Any, ...]:
+        """What `apply` is to do with n images, of float32 draws `[n, width]`."""
         tf = tensorflow()
-        used = 0
+        used, plan = 0, ()
         if self.policy is not None:
             used = _PER_LAYER * self.policy.layers
-            rows = tf.reshape(draws[:used], (self.policy.layers, _PER_LAYER))
-            chosen = self.policy.decode(rows)
+            rows = tf.reshape(draws[:, :used], (-1, self.policy.layers, _PER_LAYER))
+            kind, applied, magnitude, sign = self.policy.decode(rows)
+            plan = tf.where(applied, kind, len(OPERATIONS)), tf.stack([magnitude, sign], -1)
+        return (*plan, draws[:, used:])
+
+    def apply(self, image: Any, chosen: tuple[Any, ...], index: int = 0) -> Any:
+        """uint8 `[h, w, C]` of static shape -> the same, distorted as image `index` of `chosen`."""
+        if self.policy is not None:
+            layer_of = _layer(tuple(image.shape), self.interpolation, self.fill)
             for layer in range(self.policy.layers):
-                image = _layer(self, tuple(image.shape))(image, *(x[layer] for x in chosen))
-        return jitter(image, draws[used:], self.jitter) if self.jitter else image
+                image = layer_of(image, chosen[0][index, layer], chosen[1][index, layer])
+        return jitter(image, chosen[-1][index], self.jitter) if self.jitter else image
 
     def batch(self, images: np.ndarray, draws: np.ndarray) -> np.ndarray:
         """The same for numpy images uint8 `[n, h, w, C]` and draws `[n, width]`."""
@@ -241,34 +297,12 @@ class Distortion:
 
 
 @functools.lru_cache(maxsize=8)
-def _layer(distortion: Distortion, shape: Any) -> Any:
-    """One operation of RandAugment as a graph that all layers share."""
-    tf = tensorflow()
-    scalar = functools.partial(tf.TensorSpec, ())
-    signature = (
-        tf.TensorSpec(shape, tf.uint8),
-        scalar(tf.int32),
-        scalar(tf.bool),
-        scalar(tf.float32),
-        scalar(tf.float32),
-    )
-
-    @tf.function(input_signature=signature, autograph=False)
-    def run(image: Any, kind: Any, applied: Any, magnitude: Any, sign: Any) -> Any:
-        branches = operations(image, magnitude, sign, distortion.interpolation, distortion.fill)
-        branches.append(functools.partial(tf.identity, image))
-        return _switch(tf.where(applied, kind, len(OPERATIONS)), branches, image)
-
-    return run
-
-
-@functools.lru_cache(maxsize=8)
 def _compiled(distortion: Distortion, shape: tuple[int, ...]) -> Any:
     tf = tensorflow()
 
     @tf.autograph.experimental.do_not_convert
     def one(row: tuple[Any, Any]) -> Any:
-        return distortion(tf.ensure_shape(row[0], shape), row[1])
+        return distortion.apply(tf.ensure_shape(row[0], shape), distortion.chosen(row[1][None]))
 
     signature = (tf.TensorSpec((None, *shape), tf.uint8), tf.TensorSpec((None, distortion.width), tf.float32))
 

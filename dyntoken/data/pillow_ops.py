@@ -2,15 +2,14 @@
 
 Each function takes and returns one uint8 image `[h, w, C]` of static shape, C
 either 1 (Pillow's mode L) or 3 (RGB), and follows Pillow's arithmetic: blends
-and warps cut off the fraction. They are written for TensorFlow on one CPU core,
-where float32 arithmetic along rows is fast and a table look-up, `tf.where` on
-bytes, or a broadcast over three channels takes ten times as long.
+and warps cut off the fraction. `distort` has XLA compile them, all but the shears.
+Alone, on one CPU core, TensorFlow is fast with float32 arithmetic along rows; a
+table look-up, `tf.where` on bytes, or a broadcast over three channels takes ten
+times as long.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
 from dyntoken.data.tf_import import tensorflow
@@ -77,7 +76,8 @@ def equalize(image: Any) -> Any:
     channels = image.shape[-1]
     bins = 256 * channels
     index = tf.cast(_flat(image), tf.int32) + _along(256 * tf.range(channels), image)
-    counts = tf.math.bincount(tf.reshape(index, [-1]), minlength=bins, maxlength=bins)
+    # Not tf.math.bincount, which takes XLA seconds to compile.
+    counts = tf.raw_ops.Bincount(arr=tf.reshape(index, [-1]), size=bins, weights=tf.zeros((0,), tf.int32))
     counts = tf.reshape(counts, (channels, 256))
     before = tf.cumsum(counts, axis=1, exclusive=True)
     # Pixels below the brightest value that occurs, shared among 255 steps.
@@ -244,21 +244,19 @@ def slide_columns(image: Any, offset: Any, interpolation: str, fill: tuple[int, 
 
 
 def _translate(image: Any, offset: Any, axis: int, interpolation: str, fill: tuple[int, ...]) -> Any:
-    """Moves all rows or columns by `offset` pixels, less than there are: no gather is needed."""
+    """Moves all rows or columns by `offset` pixels, less than there are."""
     tf = tensorflow()
     count = image.shape[axis]
     whole = tf.floor(offset)
     fraction = tf.reshape(offset - whole, (1,))
     table = _between(image, _taps(offset - whole, interpolation), axis)
     table = _edged(table, fraction, axis, fill)  # one line of fill, count + 1 points, one of fill
-    start = tf.cast(whole, tf.int32) + 2
-    low, high = tf.maximum(start, 0), tf.minimum(start + count, count + 3)
     line = table[:, :1] if axis else table[:1]
-    before, after = (
-        tf.tile(line, tf.stack([1, n, 1] if axis else [n, 1, 1])) for n in (low - start, start + count - high)
-    )
-    kept = table[:, low:high] if axis else table[low:high]
-    return tf.ensure_shape(tf.concat([before, kept, after], axis), image.shape)
+    # More of it after the last and, going round, before the first. No slice from a drawn start: XLA
+    # would compile each anew.
+    table = tf.concat([table, tf.repeat(line, 2 * count, axis)], axis)
+    table = tf.roll(table, -(tf.cast(whole, tf.int32) + 2), axis)
+    return table[:, :count] if axis else table[:count]
 
 
 def shear_x(image: Any, factor: Any, interpolation: str, fill: tuple[int, ...]) -> Any:
@@ -287,33 +285,22 @@ def translate_y(image: Any, share: Any, interpolation: str, fill: tuple[int, ...
 
 def rotate(image: Any, degrees: Any, interpolation: str, fill: tuple[int, ...]) -> Any:
     """Turns the picture counter-clockwise about its centre; the size stays."""
-    return _turn(tuple(image.shape), interpolation, fill)(image, degrees)
-
-
-@functools.lru_cache(maxsize=16)
-def _turn(shape: tuple[int, int, int], interpolation: str, fill: tuple[int, ...]) -> Callable[..., Any]:
-    """`rotate` compiled by XLA: sixteen neighbours per pixel, a quarter of the time."""
     tf = tensorflow()
-    height, width, channels = shape
-
-    def run(image: Any, degrees: Any) -> Any:
-        angle = degrees * (3.141592653589793 / 180.0)
-        cos, sin = tf.cos(angle), tf.sin(angle)
-        x = tf.range(width, dtype=tf.float32)[None] + (0.5 - width / 2)
-        y = tf.range(height, dtype=tf.float32)[:, None] + (0.5 - height / 2)
-        at_x, at_y = cos * x - sin * y + width / 2, sin * x + cos * y + height / 2  # [h, w]
-        left, top = tf.floor(at_x - 0.5), tf.floor(at_y - 0.5)
-        across = _taps(at_x - 0.5 - left, interpolation)
-        down = _taps(at_y - 0.5 - top, interpolation)
-        columns = [tf.clip_by_value(tf.cast(left, tf.int32) + (i - 1), 0, width - 1) for i in range(4)]
-        pixels = tf.reshape(tf.cast(image, tf.float32), (-1, channels))
-        out = 0.0
-        for j in range(4):
-            row = width * tf.clip_by_value(tf.cast(top, tf.int32) + (j - 1), 0, height - 1)
-            line = sum(across[i][..., None] * tf.gather(pixels, row + columns[i]) for i in range(4))
-            out += down[j][..., None] * line
-        known = (at_x >= 0.0) & (at_x < width) & (at_y >= 0.0) & (at_y < height)
-        return tf.where(known[..., None], _whole(out), tf.constant(fill, tf.uint8))
-
-    signature = (tf.TensorSpec(shape, tf.uint8), tf.TensorSpec((), tf.float32))
-    return tf.function(run, input_signature=signature, autograph=False, jit_compile=True)
+    height, width, channels = image.shape
+    angle = degrees * (3.141592653589793 / 180.0)
+    cos, sin = tf.cos(angle), tf.sin(angle)
+    x = tf.range(width, dtype=tf.float32)[None] + (0.5 - width / 2)
+    y = tf.range(height, dtype=tf.float32)[:, None] + (0.5 - height / 2)
+    at_x, at_y = cos * x - sin * y + width / 2, sin * x + cos * y + height / 2  # [h, w]
+    left, top = tf.floor(at_x - 0.5), tf.floor(at_y - 0.5)
+    across = _taps(at_x - 0.5 - left, interpolation)
+    down = _taps(at_y - 0.5 - top, interpolation)
+    columns = [tf.clip_by_value(tf.cast(left, tf.int32) + (i - 1), 0, width - 1) for i in range(4)]
+    pixels = tf.reshape(tf.cast(image, tf.float32), (-1, channels))
+    out = 0.0
+    for j in range(4):
+        row = width * tf.clip_by_value(tf.cast(top, tf.int32) + (j - 1), 0, height - 1)
+        line = sum(across[i][..., None] * tf.gather(pixels, row + columns[i]) for i in range(4))
+        out += down[j][..., None] * line
+    known = (at_x >= 0.0) & (at_x < width) & (at_y >= 0.0) & (at_y < height)
+    return tf.where(known[..., None], _whole(out), tf.constant(fill, tf.uint8))

@@ -294,4 +294,7 @@ def _batches(tf: Any, records: Any, example: Any, batch: int, steps: int) -> Ite
 
 def _mapped(tf: Any, records: Any, example: Any) -> Any:
     example = tf.autograph.experimental.do_not_convert(example)
-    return records.map(example, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+    options = tf.data.Options()
+    options.threading.max_intra_op_parallelism = 1  # images keep the cores busy, not parts of one
+    rows = records.map(example, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+    return rows.with_options(options)

@@ -14,6 +14,7 @@ from typing import Any
 from dyntoken.data.augment import TRIES, AugmentOptions
 from dyntoken.data.distort import Distortion
 from dyntoken.data.tf_import import tensorflow
+from dyntoken.data.tf_resize import place, resize
 
 
 def _decode(data: Any, channels: int, box: Callable[[Any, Any], Any] | None = None) -> Any:
@@ -76,39 +77,6 @@ def decode_guarded(data: Any, channels: int, box: Any = None) -> tuple[Any, Any]
     return tf.ensure_shape(image, (None, None, channels)), bad
 
 
-def _stretch(image: Any, size: Any, interpolation: str) -> Any:
-    """Resizes the first axis of `[n, m]` to `size`, antialiased; float32 `[size, m]`."""
-    tf = tensorflow()
-    shape = tf.shape(image)
-    out = tf.raw_ops.ScaleAndTranslate(
-        images=image[None, :, None],  # one column whose pixels have m channels
-        size=tf.stack([size, 1]),
-        scale=tf.stack([tf.cast(size, tf.float32) / tf.cast(shape[0], tf.float32), 1.0]),
-        translation=(0.0, 0.0),
-        kernel_type={"bicubic": "keyscubic", "bilinear": "triangle"}[interpolation],
-        antialias=True,
-    )
-    return tf.reshape(out, tf.stack([size, shape[1]]))
-
-
-def _resize(image: Any, height: Any, width: Any, interpolation: str, flip: Any = False) -> Any:
-    """uint8 `[h, w, C]` -> uint8 `[height, width, C]`, antialiased as `tf.image.resize`; mirrored if `flip`.
-
-    Rows, then columns, each as the rows of a matrix: that takes half the time of
-    both at once, whose inner loop is over three channels.
-    """
-    tf = tensorflow()
-    shape = tf.shape(image)
-    channels = image.shape[-1]
-    rows = _stretch(tf.reshape(image, tf.stack([shape[0], -1])), height, interpolation)  # [height, w C]
-    rows = tf.transpose(tf.reshape(rows, tf.stack([height, shape[1], channels])), (1, 0, 2))
-    both = _stretch(tf.reshape(rows, tf.stack([shape[1], -1])), width, interpolation)  # [width, height C]
-    both = tf.cast(tf.minimum(tf.maximum(both + 0.5, 0.0), 255.0), tf.uint8)
-    order = tf.range(width)
-    both = tf.gather(both, tf.where(flip, width - 1 - order, order))  # lines are cheap to reverse here
-    return tf.transpose(tf.reshape(both, tf.stack([width, height, channels])), (1, 0, 2))
-
-
 def random_box(draws: Any, height: Any, width: Any, options: AugmentOptions) -> Any:
     """`augment.random_boxes` for one image.
 
@@ -135,6 +103,12 @@ def random_box(draws: Any, height: Any, width: Any, options: AugmentOptions) -> 
     most_w = tf.where(wide / tall > broad, tf.cast(tf.round(tall * broad), tf.int32), width)
     whole = tf.stack([(height - most_h) // 2, (width - most_w) // 2, most_h, most_w])
     return tf.where(tf.reduce_any(fits, -1, keepdims=True), tf.stack([top, left, h, w], -1), whole)
+
+
+def _whole(shape: Any) -> Any:
+    """int32 `[1, 4]`, the box of all of an image of shape `[2]`."""
+    tf = tensorflow()
+    return tf.concat([tf.zeros_like(shape), shape], 0)[None]
 
 
 _DISTORT = 1  # what the seed of the distortion's draws is folded with
@@ -166,31 +140,32 @@ def train_views(
     tf = tensorflow()
     views, crops = options.repeats, options.crop == "random_resized"
     draws = tf.random.stateless_uniform((views, 2 * TRIES + 3), seed)
-    places = draws[:, : 2 * TRIES + 2]
+    places, flips = draws[:, : 2 * TRIES + 2], draws[:, 2 * TRIES + 2] < options.flip
     if crops and views == 1:
         image, bad = decode(data, channels, functools.partial(random_box, places[0], options=options))
     else:
         image, bad = decode(data, channels)
-    if crops and views > 1:
-        boxes = random_box(places, tf.shape(image)[0], tf.shape(image)[1], options)
-    made = []
-    for view in range(views):
-        piece = image
-        if crops and views > 1:
-            top, left, tall, wide = tf.unstack(boxes[view])
-            piece = image[top : top + tall, left : left + wide]
-        flip = draws[view, 2 * TRIES + 2] < options.flip
-        if crops:
-            piece = _resize(piece, *size, options.interpolation, flip)
-        else:
-            piece = _centre(piece, size, 1.0, options.interpolation)
-            piece = tf.cond(flip, lambda piece=piece: tf.reverse(piece, [1]), lambda piece=piece: piece)
-        piece = tf.ensure_shape(piece, (*size, channels))
-        made.append(piece)
+    shape = tf.shape(image)[:2]
+    if crops:
+        boxes = random_box(places, shape[0], shape[1], options) if views > 1 else _whole(shape)
+        geometry = place(boxes, shape, size, options.interpolation)
     if distortion:
         seed = tf.random.experimental.stateless_fold_in(seed, _DISTORT)
-        draws = tf.random.stateless_uniform((views, distortion.width), seed)
-        made = [distortion(piece, draws[view]) for view, piece in enumerate(made)]
+        distort = distortion.chosen(tf.random.stateless_uniform((views, distortion.width), seed))
+    made: list[Any] = []
+    for view in range(views):
+        # One view after the other: else TensorFlow's threads take the work from each other.
+        with tf.control_dependencies(made[-1:]):
+            piece = tf.identity(image)
+        if crops:
+            piece = resize(piece, geometry, view, size, options.interpolation, flips[view])
+        else:
+            piece = _centre(piece, size, 1.0, options.interpolation)
+            piece = tf.cond(
+                flips[view], lambda piece=piece: tf.reverse(piece, [1]), lambda piece=piece: piece
+            )
+            piece = tf.ensure_shape(piece, (*size, channels))
+        made.append(distortion.apply(piece, distort, view) if distortion else piece)
     return tf.stack(made), bad
 
 
@@ -242,17 +217,20 @@ def eval_image(data: Any, size: tuple[int, int], channels: int, crop_pct: float,
 
 def _centre(image: Any, size: tuple[int, int], crop_pct: float, interpolation: str) -> Any:
     tf = tensorflow()
-    height, width = tf.shape(image)[0], tf.shape(image)[1]
+    shape = tf.shape(image)[:2]
+    height, width = shape[0], shape[1]
     tall, wide = int(size[0] / crop_pct), int(size[1] / crop_pct)
 
     def fit() -> Any:
         by_height = tall * width >= wide * height
         new_h = tf.where(by_height, tall, tf.maximum(height * wide // width, size[0]))
         new_w = tf.where(by_height, tf.maximum(width * tall // height, size[1]), wide)
-        resized = _resize(image, new_h, new_w, interpolation)
-        top = tf.cast(tf.round((new_h - size[0]) / 2), tf.int32)
-        left = tf.cast(tf.round((new_w - size[1]) / 2), tf.int32)
-        return resized[top : top + size[0], left : left + size[1]]
+        first = tf.round((new_h - size[0]) / 2), tf.round((new_w - size[1]) / 2)
+        scale = tf.cast(tf.stack([height / new_h, width / new_w]), tf.float32)
+        geometry = place(
+            _whole(shape), shape, size, interpolation, scale, tf.cast(tf.stack(first), tf.float32)
+        )
+        return resize(image, geometry, 0, size, interpolation)
 
     untouched = (height == size[0]) & (width == size[1])
     return tf.cond(untouched, lambda: image, fit)
