@@ -69,14 +69,15 @@ def with_ours(name, image, level, sign, interpolation="bicubic"):
 
     pixels = np.asarray(image)
     pixels = tf.constant(pixels if pixels.ndim == 3 else pixels[..., None])
-    thunks = distort.operations(
-        pixels,
-        tf.constant(10.0 * level),
-        tf.constant(float(sign)),
-        interpolation,
-        FILL[: pixels.shape[-1]],
+    distortion = distort.Distortion(
+        distort.RandAugment(layers=1), 0.0, interpolation, FILL[: pixels.shape[-1]]
     )
-    out = thunks[distort.OPERATIONS.index(name)]().numpy()
+    chosen = (
+        tf.constant([[distort.OPERATIONS.index(name)]]),
+        tf.constant([[[10.0 * level, sign]]], tf.float32),
+        tf.zeros((1, 0)),
+    )
+    out = distortion.apply(pixels, chosen).numpy()
     assert out.shape == pixels.shape and out.dtype == np.uint8
     return out
 
