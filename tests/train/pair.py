@@ -1,16 +1,19 @@
 """One of two processes that train `config()` together, with two CPU devices each.
 
-    python -m tests.train.pair PORT PROCESS WORKDIR [--hang=STEP] [--train=N] [--pieces | --images=DIR]
+    python -m tests.train.pair PORT PROCESS WORKDIR [--hang=STEP] [--train=N] [--pieces | --images=DIR | --care]
 
 `--hang` stops after a step until it is killed; `--train` gives this process a training
 split of another size; `--pieces` cuts the batch into slices and the state into pieces;
-`--images` trains `everything(DIR)` instead.
+`--images` trains `everything(DIR)` instead, `--care` trains `care()`, and the last process
+gets rows that are not finite.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
+
+import numpy as np
 
 from tests.train.tiny import DTPS, tiny_config
 
@@ -52,6 +55,32 @@ def everything(images, **overrides):
     )
 
 
+def care():
+    """`config()` with a rewind, best checkpoints and a further evaluation set of odd size."""
+    more = {"image_size": 16, "train": 64, "test": 21, "num_classes": 7}
+    return config(
+        checkpoint_steps=2,
+        eval_steps=2,
+        keep_best=1,
+        keep_checkpoints=1,
+        best_metric="loss",
+        rewind=1,
+        evals={"more": {"name": "fake", "options": more}},
+    )
+
+
+def poisoned(real, index=3):
+    """`Plan.train_batches` whose batch `index` of the data makes the loss NaN."""
+
+    def train_batches(self, start_step, *, skipped=0, rewinds=0):
+        batches = real(self, start_step, skipped=skipped, rewinds=rewinds)
+        for position, batch in enumerate(batches, start_step + skipped):
+            bad = np.float32(np.nan if position == index else 1.0)
+            yield {**batch, "mask": batch["mask"] * bad}
+
+    return train_batches
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("port", type=int)
@@ -61,6 +90,7 @@ def main() -> None:
     parser.add_argument("--train", type=int, default=64)
     parser.add_argument("--pieces", action="store_true")
     parser.add_argument("--images")
+    parser.add_argument("--care", action="store_true")
     args = parser.parse_args()
     pieces = {"accumulate": 2, "shard": "params"} if args.pieces else {}
 
@@ -81,6 +111,12 @@ def main() -> None:
     from dyntoken import train
 
     chosen = everything(args.images) if args.images else config(data__options__train=args.train, **pieces)
+    if args.care:
+        from dyntoken.train.plan import Plan
+
+        chosen = care()
+        if args.process == 1:
+            Plan.train_batches = poisoned(Plan.train_batches)
     result = train.run(chosen, args.workdir, log=log)
     print("mesh", result.plan.mesh.size, "count", result.metrics.get("count"), flush=True)
 

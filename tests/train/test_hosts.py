@@ -22,9 +22,9 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from dyntoken import train, weights
 from dyntoken.train import hosts, loop
-from dyntoken.train.plan import build
+from dyntoken.train.plan import Plan, build
 from dyntoken.train.state import init_variables
-from tests.train.pair import config, everything
+from tests.train.pair import care, config, everything, poisoned
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 LIMIT_S = 300  # a hang is a failure
@@ -207,6 +207,28 @@ def test_all_augmentation_survives_a_kill_and_another_number_of_processes(tmp_pa
     assert train.run(everything(images), tmp_path / "run", log=lines.append).finished
     assert "resuming at step 6 of 20" in lines
     assert_same_run(tmp_path / "run", everything_alone, everything(images), 20, 30)
+
+
+def checkpoints(workdir):
+    return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit())
+
+
+@pytest.mark.slow
+def test_two_processes_rewind_and_keep_the_best_as_one(tmp_path, monkeypatch):
+    """Rows of the second process alone are not finite: both go back, and on, and keep the same."""
+    with monkeypatch.context() as patch:
+        patch.setattr(Plan, "train_batches", poisoned(Plan.train_batches))
+        alone = run_alone(care(), tmp_path / "alone")
+    with pair(tmp_path, "--care") as (processes, outputs):
+        texts = finish(processes, outputs)
+    assert "not finite at step 4" in texts[0] and "going back to step 2, rewind 1 of 1" in texts[0]
+    kept = checkpoints(tmp_path / "run")
+    scores = {row["step"]: row["loss"] for row in rows(tmp_path / "run") if row["kind"] == "eval"}
+    assert (
+        kept == checkpoints(tmp_path / "alone") and min(scores, key=scores.get) in kept and len(scores) == 3
+    )
+    assert [row["more/count"] for row in rows(tmp_path / "run") if row["kind"] == "eval"] == [21] * 3
+    assert_same_run(tmp_path / "run", alone, care())
 
 
 @pytest.mark.slow
