@@ -228,20 +228,13 @@ def jitter(image: Any, draws: Any, strength: float) -> Any:
     order = orders[tf.minimum(tf.cast(draws[3] * len(_ORDERS), tf.int32), len(_ORDERS) - 1)]
     for place in range(3):
         kind = order[place]
-        branches = [
-            functools.partial(enhance, image, factors[kind]) for enhance in _enhancers(tuple(image.shape))
-        ]
-        image = _switch(kind, branches, image)
+        image = _switch(kind, _enhancers(image, factors[kind]), image)
     return image
 
 
-@functools.lru_cache(maxsize=8)
-def _enhancers(shape: tuple[int, ...]) -> tuple[Callable[..., Any], ...]:
-    """Brightness, contrast and saturation, (image, factor) -> image, compiled as in `_one`."""
-    tf = tensorflow()
-    signature = (tf.TensorSpec(shape, tf.uint8), tf.TensorSpec((), tf.float32))
+def _enhancers(image: Any, factor: Any) -> list[Callable[[], Any]]:
     each = (pillow_ops.brightness, pillow_ops.contrast, pillow_ops.color)
-    return tuple(tf.function(op, input_signature=signature, autograph=False, jit_compile=True) for op in each)
+    return [functools.partial(op, image, factor) for op in each]
 
 
 def _switch(index: Any, branches: list[Callable[[], Any]], like: Any) -> Any:
