@@ -1,9 +1,9 @@
 """Antialiased resizing in TensorFlow, compiled by XLA.
 
-Rows first, then columns, rounded to 8 bits after each pass as Pillow does. Both
-passes are sums of weighted rows, of which a processor adds many pixels at a time:
-the columns are rows of the transposed image, whose channels travel in the bytes of
-one int32, so that there is a third as much to transpose. That takes half the time
+Rows first, then columns, with quarters of a grey level in between. Both passes are
+sums of weighted rows, of which a processor adds many pixels at a time: the columns
+are rows of the transposed image, whose channels travel in one int32, 10 bits for
+each, so that there is a third as much to transpose. That takes half the time
 of TensorFlow's own resizing.
 
 XLA compiles a program for each shape and for each number of rows in a sum. So
@@ -21,6 +21,7 @@ from typing import Any
 from dyntoken.data.tf_import import tensorflow
 
 _SUPPORT = {"bilinear": 1.0, "bicubic": 2.0}  # pixels on either side where nothing is reduced
+_BITS, _LEVEL = 10, 4.0  # of a channel between the passes, and its steps per grey level
 _TERMS = (5, 8, 11)  # bicubic: enough up to 1, 1.75 and 2.5 pixels per pixel of the result
 _SIDES = tuple(2.0**n for n in range(-2, 11))  # of a window, in sides of the result
 _FINE_SIDES = tuple(sorted({*_SIDES, *(1.5 * side for side in _SIDES if side >= 1)}))
@@ -88,7 +89,7 @@ def resize(
     """One part of a resized image.
 
     Args:
-      image: uint8 `[h, w, C]`, C up to 4.
+      image: uint8 `[h, w, C]`, C up to 3.
       geometry: of `place` with the same image, size and interpolation.
       part: which of its parts.
       flip: bool, whether to mirror it.
@@ -164,7 +165,7 @@ def _weighted(
       read: `[count, m]` of `lines` -> float32 planes `[count, m]`.
 
     Returns:
-      A float32 `[count, m]` per plane, grey levels of which the fraction is to be cut off.
+      A float32 `[count, m]` per plane, grey levels in 0..255 with their fraction.
     """
     tf = tensorflow()
     low, extent, scale, first = tf.unstack(where)
@@ -193,7 +194,7 @@ def _weighted(
             return (done + step, total, *added)
 
         _, total, *planes = tf.while_loop(lambda done, *_: done < needed, body, (step, total, *planes))
-    return [tf.minimum(tf.maximum(plane / total[:, None] + 0.5, 0.0), 255.0) for plane in planes]
+    return [tf.minimum(tf.maximum(plane / total[:, None], 0.0), 255.0) for plane in planes]
 
 
 def _apart(x: Any, true: Any) -> Any:
@@ -204,16 +205,16 @@ def _apart(x: Any, true: Any) -> Any:
 
 @functools.lru_cache(maxsize=64)
 def _rows(height: int, channels: int, interpolation: str, terms: int) -> Callable[..., Any]:
-    """(uint8 `[H, W, C]`, where) -> int32 `[W, height]`, the channels of a pixel in its bytes."""
+    """(uint8 `[H, W, C]`, where) -> int32 `[W, height]`, `_BITS` for each channel of a pixel."""
     tf = tensorflow()
 
     def run(image: Any, where: Any) -> Any:
         shape = tf.shape(image)
         lines = tf.reshape(image, tf.stack([shape[0], shape[1] * channels]))
         (rows,) = _weighted(lines, where, height, interpolation, terms, lambda x: [tf.cast(x, tf.float32)])
-        rows = _apart(tf.cast(rows, tf.uint8), where[1] > 0.0)
+        rows = _apart(tf.cast(rows * _LEVEL + 0.5, tf.int16), where[1] > 0.0)
         pixels = tf.cast(tf.reshape(rows, tf.stack([height, shape[1], channels])), tf.int32)
-        return tf.transpose(sum(pixels[..., c] * (1 << 8 * c) for c in range(channels)))
+        return tf.transpose(sum(pixels[..., c] * (1 << _BITS * c) for c in range(channels)))
 
     signature = (tf.TensorSpec((None, None, channels), tf.uint8), tf.TensorSpec((4,), tf.float32))
     return tf.function(run, input_signature=signature, autograph=False, jit_compile=True)
@@ -226,12 +227,13 @@ def _columns(size: tuple[int, int], channels: int, interpolation: str, terms: in
     height, width = size
 
     def read(packed: Any) -> list[Any]:
-        bytes_ = (tf.bitwise.right_shift(packed, 8 * c) for c in range(channels))
-        return [tf.cast(tf.bitwise.bitwise_and(byte, 255), tf.float32) for byte in bytes_]
+        shifted = (tf.bitwise.right_shift(packed, _BITS * c) for c in range(channels))
+        levels = (tf.cast(tf.bitwise.bitwise_and(x, (1 << _BITS) - 1), tf.float32) for x in shifted)
+        return [level * (1.0 / _LEVEL) for level in levels]
 
     def run(columns: Any, where: Any, flip: Any) -> Any:
         planes = _weighted(columns, where, width, interpolation, terms, read)
-        packed = sum(tf.cast(plane, tf.int32) * (1 << 8 * c) for c, plane in enumerate(planes))
+        packed = sum(tf.cast(plane + 0.5, tf.int32) * (1 << 8 * c) for c, plane in enumerate(planes))
         packed = tf.cond(flip, lambda: packed[::-1], lambda: packed)
         return tf.bitcast(tf.transpose(packed), tf.uint8)[..., :channels]
 
