@@ -4,7 +4,7 @@ RandAugment is timm's `rand-m9-mstd0.5-inc1`, with which DeiT trains: `n`
 operations drawn with equal probability and with repetition, each applied with
 probability `p` at a magnitude drawn from a normal distribution and clipped to
 0..10. Colour jitter is torchvision's. All of it is a function of a vector of
-uniform draws, and `pillow_ops` does the work.
+uniform draws; `pillow_ops` and `warps` do the work.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from dyntoken.data import pillow_ops
+from dyntoken.data import pillow_ops, warps
 from dyntoken.data.errors import DataError
 from dyntoken.data.tf_import import tensorflow
 
@@ -152,7 +152,7 @@ def operations(
         lambda: ops.autocontrast(image),
         lambda: ops.equalize(image),
         lambda: ops.invert(image),
-        lambda: ops.rotate(image, 30.0 * signed, interpolation, fill),
+        lambda: warps.rotate(image, 30.0 * signed, interpolation, fill),
         lambda: ops.posterize(image, 4 - cut(4)),
         lambda: ops.solarize(image, 256 - cut(256)),
         lambda: ops.solarize_add(image, cut(110)),
@@ -160,53 +160,38 @@ def operations(
         lambda: ops.contrast(image, factor),
         lambda: ops.brightness(image, factor),
         lambda: ops.sharpness(image, factor),
-        lambda: ops.shear_x(image, 0.3 * signed, interpolation, fill),
-        lambda: ops.shear_y(image, 0.3 * signed, interpolation, fill),
-        lambda: ops.translate_x(image, 0.45 * signed, interpolation, fill),
-        lambda: ops.translate_y(image, 0.45 * signed, interpolation, fill),
+        lambda: warps.shear_x(image, 0.3 * signed, interpolation, fill),
+        lambda: warps.shear_y(image, 0.3 * signed, interpolation, fill),
+        lambda: warps.translate_x(image, 0.45 * signed, interpolation, fill),
+        lambda: warps.translate_y(image, 0.45 * signed, interpolation, fill),
     ]
 
 
-# Gathers of single pixels at offsets that vary from row to row: XLA's take three times as long as TensorFlow's.
-_NOT_COMPILED = ("ShearX", "ShearY")
+@functools.lru_cache(maxsize=8)
+def _layers(
+    shape: tuple[int, ...], interpolation: str, fill: tuple[int, ...], count: int
+) -> Callable[..., Any]:
+    """RandAugment as one program of XLA, which fuses the dozen passes of an operation into one or two.
 
-
-@functools.lru_cache(maxsize=64)
-def _one(name: str, shape: tuple[int, ...], interpolation: str, fill: tuple[int, ...]) -> Callable[..., Any]:
-    """One operation, (image, float32 `[2]` magnitude and sign) -> image, as a single node of the graph.
-
-    XLA fuses its dozen of passes over the image into one or two. And a branch of
-    a switch that is not taken costs by its nodes.
+    Returns:
+      (image uint8 of `shape`, operations int32 `[count]` of which `len(OPERATIONS)`
+      does nothing, float32 `[count, 2]` magnitude and sign) -> image.
     """
     tf = tensorflow()
 
-    def run(image: Any, how: Any) -> Any:
-        return operations(image, how[0], how[1], interpolation, fill)[OPERATIONS.index(name)]()
+    def run(image: Any, kinds: Any, how: Any) -> Any:
+        def layer(i: Any, image: Any) -> tuple[Any, Any]:
+            known = operations(image, how[i, 0], how[i, 1], interpolation, fill)
+            return i + 1, _switch(kinds[i], [*known, lambda: image], image)
 
-    return tf.function(
-        run,
-        input_signature=(tf.TensorSpec(shape, tf.uint8), tf.TensorSpec((2,), tf.float32)),
-        autograph=False,
-        **(
-            {"experimental_attributes": {"_noinline": True}}
-            if name in _NOT_COMPILED
-            else {"jit_compile": True}
-        ),
+        return tf.while_loop(lambda i, _: i < count, layer, (0, image))[1]
+
+    signature = (
+        tf.TensorSpec(shape, tf.uint8),
+        tf.TensorSpec((count,), tf.int32),
+        tf.TensorSpec((count, 2), tf.float32),
     )
-
-
-@functools.lru_cache(maxsize=8)
-def _layer(shape: tuple[int, ...], interpolation: str, fill: tuple[int, ...]) -> Callable[..., Any]:
-    """One operation of RandAugment, (image, which, how) -> image, as a graph that all layers share."""
-    tf = tensorflow()
-    ops = [_one(name, shape, interpolation, fill) for name in OPERATIONS]
-
-    def run(image: Any, kind: Any, how: Any) -> Any:
-        branches = [functools.partial(op, image, how) for op in ops]
-        return _switch(kind, [*branches, functools.partial(tf.identity, image)], image)
-
-    signature = (tf.TensorSpec(shape, tf.uint8), tf.TensorSpec((), tf.int32), tf.TensorSpec((2,), tf.float32))
-    return tf.function(run, input_signature=signature, autograph=False)
+    return tf.function(run, input_signature=signature, autograph=False, jit_compile=True)
 
 
 _ORDERS = tuple(itertools.permutations(range(3)))
@@ -264,29 +249,43 @@ class Distortion:
         layers = self.policy.layers if self.policy else 0
         return _PER_LAYER * layers + (_PER_JITTER if self.jitter else 0)
 
-    def chosen(self, draws: Any) -> tuple[Any, ...]:
-        """What `apply` is to do with n images, of float32 draws `[n, width]`."""
-        tf = tensorflow()
-        used, plan = 0, ()
-        if self.policy is not None:
-            used = _PER_LAYER * self.policy.layers
-            rows = tf.reshape(draws[:, :used], (-1, self.policy.layers, _PER_LAYER))
-            kind, applied, magnitude, sign = self.policy.decode(rows)
-            plan = tf.where(applied, kind, len(OPERATIONS)), tf.stack([magnitude, sign], -1)
-        return (*plan, draws[:, used:])
+    def plans(self, draws: Any) -> list[tuple[Any, ...]]:
+        """What `apply` is to do with each of n images, of float32 draws `[n, width]`; n is static."""
+        return _plans(self, draws.shape[0])(draws)
 
-    def apply(self, image: Any, chosen: tuple[Any, ...], index: int = 0) -> Any:
-        """uint8 `[h, w, C]` of static shape -> the same, distorted as image `index` of `chosen`."""
+    def apply(self, image: Any, plan: tuple[Any, ...]) -> Any:
+        """uint8 `[h, w, C]` of static shape -> the same, distorted as one of `plans` says."""
         if self.policy is not None:
-            layer_of = _layer(tuple(image.shape), self.interpolation, self.fill)
-            for layer in range(self.policy.layers):
-                image = layer_of(image, chosen[0][index, layer], chosen[1][index, layer])
-        return jitter(image, chosen[-1][index], self.jitter) if self.jitter else image
+            kinds, how, *plan = plan
+            layers = _layers(tuple(image.shape), self.interpolation, self.fill, kinds.shape[0])
+            image = layers(image, kinds, how)
+        return jitter(image, plan[0], self.jitter) if self.jitter else image
 
     def batch(self, images: np.ndarray, draws: np.ndarray) -> np.ndarray:
         """The same for numpy images uint8 `[n, h, w, C]` and draws `[n, width]`."""
         below_one = np.minimum(draws.astype(np.float32), np.float32(1 - 2**-24))
         return _compiled(self, images.shape[1:])(images, below_one).numpy()
+
+
+@functools.lru_cache(maxsize=16)
+def _plans(distortion: Distortion, count: int) -> Callable[[Any], list[tuple[Any, ...]]]:
+    """`Distortion.plans` of so many images, by XLA: one node of the graph in place of dozens."""
+    tf = tensorflow()
+    policy, width = distortion.policy, distortion.width
+
+    def run(draws: Any) -> list[tuple[Any, ...]]:
+        plan: tuple[Any, ...] = ()
+        if policy is not None:
+            used = _PER_LAYER * policy.layers
+            rows, draws = tf.reshape(draws[:, :used], (count, policy.layers, _PER_LAYER)), draws[:, used:]
+            kind, applied, magnitude, sign = policy.decode(rows)
+            plan = tf.where(applied, kind, len(OPERATIONS)), tf.stack([magnitude, sign], -1)
+        if distortion.jitter:
+            plan = (*plan, draws)
+        return list(zip(*(tf.unstack(x) for x in plan), strict=True))
+
+    signature = (tf.TensorSpec((count, width), tf.float32),)
+    return tf.function(run, input_signature=signature, autograph=False, jit_compile=True)
 
 
 @functools.lru_cache(maxsize=8)
@@ -295,7 +294,7 @@ def _compiled(distortion: Distortion, shape: tuple[int, ...]) -> Any:
 
     @tf.autograph.experimental.do_not_convert
     def one(row: tuple[Any, Any]) -> Any:
-        return distortion.apply(tf.ensure_shape(row[0], shape), distortion.chosen(row[1][None]))
+        return distortion.apply(tf.ensure_shape(row[0], shape), distortion.plans(row[1][None])[0])
 
     signature = (tf.TensorSpec((None, *shape), tf.uint8), tf.TensorSpec((None, distortion.width), tf.float32))
 

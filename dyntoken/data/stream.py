@@ -115,13 +115,13 @@ class StreamSource:
         groups, first = divmod(skip * per_shard, len(order))
         streams = [self._shard(plan, epoch, s).skip(groups * records) for s in shards]
         rows = _mapped(tf, _in_turn(tf, streams, records), example)
-        made = rows.prefetch(records * len(streams)).as_numpy_iterator()
-        queues: list[list[tuple[Batch, int]]] = [[] for _ in streams]
+        made = rows.batch(records).prefetch(len(streams)).as_numpy_iterator()
+        queues: list[list[tuple[Batch, int, int]]] = [[] for _ in streams]
         for _ in range(steps):
             while len(queues[-1]) < first + per_shard:
                 for queue in queues:
-                    group = [next(made) for _ in range(records)]
-                    queue.extend((group[record], view) for record, view in order)
+                    group = next(made)
+                    queue.extend((group, record, view) for record, view in order)
             yield _stacked([row for queue in queues for row in queue[first : first + per_shard]])
             for queue in queues:
                 del queue[: first + per_shard]
@@ -200,10 +200,11 @@ def view_order(records: int, repeats: int) -> list[tuple[int, int]]:
     return [((i + view * turn) % records, view) for view in range(repeats) for i in range(records)]
 
 
-def _stacked(rows: Sequence[tuple[Batch, int]]) -> Batch:
-    """A batch of (views of a record, which of them)."""
-    batch = {key: np.array([made[key] for made, _ in rows]) for key in rows[0][0] if key != "image"}
-    return {"image": np.stack([made["image"][view] for made, view in rows]), **batch}
+def _stacked(rows: Sequence[tuple[Batch, int, int]]) -> Batch:
+    """A batch of (views of some records, which record, which view)."""
+    keys = [key for key in rows[0][0] if key != "image"]
+    batch = {key: np.array([group[key][record] for group, record, _ in rows]) for key in keys}
+    return {"image": np.stack([group["image"][record, view] for group, record, view in rows]), **batch}
 
 
 class _Corrupt:

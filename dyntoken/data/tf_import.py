@@ -14,7 +14,10 @@ INSTALL = 'TensorFlow is not installed: pip install "dyntoken[data]"'
 
 @functools.cache
 def tensorflow() -> Any:
-    """TensorFlow, kept away from the accelerators that JAX uses.
+    """TensorFlow, kept away from the accelerators that JAX uses, with one thread for an operation.
+
+    Many images at a time keep the cores busy. Parts of one image on many cores, which is
+    what XLA would compile, have them wait for each other.
 
     Raises:
       MissingDataError: it is not installed.
@@ -24,8 +27,10 @@ def tensorflow() -> Any:
         import tensorflow as tf
     except ImportError:
         raise MissingDataError(INSTALL) from None
+    # Refused once TensorFlow runs: then its user has decided about devices and threads.
+    with contextlib.suppress(RuntimeError):
+        tf.config.threading.set_intra_op_parallelism_threads(1)
     for kind in ("GPU", "TPU"):
-        # Refused once TensorFlow runs: then its user has decided about devices.
         with contextlib.suppress(RuntimeError):
             tf.config.set_visible_devices([], kind)
     return tf

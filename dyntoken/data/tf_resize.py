@@ -13,12 +13,12 @@ lengths (`_TERMS`), the last of which repeats.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 from dyntoken.data.tf_import import tensorflow
+from dyntoken.data.xla import once
 
 _SUPPORT = {"bilinear": 1.0, "bicubic": 2.0}  # pixels on either side where nothing is reduced
 _BITS, _LEVEL = 10, 4.0  # of a channel between the passes, and its steps per grey level
@@ -27,24 +27,27 @@ _SIDES = tuple(2.0**n for n in range(-2, 11))  # of a window, in sides of the re
 _FINE_SIDES = tuple(sorted({*_SIDES, *(1.5 * side for side in _SIDES if side >= 1)}))
 
 
-@dataclasses.dataclass(frozen=True)
-class Geometry:
-    """What `place` returns: where n parts lie and what makes them.
+class Part(NamedTuple):
+    """A part of a resized image: where it lies and what makes it.
 
     Attributes:
-      windows: int32 `[n, 3, 2]`: first row and column, height and width, and which
-        of the programs for rows and for columns.
-      where: float32 `[n, 2, 4]`, per axis: first pixel of the box in the window, its
-        extent, pixels per pixel of the result, pixel of the result to begin with.
+      start, extent: int32 `[3]`, corner and sides of the window of the image; -1
+        for all channels.
+      programs: which sums, int32 scalars for rows and for columns.
+      where: for rows and for columns, float32 `[4]`: first pixel of the box in the
+        window, its extent, pixels per pixel of the result, pixel of the resized
+        box to begin with.
     """
 
-    windows: Any
-    where: Any
+    start: Any
+    extent: Any
+    programs: tuple[Any, Any]
+    where: tuple[Any, Any]
 
 
 def place(
     boxes: Any, shape: Any, size: tuple[int, int], interpolation: str, scale: Any = None, first: Any = None
-) -> Geometry:
+) -> list[Part]:
     """Prepares `resize` of n parts of an image.
 
     Args:
@@ -59,22 +62,33 @@ def place(
         begins; None is 0.
     """
     tf = tensorflow()
-    corner, extent = boxes[:, :2], tf.cast(boxes[:, 2:], tf.float32)  # [n, 2]
-    scale = extent / tf.constant(size, tf.float32) if scale is None else scale + tf.zeros_like(extent)
-    first = tf.zeros_like(extent) if first is None else first + tf.zeros_like(extent)
-    sides = []
-    # All columns of the window are computed, of its rows only those that count.
-    for axis, grid in enumerate((_SIDES, _FINE_SIDES)):
-        table = tf.constant([max(8, round(size[axis] * side)) for side in grid], tf.int32)
-        fits = tf.where(table[None] >= boxes[:, 2 + axis, None], table[None], 2**30)
-        sides.append(tf.reduce_min(fits, 1))
-    window = tf.stack(sides, 1)
+    corner, sides = boxes[:, :2], tf.cast(boxes[:, 2:], tf.float32)  # [n, 2]
+    scale = sides / tf.constant(size, tf.float32) if scale is None else scale + tf.zeros_like(sides)
+    first = tf.zeros_like(sides) if first is None else first + tf.zeros_like(sides)
+    window = tf.stack([_window(boxes[:, 2 + axis], size[axis], axis) for axis in range(2)], 1)
     start = tf.minimum(corner, tf.maximum(shape[None] - window, 0))
-    program = tf.reduce_sum(
-        tf.cast(_needed(scale, interpolation)[..., None] > tf.constant(_TERMS), tf.int32), -1
+    program = tf.cast(_needed(scale, interpolation)[..., None] > tf.constant(_TERMS), tf.int32)
+    where = tf.stack([tf.cast(corner - start, tf.float32), sides, scale, first], 2)
+    parts = (
+        tf.pad(start, [[0, 0], [0, 1]]),
+        tf.pad(window, [[0, 0], [0, 1]], constant_values=-1),
+        tf.reduce_sum(program, -1),
+        where,
     )
-    low = tf.cast(corner - start, tf.float32)
-    return Geometry(tf.stack([start, window, program], 1), tf.stack([low, extent, scale, first], 2))
+    return [
+        Part(start, extent, tuple(tf.unstack(programs)), tuple(tf.unstack(where)))
+        for start, extent, programs, where in zip(*(tf.unstack(x) for x in parts), strict=True)
+    ]
+
+
+def _window(extent: Any, size: int, axis: int) -> Any:
+    """Side of the window, `[n]`, for boxes of an extent.
+
+    All columns of a window are computed, of its rows only those that count.
+    """
+    tf = tensorflow()
+    sides = tf.constant([max(8, round(size * side)) for side in (_SIDES, _FINE_SIDES)[axis]], tf.int32)
+    return tf.reduce_min(tf.where(sides[None] >= extent[:, None], sides[None], 2**30), 1)
 
 
 def _needed(scale: Any, interpolation: str) -> Any:
@@ -83,62 +97,66 @@ def _needed(scale: Any, interpolation: str) -> Any:
     return tf.cast(tf.math.ceil(2.0 * _SUPPORT[interpolation] * tf.maximum(scale, 1.0)), tf.int32) + 1
 
 
-def resize(
-    image: Any, geometry: Geometry, part: int, size: tuple[int, int], interpolation: str, flip: Any = False
-) -> Any:
+def cover(image: Any, parts: Sequence[Part]) -> Any:
+    """The image, with black below and to the right as far as the windows reach."""
+    tf = tensorflow()
+    shape, channels = tf.shape(image), image.shape[-1]
+    need = tf.reduce_max(tf.stack([part.extent for part in parts]), 0)[:2]
+
+    def grow() -> Any:  # by concatenation, which copies whole rows; tf.pad goes pixel by pixel
+        missing = tf.maximum(need - shape[:2], 0)
+        beside = tf.zeros(tf.stack([shape[0], missing[1], channels]), tf.uint8)
+        below = tf.zeros(tf.stack([missing[0], shape[1] + missing[1], channels]), tf.uint8)
+        return tf.concat([tf.concat([image, beside], 1), below], 0)
+
+    return tf.cond(tf.reduce_any(need > shape[:2]), grow, lambda: image)
+
+
+def resize(image: Any, part: Part, size: tuple[int, int], interpolation: str, flip: Any = False) -> Any:
     """One part of a resized image.
 
     Args:
-      image: uint8 `[h, w, C]`, C up to 3.
-      geometry: of `place` with the same image, size and interpolation.
-      part: which of its parts.
+      image: of `cover`, uint8 `[h, w, C]`, C up to 3.
+      part: of `place` with the same size and interpolation.
       flip: bool, whether to mirror it.
 
     Returns:
       uint8 `[height, width, C]`.
     """
     part_of = _part(size, image.shape[-1], interpolation)
-    return part_of(image, geometry.windows[part], geometry.where[part], tensorflow().convert_to_tensor(flip))
+    return part_of(image, *part[:2], *part.programs, *part.where, tensorflow().convert_to_tensor(flip))
 
 
 @functools.lru_cache(maxsize=64)
 def _part(size: tuple[int, int], channels: int, interpolation: str) -> Callable[..., Any]:
-    """`resize` of (image, window, where, flip) as a graph that all parts share."""
+    """`resize` as a graph that all parts share."""
     tf = tensorflow()
     terms = (*_TERMS, 0)
     rows = [_rows(size[0], channels, interpolation, n) for n in terms]
     columns = [_columns(size, channels, interpolation, n) for n in terms]
 
-    def run(image: Any, window: Any, where: Any, flip: Any) -> Any:
-        start, extent, program = tf.unstack(window)
-        begin, sizes = tf.concat([start, [0]], 0), tf.concat([extent, [channels]], 0)
-        image = tf.slice(_grown(image, extent), begin, sizes)
-        turned = tf.switch_case(program[0], [functools.partial(op, image, where[0]) for op in rows])
+    def run(
+        image: Any, start: Any, extent: Any, row: Any, column: Any, down: Any, across: Any, flip: Any
+    ) -> Any:
+        image = tf.ensure_shape(tf.slice(image, start, extent), (None, None, channels))
+        turned = tf.switch_case(row, [functools.partial(op, image, down) for op in rows])
         turned = tf.ensure_shape(turned, (None, size[0]))
-        made = tf.switch_case(program[1], [functools.partial(op, turned, where[1], flip) for op in columns])
+        made = tf.switch_case(column, [functools.partial(op, turned, across, flip) for op in columns])
         return tf.ensure_shape(made, (*size, channels))
 
+    whole, number = tf.TensorSpec((3,), tf.int32), tf.TensorSpec((), tf.int32)
+    where, flip = tf.TensorSpec((4,), tf.float32), tf.TensorSpec((), tf.bool)
     signature = (
         tf.TensorSpec((None, None, channels), tf.uint8),
-        tf.TensorSpec((3, 2), tf.int32),
-        tf.TensorSpec((2, 4), tf.float32),
-        tf.TensorSpec((), tf.bool),
+        whole,
+        whole,
+        number,
+        number,
+        where,
+        where,
+        flip,
     )
     return tf.function(run, input_signature=signature, autograph=False)
-
-
-def _grown(image: Any, window: Any) -> Any:
-    """The image, with black below and to the right as far as a window needs it."""
-    tf = tensorflow()
-    shape, channels = tf.shape(image), image.shape[-1]
-
-    def grow() -> Any:  # by concatenation, which copies whole rows; tf.pad goes pixel by pixel
-        missing = tf.maximum(window - shape[:2], 0)
-        beside = tf.zeros(tf.stack([shape[0], missing[1], channels]), tf.uint8)
-        below = tf.zeros(tf.stack([missing[0], shape[1] + missing[1], channels]), tf.uint8)
-        return tf.concat([tf.concat([image, beside], 1), below], 0)
-
-    return tf.cond(tf.reduce_any(window > shape[:2]), grow, lambda: image)
 
 
 def _kernel(x: Any, interpolation: str) -> Any:
@@ -159,7 +177,7 @@ def _weighted(
 
     Args:
       lines: `[n, m]`.
-      where: float32 `[4]`, of `Geometry`.
+      where: float32 `[4]`, of `Part`.
       count: rows of the result.
       terms: of a sum; 0 for as many as it takes.
       read: `[count, m]` of `lines` -> float32 planes `[count, m]`.
@@ -197,12 +215,6 @@ def _weighted(
     return [tf.minimum(tf.maximum(plane / total[:, None], 0.0), 255.0) for plane in planes]
 
 
-def _apart(x: Any, true: Any) -> Any:
-    """`x`, computed once: XLA would else compute it anew wherever it is used."""
-    tf = tensorflow()
-    return tf.cond(true, lambda: x, lambda: tf.zeros_like(x))
-
-
 @functools.lru_cache(maxsize=64)
 def _rows(height: int, channels: int, interpolation: str, terms: int) -> Callable[..., Any]:
     """(uint8 `[H, W, C]`, where) -> int32 `[W, height]`, `_BITS` for each channel of a pixel."""
@@ -212,7 +224,7 @@ def _rows(height: int, channels: int, interpolation: str, terms: int) -> Callabl
         shape = tf.shape(image)
         lines = tf.reshape(image, tf.stack([shape[0], shape[1] * channels]))
         (rows,) = _weighted(lines, where, height, interpolation, terms, lambda x: [tf.cast(x, tf.float32)])
-        rows = _apart(tf.cast(rows * _LEVEL + 0.5, tf.int16), where[1] > 0.0)
+        rows = once(tf.cast(rows * _LEVEL + 0.5, tf.int16), where)
         pixels = tf.cast(tf.reshape(rows, tf.stack([height, shape[1], channels])), tf.int32)
         return tf.transpose(sum(pixels[..., c] * (1 << _BITS * c) for c in range(channels)))
 

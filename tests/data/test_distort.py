@@ -72,12 +72,8 @@ def with_ours(name, image, level, sign, interpolation="bicubic"):
     distortion = distort.Distortion(
         distort.RandAugment(layers=1), 0.0, interpolation, FILL[: pixels.shape[-1]]
     )
-    chosen = (
-        tf.constant([[distort.OPERATIONS.index(name)]]),
-        tf.constant([[[10.0 * level, sign]]], tf.float32),
-        tf.zeros((1, 0)),
-    )
-    out = distortion.apply(pixels, chosen).numpy()
+    plan = tf.constant([distort.OPERATIONS.index(name)]), tf.constant([[10.0 * level, sign]], tf.float32)
+    out = distortion.apply(pixels, plan).numpy()
     assert out.shape == pixels.shape and out.dtype == np.uint8
     return out
 

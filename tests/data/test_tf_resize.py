@@ -20,13 +20,11 @@ def photo():
 def ours(image, boxes, size, interpolation, flip=False, **options):
     import tensorflow as tf
 
-    from dyntoken.data.tf_resize import place, resize
+    from dyntoken.data.tf_resize import cover, place, resize
 
-    boxes = tf.constant(boxes, tf.int32)
-    geometry = place(boxes, tf.constant(image.shape[:2]), size, interpolation, **options)
-    return [
-        resize(tf.constant(image), geometry, i, size, interpolation, flip).numpy() for i in range(len(boxes))
-    ]
+    parts = place(tf.constant(boxes, tf.int32), tf.constant(image.shape[:2]), size, interpolation, **options)
+    image = cover(tf.constant(image), parts)
+    return [resize(image, part, size, interpolation, flip).numpy() for part in parts]
 
 
 def pillows(image, size, interpolation):
