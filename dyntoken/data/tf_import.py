@@ -23,7 +23,7 @@ def tensorflow() -> Any:
       MissingDataError: it is not installed.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # of no use to images, and announced whatever the log level
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # no use to images; announced at any log level
     try:
         import tensorflow as tf
     except ImportError:
