@@ -31,7 +31,8 @@ def locate(path: str) -> pathlib.Path:
     for candidate in (asked, *(folder / asked.name for folder in shipped)):
         if candidate.is_file():
             return candidate.resolve()
-    names = sorted(f.name for f in shipped[0].glob("[a-z]*.py") if f.name != "common.py") if shipped else []
+    files = shipped[0].glob("*.py") if shipped else ()
+    names = sorted(f.name for f in files if "def get_config(" in f.read_text())
     raise ConfigError(f"no recipe {path}: choose a file, or one of configs/{{{', '.join(names)}}}")
 
 

@@ -19,7 +19,7 @@ Times two models in turn on the device at hand and takes their ratio pair by
 pair: model only (no data loading), random images and weights, after warm-up.
 "share of ideal" is the speed-up over the ratio of multiply-adds. With --exits, a
 cascade that stops early is compared with the same cascade running every exit.
---input CONFIG times the input of a recipe instead: bench --input --help."""
+--input CONFIG times the input of a recipe instead: bench --input CONFIG --help."""
 EXAMPLES = """\
   python -m dyntoken.tools.bench dtps_deit_small_patch16_224 --batch=32
   python -m dyntoken.tools.bench dtps_deit_small_patch16_224 --vs dynamicvit_deit_small_patch16_224
