@@ -5,39 +5,37 @@ A recipe is a file with `get_config(arg)`; `arg` is what follows the colon in
 images, seconds), and most `demo` (embedded real images, minutes on a laptop).
 """
 
-import ast
+import difflib
+import re
 
 import ml_collections
 from ml_collections import config_dict
+
+from dyntoken import schema
 
 
 def parse_arg(arg, **defaults):
     """Reads `"demo,size=t,keep=0.5,at=3-6-9"` into a dict typed by `defaults`.
 
-    A lone word is a switch. A sequence is written with dashes (`keep=137-96-67`).
+    A lone word is a switch. A sequence is written `keep=137-96-67`, `137,96,67` or `(137, 96, 67)`.
     An unknown name raises with those that exist.
     """
     values = dict(defaults)
-    for part in filter(None, (arg or "").split(",")):
-        name, given, text = part.partition("=")
+    for part in filter(None, re.split(r",(?=\s*[A-Za-z_])", arg or "")):
+        name, given, text = part.strip().partition("=")
         if name not in defaults:
-            raise ValueError(f"unknown config argument {name!r}: this recipe takes {', '.join(defaults)}")
-        values[name] = _typed(name, text, defaults[name]) if given else True
+            near = difflib.get_close_matches(name, defaults, n=2)
+            hint = f"did you mean {' or '.join(near)}? It takes" if near else "this recipe takes"
+            raise ValueError(f"unknown config argument {name!r}: {hint} {', '.join(defaults)}")
         if not given and not isinstance(defaults[name], bool):
             raise ValueError(f"config argument {name!r} needs a value, as in {name}={defaults[name]}")
+        kind = KINDS[type(defaults[name])]
+        values[name] = schema.check(kind, schema.Text(text), f"config argument {name}") if given else True
     return ml_collections.ConfigDict(values)
 
 
-def _typed(name, text, default):
-    kind = type(default)
-    try:
-        if kind is bool:
-            return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
-        if kind is tuple or (kind is float and "-" in text):
-            return tuple(ast.literal_eval(entry) for entry in text.split("-"))
-        return kind(text)
-    except (KeyError, ValueError, SyntaxError) as error:
-        raise ValueError(f"config argument {name}={text} is no {kind.__name__}") from error
+# By the type of the default: a number may be one per site.
+KINDS = {float: schema.Keep, tuple: tuple[int | float, ...], int: int, str: str, bool: bool}
 
 
 def base():
@@ -220,7 +218,7 @@ def from_dense(c, method, keep, at):
     dense = c.model.to_dict()
     if any(loss in c.losses for loss in ("logit_kl", "token_distill")):
         c.teacher.update(dense)
-        c.teacher.weights = c.init.get_ref("path")
+        c.teacher.weights = c.init.get_oneway_ref("path")  # follows it, but not the other way round
     c.model.name = f"{method}_{dense['name']}"
     c.model.keep = keep
     if at:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,7 @@ from dyntoken.nn import layers
 from dyntoken.types import Tokens
 
 Array = jax.Array
+Pool = Literal["token", "mean"]
 
 
 class ClassHead(nn.Module):
@@ -44,8 +47,7 @@ class ClassHead(nn.Module):
 
     def _pooled(self, tokens: Tokens) -> Array:
         if self.pool == "token":
-            if not tokens.prefix:
-                raise ValueError("pool='token' needs a class token; use pool='mean'")
+            check_pool(self.pool, tokens.prefix)
             return tokens.x[:, 0]
         if self.pool != "mean":
             raise ValueError(f"pool must be token or mean, got {self.pool!r}")
@@ -54,6 +56,12 @@ class ClassHead(nn.Module):
         weight = tokens.alive.astype(tokens.x.dtype)[..., None]
         total = weight.sum(axis=1)
         return (tokens.patches * weight).sum(axis=1) / jnp.where(total > 0, total, 1.0)
+
+
+def check_pool(pool: str, prefix: int) -> None:
+    """Raises ValueError for a pool that final tokens with `prefix` rows ahead do not have."""
+    if pool == "token" and not prefix:
+        raise ValueError("pool='token' needs a class token; use pool='mean'")
 
 
 def with_dense(logits: Array, dense: Array, alive: Array | None, weight: float) -> Array:

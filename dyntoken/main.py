@@ -4,26 +4,43 @@
     python -m dyntoken.main --config=configs/tps_deit.py --config.optim.lr=5e-4 --dry_run
     python -m dyntoken.main --config=configs/tps_deit.py:demo --workdir=runs/demo --mode=eval --step=best
 
-Rerunning a command resumes it.
+Rerunning a command resumes it. What follows the colon are arguments of the recipe, which its
+head describes. `--config.KEY=VALUE` sets any key of the config, whether the recipe names it or
+not: numbers, True, None, text, sequences as 3-6-9 or 3,6,9 or (3, 6, 9), sizes as 224x320.
+The keys: configs/common.py has them with their defaults, dyntoken/train/settings.py says what
+they mean, and `--config=FILE[:arguments] --help` lists those of a recipe.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
 import sys
 
 from absl import app, flags, logging
-from ml_collections import config_flags
 
-from dyntoken import cluster
+from dyntoken import cluster, schema
 from dyntoken import config as recipes
 
 FLAGS = flags.FLAGS
 USER_ERRORS = (ValueError, OSError, ImportError, RuntimeError)
 CORES_FLAG = "--xla_force_host_platform_device_count"
-FLAG_ERRORS = (flags.Error, AttributeError, KeyError, TypeError, ValueError)
+
+
+class Recipe(flags.ArgumentParser):
+    """Reads `--config=FILE[:arguments]` as the config that the recipe makes; `path` stays."""
+
+    path = ""
+
+    def parse(self, argument: str):
+        self.path = argument
+        return recipes.load(argument)
+
+
+RECIPE = Recipe()
+flags.DEFINE(RECIPE, "config", None, "FILE[:arguments], the recipe; --config.KEY=VALUE sets a key of it")
 flags.DEFINE_string("workdir", None, "folder of the run, also gs://; by default runs/<config>")
 flags.DEFINE_enum("mode", "train", ["train", "eval"], "train, or evaluate a workdir or config.init.path")
 flags.DEFINE_string("step", "newest", "of --mode=eval: newest, best (by the run's best_metric) or a number")
@@ -75,7 +92,7 @@ def run(config, workdir: str, mode: str, dry_run: bool, step: str = "newest") ->
         say(f"plan: {facts['steps']} steps of {config['batch']} images into {workdir}")
     elif mode == "eval":
         metrics = train.evaluate(config, workdir, step=step)
-        gmacs = _gmacs(train.build(config).model)
+        gmacs = _gmacs(train.build(config, training=False).model)
         say(json.dumps({**metrics, "count": int(metrics["count"]), "gmacs": gmacs}))
     else:
         result = train.run(config, workdir)
@@ -113,7 +130,7 @@ def main(argv: list[str]) -> None:
     """Entry point under `absl.app`."""
     if argv[1:]:
         fail(f"unexpected argument {argv[1]!r}: options are written --name=value")
-    default = os.path.join("runs", re.sub(r"\W+", "_", os.path.basename(FLAGS.recipe).replace(".py", "")))
+    default = os.path.join("runs", re.sub(r"\W+", "_", os.path.basename(RECIPE.path).replace(".py", "")))
     try:
         start(FLAGS.config.batch)
         run(FLAGS.config, FLAGS.workdir or default, FLAGS.mode, FLAGS.dry_run, FLAGS.step)
@@ -131,50 +148,69 @@ def fail(error: object, *, at_once: bool = False) -> None:
     sys.exit(1)
 
 
-def split_config(argv: list[str]) -> tuple[str | None, list[str]]:
-    """Takes `--config=FILE[:args]` (or `--config FILE`) out of the arguments."""
-    for index, word in enumerate(argv):
-        name, given, value = word.partition("=")
-        if name in ("--config", "-config"):
-            used = 1 if given else 2
-            return value if given else "".join(argv[index + 1 : index + 2]), argv[:index] + argv[
-                index + used :
-            ]
-    return None, argv
+def split_changes(argv: list[str]) -> tuple[list[tuple[str, str]], list[str]]:
+    """Takes `--config.KEY=VALUE` (or `--config.KEY VALUE`; VALUE is True if left out) out of the arguments."""
+    changes, rest, words = [], [], list(argv)
+    while words:
+        name, given, value = words.pop(0).partition("=")
+        key = re.fullmatch(r"--?config\.(.+)", name)
+        if key is None:
+            rest.append(name + given + value)
+            continue
+        if not given:
+            value = words.pop(0) if words and not words[0].startswith("--") else "True"
+        changes.append((key[1], value))
+    return changes, rest
 
 
-def parse(argv: list[str]) -> list[str]:
-    """The arguments that are no flags; a bad flag ends in one line."""
+def parse(argv: list[str], changes: list[tuple[str, str]]) -> list[str]:
+    """Reads the flags and sets the keys; returns what is neither. What is wrong ends in one line."""
     try:
-        return FLAGS(argv)
-    except FLAG_ERRORS as error:
-        fail(explain(error))
+        rest = FLAGS(argv)
+        if FLAGS.config is None:
+            raise ValueError(
+                "which recipe? give --config=FILE[:args], for instance --config=configs/tps_deit.py:demo"
+            )
+        from dyntoken.train import settings
+
+        settings.override(FLAGS.config, changes)
+        return rest
+    except flags.UnrecognizedFlagError as error:
+        close = schema.nearest(error.flagname, [*FLAGS, *(key for key, _ in keys(FLAGS["config"].value))])
+        hint = f"did you mean --{', --'.join(close)}?" if close else "--help lists them"
+        fail(f"unknown option --{error.flagname}: {hint}")
+    except (flags.Error, *USER_ERRORS) as error:
+        fail(error)
 
 
-def explain(error: BaseException) -> str:
-    """What is wrong with a flag, in one line."""
-    text = str(error.args[0] if error.args else error)
-    for ugly, plain in (("\\n", " "), ("\n", " "), ("\\'", "'"), ("''", "'")):  # nested reprs
-        text = text.replace(ugly, plain)
-    return f"{text} (--help lists the options, configs/common.py a recipe's keys)"
+def keys(config) -> list[tuple[str, str]]:
+    """Full name of every key that a config may have, and what it may be."""
+    from dyntoken.train import settings
+
+    config = {} if config is None else config.to_dict()
+    return [(key, schema.describe(kind)) for key, kind in schema.leaves(settings.Settings, config, "config")]
+
+
+def usage(argv: list[str]) -> None:
+    """Prints what the program takes; with `--config` also the recipe's arguments and keys."""
+    print(f"{__doc__.strip()}\n\nflags:{FLAGS.module_help(FLAGS.find_module_defining_flag('workdir'))}")
+    path = next((word.partition("=")[2] for word in argv if word.startswith("--config=")), "")
+    if path:
+        try:
+            config = recipes.load(path)
+        except USER_ERRORS as error:
+            fail(error)
+        print(f"\n{path} takes {recipes.arguments(path)}\n\nkeys:")
+        print("\n".join(f"  --{key}: {what}" for key, what in keys(config)))
 
 
 def cli() -> None:
-    """Loads the recipe first: its keys are what `--config.key=value` may set."""
-    path, argv = split_config(sys.argv)
-    if path is None and not any(word.startswith("--help") for word in argv):
-        fail("which recipe? give --config=FILE[:args], for instance --config=configs/tps_deit.py:demo")
-    flags.DEFINE_string("recipe", path, "set by --config")
-    if path is not None:
-        try:
-            recipe = recipes.load(path)
-        except USER_ERRORS as error:
-            fail(error)
-        try:
-            config_flags.DEFINE_config_dict("config", recipe, sys_argv=argv)
-        except FLAG_ERRORS as error:  # it looks the overrides up already
-            fail(f"--config: {explain(error)}")
-    app.run(main, argv=argv, flags_parser=parse)
+    """The program."""
+    changes, argv = split_changes(sys.argv)
+    if any(word.lstrip("-") in ("help", "h", "helpfull", "helpshort") for word in argv[1:]):
+        usage(argv)
+        return
+    app.run(main, argv=argv, flags_parser=functools.partial(parse, changes=changes))
 
 
 if __name__ == "__main__":

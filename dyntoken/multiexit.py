@@ -16,10 +16,11 @@ import jax
 import jax.numpy as jnp
 
 from dyntoken.backbones.isotropic import Isotropic, pair
-from dyntoken.heads import ClassHead
+from dyntoken.heads import ClassHead, Pool
 from dyntoken.nn import draws as streams
 from dyntoken.nn.trunk import Context, Site, Spec
 from dyntoken.registry import UnknownNameError, suggest
+from dyntoken.schema import Natural
 from dyntoken.types import Output, Tokens
 
 Array = jax.Array
@@ -62,8 +63,8 @@ class MultiExit(nn.Module):
     arch: str
     backbone: Spec
     exits: tuple[int, ...]
-    num_classes: int = 1000
-    pool: str = "token"
+    num_classes: Natural = 1000
+    pool: Pool = "token"
 
     @property
     def method(self) -> str:

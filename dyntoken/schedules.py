@@ -72,13 +72,14 @@ def learning_rate(
     if cool < 0 or (cool > 0 and (cool >= total_steps or kind == "constant")):
         raise ValueError(
             f"a cool-down of {cool} steps does not fit into a {kind} schedule of {total_steps} steps: "
-            "lower cooldown_epochs"
+            "lower config.optim.cooldown_epochs"
         )
     total_steps -= cool
     if warm < 0 or (warm > 0 and warm >= total_steps):
         raise ValueError(
-            f"a warm-up of {warm} steps does not fit into a run of {total_steps}: "
-            "lower warmup_epochs (or warmup_steps) or train longer"
+            f"a warm-up of {warm} steps does not fit into a run of {total_steps}: lower "
+            f"config.optim.{'warmup_epochs' if warmup_steps is None else 'warmup_steps'}, or raise "
+            "config.epochs (or config.steps)"
         )
 
     def per_step(step: Any) -> Any:

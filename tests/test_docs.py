@@ -9,10 +9,8 @@ import shlex
 
 import pytest
 from absl import flags
-from ml_collections import config_flags
 
 from dyntoken import cluster, main
-from dyntoken import config as recipes
 
 TEXT = (pathlib.Path(__file__).resolve().parent.parent / "docs" / "runbooks.md").read_text()
 BLOCKS = re.findall(r"```bash\n(.*?)```", TEXT, re.S)
@@ -22,12 +20,14 @@ ADDRESS = "node0:8476"
 
 def parse(words: list[str]) -> flags.FlagValues:
     """The flags of `dyntoken.main` after a command line, apart from those of this process."""
-    path, argv = main.split_config(words)
+    from dyntoken.train import settings
+
+    changes, argv = main.split_changes(words)
     values = flags.FlagValues()
     for flag in main.FLAGS.flags_by_module_dict()["dyntoken.main"]:
         values[flag.name] = copy.deepcopy(flag)
-    config_flags.DEFINE_config_dict("config", recipes.load(path), flag_values=values, sys_argv=argv)
     assert values(argv) == [words[0]]
+    settings.override(values.config, changes)
     return values
 
 

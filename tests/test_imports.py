@@ -8,12 +8,13 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent / "dyntoken"
-BASE = {"types", "registry"}
+BASE = {"types", "registry", "schema"}
 CORE = BASE | {"ops", "nn", "reducers", "backbones", "heads", "cascade", "multiexit", "names", "models"}
 ALLOWED = {
     "__init__": set(),
-    "types": set(),
+    "types": {"schema"},
     "registry": set(),
+    "schema": {"registry"},
     "config": set(),
     "cluster": set(),
     "names": set(),
@@ -30,7 +31,7 @@ ALLOWED = {
     "mix": BASE | {"ops"},
     "schedules": {"registry"},
     "optim": BASE | {"ops", "schedules"},
-    "data": {"registry"},
+    "data": {"registry", "schema"},
     "preprocessing": {"data", "mix", "models", "names"},
     "analysis": CORE,
     "eval": CORE | {"losses", "weights", "data", "analysis", "mix"},
@@ -49,7 +50,7 @@ ALLOWED = {
         "train",
         "preprocessing",
     },
-    "main": {"cluster", "config", "train", "eval", "tools", "analysis"},
+    "main": {"cluster", "config", "schema", "train", "eval", "tools", "analysis"},
 }
 TENSORFLOW = {"tensorflow", "tensorflow_datasets"}
 

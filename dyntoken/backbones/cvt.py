@@ -16,6 +16,7 @@ from dyntoken.nn.batchnorm import BatchNorm
 from dyntoken.nn.stages import Map, MapBlock
 from dyntoken.nn.trunk import Spec
 from dyntoken.ops import attend, sample, select
+from dyntoken.schema import Count, Natural, Positive
 from dyntoken.types import Attended
 
 Array = jax.Array
@@ -191,17 +192,17 @@ class CvT(Pyramid):
       drop_path: one rate is that of the last stage, whose blocks it grows over.
     """
 
-    widths: tuple[int, ...] = (64, 192, 384)
-    depths: tuple[int, ...] = (1, 2, 10)
-    heads: tuple[int, ...] = (1, 3, 6)
-    mlp_ratios: tuple[float, ...] = (4.0, 4.0, 4.0)
-    norm_eps: float = 1e-5
-    patch_sizes: tuple[int, ...] = (7, 3, 3)
-    patch_strides: tuple[int, ...] = (4, 2, 2)
-    patch_paddings: tuple[int, ...] = (2, 1, 1)
-    kernels: tuple[int, ...] = (3, 3, 3)
-    kv_strides: tuple[int, ...] = (2, 2, 2)
-    kv_paddings: tuple[int, ...] = (1, 1, 1)
+    widths: tuple[Count, ...] = (64, 192, 384)
+    depths: tuple[Count, ...] = (1, 2, 10)
+    heads: tuple[Count, ...] = (1, 3, 6)
+    mlp_ratios: tuple[Positive, ...] = (4.0, 4.0, 4.0)
+    norm_eps: Positive = 1e-5
+    patch_sizes: tuple[Count, ...] = (7, 3, 3)
+    patch_strides: tuple[Count, ...] = (4, 2, 2)
+    patch_paddings: tuple[Natural, ...] = (2, 1, 1)
+    kernels: tuple[Count, ...] = (3, 3, 3)
+    kv_strides: tuple[Count, ...] = (2, 2, 2)
+    kv_paddings: tuple[Natural, ...] = (1, 1, 1)
     class_tokens: tuple[bool, ...] = (False, False, True)
     frozen_stats: bool = False
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import jax
 
 from dyntoken.backbones.isotropic import Isotropic, pair
 from dyntoken.nn import layers
 from dyntoken.nn.trunk import Context
+from dyntoken.schema import Size
 
 Array = jax.Array
 STEMS = {"patch": layers.PatchEmbed, "conv": layers.ConvStem}
@@ -26,9 +29,9 @@ class ViT(Isotropic):
       class_token: False leaves the class token out (mean pooling only).
     """
 
-    patch_size: int | tuple[int, int] = 16
-    tokens: int | tuple[int, int] | None = None
-    stem: str = "patch"
+    patch_size: Size = 16
+    tokens: Size | None = None
+    stem: Literal["patch", "conv"] = "patch"
     distilled: bool = False
     class_token: bool = True
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import chex
 import flax.linen as nn
@@ -11,10 +11,11 @@ import jax.numpy as jnp
 
 from dyntoken.nn import layers
 from dyntoken.nn.block import Block
-from dyntoken.nn.remat import check_policy
+from dyntoken.nn.remat import Remat, check_policy
 from dyntoken.nn.sites import Sites
 from dyntoken.nn.trunk import Context, Site, Spec, Trunk
-from dyntoken.types import Reduction, Tokens
+from dyntoken.schema import Count, Positive, Rate, Size
+from dyntoken.types import DType, Reduction, Tokens
 
 Array = jax.Array
 
@@ -61,24 +62,24 @@ class Isotropic(Sites, nn.Module):
       sites: reduction sites.
     """
 
-    img_size: int | tuple[int, int] = 224
-    in_chans: int = 3
-    width: int = 384
-    depth: int = 12
-    heads: int = 6
-    mlp_ratio: float = 4.0
+    img_size: Size = 224
+    in_chans: Count = 3
+    width: Count = 384
+    depth: Count = 12
+    heads: Count = 6
+    mlp_ratio: Positive = 4.0
     qkv_bias: bool = True
-    qk_scale: float | None = None
-    dropout: float = 0.0
-    drop_path: float = 0.0
-    drop_path_rule: str = "linear"
+    qk_scale: Positive | None = None
+    dropout: Rate = 0.0
+    drop_path: Rate = 0.0
+    drop_path_rule: Literal["linear", "constant"] = "linear"
     layer_scale: float | None = None
-    norm_eps: float = 1e-6
-    skip_lam: float = 1.0
+    norm_eps: Positive = 1e-6
+    skip_lam: Positive = 1.0
     context: int | tuple[int, ...] = 0
-    remat: bool | str = False
+    remat: Remat = False
     scan: bool = False
-    dtype: Any = jnp.float32
+    dtype: DType = jnp.float32
     sites: tuple[Site, ...] = ()
 
     @property

@@ -16,6 +16,7 @@ from dyntoken.nn.block import Block
 from dyntoken.nn.remat import rematerialised
 from dyntoken.nn.trunk import Context, Spec
 from dyntoken.ops import bilinear, sample
+from dyntoken.schema import Count, Positive, Size
 from dyntoken.types import Tokens
 
 Array = jax.Array
@@ -121,14 +122,14 @@ class PSViT(Isotropic):
       class_token: False leaves the class token out (use pool="mean").
     """
 
-    mlp_ratio: float = 3.0
+    mlp_ratio: Positive = 3.0
     qkv_bias: bool = False
-    norm_eps: float = 1e-5
-    points: int | tuple[int, int] = 14
-    iterations: int = 4
+    norm_eps: Positive = 1e-5
+    points: Size = 14
+    iterations: Count = 4
     gamma: float = 1.0
     offset_bias: bool = True
-    stem_channels: tuple[int, int, int, int] = (64, 64, 256, 64)
+    stem_channels: tuple[Count, Count, Count, Count] = (64, 64, 256, 64)
     class_token: bool = True
 
     @property

@@ -14,6 +14,7 @@ from dyntoken.nn import layers
 from dyntoken.nn.stages import Map, MapBlock
 from dyntoken.nn.trunk import Spec
 from dyntoken.ops import attend, sample
+from dyntoken.schema import Count, Positive
 from dyntoken.types import Attended
 
 Array = jax.Array
@@ -137,9 +138,9 @@ class PVT(Pyramid):
       qk_scale: factor on the logits; None is head_dim ** -0.5.
     """
 
-    patch_size: int = 4
-    sr_ratios: tuple[int, ...] = (8, 4, 2, 1)
-    qk_scale: float | None = None
+    patch_size: Count = 4
+    sr_ratios: tuple[Count, ...] = (8, 4, 2, 1)
+    qk_scale: Positive | None = None
 
     per_stage = (*Pyramid.per_stage, "sr_ratios")
     positions = True

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from dyntoken.backbones.isotropic import check_images
-from dyntoken.nn.remat import check_policy
+from dyntoken.nn.remat import Remat, check_policy
 from dyntoken.nn.sites import Sites
 from dyntoken.nn.stages import DROPPED, Stage
 from dyntoken.nn.trunk import Context, Site, Spec
 from dyntoken.ops import sample
-from dyntoken.types import Reduction, Tokens
+from dyntoken.schema import Count, Positive, Rate, Size
+from dyntoken.types import DType, Reduction, Tokens
 
 Array = jax.Array
 
@@ -55,20 +56,20 @@ class Pyramid(Sites, nn.Module):
       sites: reduction sites.
     """
 
-    img_size: int | tuple[int, int] = 224
-    in_chans: int = 3
-    widths: tuple[int, ...] = (64, 128, 320, 512)
-    depths: tuple[int, ...] = (3, 4, 6, 3)
-    heads: tuple[int, ...] = (1, 2, 5, 8)
-    mlp_ratios: tuple[float, ...] = (8.0, 8.0, 4.0, 4.0)
+    img_size: Size = 224
+    in_chans: Count = 3
+    widths: tuple[Count, ...] = (64, 128, 320, 512)
+    depths: tuple[Count, ...] = (3, 4, 6, 3)
+    heads: tuple[Count, ...] = (1, 2, 5, 8)
+    mlp_ratios: tuple[Positive, ...] = (8.0, 8.0, 4.0, 4.0)
     qkv_bias: bool | tuple[bool, ...] = True
-    dropout: float | tuple[float, ...] = 0.0
-    drop_path: float | tuple[float, ...] = 0.0
-    drop_path_rule: str = "linear"
-    norm_eps: float = 1e-6
-    dropped: str = "zero"
-    remat: bool | str = False
-    dtype: Any = jnp.float32
+    dropout: Rate | tuple[Rate, ...] = 0.0
+    drop_path: Rate | tuple[Rate, ...] = 0.0
+    drop_path_rule: Literal["linear", "constant"] = "linear"
+    norm_eps: Positive = 1e-6
+    dropped: Literal["zero", "last"] = "zero"
+    remat: Remat = False
+    dtype: DType = jnp.float32
     sites: tuple[Site, ...] = ()
 
     nested = False

@@ -14,6 +14,7 @@ from dyntoken.nn import layers
 from dyntoken.nn.dualpath import Route, Streams, branch
 from dyntoken.nn.trunk import Context, Spec
 from dyntoken.ops import attend, sample, select, windows
+from dyntoken.schema import Count, Positive, Rate
 
 Array = jax.Array
 FAST_EPS = 1e-5  # of the fast path's norm, whatever the blocks have
@@ -192,14 +193,14 @@ class Swin(Hierarchical):
       patch_norm: a norm after the patch embedding.
     """
 
-    width: int = 96
-    heads: tuple[int, ...] = (3, 6, 12, 24)
-    window: int = 7
-    mlp_ratio: float = 4.0
+    width: Count = 96
+    heads: tuple[Count, ...] = (3, 6, 12, 24)
+    window: Count = 7
+    mlp_ratio: Positive = 4.0
     qkv_bias: bool = True
-    qk_scale: float | None = None
-    dropout: float = 0.0
-    norm_eps: float = 1e-5
+    qk_scale: Positive | None = None
+    dropout: Rate = 0.0
+    norm_eps: Positive = 1e-5
     patch_norm: bool = True
 
     @property

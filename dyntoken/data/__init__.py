@@ -29,14 +29,15 @@ is ever downloaded.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 from dyntoken.data.arrays import Batch
 from dyntoken.data.augment import AugmentOptions
 from dyntoken.data.errors import DataError, MissingDataError
 from dyntoken.data.plan import DataInfo, EvalPlan, TrainPlan, check_size, count_rows, parse_split
 from dyntoken.data.prefetching import Prefetch, prefetch
-from dyntoken.data.sources import SOURCES, open_source
+from dyntoken.data.sources import SOURCES, open_source, source_options
+from dyntoken.schema import Count, Interpolation, Size, within
 
 __all__ = [
     "SOURCES",
@@ -49,6 +50,7 @@ __all__ = [
     "eval_batches",
     "info",
     "prefetch",
+    "source_options",
     "steps_per_epoch",
     "train_batches",
 ]
@@ -126,13 +128,13 @@ def eval_batches(
     name: str,
     *,
     split: str | Sequence[str] = "test",
-    batch: int,
-    size: int | tuple[int, int] | None = None,
-    shards: int = 8,
+    batch: Count,
+    size: Size | None = None,
+    shards: Count = 8,
     process: tuple[int, int] = (0, 1),
     data_dir: str | None = None,
-    crop_pct: float = 0.875,
-    interpolation: str = "bicubic",
+    crop_pct: Annotated[float, within("[0.05, 1]")] = 0.875,
+    interpolation: Interpolation = "bicubic",
     **options: Any,
 ) -> Iterator[Batch]:
     """One pass over a split, each example exactly once.

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -22,6 +22,7 @@ from dyntoken.data.plan import DataInfo, EvalPlan, Part, TrainPlan
 from dyntoken.data.stream import MAX_CORRUPT, StreamSource
 from dyntoken.data.tf_import import tensorflow
 from dyntoken.registry import suggest
+from dyntoken.schema import Natural
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
 
@@ -128,7 +129,7 @@ class FolderSource:
 
 
 def open_folder(
-    name: str, data_dir: str | None, *, channels: int = 3, max_corrupt: int = MAX_CORRUPT
+    name: str, data_dir: str | None, *, channels: Literal[1, 3] = 3, max_corrupt: Natural = MAX_CORRUPT
 ) -> FolderSource:
     """The images under `folder:DIR`; a relative DIR is one of `data_dir` if that is given.
 

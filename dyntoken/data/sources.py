@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
+from collections.abc import Callable
 from typing import Any
 
+from dyntoken import schema
 from dyntoken.data.arrays import Source
-from dyntoken.registry import Table, check_options
+from dyntoken.registry import Table
 
 _TFDS = "dyntoken.data.tfds_source:open_tfds"
 
@@ -33,12 +34,22 @@ def open_source(name: str, data_dir: str | None = None, **options: Any) -> Sourc
     Raises:
       UnknownNameError: no such data set or option, with the nearest names.
     """
+    options = schema.check(source_options(name), options, owner=f"data set {name!r}")
+    return _opener(name)(name, data_dir, **options)
+
+
+def source_options(name: str) -> dict[str, Any]:
+    """The options of a data set: name -> annotation, see `schema`."""
+    return schema.keywords(_opener(name))
+
+
+def _opener(name: str) -> Callable[..., Source]:
     if name.startswith("folder:"):
-        from dyntoken.data.folder import open_folder as opener
-    elif name in SOURCES:
-        opener = SOURCES[name]
-    else:
-        from dyntoken.data.tfds_source import open_tfds as opener
-    known = [p.name for p in inspect.signature(opener).parameters.values() if p.kind is p.KEYWORD_ONLY]
-    check_options(f"data set {name!r}", options, known)
-    return opener(name, data_dir, **options)
+        from dyntoken.data.folder import open_folder
+
+        return open_folder
+    if name in SOURCES:
+        return SOURCES[name]
+    from dyntoken.data.tfds_source import open_tfds
+
+    return open_tfds

@@ -26,6 +26,7 @@ from dyntoken.data.sources import SOURCES
 from dyntoken.data.stream import MAX_CORRUPT, StreamSource
 from dyntoken.data.tf_import import INSTALL, tensorflow
 from dyntoken.registry import UnknownNameError, suggest
+from dyntoken.schema import Natural
 
 SHUFFLE_BUFFER = 2048  # records per virtual shard
 _CYCLE, _BLOCK = 4, 16  # files read in turn, records at a time
@@ -287,7 +288,7 @@ class TfdsSource:
         return self._source().evaluate(plan)
 
 
-def open_tfds(name: str, data_dir: str | None, *, max_corrupt: int = MAX_CORRUPT) -> TfdsSource:
+def open_tfds(name: str, data_dir: str | None, *, max_corrupt: Natural = MAX_CORRUPT) -> TfdsSource:
     """The TFDS set `name[/config][:version]`, read from `data_dir`.
 
     Args:

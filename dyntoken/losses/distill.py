@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
 from dyntoken.losses.common import blank, check_unmixed, exits, kl_rows, needs, row_mask, teacher_of
 from dyntoken.registry import UnknownNameError, suggest
+from dyntoken.schema import Positive
 from dyntoken.types import Array, Output, Tokens
 
 VARIANTS = ("mse", "kl")
+Variant = Literal[VARIANTS]
 TWO_EXITS = (
     "loss 'exit_kl' needs a model with at least two exits, whose last one teaches: dvt_..., multiexit_..."
 )
@@ -57,7 +59,7 @@ def logit_kl(output: Output, batch: Mapping[str, Any]) -> tuple[Array, Array]:
 
 
 @exits("earlier")
-def exit_kl(output: Output, batch: Mapping[str, Any], *, temperature: float = 1.0) -> tuple[Array, Array]:
+def exit_kl(output: Output, batch: Mapping[str, Any], *, temperature: Positive = 1.0) -> tuple[Array, Array]:
     """KL(last exit || earlier exit) of the class distributions, in nats.
 
     The last exit of a model teaches the earlier ones: it is detached, so no
@@ -89,7 +91,9 @@ def exit_kl(output: Output, batch: Mapping[str, Any], *, temperature: float = 1.
 
 @needs("teacher", "features")
 @exits("none")
-def token_distill(output: Output, batch: Mapping[str, Any], *, variant: str = "mse") -> tuple[Array, Array]:
+def token_distill(
+    output: Output, batch: Mapping[str, Any], *, variant: Variant = "mse"
+) -> tuple[Array, Array]:
     """Distance of the surviving tokens from the teacher's at the same place.
 
     Counts the tokens alive after the last site. In mask form rows keep their
@@ -127,7 +131,9 @@ def token_distill(output: Output, batch: Mapping[str, Any], *, variant: str = "m
 
 
 @needs("teacher", "features", "dense")
-def dense_distill(output: Output, batch: Mapping[str, Any], *, variant: str = "kl") -> tuple[Array, Array]:
+def dense_distill(
+    output: Output, batch: Mapping[str, Any], *, variant: Variant = "kl"
+) -> tuple[Array, Array]:
     """Distance of the surviving tokens' auxiliary logits from the teacher's at the same place.
 
     What DynamicViT trains LV-ViT with in place of `token_distill`

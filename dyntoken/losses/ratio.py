@@ -8,11 +8,12 @@ from typing import Any
 import jax.numpy as jnp
 
 from dyntoken.losses.common import row_mask
+from dyntoken.schema import Positive
 from dyntoken.types import Array, Output
 
 
 def keep_ratio(
-    output: Output, batch: Mapping[str, Any], *, divisor: float | None = None, dynamic: bool = False
+    output: Output, batch: Mapping[str, Any], *, divisor: Positive | None = None, dynamic: bool = False
 ) -> tuple[Array, Array]:
     """Squared distance of the share of kept tokens from its target.
 

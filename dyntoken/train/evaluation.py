@@ -51,7 +51,7 @@ def evaluate(
       CheckpointError: no such step, or it is damaged.
     """
     log = log if jax.process_index() == 0 else silent
-    plan = hosts.agree(lambda: build(config), facts)
+    plan = hosts.agree(lambda: build(config, training=False), facts)
     if workdir is not None and _has_checkpoints(workdir):
         found = restore_from(workdir, plan.abstract_state, step=step, log=log)
         log(f"evaluating step {found.step} of {workdir}")

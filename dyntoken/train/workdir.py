@@ -65,7 +65,7 @@ def open_workdir(
     config = json.loads(path.read_text())
     if split is not None:
         config["data"]["eval_split"] = split
-    plan = build(config)
+    plan = build(config, training=False)
     if ema and plan.settings.ema <= 0:
         raise ValueError(f"the run in {workdir} keeps no weight average: leave --ema out")
     try:
