@@ -358,7 +358,7 @@ def _backbone(arch: names.Arch, options: dict[str, Any], overrides: dict[str, An
     """The recipe of a backbone: the name's options, then the user's."""
     of_backbone = schema.fields(BACKBONES[arch.backbone])
     options = {**options, **{k: _static(v) for k, v in overrides.items() if k in of_backbone}}
-    return Spec.of(BACKBONES[arch.backbone], **options)
+    return Spec.of(BACKBONES[arch.backbone], **schema.check(of_backbone, options))  # names hold numbers, too
 
 
 def _static(value: Any) -> Any:

@@ -72,8 +72,6 @@ class ViT(Isotropic):
         super().check()
         if self.distilled and not self.class_token:
             raise ValueError("a distilled model needs its class token")
-        if self.stem not in STEMS:
-            raise ValueError(f"stem must be one of {', '.join(STEMS)}, got {self.stem!r}")
         kernel, _ = self.patches
         if self.stem == "conv" and (kernel[0] != kernel[1] or kernel[0].bit_count() > 1 or kernel[0] < 2):
             raise ValueError(f"stem='conv' needs square patches of 2, 4, 8, ... pixels, not {kernel}")

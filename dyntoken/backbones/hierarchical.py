@@ -140,8 +140,8 @@ class Hierarchical(Sites, nn.Module):
     def check(self) -> None:
         """Raises ValueError for fields that do not fit together."""
         check_policy(self.remat)
-        if not self.depths or min(self.depths) < 1:
-            raise ValueError(f"depths={self.depths} must name at least one block for each stage")
+        if not self.depths:
+            raise ValueError("depths is empty: it names the blocks of each stage")
         size, patch = pair(self.img_size), pair(self.patch_size)
         units = [p * self.unit for p in patch]
         if any(s % u for s, u in zip(size, units, strict=True)):
@@ -189,6 +189,10 @@ class Hierarchical(Sites, nn.Module):
     def site_grid(self, at: int) -> tuple[int, int]:
         """(rows, columns) of the third stage."""
         return self.grid_of(SPARSE)
+
+    def shows(self, at: int) -> frozenset[str]:
+        """Nothing: the sites lie before the blocks."""
+        return frozenset()
 
     def site_rates(self, rate: float, sites: int) -> tuple[float, ...]:
         """r, r - 0.2, r - 0.4, each of all cells.

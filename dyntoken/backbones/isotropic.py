@@ -106,8 +106,6 @@ class Isotropic(Sites, nn.Module):
         """Raises ValueError for fields that do not fit together."""
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not divisible by {self.heads} heads")
-        if self.drop_path_rule not in ("linear", "constant"):
-            raise ValueError(f"drop_path_rule must be linear or constant, got {self.drop_path_rule!r}")
         check_policy(self.remat)
 
     def setup_stem(self) -> None:

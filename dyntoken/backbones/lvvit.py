@@ -17,7 +17,6 @@ from dyntoken.schema import Count, NonNegative, Positive, Size
 from dyntoken.types import Tokens
 
 Array = jax.Array
-STEMS = ("conv", "patch")
 
 
 class PatchConv(nn.Module):
@@ -99,8 +98,6 @@ class LVViT(Isotropic):
     def check(self) -> None:
         """Raises ValueError for fields that do not fit together."""
         super().check()
-        if self.stem not in STEMS:
-            raise ValueError(f"stem must be one of {', '.join(STEMS)}, got {self.stem!r}")
         if self.stem == "conv" and any(p % 2 for p in pair(self.patch_size)):
             raise ValueError(f"stem='conv' halves the patches: patch_size {self.patch_size} must be even")
         if self.mix_token and self.aux_weight is None:

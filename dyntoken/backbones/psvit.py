@@ -149,10 +149,6 @@ class PSViT(Isotropic):
         if any(s % STRIDE for s in size):
             near = tuple(max(STRIDE, round(s / STRIDE) * STRIDE) for s in size)
             raise ValueError(f"img_size {size} is not divisible by {STRIDE}; the nearest that fits is {near}")
-        if self.iterations < 1 or min(self.grid) < 1:
-            raise ValueError(f"iterations={self.iterations} and points={self.points} must be at least 1")
-        if len(self.stem_channels) != 4:
-            raise ValueError(f"stem_channels are four numbers, got {self.stem_channels}")
 
     def positions(self) -> None:
         """None: every row has the embedding of its point."""

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from dyntoken.backbones.isotropic import check_images
 from dyntoken.nn.remat import Remat, check_policy
 from dyntoken.nn.sites import Sites
-from dyntoken.nn.stages import DROPPED, Stage
+from dyntoken.nn.stages import Stage
 from dyntoken.nn.trunk import Context, Site, Spec
 from dyntoken.ops import sample
 from dyntoken.schema import Count, Positive, Rate, Size
@@ -130,13 +130,7 @@ class Pyramid(Sites, nn.Module):
         for width, heads in zip(self.widths, self.heads, strict=True):
             if width % heads:
                 raise ValueError(f"width {width} is not divisible by {heads} heads")
-        if min(self.depths) < 1:
-            raise ValueError(f"depths={self.depths}: every stage needs a block")
         check_policy(self.remat)
-        if self.drop_path_rule not in ("linear", "constant"):
-            raise ValueError(f"drop_path_rule must be linear or constant, got {self.drop_path_rule!r}")
-        if self.dropped not in DROPPED:
-            raise ValueError(f"dropped must be one of {', '.join(DROPPED)}, got {self.dropped!r}")
 
     # Where sites may lie
 
@@ -149,6 +143,10 @@ class Pyramid(Sites, nn.Module):
     def site_grid(self, at: int) -> tuple[int, int]:
         """(rows, columns) of a stage."""
         return self.grids[at]
+
+    def shows(self, at: int) -> frozenset[str]:
+        """Class attention where a stage has a class token; keys come from a map and are no tokens'."""
+        return frozenset({"cls"} if self.prefixes[at] else ())
 
     def positions_of(self, path: str) -> tuple[int, tuple[int, int]]:
         """(prefix rows, grid) of the position embedding of the stage that a path names."""

@@ -165,8 +165,6 @@ class T2T(Isotropic):
     def check(self) -> None:
         """Raises ValueError for fields that do not fit together."""
         super().check()
-        if self.tokens_type not in STEPS:
-            raise ValueError(f"tokens_type must be one of {', '.join(STEPS)}, got {self.tokens_type!r}")
         _ = self.split
 
     def setup_stem(self) -> None:

@@ -32,6 +32,10 @@ class Sites:
         """One keep rate as one per site; a number leaves that to the method's own rule."""
         return rate
 
+    def shows(self, at: int) -> frozenset[str]:
+        """Fields of `Attended` that a site inside a block sees."""
+        return frozenset({"keys", "cls"} if self.prefix else {"keys"})
+
     def positions_of(self, path: str) -> tuple[int, tuple[int, int]]:
         """(prefix rows, grid) of a position embedding, by its path in the tree of variables."""
         return self.prefix, self.grid

@@ -5,9 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
 from dyntoken import reducers
 from dyntoken.nn.trunk import Site, Spec
 from dyntoken.ops import select
+from dyntoken.reducers import score as scoring
+from dyntoken.types import Attended, Tokens
 
 
 def make_sites(
@@ -62,11 +67,42 @@ def default_sites(body: Any, row: reducers.Method) -> tuple[int, ...]:
 def _check_pairing(body: Any, method: str, row: reducers.Method, at: tuple[int, ...], arch: str) -> None:
     reason = refusal(body, row, at)
     if reason is None:
+        _check_score(body, method, row, at, arch)
         return
     working = [name for name in reducers.METHODS if refusal(body, reducers.METHODS[name], at) is None]
     verb = "works" if len(working) == 1 else "work"
     instead = f"{', '.join(working)} {verb} there" if working else "no method works there"
     raise ValueError(f"method {method!r} at {at} makes no sense in {arch}: {reason}; {instead}")
+
+
+def _check_score(body: Any, method: str, row: reducers.Method, at: tuple[int, ...], arch: str) -> None:
+    """Raises ValueError for somebody's own scorer that reads what its sites do not see, found by tracing it."""
+    score = dict(row.options).get("score")
+    if (
+        score is None or getattr(scoring.SCORERS[score], "__module__", "") == scoring.__name__
+    ):  # ours: `refusal` says
+        return
+    for site in at:
+        shown = body.shows(site) if row.inside else frozenset()
+        rows, columns = body.site_grid(site)
+        prefix, count = int("cls" in shown), rows * columns
+
+        def trace(prefix=prefix, count=count, shown=shown, grid=(rows, columns)):
+            tokens = Tokens.start(jnp.zeros((1, prefix + count, 64)), prefix=prefix, grid=grid)
+            cls = jnp.zeros((1, count)) if "cls" in shown else None
+            keys = jnp.zeros((1, 2, prefix + count, 32)) if "keys" in shown else None
+            reducer = row.make(keep=1, form="gather", parent=None, **dict(row.options))
+            return reducer.init(jax.random.key(0), tokens, Attended(cls, keys) if row.inside else None)
+
+        try:
+            jax.eval_shape(trace)
+        except (AttributeError, TypeError) as error:
+            place = f"{'inside' if row.inside else 'before'} {body.site_noun} {site}"
+            instead = "another scorer fits" if row.inside else "evit, topk and etps look inside a block"
+            raise ValueError(
+                f"score {score!r} with method {method!r} makes no sense in {arch}: a site {place} sees "
+                f"{' and '.join(sorted(shown)) or 'no attention'} ({error}); {instead}"
+            ) from error
 
 
 def _counts(
