@@ -113,11 +113,15 @@ def _parser() -> cli.Parser:
     parser.add_argument("--workdir", required=True, help="of a trained model with exits")
     asked = parser.add_mutually_exclusive_group()
     asked.add_argument(
-        "--gmacs", type=numbers, nargs="?", const=(), help="average budgets in 1e9 multiply-adds (0.01,0.02)"
+        "--gmacs",
+        type=cli.floats,
+        nargs="?",
+        const=(),
+        help="average budgets in 1e9 multiply-adds (0.01,0.02)",
     )
     asked.add_argument(
         "--ms",
-        type=numbers,
+        type=cli.floats,
         nargs="?",
         const=(),
         help="average budgets in measured ms per image (without: a sweep)",
@@ -132,14 +136,6 @@ def _parser() -> cli.Parser:
     parser.add_argument("--published", action="store_true", help="draw the papers' curves too (ImageNet)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     return parser
-
-
-def numbers(text: str) -> tuple[float, ...]:
-    """`0.01,0.02` to a tuple."""
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers such as 0.01,0.02") from None
 
 
 def load(workdir: str, args: argparse.Namespace, unit: str) -> Loaded:

@@ -132,7 +132,7 @@ def _parser() -> cli.Parser:
     parser.add_argument("--weights", help=".safetensors, .npz, .pth, pretrained:NAME, or hf:org/name")
     parser.add_argument(
         "--thresholds",
-        type=floats,
+        type=cli.floats,
         help="one per exit; the last may be left out (0.9,0.8): it takes the rest",
     )
     parser.add_argument("--rule", help=f"exit rule of --thresholds: {', '.join(exits.RULES)}")
@@ -141,14 +141,6 @@ def _parser() -> cli.Parser:
     parser.add_argument("--out", type=Path, help="folder (default: shown, or WORKDIR/shown)")
     cli.add_model_options(parser)
     return parser
-
-
-def floats(text: str) -> tuple[float, ...]:
-    """`0.9,0.8` to a tuple."""
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers such as 0.9,0.8") from None
 
 
 def _calibration(args: argparse.Namespace) -> Calibration | None:
