@@ -1,16 +1,16 @@
 """Weight files as flat dicts of numpy arrays: safetensors, npz, orbax, torch, the hub.
 
-Nothing here unpickles: `.npz` is read with `allow_pickle=False`, `.pth` only by
-torch with `weights_only=True`.
+Nothing here unpickles: `.npz` is read with `allow_pickle=False`; `.pth`: see `torch_files`.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import io
 import json
+import math
 import zipfile
+import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,6 +19,9 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 from etils import epath
+
+from dyntoken.weights.errors import WeightsError, damaged, first_line
+from dyntoken.weights.torch_files import Unreadable, read_torch
 
 # Names under which the public repositories wrap a state dict: DeiT, DynamicViT and EViT "model" (and its
 # average "model_ema"), TPS "net", DVT "model_state_dict"; our own checkpoints "params" and "ema".
@@ -35,11 +38,12 @@ SAFETENSORS_TYPES = {
     **{f"U{bits}": np.dtype(f"uint{bits}") for bits in (8, 16, 32, 64)},
     "BF16": np.dtype(jnp.bfloat16),
     "BOOL": np.dtype(bool),
+    # The float8 of torch, which the numpy interface of safetensors does not know.
+    **{
+        f"F8_{kind.upper()}": np.dtype(getattr(jnp, f"float8_{kind}{more}"))
+        for kind, more in (("e4m3", "fn"), ("e5m2", ""), ("e8m0", "fnu"), ("e4m3fnuz", ""), ("e5m2fnuz", ""))
+    },
 }
-
-
-class WeightsError(ValueError):
-    """A weight source that cannot be read or does not fit; one line with the remedy."""
 
 
 @dataclasses.dataclass
@@ -134,16 +138,31 @@ def read_safetensors(path: epath.Path) -> tuple[dict[str, np.ndarray], dict[str,
     return tensors, header.get("__metadata__") or {}
 
 
-def _array(entry: Mapping[str, Any]) -> np.ndarray:
+def _array(entry: Mapping[str, Any]) -> np.ndarray | Unreadable:
+    if entry["dtype"] not in SAFETENSORS_TYPES:
+        return Unreadable(f"of type {entry['dtype']}")
     return np.frombuffer(entry["data"], SAFETENSORS_TYPES[entry["dtype"]]).reshape(entry["shape"])
 
 
 def read_npz(path: epath.Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """All arrays of an `.npz` file; object arrays (pickles) are refused."""
+    data = path.read_bytes()
+    if data.startswith(np.lib.format.MAGIC_PREFIX):
+        raise WeightsError(f"{path}: one array (.npy), named .npz; write np.savez(PATH, **arrays)")
     try:
-        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as archive:
-            return {key: archive[key] for key in archive.files}, {}
-    except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, zipfile.LargeZipFile) as error:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            return {
+                info.filename.removesuffix(".npy"): _member(archive, info) for info in archive.infolist()
+            }, {}
+    except (
+        ValueError,
+        OSError,
+        EOFError,
+        KeyError,
+        zipfile.BadZipFile,
+        zlib.error,
+        NotImplementedError,
+    ) as error:
         if "allow_pickle" in str(error):
             raise WeightsError(
                 f"{path}: holds pickled objects, which can run code and are never loaded; save plain arrays"
@@ -151,35 +170,17 @@ def read_npz(path: epath.Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         raise damaged(path, "npz", error) from error
 
 
-def read_torch(path: epath.Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """The nested dict of a torch checkpoint, tensors as numpy arrays; numbers, strings and lists as they are.
-
-    Only with torch installed, and only with `weights_only=True`; the argument
-    namespace that DeiT-style trainers store beside the weights is admitted.
-    """
-    try:
-        import torch
-    except ImportError as error:
-        raise WeightsError(
-            f"{path}: reading a torch checkpoint needs torch; install it with "
-            "`pip install 'dyntoken[torch]'`, or convert the file to .safetensors where torch is installed"
-        ) from error
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            tree = torch.load(io.BytesIO(path.read_bytes()), map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many types for a damaged or unsafe file
-        raise damaged(path, "torch", error) from error
-
-    def convert(node: Any) -> Any:
-        if isinstance(node, torch.Tensor):
-            return (node.float() if node.dtype == torch.bfloat16 else node).numpy()
-        if isinstance(node, Mapping):
-            return {str(key): convert(value) for key, value in node.items()}
-        if isinstance(node, (list, tuple)):
-            return [convert(value) for value in node]
-        return node if isinstance(node, (int, float, str)) else None
-
-    return convert(tree), {}
+def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
+    """One array; a shape of more bytes than there are is refused before numpy makes room for it."""
+    data = archive.read(info)
+    head = io.BytesIO(data)
+    read = {1: np.lib.format.read_array_header_1_0}.get(
+        np.lib.format.read_magic(head)[0], np.lib.format.read_array_header_2_0
+    )
+    shape, _, dtype = read(head)
+    if not dtype.hasobject and math.prod(shape) * dtype.itemsize > len(data) - head.tell():
+        raise ValueError(f"{info.filename} claims shape {list(shape)} in {len(data)} bytes")
+    return np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
 
 
 READERS = {
@@ -189,6 +190,7 @@ READERS = {
     ".pt": read_torch,
     ".bin": read_torch,
     ".tar": read_torch,
+    ".ckpt": read_torch,
 }
 
 
@@ -204,7 +206,7 @@ def fetch_hub(source: str) -> str:
         import huggingface_hub
     except ImportError as error:
         raise WeightsError(
-            f"{source}: needs huggingface_hub; install it with `pip install 'dyntoken[hub]'`, "
+            f"{source}: needs huggingface_hub; `pip install huggingface_hub`, "
             "or download the file and give its path"
         ) from error
     try:
@@ -212,7 +214,7 @@ def fetch_hub(source: str) -> str:
             repo_id="/".join(parts[:2]), filename="/".join(parts[2:]) or "model.safetensors"
         )
     except Exception as error:  # network, missing repository, missing file, missing permission
-        raise WeightsError(f"{source}: could not be downloaded ({_first_line(error)})") from error
+        raise WeightsError(f"{source}: could not be downloaded ({first_line(error)})") from error
 
 
 def write_safetensors(path: Any, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
@@ -245,6 +247,8 @@ def flatten(tree: Mapping[str, Any], prefix: str = "", separator: str = "/") -> 
             flat.update(flatten(value, name, separator))
         elif hasattr(value, "shape") and hasattr(value, "dtype"):
             flat[name] = np.asarray(value)
+        elif isinstance(value, Unreadable):
+            flat[name] = value
     return flat
 
 
@@ -269,6 +273,10 @@ def _bundle(tree: Mapping[str, Any], metadata: Mapping[str, str], origin: str, p
     flat.update(flatten(stats, "batch_stats"))
     if not flat:
         raise WeightsError(f"{origin}: holds no arrays")
+    for key, value in flat.items():
+        if isinstance(value, Unreadable) or np.iscomplexobj(value):
+            what = value.what if isinstance(value, Unreadable) else "complex"
+            raise WeightsError(f"{origin}: {key} is {what}, which is not read: save it dense, in float32")
     flat = {key.removeprefix("module."): _float32(value) for key, value in flat.items()}
     return Bundle(flat, dict(metadata), origin, own=any("/" in key for key in flat))
 
@@ -313,15 +321,3 @@ def _float32(value: np.ndarray) -> np.ndarray:
     ):
         return value.astype(np.float32) if value.dtype == np.float64 else value
     return value.astype(np.float32)
-
-
-def damaged(path: Any, kind: str, error: Exception) -> WeightsError:
-    """The error for a file that cannot be read."""
-    return WeightsError(
-        f"{path}: truncated or damaged {kind} file ({_first_line(error)}); copy or download it again"
-    )
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip().splitlines()
-    return (text[0] if text else type(error).__name__)[:160]
