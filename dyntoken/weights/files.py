@@ -28,6 +28,7 @@ from dyntoken.weights.torch_files import Unreadable, read_torch
 DVT_STATE = "model_state_dict"
 PARAMS_KEYS = ("params", "model", "net", "state_dict", "module", DVT_STATE)
 EMA_KEYS = ("ema", "model_ema", "state_dict_ema", "net_ema")
+DINO_KEYS = ("teacher", "student")
 PREFERENCES = ("ema", "params")
 # What DVT's checkpoints hold beside their weights; see `reference_dvt.stored_exits`.
 DVT_RESULTS = ("flops", "anytime_classification", "dynamic_threshold", "budgeted_batch_classification")
@@ -55,12 +56,14 @@ class Bundle:
       metadata: strings stored beside them (safetensors header), else empty.
       origin: the source, for messages.
       own: whether keys are paths of our tree ("backbone/trunk/blocks_0/...").
+      notes: what the reader of a report should know.
     """
 
     tensors: dict[str, np.ndarray]
     metadata: dict[str, str]
     origin: str
     own: bool
+    notes: tuple[str, ...] = ()
 
 
 def read(source: Any, prefer: str = "ema", step: int | str = "newest") -> Bundle:
@@ -180,7 +183,9 @@ def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
     shape, _, dtype = read(head)
     if not dtype.hasobject and math.prod(shape) * dtype.itemsize > len(data) - head.tell():
         raise ValueError(f"{info.filename} claims shape {list(shape)} in {len(data)} bytes")
-    return np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
+    array = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
+    # numpy writes JAX's bfloat16 as two bytes without a meaning.
+    return array.view(jnp.bfloat16) if array.dtype == np.dtype("V2") else array
 
 
 READERS = {
@@ -268,7 +273,7 @@ def _bundle(tree: Mapping[str, Any], metadata: Mapping[str, str], origin: str, p
     """Unwraps, flattens and normalises the tree of a source."""
     if not isinstance(tree, Mapping):
         raise WeightsError(f"{origin}: holds {type(tree).__name__}, not a dict of arrays")
-    params, stats = _unwrap(_regroup(tree), prefer)
+    params, stats = _unwrap(_regroup(tree), prefer, origin)
     flat = flatten(params)
     flat.update(flatten(stats, "batch_stats"))
     if not flat:
@@ -277,8 +282,9 @@ def _bundle(tree: Mapping[str, Any], metadata: Mapping[str, str], origin: str, p
         if isinstance(value, Unreadable) or np.iscomplexobj(value):
             what = value.what if isinstance(value, Unreadable) else "complex"
             raise WeightsError(f"{origin}: {key} is {what}, which is not read: save it dense, in float32")
-    flat = {key.removeprefix("module."): _float32(value) for key, value in flat.items()}
-    return Bundle(flat, dict(metadata), origin, own=any("/" in key for key in flat))
+    bare = {key.removeprefix("module."): _float32(value) for key, value in flat.items()}
+    notes = ("prefix 'module.' taken off",) if bare.keys() != flat.keys() else ()
+    return Bundle(bare, dict(metadata), origin, any("/" in key for key in flat), notes)
 
 
 def is_wrapped(tree: Mapping[str, Any]) -> bool:
@@ -300,16 +306,30 @@ def _regroup(tree: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _unwrap(
-    tree: Mapping[str, Any], prefer: str, stats: Mapping[str, Any] | None = None
+    tree: Mapping[str, Any], prefer: str, origin: str, stats: Mapping[str, Any] | None = None
 ) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
     """The innermost parameters and the batch statistics that belong to them."""
     stats = tree["batch_stats"] if isinstance(tree.get("batch_stats"), Mapping) else stats
-    for key in (*EMA_KEYS, *PARAMS_KEYS) if prefer == "ema" else (*PARAMS_KEYS, *EMA_KEYS):
+    wrappers = ((*EMA_KEYS, *PARAMS_KEYS), (*PARAMS_KEYS, *EMA_KEYS))[prefer == "params"]
+    # DINO's two networks come last: a teacher beside a "model" is another model.
+    for key in (*wrappers, *DINO_KEYS[:: 1 if prefer == "ema" else -1]):
         inner = tree.get(key)
         if isinstance(inner, Mapping) and inner:
-            return _unwrap(inner, prefer, stats)
+            return _unwrap(inner, prefer, origin, stats)
+    unknown = [key for key, value in tree.items() if _is_state_dict(value)]
+    if len(unknown) > 1:
+        raise WeightsError(
+            f"{origin}: holds several state dicts ({', '.join(unknown)}): give one as a mapping"
+        )
+    if unknown:
+        return _unwrap(tree[unknown[0]], prefer, origin, stats)
     others = ("batch_stats", *DVT_RESULTS)
     return {key: value for key, value in tree.items() if key not in others}, stats or {}
+
+
+def _is_state_dict(value: Any) -> bool:
+    """Whether a value is a torch state dict; our own trees nest where it has dots."""
+    return isinstance(value, Mapping) and any("." in str(k) and hasattr(v, "shape") for k, v in value.items())
 
 
 def _float32(value: np.ndarray) -> np.ndarray:
