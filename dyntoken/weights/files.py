@@ -20,7 +20,7 @@ import safetensors
 import safetensors.numpy
 from etils import epath
 
-from dyntoken.weights.errors import WeightsError, damaged, first_line
+from dyntoken.weights.errors import WeightsError, damaged, first_line, printable
 from dyntoken.weights.torch_files import Unreadable, read_torch
 
 # Names under which the public repositories wrap a state dict: DeiT, DynamicViT and EViT "model" (and its
@@ -282,7 +282,7 @@ def _bundle(tree: Mapping[str, Any], metadata: Mapping[str, str], origin: str, p
         if isinstance(value, Unreadable) or np.iscomplexobj(value):
             what = value.what if isinstance(value, Unreadable) else "complex"
             raise WeightsError(f"{origin}: {key} is {what}, which is not read: save it dense, in float32")
-    bare = {key.removeprefix("module."): _float32(value) for key, value in flat.items()}
+    bare = {printable(key.removeprefix("module.")): _float32(value) for key, value in flat.items()}
     notes = ("prefix 'module.' taken off",) if bare.keys() != flat.keys() else ()
     return Bundle(bare, dict(metadata), origin, any("/" in key for key in flat), notes)
 
