@@ -1,6 +1,6 @@
 """The learning curves of a run: losses and accuracy against the step.
 
-Needs matplotlib (`pip install dyntoken[viz]`), imported on first use.
+Needs matplotlib (`pip install matplotlib`), imported on first use.
 """
 
 from __future__ import annotations

@@ -34,7 +34,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ValueError(f"{args.target}: --to={args.to} writes {' or '.join(SUFFIXES[args.to])}")
     model = cli.build(args)
     logging.getLogger("dyntoken.weights").addHandler(logging.NullHandler())  # its report is printed here
-    variables, report = load_weights(model, args.source, prefer=args.prefer, return_report=True)
+    variables, report = load_weights(
+        model,
+        args.source,
+        prefer=args.prefer,
+        unexpected="ignore" if args.partial else "error",
+        return_report=True,
+    )
     if (report.missing or report.unexpected) and not args.partial:
         raise ValueError(_misfit(args, report))
     if args.to == "ours":

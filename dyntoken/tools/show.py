@@ -160,7 +160,7 @@ def _open(path: Path, mode: str) -> np.ndarray:
     try:
         from PIL import Image, UnidentifiedImageError
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("reading pictures needs pillow: pip install 'dyntoken[viz]'") from error
+        raise ModuleNotFoundError("reading pictures needs pillow: pip install pillow") from error
     try:
         with Image.open(path) as image:
             pixels = np.asarray(image.convert(mode))

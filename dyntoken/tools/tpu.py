@@ -158,7 +158,7 @@ def devices(topology: str) -> Sequence[Any]:
     """
     name, _, _ = chips(topology)
     if importlib.util.find_spec("libtpu") is None:
-        raise ImportError("libtpu is not installed, which compiles for TPUs: pip install 'dyntoken[aot]'")
+        raise ImportError("libtpu is not installed, which compiles for TPUs: pip install libtpu")
     for key, value in ENVIRONMENT.items():
         os.environ.setdefault(key, value)
     jax.config.update("jax_platforms", "cpu")  # what runs here runs on the host

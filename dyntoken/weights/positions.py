@@ -22,7 +22,7 @@ def fit_all(
     bundle: Bundle,
     method: str | None,
     source_grid: Grid | None,
-    fresh: Callable[[], Mapping[str, Any]],
+    fresh: Callable[[tuple[str, ...]], Mapping[str, Any]],
 ) -> list[str]:
     """Brings a source's position embeddings and relative biases to the model's sizes.
 
@@ -31,9 +31,9 @@ def fit_all(
       found: arrays by the model's paths; those that do not fit are replaced.
       shapes: of the model, by path.
       bundle: the source.
-      method: "bicubic", "bilinear", or None for what the backbone's official code does.
+      method: see `load_weights`; None for what the backbone's official code does.
       source_grid: see `load_weights`.
-      fresh: returns freshly initialised arrays by path.
+      fresh: returns the freshly initialised arrays of some paths.
 
     Returns:
       "path: old shape -> new shape" of each that was resized.
@@ -57,7 +57,7 @@ def _fitted(
     want: tuple[int, ...],
     method: str | None,
     source_grid: Grid | None,
-    fresh: Callable[[], Mapping[str, Any]],
+    fresh: Callable[[tuple[str, ...]], Mapping[str, Any]],
 ) -> np.ndarray:
     """The source's position embedding on the model's grid; `value` itself if it fits."""
     exit_, nested, _ = path.partition("/backbone/")
@@ -82,7 +82,7 @@ def _fitted(
         source_grid=source_grid,
         bare=not bundle.own,
         method=method or body.resize,
-        fresh=lambda: fresh()[path],
+        fresh=lambda: fresh((path,))[path],
         origin=bundle.origin,
     )
 
@@ -111,7 +111,7 @@ def fit(
       source_prefix: prefix tokens of the source.
       source_grid: its grid where known; else its patches are taken as the
         model's grid if the number fits, or as a square.
-      method: "bicubic" or "bilinear".
+      method: "bicubic", "bilinear" or "timm".
       origin: the source, for messages.
       bare: it may lack the prefix rows altogether (DeiT-III, TPS's
         `no_embed_class`): then those are zero.

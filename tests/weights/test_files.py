@@ -106,7 +106,7 @@ def test_torch_file_without_torch_says_what_to_install(tmp_path, without):
     path = tmp_path / "deit.pth"
     path.write_bytes(pickle.dumps({"x": _Trap()}))
     without("torch")
-    with pytest.raises(WeightsError, match=r"pip install 'dyntoken\[torch\]'"):
+    with pytest.raises(WeightsError, match=r"pip install torch"):
         files.read(path)
     assert not _Trap.fired
 
@@ -126,7 +126,7 @@ def test_torch_file_is_read_without_unpickling(tmp_path):
 
 def test_hub_source_without_its_package_says_what_to_install(without):
     without("huggingface_hub")
-    with pytest.raises(WeightsError, match=r"pip install 'dyntoken\[hub\]'"):
+    with pytest.raises(WeightsError, match=r"pip install huggingface_hub"):
         files.read("hf:timm/deit_tiny_patch16_224.fb_in1k")
 
 
