@@ -18,6 +18,7 @@ from dyntoken.cascade import Cascade, checks
 from dyntoken.heads import ClassHead, with_dense
 from dyntoken.multiexit import MultiExit, default_exits
 from dyntoken.nn import draws, layers
+from dyntoken.nn import images as guard
 from dyntoken.nn.trunk import Context, Site, Spec
 from dyntoken.reducers.sites import default_sites, make_sites, refusal
 from dyntoken.registry import UnknownNameError, check_options, suggest
@@ -106,7 +107,7 @@ class Model(nn.Module):
         """Classifies images.
 
         Args:
-          images: `[B, H, W, C]` float, normalised.
+          images: `[B, H, W, C]` float, normalised (`dyntoken.preprocess`).
           train: training mode: dropout, and learnt decisions are sampled.
           ids: `[B]` global example indices that key every random draw; by
             default the position in this batch.
@@ -126,6 +127,7 @@ class Model(nn.Module):
         for what, given in (("noise", noise), ("decisions", decisions)):
             if given is not None and len(given) != len(self.at):
                 raise ValueError(f"{what} has {len(given)} entries for {len(self.at)} sites")
+        guard.check(images)
         ids = jnp.arange(images.shape[0], dtype=jnp.int32) if ids is None else ids
         context = Context(
             train=train,
