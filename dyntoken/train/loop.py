@@ -22,7 +22,7 @@ from dyntoken.train import hosts
 from dyntoken.train import mesh as meshes
 from dyntoken.train.checkpoint import Checkpoints
 from dyntoken.train.compiled import Programs, state_bytes
-from dyntoken.train.evaluation import check_sets, measure
+from dyntoken.train.evaluation import average_warning, check_sets, measure
 from dyntoken.train.keeper import Keeper
 from dyntoken.train.plan import Plan, build
 from dyntoken.train.report import Report, Value, silent
@@ -199,6 +199,7 @@ class _Session:
     def _evaluate(self, step: int, state: TrainState) -> dict[str, Value]:
         metrics = measure(self.plan, state.variables, state.ema)
         self.report.evaluation(step, metrics)
+        average_warning(self.plan, step, self.log)
         self.keeper.note(step, metrics)
         return metrics
 
