@@ -11,7 +11,7 @@ from etils import epath
 
 from dyntoken import data, schedules
 from dyntoken.eval.classify import classify
-from dyntoken.train import hosts
+from dyntoken.train import hosts, identity
 from dyntoken.train import mesh as meshes
 from dyntoken.train.checkpoint import folder, restore_from
 from dyntoken.train.compiled import peak
@@ -53,6 +53,7 @@ def evaluate(
     log = log if jax.process_index() == 0 else silent
     plan = hosts.agree(lambda: build(config), facts)
     if workdir is not None and _has_checkpoints(workdir):
+        identity.check(workdir, plan, step)
         found = restore_from(workdir, plan.abstract_state, step=step, log=log)
         log(f"evaluating step {found.step} of {workdir}")
         variables, ema, extra = found.state.variables, found.state.ema, {"step": found.step}

@@ -17,9 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dyntoken.cascade import Cascade
 from dyntoken.models import Model
-from dyntoken.weights import dense_start, files, keys, positions, references
+from dyntoken.weights import dense_start, files, keys, positions, references, runs
 from dyntoken.weights.files import WeightsError
 from dyntoken.weights.reference_dvt import StoredExits, stored_exits
 
@@ -129,6 +128,8 @@ def load_weights(
     resized = positions.fit_all(model, found, shapes, bundle, resize, source_grid, fresh)
     _check_shapes(found, shapes, bundle.origin)
     notes = _notes(model, bundle, missing)
+    average = bundle.metadata.get("average") if prefer == "ema" else None
+    notes += [average] if average else []
     if spread:
         notes.append("weights of a dense model: every exit starts from them, the reuse between exits fresh")
     report = Report(
@@ -142,7 +143,8 @@ def load_weights(
     if strict and (missing or unexpected):
         raise WeightsError(f"strict: the weights do not fit exactly\n{report}")
     surprising = [path for path in missing if not any(part in path for part in NEW)]
-    if not return_report and ((surprising and head == "keep") or unexpected or resized):
+    telling = unexpected or resized or average
+    if not return_report and ((surprising and head == "keep") or telling):
         _log.warning("%s", report)
     variables = _variables({path: found[path] if path in found else fresh()[path] for path in shapes})
     return (variables, report) if return_report else variables
@@ -163,10 +165,7 @@ def save_weights(
     tensors = {key: np.asarray(value) for key, value in flat_variables(variables).items()}
     about = {"format": FORMAT, **metadata}
     if model is not None:
-        body = model.plain()
-        about = {"model": "_".join(filter(None, (model.method, model.arch))), **about}
-        if not isinstance(model, Cascade):  # whose exits have a grid each
-            about["grid"] = "x".join(str(n) for n in body.grid)
+        about = {"model": "_".join(filter(None, (model.method, model.arch))), **about, **runs.grids(model)}
     files.write_safetensors(path, tensors, about)
 
 
