@@ -14,6 +14,14 @@ from ml_collections import config_dict
 from dyntoken import schema
 
 
+def per_batch(c, rate):
+    """A rate for the batch that the recipe has by now, in proportion for any other.
+
+    What goes for the learning rate goes for its floors: else a small batch starts below them.
+    """
+    return c.get_ref("batch").to_float() * (rate / c.batch)
+
+
 def parse_arg(arg, **defaults):
     """Reads `"demo,size=t,keep=0.5,at=3-6-9"` into a dict typed by `defaults`.
 
@@ -60,6 +68,9 @@ def base():
     c.tensorboard = False  # also write WORKDIR/tensorboard (pip install tensorboardX)
     c.curves = True  # draw WORKDIR/curves.png at every evaluation, if matplotlib is there
     c.ema = 0.0  # decay of the weight average; 0 for none
+    c.ema_warmup = (
+        True  # min(ema, (1 + step) / (10 + step)); False: ema from the first step on, as timm's ModelEma
+    )
 
     # and any keyword of create_model: keep, at, ...; dtype="bfloat16", scan, remat
     c.model = ml_collections.ConfigDict({"name": ""})
@@ -165,10 +176,10 @@ def tps(c, variant, *, distill=True):
         c.losses.update({"logit_kl": {"weight": 0.5}, "token_distill": {"weight": 0.5, "variant": "kl"}})
     c.optim = {
         "lr": c.get_ref("batch").to_float() * (2.5e-4 / 1024),
-        "min_lr": 1e-5,
+        "min_lr": per_batch(c, 1e-5),
         "schedule": "cosine_epoch",
         "warmup_epochs": 5,
-        "warmup_lr": 1e-6,
+        "warmup_lr": per_batch(c, 1e-6),
         "weight_decay": 0.05,
         "decay": "all",
     }

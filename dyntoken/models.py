@@ -17,6 +17,7 @@ from dyntoken.cascade import Cascade
 from dyntoken.heads import ClassHead, Pool, check_pool, with_dense
 from dyntoken.multiexit import MultiExit, default_exits
 from dyntoken.nn import draws, layers
+from dyntoken.nn import images as guard
 from dyntoken.nn.trunk import Context, Site, Spec
 from dyntoken.reducers.base import Form
 from dyntoken.reducers.sites import default_sites, make_sites, refusal
@@ -110,7 +111,7 @@ class Model(nn.Module):
         """Classifies images.
 
         Args:
-          images: `[B, H, W, C]` float, normalised.
+          images: `[B, H, W, C]` float, normalised (`dyntoken.preprocess`).
           train: training mode: dropout, and learnt decisions are sampled.
           ids: `[B]` global example indices that key every random draw; by
             default the position in this batch.
@@ -130,6 +131,7 @@ class Model(nn.Module):
         for what, given in (("noise", noise), ("decisions", decisions)):
             if given is not None and len(given) != len(self.at):
                 raise ValueError(f"{what} has {len(given)} entries for {len(self.at)} sites")
+        guard.check(images)
         ids = jnp.arange(images.shape[0], dtype=jnp.int32) if ids is None else ids
         context = Context(
             train=train,

@@ -269,13 +269,20 @@ def _transformation(
     return optax.GradientTransformation(init, update)
 
 
-def ema(average: Any, params: Any, decay: float) -> Any:
+def ema(average: Any, params: Any, decay: float, step: Any = None) -> Any:
     """`decay * average + (1 - decay) * params`, leaf by leaf.
 
-    The same decay from the first step on (timm's `ModelEma`). Start it from a
-    copy of the parameters.
+    Start it from a copy of the parameters.
+
+    Args:
+      average, params: trees of one shape.
+      decay: share of the average that stays.
+      step: updates done before this one; the decay then warms up with it, see
+        `schedules.ema_decay`. None: the same decay from the first step on, as
+        timm's `ModelEma` has it.
     """
-    return jax.tree.map(lambda a, p: decay * a + (1.0 - decay) * p.astype(a.dtype), average, params)
+    kept, taken = (decay, 1.0 - decay) if step is None else schedules.ema_decay(step, decay)
+    return jax.tree.map(lambda a, p: (kept * a + taken * p.astype(a.dtype)).astype(a.dtype), average, params)
 
 
 def describe(table: Mapping[str, Group]) -> list[str]:

@@ -26,7 +26,7 @@ ALLOWED = {
     "multiexit": BASE | {"backbones", "heads", "nn", "ops"},
     "cascade": BASE | {"backbones", "heads", "nn", "ops", "reducers"},
     "models": CORE - {"models"},
-    "weights": BASE | {"cascade", "models", "ops"},
+    "weights": BASE | {"cascade", "models", "ops", "schedules"},
     "losses": BASE | {"ops"},
     "mix": BASE | {"ops"},
     "schedules": {"registry"},

@@ -14,6 +14,7 @@ from dyntoken.cascade import checks
 from dyntoken.cascade.reuse import Grid, Reuse
 from dyntoken.heads import ClassHead, Pool
 from dyntoken.nn import draws as streams
+from dyntoken.nn import images as guard
 from dyntoken.nn.trunk import Address, Context, Site, Spec
 from dyntoken.ops import select
 from dyntoken.ops.sample import Draws
@@ -308,6 +309,7 @@ class Cascade(nn.Module):
         return logits, upstream
 
     def _draws(self, images: Array, ids: Array | None, train: bool) -> dict[str, Draws | None]:
+        guard.check(images)
         ids = jnp.arange(images.shape[0], dtype=jnp.int32) if ids is None else ids
         options = dict(self.backbone.options)
         return {

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from dyntoken.tools import cli
-from dyntoken.weights import export_reference, files, load_weights, save_weights
+from dyntoken.weights import export_reference, files, load_weights, runs, save_weights
 from dyntoken.weights.buffers import with_buffers
 
 TEXT = """\
@@ -46,16 +46,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.to == "ours":
         save_weights(args.target, variables, model=model)
     else:
-        _write_official(args.target, suffix, with_buffers(model, export_reference(model, variables)))
+        tensors = with_buffers(model, export_reference(model, variables))
+        _write_official(args.target, suffix, tensors, runs.grids(model))
     print(f"{report}\nwritten: {args.target}")
     return 0
 
 
-def _write_official(target: str, suffix: str, tensors: dict[str, np.ndarray]) -> None:
+def _write_official(
+    target: str, suffix: str, tensors: dict[str, np.ndarray], metadata: dict[str, str]
+) -> None:
     if suffix == ".npz":
         files.write_npz(target, tensors)
     else:
-        files.write_safetensors(target, tensors, {"format": "pt"})
+        files.write_safetensors(target, tensors, {"format": "pt", **metadata})
 
 
 def _parser() -> cli.Parser:

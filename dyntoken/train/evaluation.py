@@ -9,9 +9,9 @@ from typing import Any
 import jax
 from etils import epath
 
-from dyntoken import data
+from dyntoken import data, schedules
 from dyntoken.eval.classify import classify
-from dyntoken.train import hosts
+from dyntoken.train import hosts, identity
 from dyntoken.train import mesh as meshes
 from dyntoken.train.checkpoint import folder, restore_from
 from dyntoken.train.compiled import peak
@@ -53,9 +53,11 @@ def evaluate(
     log = log if jax.process_index() == 0 else silent
     plan = hosts.agree(lambda: build(config, training=False), facts)
     if workdir is not None and _has_checkpoints(workdir):
+        identity.check(workdir, plan, step)
         found = restore_from(workdir, plan.abstract_state, step=step, log=log)
         log(f"evaluating step {found.step} of {workdir}")
         variables, ema, extra = found.state.variables, found.state.ema, {"step": found.step}
+        average_warning(plan, found.step, log)
     elif (plan.settings.init or {}).get("path"):
         variables, ema, extra = meshes.replicate(load_init(plan, log), plan.mesh), None, {}
     else:
@@ -88,6 +90,14 @@ def measure(plan: Plan, variables: Tree, ema: Tree | None = None) -> dict[str, V
             found = classify(plan.eval_step_for(label), ema, _placed(plan, label))
             metrics |= {f"{prefix}ema/{name}": value for name, value in found.items() if name != "count"}
     return metrics
+
+
+def average_warning(plan: Plan, step: int, log: Log) -> None:
+    """Says where the weight average is still mostly what the run started from."""
+    settings = plan.settings
+    warning = schedules.ema_warning(step, settings.ema, warmup=settings.ema_warmup)
+    if warning:
+        log(warning)
 
 
 def check_sets(plan: Plan) -> None:

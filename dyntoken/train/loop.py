@@ -18,11 +18,11 @@ import numpy as np
 from etils import epath
 
 from dyntoken import data
-from dyntoken.train import hosts
+from dyntoken.train import hosts, identity
 from dyntoken.train import mesh as meshes
 from dyntoken.train.checkpoint import Checkpoints
 from dyntoken.train.compiled import Programs, state_bytes
-from dyntoken.train.evaluation import check_sets, measure
+from dyntoken.train.evaluation import average_warning, check_sets, measure
 from dyntoken.train.keeper import Keeper
 from dyntoken.train.plan import Plan, build
 from dyntoken.train.report import Report, Value, silent
@@ -114,6 +114,7 @@ class _Session:
         )
         stack.callback(self.checkpoints.close)
         self.stop = stack.enter_context(Stop())
+        identity.check(workdir, plan)
         begun = start(plan, self.checkpoints, log)
         self.state, self.clock, self.rewinds = begun.state, begun.clock, begun.rewinds
         self.first = int(begun.state.step)
@@ -199,12 +200,14 @@ class _Session:
     def _evaluate(self, step: int, state: TrainState) -> dict[str, Value]:
         metrics = measure(self.plan, state.variables, state.ema)
         self.report.evaluation(step, metrics)
+        average_warning(self.plan, step, self.log)
         self.keeper.note(step, metrics)
         return metrics
 
     def _save(self, state: TrainState) -> None:
         settings = self.plan.settings
-        self.checkpoints.save(state, seconds=self.clock.seconds, config=settings.plain, **self.rewinds.meta)
+        facts = {"config": settings.plain, "run": identity.describe(self.plan)}
+        self.checkpoints.save(state, seconds=self.clock.seconds, **facts, **self.rewinds.meta)
 
     def _go_back(self, bad: NotFiniteError) -> TrainState:
         """The state of the last planned checkpoint, or of the beginning."""

@@ -103,7 +103,7 @@ class Plan:
             teacher=self.teacher,
             accumulate=settings.accumulate,
         )
-        update = make_update(self.tx, specs=settings.losses, ema=settings.ema)
+        update = make_update(self.tx, specs=settings.losses, ema=settings.ema, ema_warmup=settings.ema_warmup)
         if settings.shard == "none":
             step = meshes.data_parallel(joined(gradient, update), self.mesh, replicated=2, donate=(0,))
         else:

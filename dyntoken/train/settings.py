@@ -102,6 +102,8 @@ class Settings:
       mix: keywords of `dyntoken.mix.mix`.
       optim: keywords of `dyntoken.optim.make`.
       ema: decay of the weight average, 0 for none.
+      ema_warmup: the decay rises to `ema` with the steps, so that the average
+        forgets the start of the run soon; False: `ema` from the first step on.
       teacher: `name`, `weights` and keywords of `create_model`; no name, no teacher.
       init: `path` and keywords of `load_weights`; no path, a fresh start.
       resume: workdir of another run to go on from.
@@ -136,6 +138,7 @@ class Settings:
     mix: Annotated[Mapping[str, Any], MIX] = dataclasses.field(default_factory=dict)
     optim: Annotated[Mapping[str, Any], OPTIM] = dataclasses.field(default_factory=dict)
     ema: Rate = 0.0
+    ema_warmup: bool = True
     teacher: Annotated[Mapping[str, Any] | None, TEACHER] = None
     init: Annotated[Mapping[str, Any] | None, INIT] = None
     resume: str | None = None

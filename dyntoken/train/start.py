@@ -12,7 +12,7 @@ import jax
 from etils import epath
 
 from dyntoken import weights
-from dyntoken.train import hosts
+from dyntoken.train import hosts, identity
 from dyntoken.train import mesh as meshes
 from dyntoken.train.checkpoint import Checkpoints, Restored, restore_from
 from dyntoken.train.clock import Clock
@@ -20,6 +20,7 @@ from dyntoken.train.plan import Plan
 from dyntoken.train.report import atomic_write
 from dyntoken.train.rewind import Rewinds
 from dyntoken.train.state import TrainState
+from dyntoken.weights import runs
 
 Tree = Any
 Log = Callable[[str], None]
@@ -55,6 +56,7 @@ def beginning(plan: Plan, log: Log) -> Start:
     """Where a run without checkpoints starts: `config.resume`, `config.init` or fresh variables."""
     settings = plan.settings
     if settings.resume:
+        identity.check(settings.resume, plan)
         found = restore_from(settings.resume, plan.abstract_state, log=log)
         log(f"going on from step {found.step} of {settings.resume}")
         return _from(found, plan, log)
@@ -108,6 +110,9 @@ def load_init(plan: Plan, log: Log) -> Tree:
     """The variables that `config.init` names."""
     options = dict(plan.settings.init)
     path = options.pop("path")
+    if options.get("head", "keep") == "keep":
+        remedy = "give init.head=reset for a fresh classifier"
+        identity.check_classes(runs.of_workdir(path, options.get("step", "newest")), plan, path, remedy)
     variables, report = hosts.agree(
         lambda: weights.load_weights(plan.model, path, return_report=True, **options), _checksum
     )
@@ -120,6 +125,7 @@ def load_teacher(plan: Plan, log: Log) -> Tree:
     if plan.teacher is None:
         return {}
     path = plan.settings.teacher["weights"]
+    identity.check_classes(runs.of_workdir(path), plan, f"the teacher in {path}", "name another teacher")
     variables, report = hosts.agree(
         lambda: weights.load_weights(plan.teacher, path, return_report=True), _checksum
     )

@@ -11,6 +11,7 @@ import jax
 from etils import epath
 
 from dyntoken import data
+from dyntoken.train import identity
 from dyntoken.train import mesh as meshes
 from dyntoken.train.checkpoint import CheckpointError, restore_from
 from dyntoken.train.plan import Plan, build
@@ -69,6 +70,7 @@ def open_workdir(
     if ema and plan.settings.ema <= 0:
         raise ValueError(f"the run in {workdir} keeps no weight average: leave --ema out")
     try:
+        identity.check(workdir, plan)
         found = restore_from(workdir, plan.abstract_state, log=log)
     except CheckpointError as error:
         raise ValueError(str(error)) from error

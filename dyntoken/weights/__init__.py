@@ -20,7 +20,7 @@ import numpy as np
 from dyntoken.cascade import Cascade
 from dyntoken.models import Model
 from dyntoken.ops import resample
-from dyntoken.weights import dense_start, files, keys, layouts, placing, positions, references
+from dyntoken.weights import dense_start, files, keys, layouts, placing, positions, references, runs
 from dyntoken.weights.files import WeightsError
 from dyntoken.weights.reference_dvt import StoredExits, stored_exits
 
@@ -141,7 +141,8 @@ def load_weights(
     missing = tuple(path for path in shapes if path not in found)
     fresh = functools.partial(_initialised, model, seed)
     resized = positions.fit_all(model, found, shapes, bundle, resize, source_grid, fresh)
-    notes = [*bundle.notes, *_notes(model, bundle, missing)]
+    average = bundle.metadata.get("average") if prefer == "ema" else None
+    notes = [*bundle.notes, *_notes(model, bundle, missing), *([average] if average else [])]
     for path, old in placing.other_channels(found, shapes, model.input_shape[2]).items():
         if in_chans == "adapt":
             found[path] = placing.adapted(found[path], model.input_shape[2], bundle.origin)
@@ -162,7 +163,8 @@ def load_weights(
     if strict and (missing or left):
         raise WeightsError(f"strict: the weights do not fit exactly: {'; '.join(str(report).splitlines())}")
     surprising = [path for path in missing if not any(part in path for part in NEW)]
-    if not return_report and ((surprising and head == "keep") or left or resized or bundle.notes):
+    telling = left or resized or average or bundle.notes
+    if not return_report and ((surprising and head == "keep") or telling):
         _log.warning("%s", report)
     found.update(fresh(missing) if missing else {})
     variables = _variables({path: found[path] for path in shapes})
@@ -184,10 +186,7 @@ def save_weights(
     tensors = {key: np.asarray(value) for key, value in flat_variables(variables).items()}
     about = {"format": FORMAT, **metadata}
     if model is not None:
-        body = model.plain()
-        about = {"model": "_".join(filter(None, (model.method, model.arch))), **about}
-        if not isinstance(model, Cascade):  # whose exits have a grid each
-            about["grid"] = "x".join(str(n) for n in body.grid)
+        about = {"model": "_".join(filter(None, (model.method, model.arch))), **about, **runs.grids(model)}
     files.write_safetensors(path, tensors, about)
 
 

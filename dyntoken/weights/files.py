@@ -106,7 +106,7 @@ def read_tree(source: Any, step: int | str = "newest") -> tuple[Any, dict[str, s
     if path.is_dir():
         from dyntoken.weights import orbax
 
-        return orbax.read(path, step), {}, name
+        return orbax.read(path, step), orbax.describe(path, step), name
     reader = READERS.get(path.suffix.lower())
     if reader is None:
         raise WeightsError(

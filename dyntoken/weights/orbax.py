@@ -12,7 +12,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from dyntoken.weights import files, workdirs
+from dyntoken.weights import files, runs, workdirs
 
 
 def read(path: Any, step: int | str = "newest") -> dict[str, Any]:
@@ -29,7 +29,7 @@ def read(path: Any, step: int | str = "newest") -> dict[str, Any]:
     Raises:
       WeightsError: no finished checkpoint, or an unreadable one.
     """
-    directory = _step_folder(epath.Path(path).absolute(), step)
+    directory = step_folder(epath.Path(path).absolute(), step)
     item = directory / "state" if (directory / "state").exists() else directory
     handler = ocp.StandardCheckpointHandler()
     try:
@@ -51,6 +51,11 @@ def read(path: Any, step: int | str = "newest") -> dict[str, Any]:
     return trees if "params" in trees else {"params": state}
 
 
+def describe(path: Any, step: int | str = "newest") -> dict[str, str]:
+    """What the same checkpoint says of its run, see `runs.strings`; arguments as `read`."""
+    return runs.strings(runs.describe(step_folder(epath.Path(path), step)))
+
+
 def _verify(directory: epath.Path, state: Mapping[str, Any]) -> None:
     """Compares each array with the checksum that the trainer wrote; orbax itself keeps none."""
     path = directory / "meta" / "metadata"
@@ -66,7 +71,8 @@ def _verify(directory: epath.Path, state: Mapping[str, Any]) -> None:
             )
 
 
-def _step_folder(path: epath.Path, step: int | str) -> epath.Path:
+def step_folder(path: epath.Path, step: int | str) -> epath.Path:
+    """The folder of one checkpoint, arguments and errors as `read`."""
     root = path / workdirs.CHECKPOINTS if (path / workdirs.CHECKPOINTS).is_dir() else path
     if (root / "state").exists() or (root / "_METADATA").exists():
         return root

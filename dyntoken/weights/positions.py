@@ -63,8 +63,9 @@ def _fitted(
     exit_, nested, _ = path.partition("/backbone/")
     body = model.plain(int(exit_.removeprefix("exit_"))) if nested else model.plain()
     prefix, grid = body.positions_of(path)
-    if source_grid is None and "x" in bundle.metadata.get("grid", ""):
-        rows, columns = bundle.metadata["grid"].split("x")
+    stored = bundle.metadata.get(f"grid/{exit_}") or bundle.metadata.get("grid", "")
+    if source_grid is None and "x" in stored:
+        rows, columns = stored.split("x")
         source_grid = (int(rows), int(columns))
     if source_grid is not None:  # that of the final tokens; those of earlier stages are finer
         source_grid = tuple(n * g // f for n, g, f in zip(source_grid, grid, body.grid, strict=True))
@@ -85,6 +86,11 @@ def _fitted(
         fresh=lambda: fresh((path,))[path],
         origin=bundle.origin,
     )
+
+
+def spell(grid: Grid) -> str:
+    """A grid as it stands in a file's metadata, "16x32"."""
+    return "x".join(map(str, grid))
 
 
 def fit(
