@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+from dyntoken import paths
 from dyntoken.data.arrays import Source
 from dyntoken.registry import Table, check_options
 
@@ -32,6 +33,7 @@ def open_source(name: str, data_dir: str | None = None, **options: Any) -> Sourc
 
     Raises:
       UnknownNameError: no such data set or option, with the nearest names.
+      PathError: a data_dir that cannot be reached.
     """
     if name.startswith("folder:"):
         from dyntoken.data.folder import open_folder as opener
@@ -41,4 +43,6 @@ def open_source(name: str, data_dir: str | None = None, **options: Any) -> Sourc
         from dyntoken.data.tfds_source import open_tfds as opener
     known = [p.name for p in inspect.signature(opener).parameters.values() if p.kind is p.KEYWORD_ONLY]
     check_options(f"data set {name!r}", options, known)
+    if data_dir and paths.is_uri(data_dir):
+        paths.resolve(data_dir)  # a kind that is not read, or no answer
     return opener(name, data_dir, **options)
