@@ -94,7 +94,7 @@ def measure(plan: Plan, variables: Tree, ema: Tree | None = None) -> dict[str, V
 
 def check_finite(metrics: Mapping[str, Value | None]) -> None:
     """Raises ValueError for an evaluation that says nothing: weights or images hold NaN or infinities."""
-    bad = [name for name, value in metrics.items() if value is None or not np.isfinite(value).all()]
+    bad = [name for name, value in metrics.items() if not np.isfinite(np.array(value, float)).all()]
     if bad:
         raise ValueError(
             f"the evaluation is not finite ({', '.join(bad)}): the weights or the images hold NaN or overflow; "

@@ -135,8 +135,10 @@ def _best_metric(workdir: epath.Path, metas: Iterable[Mapping[str, Any]]) -> str
     try:
         given = json.loads((workdir / CONFIG).read_text())["best_metric"]
     except (OSError, ValueError, LookupError, TypeError):
-        given = next((meta["scores"]["metric"] for meta in metas if "scores" in meta), DEFAULT_METRIC)
-    return given if isinstance(given, str) else DEFAULT_METRIC
+        given = None
+    if isinstance(given, str):
+        return given
+    return next((meta["scores"]["metric"] for meta in metas if "scores" in meta), DEFAULT_METRIC)
 
 
 def kept_scores(meta: Mapping[str, Any], metric: str) -> dict[int, float]:
