@@ -44,6 +44,7 @@ flags.DEFINE(RECIPE, "config", None, "FILE[:arguments], the recipe; --config.KEY
 flags.DEFINE_string("workdir", None, "folder of the run, also gs://; by default runs/<config>")
 flags.DEFINE_enum("mode", "train", ["train", "eval"], "train, or evaluate a workdir or config.init.path")
 flags.DEFINE_string("step", "newest", "of --mode=eval: newest, best (by the run's best_metric) or a number")
+flags.DEFINE_bool("restart", False, "start anew; what is in the workdir is moved to WORKDIR/old/N")
 flags.DEFINE_bool("dry_run", False, "build, compile, print parameters, MACs, memory and plan; read no data")
 flags.DEFINE_enum(
     "distributed", "auto", cluster.MODES, "join other processes (auto: if the environment says so)"
@@ -78,7 +79,9 @@ def start(batch: int) -> None:
     cluster.join(found, timeout=FLAGS.cluster_timeout)
 
 
-def run(config, workdir: str, mode: str, dry_run: bool, step: str = "newest") -> None:
+def run(
+    config, workdir: str, mode: str, dry_run: bool, step: str = "newest", *, restart: bool = False
+) -> None:
     """Does what the flags ask for; raises what goes wrong."""
     import jax
 
@@ -95,7 +98,7 @@ def run(config, workdir: str, mode: str, dry_run: bool, step: str = "newest") ->
         gmacs = _gmacs(train.build(config, training=False).model)
         say(json.dumps({**metrics, "count": int(metrics["count"]), "gmacs": gmacs}))
     else:
-        result = train.run(config, workdir)
+        result = train.run(config, workdir, restart=restart)
         if config.get("compare") and result.finished and jax.process_count() > 1:
             say(
                 "one process makes the comparison: run this command again on one host, with --distributed=off"
@@ -133,7 +136,14 @@ def main(argv: list[str]) -> None:
     default = os.path.join("runs", re.sub(r"\W+", "_", os.path.basename(RECIPE.path).replace(".py", "")))
     try:
         start(FLAGS.config.batch)
-        run(FLAGS.config, FLAGS.workdir or default, FLAGS.mode, FLAGS.dry_run, FLAGS.step)
+        run(
+            FLAGS.config,
+            FLAGS.workdir or default,
+            FLAGS.mode,
+            FLAGS.dry_run,
+            FLAGS.step,
+            restart=FLAGS.restart,
+        )
     except cluster.ClusterError as error:
         fail(error, at_once=True)
     except USER_ERRORS as error:

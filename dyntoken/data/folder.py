@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from dyntoken import paths
 from dyntoken.data import stateless
 from dyntoken.data.arrays import Batch
 from dyntoken.data.cards import default_moments
@@ -140,11 +141,11 @@ def open_folder(
     Raises:
       DataError: a bad number of channels, or no folder given.
     """
-    from etils import epath
-
     root = name.partition(":")[2]
     if not root or channels not in (1, 3):
         raise DataError(f"data set {name!r} with channels={channels}: give folder:DIR, and 1 or 3 channels")
-    if data_dir and not epath.Path(root).expanduser().is_absolute():
-        root = f"{data_dir}/{root}"
+    if data_dir:
+        root = paths.join(data_dir, root)
+    if paths.is_uri(root):
+        paths.resolve(root)  # a kind that is not read, or no answer
     return FolderSource(name, root, channels, max_corrupt)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from dyntoken import schema
+from dyntoken import paths, schema
 from dyntoken.data.arrays import Source
 from dyntoken.registry import Table
 
@@ -33,8 +33,11 @@ def open_source(name: str, data_dir: str | None = None, **options: Any) -> Sourc
 
     Raises:
       UnknownNameError: no such data set or option, with the nearest names.
+      PathError: a data_dir that cannot be reached.
     """
     options = schema.check(source_options(name), options, owner=f"data set {name!r}")
+    if data_dir and paths.is_uri(data_dir):
+        paths.resolve(data_dir)  # a kind that is not read, or no answer
     return _opener(name)(name, data_dir, **options)
 
 

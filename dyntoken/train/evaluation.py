@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from etils import epath
 
 from dyntoken import data, schedules
@@ -47,7 +48,7 @@ def evaluate(
       checkpoint.
 
     Raises:
-      ValueError: if there is neither a checkpoint nor `config.init.path`.
+      ValueError: if there is neither a checkpoint nor `config.init.path`, or a metric is not finite.
       CheckpointError: no such step, or it is damaged.
     """
     log = log if jax.process_index() == 0 else silent
@@ -72,6 +73,7 @@ def evaluate(
     log(f"evaluating batches of {plan.eval_batch}, {memory:.0f} MiB a device")
     began = time.monotonic()
     metrics = measure(plan, variables, ema)
+    check_finite(metrics)
     images = sum(value for name, value in metrics.items() if name.rsplit("/", 1)[-1] == "count")
     passes = 1 if ema is None else 2
     metrics["images_per_s"] = passes * images / (time.monotonic() - began)
@@ -98,6 +100,16 @@ def average_warning(plan: Plan, step: int, log: Log) -> None:
     warning = schedules.ema_warning(step, settings.ema, warmup=settings.ema_warmup)
     if warning:
         log(warning)
+
+
+def check_finite(metrics: Mapping[str, Value | None]) -> None:
+    """Raises ValueError for an evaluation that says nothing: weights or images hold NaN or infinities."""
+    bad = [name for name, value in metrics.items() if not np.isfinite(np.array(value, float)).all()]
+    if bad:
+        raise ValueError(
+            f"the evaluation is not finite ({', '.join(bad)}): the weights or the images hold NaN or overflow; "
+            "take another --step or other weights, and look at the data"
+        )
 
 
 def check_sets(plan: Plan) -> None:

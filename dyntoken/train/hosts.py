@@ -20,6 +20,8 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
+from dyntoken import paths
+
 T = TypeVar("T")
 PROBE_BYTES = 2**20
 SEEN_WITHIN_S = 30.0
@@ -136,8 +138,10 @@ def _probe(path: epath.Path, need: int) -> None:
         path.write_bytes(bytes(PROBE_BYTES))
         local = os.path.isdir(workdir)
         free = shutil.disk_usage(workdir).free if local else need
-    except OSError as error:
-        reason = error.strerror or str(error)
+    except Exception as error:  # a storage service raises errors of its own
+        if not isinstance(error, OSError) and not paths.is_uri(workdir):
+            raise
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise WorkdirError(
             f"cannot write to the workdir {workdir}: {reason}; free space there or give another --workdir"
         ) from error

@@ -24,6 +24,8 @@ from dyntoken.weights import runs
 
 Tree = Any
 Log = Callable[[str], None]
+EVALUATED = ("model", "data", "evals")  # sections of a config on which an evaluation depends
+OLD = "old"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,13 +36,15 @@ class Start:
       state: after the last step that counts.
       clock: with the time that it took.
       rewinds: those on the way there.
-      same: whether this very config made it.
+      same: whether this very config made it, as far as an evaluation goes.
+      meta: of its checkpoint in this workdir, {} without one.
     """
 
     state: TrainState
     clock: Clock
     rewinds: Rewinds
     same: bool
+    meta: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def start(plan: Plan, checkpoints: Checkpoints, log: Log) -> Start:
@@ -48,8 +52,13 @@ def start(plan: Plan, checkpoints: Checkpoints, log: Log) -> Start:
     found = checkpoints.restore(plan.abstract_state)
     if found is None:
         return beginning(plan, log)
-    log(f"resuming at step {found.step} of {plan.total_steps}")
-    return _from(found, plan, log)
+    if found.step > plan.total_steps:
+        log(
+            f"the run is at step {found.step} already, this config ends at {plan.total_steps}: nothing to train"
+        )
+    else:
+        log(f"resuming at step {found.step} of {plan.total_steps}")
+    return dataclasses.replace(_from(found, plan, log), meta=found.meta)
 
 
 def beginning(plan: Plan, log: Log) -> Start:
@@ -67,16 +76,19 @@ def beginning(plan: Plan, log: Log) -> Start:
 def _from(found: Restored, plan: Plan, log: Log) -> Start:
     same = _compare(found, plan.settings.plain, log)
     rewinds = Rewinds(plan.settings.rewind, found.meta.get("rewinds", ()))
-    return Start(found.state, Clock(found.meta["seconds"]), rewinds, same)
+    return Start(found.state, Clock(found.meta.get("seconds", 0.0)), rewinds, same)
 
 
 def _compare(found: Restored, config: Mapping[str, Any], log: Log) -> bool:
+    if not isinstance(found.meta.get("config"), Mapping):
+        log("the checkpoint was written by another version, which did not keep the config: not compared")
+        return False
     before, now = flat(found.meta["config"]), flat(config)
     changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
     if changed:
         shown = ", ".join(f"{key} {before.get(key)} -> {now.get(key)}" for key in changed[:6])
         log(f"the config differs from the checkpoint's: {shown}" + (", ..." if len(changed) > 6 else ""))
-    return not changed
+    return not any(key.split(".")[0] in EVALUATED for key in changed)
 
 
 def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
@@ -98,6 +110,22 @@ def facts(plan: Plan) -> dict[str, Any]:
             facts.pop(f"config.evals.{label}.data_dir", None)
     names = zlib.crc32("\n".join(info.class_names).encode())
     return facts | {"the number of classes": info.num_classes, "the checksum of the class names": names}
+
+
+def move_aside(workdir: epath.Path, log: Log) -> None:
+    """Moves what a run has left in a workdir to `<workdir>/old/N`, a workdir of its own."""
+    if jax.process_index() != 0:
+        return
+    left = [e for e in workdir.iterdir() if e.name != OLD and not e.name.startswith(("lock-", ".probe-"))]
+    if not left:
+        return
+    old = workdir / OLD
+    taken = [int(entry.name) for entry in old.iterdir() if entry.name.isdigit()] if old.is_dir() else []
+    target = old / str(max(taken, default=0) + 1)
+    target.mkdir(parents=True)
+    for entry in left:
+        entry.rename(target / entry.name)
+    log(f"starting anew: the old run is in {target}; leave --restart out to go on with the new one")
 
 
 def write_config(workdir: epath.Path, plan: Plan) -> None:

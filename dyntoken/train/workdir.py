@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from dyntoken import data
+from dyntoken import data, paths
 from dyntoken.train import identity
 from dyntoken.train import mesh as meshes
 from dyntoken.train.checkpoint import CheckpointError, restore_from
@@ -59,7 +59,7 @@ def open_workdir(
       ValueError: no run there, no intact checkpoint, no such split, or no
         average in the checkpoint.
     """
-    workdir = epath.Path(workdir).expanduser().absolute()
+    workdir = paths.resolve(workdir)
     path = workdir / "config.json"
     if not path.exists():
         raise ValueError(f"no run in {workdir} (it has no config.json): give the workdir of a training run")

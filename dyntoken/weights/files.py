@@ -20,6 +20,7 @@ import safetensors
 import safetensors.numpy
 from etils import epath
 
+from dyntoken import paths
 from dyntoken.weights.errors import WeightsError, damaged, first_line, printable
 from dyntoken.weights.torch_files import Unreadable, read_torch
 
@@ -90,14 +91,14 @@ def read_tree(source: Any, step: int | str = "newest") -> tuple[Any, dict[str, s
 
     Arguments and errors as `read`. Leaves are arrays; of a torch file also plain numbers, strings and lists.
     """
-    if step != "newest" and (isinstance(source, Mapping) or not epath.Path(source).is_dir()):
+    if step != "newest" and (isinstance(source, Mapping) or not _place(str(source)).is_dir()):
         raise WeightsError(f"step={step!r} chooses among the checkpoints of a workdir, not in a weight file")
     if isinstance(source, Mapping):
         return source, {}, "the given mapping"
     name = str(source)
     if name.startswith("hf:"):
         name = fetch_hub(name)
-    path = shipped(name) if name.startswith("pretrained:") else epath.Path(name)
+    path = shipped(name) if name.startswith("pretrained:") else _place(name)
     if not path.exists():
         raise WeightsError(
             f"{name}: no such weight file or directory; put the weights there, or name others (a public "
@@ -113,6 +114,13 @@ def read_tree(source: Any, step: int | str = "newest") -> tuple[Any, dict[str, s
             f"{name}: unknown weight format {path.suffix!r}; known: {', '.join(READERS)}, orbax directory"
         )
     return (*reader(path), name)
+
+
+def _place(name: str) -> epath.Path:
+    try:
+        return paths.resolve(name)
+    except paths.PathError as error:
+        raise WeightsError(str(error)) from error
 
 
 def shipped(name: str) -> epath.Path:

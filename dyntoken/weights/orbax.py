@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 import zlib
 from collections.abc import Mapping
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
+from dyntoken import paths
 from dyntoken.weights import files, runs, workdirs
 
 
@@ -29,7 +31,7 @@ def read(path: Any, step: int | str = "newest") -> dict[str, Any]:
     Raises:
       WeightsError: no finished checkpoint, or an unreadable one.
     """
-    directory = step_folder(epath.Path(path).absolute(), step)
+    directory = step_folder(paths.resolve(path), step)
     item = directory / "state" if (directory / "state").exists() else directory
     handler = ocp.StandardCheckpointHandler()
     try:
@@ -42,6 +44,9 @@ def read(path: Any, step: int | str = "newest") -> dict[str, Any]:
     except files.WeightsError:
         raise
     except Exception as error:  # orbax raises whatever the storage layer raised
+        reason = workdirs.unreadable(directory, error)
+        if reason is not None:
+            raise files.WeightsError(f"{directory} cannot be read ({reason}): see to the storage") from error
         raise files.damaged(directory, "orbax", error) from error
     finally:
         handler.close()
@@ -53,22 +58,28 @@ def read(path: Any, step: int | str = "newest") -> dict[str, Any]:
 
 def describe(path: Any, step: int | str = "newest") -> dict[str, str]:
     """What the same checkpoint says of its run, see `runs.strings`; arguments as `read`."""
-    return runs.strings(runs.describe(step_folder(epath.Path(path), step)))
+    return runs.strings(runs.describe(step_folder(paths.resolve(path), step)))
 
 
 def _verify(directory: epath.Path, state: Mapping[str, Any]) -> None:
     """Compares each array with the checksum that the trainer wrote; orbax itself keeps none."""
-    path = directory / "meta" / "metadata"
-    if not path.exists():
-        return
-    written = json.loads(path.read_text()).get("leaves", {})
-    for name, value in files.flatten(state).items():
+    if not (directory / "state").exists():
+        return  # not from a trainer of ours
+    path = directory / workdirs.META
+    meta = json.loads(path.read_text()) if path.exists() else {}
+    written = meta.get("leaves") or {}
+    arrays = files.flatten(state)
+    for name, value in arrays.items():
         found = zlib.crc32(np.ascontiguousarray(value).reshape(-1).view(np.uint8))
         if name in written and found != written[name][2]:
             raise files.WeightsError(
                 f"{directory}: damaged checkpoint ({name} has another checksum than when it was written); "
                 "give the directory of an older step"
             )
+    without = sum(name not in written for name in arrays)
+    if without:
+        many = "nothing" if without == len(arrays) else f"{len(arrays) - without} of {len(arrays)} arrays"
+        warnings.warn(f"{path} is missing or without checksums: {many} verified", stacklevel=2)
 
 
 def step_folder(path: epath.Path, step: int | str) -> epath.Path:

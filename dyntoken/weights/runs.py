@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import zlib
 from collections.abc import Mapping
 from typing import Any
 
 from etils import epath
 
-from dyntoken import schedules
+from dyntoken import paths, schedules
 from dyntoken.cascade import Cascade
 from dyntoken.models import create_model
-from dyntoken.weights import positions
+from dyntoken.weights import positions, workdirs
 
 
 def describe(directory: epath.Path) -> dict[str, Any]:
@@ -25,17 +23,12 @@ def describe(directory: epath.Path) -> dict[str, Any]:
     Args:
       directory: `<workdir>/checkpoints/<step>`.
     """
-    try:
-        meta = json.loads((directory / "meta" / "metadata").read_text())
-    except (OSError, ValueError):
-        return {}
-    written = meta.pop("checksum", None) if isinstance(meta, dict) else None
-    return meta if written is not None and written == checksum(meta) else {}
+    return workdirs.read_meta(directory)
 
 
 def of_workdir(path: Any, step: int | str = "newest") -> dict[str, Any]:
     """`describe` of one checkpoint of a workdir; {} of whatever is none."""
-    path = epath.Path(path)
+    path = paths.resolve(path)
     if not path.is_dir():
         return {}
     from dyntoken.weights import orbax
@@ -44,11 +37,6 @@ def of_workdir(path: Any, step: int | str = "newest") -> dict[str, Any]:
         return describe(orbax.step_folder(path, step))
     except (OSError, ValueError):
         return {}
-
-
-def checksum(meta: Mapping[str, Any]) -> int:
-    """CRC-32 of a description, as JSON with sorted keys."""
-    return zlib.crc32(json.dumps(meta, sort_keys=True).encode())
 
 
 def class_names(meta: Mapping[str, Any]) -> list[str]:
