@@ -11,11 +11,13 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent / "dyntoken"
 BASE = {"types", "registry"}
 CORE = BASE | {"ops", "nn", "reducers", "backbones", "heads", "cascade", "multiexit", "names", "models"}
 ALLOWED = {
-    "__init__": set(),
+    "__init__": {"interrupt"},
+    "interrupt": set(),
+    "peers": {"interrupt"},
     "types": set(),
     "registry": set(),
     "config": set(),
-    "cluster": set(),
+    "cluster": {"peers"},
     "names": set(),
     "ops": {"types"},
     "nn": BASE | {"ops"},
@@ -34,7 +36,8 @@ ALLOWED = {
     "preprocessing": {"data", "mix", "models", "names"},
     "analysis": CORE,
     "eval": CORE | {"losses", "weights", "data", "analysis", "mix"},
-    "train": CORE | {"losses", "weights", "data", "analysis", "mix", "optim", "schedules", "eval"},
+    "train": CORE
+    | {"losses", "weights", "data", "analysis", "mix", "optim", "schedules", "eval", "interrupt"},
     "tools": CORE
     | {
         "config",
@@ -49,7 +52,7 @@ ALLOWED = {
         "train",
         "preprocessing",
     },
-    "main": {"cluster", "config", "train", "eval", "tools", "analysis"},
+    "main": {"cluster", "config", "interrupt", "peers", "train", "eval", "tools", "analysis"},
 }
 TENSORFLOW = {"tensorflow", "tensorflow_datasets"}
 

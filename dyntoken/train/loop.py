@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import signal
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -17,7 +18,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from dyntoken import data
+from dyntoken import data, interrupt
 from dyntoken.train import hosts
 from dyntoken.train import mesh as meshes
 from dyntoken.train.checkpoint import Checkpoints
@@ -49,6 +50,7 @@ class Result:
       plan: what was run.
       workdir: folder of the run.
       finished: False if a signal stopped it; rerun to go on.
+      signum: of that signal; 0 if it finished.
     """
 
     state: TrainState
@@ -57,6 +59,7 @@ class Result:
     plan: Plan
     workdir: epath.Path
     finished: bool
+    signum: int = 0
 
 
 def run(config: Mapping[str, Any], workdir: str | epath.PathLike, *, log: Log = print) -> Result:
@@ -82,12 +85,14 @@ def run(config: Mapping[str, Any], workdir: str | epath.PathLike, *, log: Log = 
     hosts.check_workdir(workdir, need=state_bytes(plan))
     with contextlib.ExitStack() as stack:
         session = _Session(plan, workdir, log, stack)
-        state = session.state
+        state, stopped = session.state, False
         if int(state.step) < plan.total_steps:
             state, stopped = session.train(state)
-            if stopped:
-                log(f"stopped by a signal after step {int(state.step)}: run the same command again to go on")
-                return Result(state, {}, plan.model, plan, workdir, finished=False)
+        if not session.save_last(state) or stopped:
+            again = interrupt.go_on() or ": run the same command again to go on"
+            log(f"stopped by a signal after step {int(state.step)}, which is saved{again}")
+            signum = session.stop.signum or signal.SIGTERM  # of several processes, to another one
+            return Result(state, {}, plan.model, plan, workdir, finished=False, signum=signum)
         return Result(state, session.finish(state), plan.model, plan, workdir, finished=True)
 
 
@@ -113,7 +118,7 @@ class _Session:
             workdir, keep=settings.keep_checkpoints, also=self.keeper.choose, log=log
         )
         stack.callback(self.checkpoints.close)
-        self.stop = stack.enter_context(Stop())
+        self.stop = Stop()
         begun = start(plan, self.checkpoints, log)
         self.state, self.clock, self.rewinds = begun.state, begun.clock, begun.rewinds
         self.first = int(begun.state.step)
@@ -157,7 +162,7 @@ class _Session:
         tracer = Tracer(Window.of(settings.profile), self.workdir, self.log)
         train_step = programs.at(first)
         self.clock.start(first)
-        with data.prefetch(batches) as batches, contextlib.closing(tracer):
+        with data.prefetch(batches) as batches, contextlib.closing(tracer), self.stop:
             for step in range(first + 1, total + 1):
                 if not programs.ready(step - 1):
                     with self.clock:
@@ -184,11 +189,18 @@ class _Session:
                     return state, True
         return state, False
 
+    def save_last(self, state: TrainState) -> bool:
+        """Saves before the last evaluation: a run killed during that only evaluates when run again.
+
+        Returns whether to go on: False where a signal came meanwhile.
+        """
+        with self.stop:
+            self._save(state)
+            self.checkpoints.wait()
+        return not self.stop.asked
+
     def finish(self, state: TrainState) -> dict[str, Value]:
         """The last evaluation, unless an earlier session made it."""
-        # Saved before it: a run killed during it only evaluates when run again.
-        self._save(state)
-        self.checkpoints.wait()
         step = int(state.step)
         final = self.report.evaluated(step) if self.finished_before else None
         if final is None:
