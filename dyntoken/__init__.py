@@ -9,6 +9,11 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from dyntoken import interrupt
+
+if interrupt.is_program():  # the first of our code that runs: seconds of imports are still to come
+    interrupt.install()
+
 __version__ = "0.1.0"
 
 _NAMES = {

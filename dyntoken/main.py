@@ -21,7 +21,7 @@ import sys
 
 from absl import app, flags, logging
 
-from dyntoken import cluster, schema
+from dyntoken import cluster, peers, schema
 from dyntoken import config as recipes
 
 FLAGS = flags.FLAGS
@@ -55,6 +55,9 @@ flags.DEFINE_string(
 flags.DEFINE_integer("processes", None, "number of processes", lower_bound=1)
 flags.DEFINE_integer("process", None, "which of the processes this is, from 0", lower_bound=0)
 flags.DEFINE_float("cluster_timeout", 300.0, "seconds to wait for the other processes", lower_bound=1.0)
+flags.DEFINE_float(
+    "lost_after", 30.0, "seconds without a sign of life after which a process is lost", lower_bound=1.0
+)
 
 
 def use_all_cores(batch: int) -> None:
@@ -72,17 +75,19 @@ def use_all_cores(batch: int) -> None:
 def start(batch: int) -> None:
     """Joins the other processes, if there are any; must come before jax is used."""
     logging.set_verbosity(logging.WARNING)  # jax and Orbax narrate what they do
+    logging.get_absl_logger().addFilter(lambda record: "preemption sync point" not in record.getMessage())
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # so does C++; what is wrong comes as an exception
     found = cluster.find(
         FLAGS.distributed, coordinator=FLAGS.coordinator, processes=FLAGS.processes, process=FLAGS.process
     )
     use_all_cores(batch // (found.processes or 1))
-    cluster.join(found, timeout=FLAGS.cluster_timeout)
+    cluster.join(found, timeout=FLAGS.cluster_timeout, lost_after=FLAGS.lost_after)
 
 
 def run(
     config, workdir: str, mode: str, dry_run: bool, step: str = "newest", *, restart: bool = False
-) -> None:
-    """Does what the flags ask for; raises what goes wrong."""
+) -> int:
+    """Does what the flags ask for; returns the exit status; raises what goes wrong."""
     import jax
 
     from dyntoken import train
@@ -99,6 +104,8 @@ def run(
         say(json.dumps({**metrics, "count": int(metrics["count"]), "gmacs": gmacs}))
     else:
         result = train.run(config, workdir, restart=restart)
+        if not result.finished:
+            return 128 + result.signum
         if config.get("compare") and result.finished and jax.process_count() > 1:
             say(
                 "one process makes the comparison: run this command again on one host, with --distributed=off"
@@ -107,6 +114,7 @@ def run(
             from dyntoken.tools import compare as comparison
 
             comparison.report(config, result)
+    return 0
 
 
 def _silent(line: str) -> None:
@@ -129,24 +137,19 @@ def _spell(gmacs: float | list[float]) -> str:
     return f"{gmacs:.3f}"
 
 
-def main(argv: list[str]) -> None:
-    """Entry point under `absl.app`."""
+def main(argv: list[str]) -> int:
+    """Entry point under `absl.app`; returns the exit status."""
     if argv[1:]:
         fail(f"unexpected argument {argv[1]!r}: options are written --name=value")
     default = os.path.join("runs", re.sub(r"\W+", "_", os.path.basename(RECIPE.path).replace(".py", "")))
     try:
         start(FLAGS.config.batch)
-        run(
-            FLAGS.config,
-            FLAGS.workdir or default,
-            FLAGS.mode,
-            FLAGS.dry_run,
-            FLAGS.step,
-            restart=FLAGS.restart,
-        )
+        workdir = FLAGS.workdir or default
+        return run(FLAGS.config, workdir, FLAGS.mode, FLAGS.dry_run, FLAGS.step, restart=FLAGS.restart)
     except cluster.ClusterError as error:
         fail(error, at_once=True)
     except USER_ERRORS as error:
+        peers.blame(error)
         fail(error)
 
 

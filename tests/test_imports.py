@@ -11,13 +11,15 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent / "dyntoken"
 BASE = {"types", "registry", "schema"}
 CORE = BASE | {"ops", "nn", "reducers", "backbones", "heads", "cascade", "multiexit", "names", "models"}
 ALLOWED = {
-    "__init__": set(),
+    "__init__": {"interrupt"},
+    "interrupt": set(),
+    "peers": {"interrupt"},
     "types": {"schema"},
     "registry": set(),
     "schema": {"registry"},
     "config": set(),
     "paths": set(),
-    "cluster": set(),
+    "cluster": {"peers"},
     "names": set(),
     "ops": {"types"},
     "nn": BASE | {"ops"},
@@ -36,7 +38,8 @@ ALLOWED = {
     "preprocessing": {"data", "mix", "models", "names"},
     "analysis": CORE,
     "eval": CORE | {"losses", "weights", "data", "analysis", "mix"},
-    "train": CORE | {"paths", "losses", "weights", "data", "analysis", "mix", "optim", "schedules", "eval"},
+    "train": CORE
+    | {"paths", "losses", "weights", "data", "analysis", "mix", "optim", "schedules", "eval", "interrupt"},
     "tools": CORE
     | {
         "config",
@@ -51,7 +54,7 @@ ALLOWED = {
         "train",
         "preprocessing",
     },
-    "main": {"cluster", "config", "schema", "train", "eval", "tools", "analysis"},
+    "main": {"cluster", "config", "interrupt", "peers", "schema", "train", "eval", "tools", "analysis"},
 }
 TENSORFLOW = {"tensorflow", "tensorflow_datasets"}
 

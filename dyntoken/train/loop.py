@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import signal
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -17,7 +18,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from dyntoken import data, paths
+from dyntoken import data, interrupt, paths
 from dyntoken.train import hosts, identity
 from dyntoken.train import mesh as meshes
 from dyntoken.train.checkpoint import Checkpoints
@@ -50,6 +51,7 @@ class Result:
       plan: what was run.
       workdir: folder of the run.
       finished: False if a signal stopped it; rerun to go on.
+      signum: of that signal; 0 if it finished.
     """
 
     state: TrainState
@@ -58,6 +60,7 @@ class Result:
     plan: Plan
     workdir: epath.Path
     finished: bool
+    signum: int = 0
 
 
 def run(
@@ -93,12 +96,14 @@ def run(
         if restart:
             hosts.agree(lambda: move_aside(workdir, log))
         session = _Session(plan, workdir, lock, log, stack)
-        state = session.state
+        state, stopped = session.state, False
         if int(state.step) < plan.total_steps:
             state, stopped = session.train(state)
-            if stopped:
-                log(f"stopped by a signal after step {int(state.step)}: run the same command again to go on")
-                return Result(state, {}, plan.model, plan, workdir, finished=False)
+        if not session.save_last(state) or stopped:
+            again = interrupt.go_on() or ": run the same command again to go on"
+            log(f"stopped by a signal after step {int(state.step)}, which is saved{again}")
+            signum = session.stop.signum or signal.SIGTERM  # of several processes, to another one
+            return Result(state, {}, plan.model, plan, workdir, finished=False, signum=signum)
         return Result(state, session.finish(state), plan.model, plan, workdir, finished=True)
 
 
@@ -124,7 +129,7 @@ class _Session:
             workdir, keep=settings.keep_checkpoints, also=self.keeper.choose, log=log
         )
         stack.callback(self.checkpoints.close)
-        self.stop = stack.enter_context(Stop())
+        self.stop = Stop()
         identity.check(workdir, plan)
         begun = start(plan, self.checkpoints, log)
         self.state, self.clock, self.rewinds = begun.state, begun.clock, begun.rewinds
@@ -170,7 +175,7 @@ class _Session:
         tracer = Tracer(Window.of(settings.profile), self.workdir, self.log)
         train_step = programs.at(first)
         self.clock.start(first)
-        with data.prefetch(batches) as batches, contextlib.closing(tracer):
+        with data.prefetch(batches) as batches, contextlib.closing(tracer), self.stop:
             for step in range(first + 1, total + 1):
                 if not programs.ready(step - 1):
                     with self.clock:
@@ -197,11 +202,18 @@ class _Session:
                     return state, True
         return state, False
 
+    def save_last(self, state: TrainState) -> bool:
+        """Saves before the last evaluation: a run killed during that only evaluates when run again.
+
+        Returns whether to go on: False where a signal came meanwhile.
+        """
+        with self.stop:
+            self._save(state)
+            self.checkpoints.wait()
+        return not self.stop.asked
+
     def finish(self, state: TrainState) -> dict[str, Value]:
         """The last evaluation, unless an earlier session made it."""
-        # Saved before it: a run killed during it only evaluates when run again.
-        self._save(state)
-        self.checkpoints.wait()
         step = int(state.step)
         final = self.report.evaluated(step) if self.finished_before else None
         if final is None:

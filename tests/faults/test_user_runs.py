@@ -11,7 +11,7 @@ import dyntoken
 from dyntoken import data, train
 from dyntoken.tools import convert
 from dyntoken.train.checkpoint import CheckpointError
-from dyntoken.weights import runs
+from dyntoken.weights import workdirs
 from tests.train.tiny import tiny_config
 
 NAMES = ("bird", "cat", "dog", "fish", "horse", "newt", "owl")
@@ -150,7 +150,7 @@ def test_a_run_from_before_its_model_was_kept_too(oblong):
     path = oblong / "checkpoints" / "1" / "meta" / "metadata"
     meta = json.loads(path.read_text())
     del meta["run"], meta["checksum"]
-    path.write_text(json.dumps({**meta, "checksum": runs.checksum(meta)}))
+    path.write_text(json.dumps({**meta, "checksum": workdirs.checksum(meta)}))
     check_resized(oblong)
 
 

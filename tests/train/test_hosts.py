@@ -235,7 +235,7 @@ def test_two_processes_rewind_and_keep_the_best_as_one(tmp_path, monkeypatch):
 def test_a_notice_to_one_process_stops_both(tmp_path, alone):
     with pair(tmp_path) as (processes, outputs):
         deadline = time.monotonic() + LIMIT_S
-        while "Gloo" not in outputs[1].read_text():  # connected, so it listens
+        while not (tmp_path / "run" / "config.json").exists():  # connected, so it listens
             assert processes[1].poll() is None and time.monotonic() < deadline
             time.sleep(0.1)
         processes[1].send_signal(signal.SIGTERM)
