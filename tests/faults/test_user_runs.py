@@ -11,7 +11,7 @@ import dyntoken
 from dyntoken import data, train
 from dyntoken.tools import convert
 from dyntoken.train.checkpoint import CheckpointError
-from dyntoken.weights import workdirs
+from dyntoken.weights import runs, workdirs
 from tests.train.tiny import tiny_config
 
 NAMES = ("bird", "cat", "dog", "fish", "horse", "newt", "owl")
