@@ -42,7 +42,12 @@ class Recipe(flags.ArgumentParser):
 RECIPE = Recipe()
 flags.DEFINE(RECIPE, "config", None, "FILE[:arguments], the recipe; --config.KEY=VALUE sets a key of it")
 flags.DEFINE_string("workdir", None, "folder of the run, also gs://; by default runs/<config>")
-flags.DEFINE_enum("mode", "train", ["train", "eval"], "train, or evaluate a workdir or config.init.path")
+flags.DEFINE_enum(
+    "mode",
+    "train",
+    ["train", "eval"],
+    "train, or evaluate the run in --workdir; without --workdir, whole weights given by --config.init.path",
+)
 flags.DEFINE_string("step", "newest", "of --mode=eval: newest, best (by the run's best_metric) or a number")
 flags.DEFINE_bool("restart", False, "start anew; what is in the workdir is moved to WORKDIR/old/N")
 flags.DEFINE_bool("dry_run", False, "build, compile, print parameters, MACs, memory and plan; read no data")
@@ -72,20 +77,24 @@ def use_all_cores(batch: int) -> None:
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {CORES_FLAG}={devices}".strip()
 
 
-def start(batch: int) -> None:
-    """Joins the other processes, if there are any; must come before jax is used."""
+def start(config, what: str) -> None:
+    """Says what is about to be done, and joins the other processes, if there are any.
+
+    Must come before jax is used.
+    """
     logging.set_verbosity(logging.WARNING)  # jax and Orbax narrate what they do
     logging.get_absl_logger().addFilter(lambda record: "preemption sync point" not in record.getMessage())
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # so does C++; what is wrong comes as an exception
     found = cluster.find(
         FLAGS.distributed, coordinator=FLAGS.coordinator, processes=FLAGS.processes, process=FLAGS.process
     )
-    use_all_cores(batch // (found.processes or 1))
+    if not found.process:
+        print(f"{what}; starting takes some seconds", flush=True)
+    use_all_cores(config.batch // (found.processes or 1))
     cluster.join(found, timeout=FLAGS.cluster_timeout, lost_after=FLAGS.lost_after)
 
 
 def run(
-    config, workdir: str, mode: str, dry_run: bool, step: str = "newest", *, restart: bool = False
+    config, workdir: str | None, mode: str, dry_run: bool, step: str = "newest", *, restart: bool = False
 ) -> int:
     """Does what the flags ask for; returns the exit status; raises what goes wrong."""
     import jax
@@ -143,14 +152,31 @@ def main(argv: list[str]) -> int:
         fail(f"unexpected argument {argv[1]!r}: options are written --name=value")
     default = os.path.join("runs", re.sub(r"\W+", "_", os.path.basename(RECIPE.path).replace(".py", "")))
     try:
-        start(FLAGS.config.batch)
         workdir = FLAGS.workdir or default
+        if FLAGS.mode == "eval" and FLAGS.workdir is None and chosen("config.init.path"):
+            workdir = None  # these weights, not the run that may lie in the default folder
+        start(FLAGS.config, describe(FLAGS.config, workdir))
         return run(FLAGS.config, workdir, FLAGS.mode, FLAGS.dry_run, FLAGS.step, restart=FLAGS.restart)
     except cluster.ClusterError as error:
         fail(error, at_once=True)
     except USER_ERRORS as error:
         peers.blame(error)
         fail(error)
+
+
+def chosen(option: str) -> bool:
+    """Whether the command line has `--option`."""
+    return any(word.partition("=")[0].lstrip("-") == option for word in sys.argv[1:])
+
+
+def describe(config, workdir: str | None) -> str:
+    """What a command is about to do, in words that need no jax."""
+    name, source = config.model.name, config.data.name
+    if FLAGS.mode == "eval":
+        return f"evaluating {name} on {source}, {workdir or config.init.path}"
+    length = f"{config.steps} steps" if config.get("steps", 0) > 0 else f"{config.epochs:g} epochs"
+    doing = "planning" if FLAGS.dry_run else "training"
+    return f"{doing} {name} on {source}: {length}, batches of {config.batch}, into {workdir}"
 
 
 def fail(error: object, *, at_once: bool = False) -> None:

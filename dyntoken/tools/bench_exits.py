@@ -165,7 +165,7 @@ def report(result: dict[str, Any]) -> str:
     return "\n".join(
         [
             f"{result['name']}, {parts} % leave at each exit, "
-            f"batch {result['batch']}, {result['dtype']}, {result['device']}",
+            f"random weights, batch {result['batch']}, {result['dtype']}, {result['device']}",
             f"GMACs up to each exit: {costs}",
             "",
             cli.table(rows),

@@ -21,7 +21,7 @@ from dyntoken.tools import cli
 from dyntoken.tools.budget import UNITS
 from dyntoken.train import mesh as meshes
 from dyntoken.train.workdir import open_workdir
-from dyntoken.weights import load_weights
+from dyntoken.weights.whole import load_whole
 
 TEXT = """\
 Sheets of images by the exit they take, and by the first exit that is right:
@@ -201,7 +201,7 @@ def _of_weights(args: argparse.Namespace) -> Seen:
         return data.eval_batches(name, split=split, batch=BATCH, shards=1, size=(height, width))
 
     step = collect.make_step(model, mesh, prepare=lambda images: normalize(images, facts.mean, facts.std))
-    variables = load_weights(model, args.weights)
+    variables, _ = load_whole(model, args.weights)
     logits, labels = collect.collect(step, variables, (meshes.place(batch, mesh) for batch in batches()))
     return Seen(f"{args.name}, {name}/{split}", labels, logits, facts.class_names, batches)
 

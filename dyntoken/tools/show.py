@@ -22,7 +22,7 @@ from dyntoken.data.resample import resize_centre
 from dyntoken.models import Model
 from dyntoken.preprocessing import preprocess
 from dyntoken.tools import cli, sheets, show_augment
-from dyntoken.weights import load_weights
+from dyntoken.weights.whole import load_whole
 
 TEXT = """\
 Draws for each IMAGE which patches stay as tokens at every stage and, where the
@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ValueError(f"{args.name} is dense and keeps every token: name a method, e.g. dtps_{args.name}")
     pictures = [read(text, model, args.data) for text in args.image]
     paths = _targets(args.out, [picture.stem for picture in pictures])
-    variables = load_weights(model, args.weights)
+    variables, _ = load_whole(model, args.weights)
     run = jax.jit(lambda variables, images: model.apply(variables, images))
     for picture, path in zip(pictures, paths, strict=True):
         out = run(variables, normalised(picture, model)[None])

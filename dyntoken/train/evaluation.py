@@ -15,11 +15,12 @@ from dyntoken.eval.classify import classify
 from dyntoken.train import hosts, identity
 from dyntoken.train import mesh as meshes
 from dyntoken.train.checkpoint import folder, restore_from
-from dyntoken.train.compiled import peak
+from dyntoken.train.compiled import peak, spell_devices
 from dyntoken.train.evalsets import MAIN
 from dyntoken.train.plan import Plan, build
 from dyntoken.train.report import Value, silent
 from dyntoken.train.start import facts, load_init
+from dyntoken.weights.whole import load_whole
 
 Tree = Any
 Log = Callable[[str], None]
@@ -32,11 +33,12 @@ def evaluate(
     step: int | str = "newest",
     log: Log = print,
 ) -> dict[str, Value]:
-    """Evaluates a checkpoint of a workdir, else the weights of `config.init`.
+    """Evaluates a checkpoint of a workdir or, without a workdir, the weights of `config.init`.
 
     Args:
       config: of the run; other `evals` than it had are fine.
-      workdir: of the run.
+      workdir: of the run; None evaluates the weights that `config.init` names,
+        which must hold every array of the model.
       step: "newest", "best" (by the run's `best_metric`) or the number of a step.
       log: takes one line of text.
 
@@ -48,25 +50,35 @@ def evaluate(
       checkpoint.
 
     Raises:
-      ValueError: if there is neither a checkpoint nor `config.init.path`, or a metric is not finite.
+      ValueError: if there is no run in the workdir; without one, if no weights
+        are named, or a step is; if a metric is not finite.
+      WeightsError: if the weights leave anything to be initialised.
       CheckpointError: no such step, or it is damaged.
     """
     log = log if jax.process_index() == 0 else silent
     plan = hosts.agree(lambda: build(config, training=False), facts)
-    if workdir is not None and _has_checkpoints(workdir):
+    if workdir is not None:
+        if not _has_checkpoints(workdir):
+            raise ValueError(
+                f"nothing to evaluate: no checkpoint in {workdir}; give the --workdir of a run, or give none "
+                "and name weights that hold the whole model, --config.init.path=WEIGHTS"
+            )
         identity.check(workdir, plan, step)
         found = restore_from(workdir, plan.abstract_state, step=step, log=log)
         log(f"evaluating step {found.step} of {workdir}")
         variables, ema, extra = found.state.variables, found.state.ema, {"step": found.step}
         average_warning(plan, found.step, log)
-    elif (plan.settings.init or {}).get("path"):
-        variables, ema, extra = meshes.replicate(load_init(plan, log), plan.mesh), None, {}
-    else:
+    elif not (plan.settings.init or {}).get("path"):
         raise ValueError(
-            f"nothing to evaluate: no checkpoint in {workdir} and config.init.path is empty; "
-            "train first, or give --config.init.path=WEIGHTS"
+            "nothing to evaluate: give the --workdir of a run, or weights by --config.init.path=WEIGHTS"
         )
+    elif step != "newest":
+        raise ValueError(f"--step={step} chooses among the checkpoints of a run: give its --workdir")
+    else:
+        variables, ema, extra = load_init(plan, log, load_whole), None, {}
+        variables = meshes.replicate(variables, plan.mesh)
     hosts.agree(lambda: check_sets(plan))
+    log(f"compiling the evaluation for {spell_devices(plan.mesh)}: seconds to a minute")
     for label in plan.eval_sets:
         compiled = plan.eval_step_for(label)  # before the clock starts
     memory = peak(compiled.memory_analysis()) / 2**20

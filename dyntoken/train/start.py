@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import zlib
 from collections.abc import Callable, Mapping
@@ -134,16 +135,17 @@ def write_config(workdir: epath.Path, plan: Plan) -> None:
         atomic_write(workdir / "config.json", json.dumps(plan.settings.plain, indent=2) + "\n")
 
 
-def load_init(plan: Plan, log: Log) -> Tree:
-    """The variables that `config.init` names."""
+load_for_training = functools.partial(weights.load_weights, return_report=True)
+
+
+def load_init(plan: Plan, log: Log, load: Callable[..., Any] = load_for_training) -> Tree:
+    """The variables that `config.init` names; `load` as `load_weights` that returns its report."""
     options = dict(plan.settings.init)
     path = options.pop("path")
     if options.get("head", "keep") == "keep":
         remedy = "give init.head=reset for a fresh classifier"
         identity.check_classes(runs.of_workdir(path, options.get("step", "newest")), plan, path, remedy)
-    variables, report = hosts.agree(
-        lambda: weights.load_weights(plan.model, path, return_report=True, **options), _checksum
-    )
+    variables, report = hosts.agree(lambda: load(plan.model, path, **options), _checksum)
     log(f"initial weights: {report}")
     return variables
 

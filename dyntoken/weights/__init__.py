@@ -65,8 +65,10 @@ class Report:
 
     def __str__(self) -> str:
         lines = [f"{self.origin}: {len(self.loaded)} arrays loaded"]
-        for what in ("missing", "unexpected", "resized"):
-            names = getattr(self, what)
+        new = tuple(path for path in self.missing if any(part in f"/{path}" for part in (*NEW, "/reuse_")))
+        missing = tuple(path for path in self.missing if path not in new)
+        parts = {"new with the method, freshly initialised": new, "missing": missing}
+        for what, names in {**parts, "unexpected": self.unexpected, "resized": self.resized}.items():
             if names:
                 more = f", and {len(names) - 6} more" if len(names) > 6 else ""
                 lines.append(f"  {len(names)} {what}: {', '.join(names[:6])}{more}")

@@ -212,10 +212,34 @@ def test_evaluate_initial_weights(straight, tmp_path):
     result, _, _ = straight
     weights = tmp_path / "dense.safetensors"
     dyntoken.save_weights(weights, result.state.variables, model=result.model)
-    found = train.evaluate(tiny_config(init={"path": str(weights)}), tmp_path, log=Log())
+    named = tiny_config(init={"path": str(weights)})
+    found = train.evaluate(named, log=Log())
     assert found["top1"] == result.metrics["top1"] and "step" not in found
-    with pytest.raises(ValueError, match=r"no checkpoint in .* and config\.init\.path is empty"):
-        train.evaluate(tiny_config(), tmp_path, log=Log())
+    for config, workdir, step, message in (
+        (named, tmp_path, "newest", f"no checkpoint in {tmp_path}"),  # never the start of a run for the run
+        (named, tmp_path / "absent", "newest", "--workdir of a run"),
+        (tiny_config(), None, "newest", "--config.init.path=WEIGHTS"),
+        (named, None, "best", "--step=best"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train.evaluate(config, workdir, step=step, log=Log())
+    assert not (tmp_path / "absent").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"model__name": DTPS, "model__depth": 2, "model__at": (1,)}, "blocks_1/"),  # and a fresh predictor
+        ({"init__head": "reset"}, "head/"),
+        ({"model__depth": 2}, "blocks_1/"),
+    ],
+)
+def test_weights_that_leave_anything_fresh_are_not_evaluated(straight, tmp_path, changes, named):
+    result, _, _ = straight
+    weights = tmp_path / "dense.safetensors"
+    dyntoken.save_weights(weights, result.state.variables, model=result.model)
+    with pytest.raises(ValueError, match=named):
+        train.evaluate(tiny_config(init__path=str(weights), **changes), log=Log())
 
 
 def test_dry_run_needs_no_weights(tmp_path):
