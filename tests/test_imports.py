@@ -32,6 +32,7 @@ ALLOWED = {
     "optim": BASE | {"ops", "schedules"},
     "data": {"registry"},
     "preprocessing": {"data", "mix", "models", "names"},
+    "runs": {"preprocessing", "train", "weights"},
     "analysis": CORE,
     "eval": CORE | {"losses", "weights", "data", "analysis", "mix"},
     "train": CORE | {"losses", "weights", "data", "analysis", "mix", "optim", "schedules", "eval"},
@@ -48,6 +49,7 @@ ALLOWED = {
         "eval",
         "train",
         "preprocessing",
+        "runs",
     },
     "main": {"cluster", "config", "train", "eval", "tools", "analysis"},
 }
