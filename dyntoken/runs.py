@@ -61,7 +61,7 @@ def load_run(workdir: str | epath.PathLike, *, step: int | str = "newest", prefe
     height, width, channels = about["image_shape"]
     reading = {key: about[key] for key in ("crop_pct", "interpolation") if key in about}
     preprocess = Preprocess((height, width), channels, tuple(about["mean"]), tuple(about["std"]), **reading)
-    variables = load_weights(model, path, step=int(directory.name), prefer=prefer, strict=True)
+    variables = load_weights(model, directory, prefer=prefer, strict=True)
     return Run(model, variables, preprocess, tuple(about["class_names"]), int(meta["step"]))
 
 
