@@ -22,6 +22,7 @@ _NAMES = {
     "create_model": "dyntoken.models",
     "list_models": "dyntoken.models",
     "make_reducer": "dyntoken.reducers",
+    "load_run": "dyntoken.runs",
     "load_weights": "dyntoken.weights",
     "save_weights": "dyntoken.weights",
     "import_reference": "dyntoken.weights",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -204,6 +205,14 @@ def split_name(name: str) -> tuple[str | None, str]:
             return method, arch
     if names.parse(rest) is not None:
         raise UnknownNameError(f"unknown method {first!r}: {suggest(first, methods[1:])}")
+    if os.path.isdir(name) or "://" in name:
+        raise UnknownNameError(
+            f"{name} is a folder, no model's name: dyntoken.load_run({name!r}) opens a run"
+        )
+    if os.path.isfile(name):
+        raise UnknownNameError(
+            f"{name} is a file, no model's name: dyntoken.load_weights(dyntoken.create_model(NAME), {name!r})"
+        )
     raise UnknownNameError(f"unknown model {name!r}: {suggest(name, list_models())}")
 
 

@@ -134,8 +134,8 @@ def ema_decay(step: Any, decay: float) -> tuple[Any, Any]:
     """`(kept, taken)` shares of the average and of the new weights under a decay that warms up.
 
     `min(decay, (1 + step) / (10 + step))`, so that the average forgets its start
-    within some tens of steps, however long it remembers later (as TensorFlow's
-    `ExponentialMovingAverage` with `num_updates` and timm's `ModelEmaV3` have it).
+    within some tens of steps, however long it remembers later: TensorFlow's
+    `ExponentialMovingAverage` with `num_updates`.
 
     Args:
       step: updates done before this one, a traced integer.

@@ -36,6 +36,7 @@ ALLOWED = {
     "optim": BASE | {"ops", "schedules"},
     "data": {"registry", "paths", "schema"},
     "preprocessing": {"data", "mix", "models", "names"},
+    "runs": {"preprocessing", "train", "weights"},
     "analysis": CORE,
     "eval": CORE | {"losses", "weights", "data", "analysis", "mix"},
     "train": CORE
@@ -53,6 +54,7 @@ ALLOWED = {
         "eval",
         "train",
         "preprocessing",
+        "runs",
     },
     "main": {"cluster", "config", "interrupt", "peers", "schema", "train", "eval", "tools", "analysis"},
 }
