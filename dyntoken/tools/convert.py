@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from etils import epath
 
 from dyntoken.tools import cli
 from dyntoken.weights import export_reference, files, load_weights, save_weights
@@ -32,6 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     suffix = Path(args.target).suffix.lower()
     if suffix not in SUFFIXES[args.to]:
         raise ValueError(f"{args.target}: --to={args.to} writes {' or '.join(SUFFIXES[args.to])}")
+    if not args.source.startswith(("hf:", "pretrained:")) and not epath.Path(args.source).exists():
+        raise ValueError(f"{args.source}: no such weight file or directory")
     model = cli.build(args)
     logging.getLogger("dyntoken.weights").addHandler(logging.NullHandler())  # its report is printed here
     variables, report = load_weights(
