@@ -29,6 +29,8 @@ class DataSettings:
       shards: virtual shards of the data, the same on any number of devices.
       data_dir: where TFDS data lies.
       augment: see `data.AugmentOptions`; None changes nothing.
+      balance: an epoch of training has every class equally often; for folders
+        and sets in memory.
       eval: further arguments of `data.eval_batches` (`crop_pct`,
         `interpolation`; `batch` if not the training one).
       options: of the source.
@@ -42,6 +44,7 @@ class DataSettings:
     shards: int = 8
     data_dir: str | None = None
     augment: Mapping[str, Any] | None = None
+    balance: bool = False
     eval: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     mean: Sequence[float] | None = None
