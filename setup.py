@@ -26,6 +26,7 @@ CORE = [
 DATA = [
     'tensorflow-cpu>=2.18; sys_platform == "linux" and platform_machine == "x86_64"',
     'tensorflow>=2.18; sys_platform != "linux" or platform_machine != "x86_64"',
+    "pillow>=11.0",  # reads what TensorFlow does not: WebP, TIFF, ...
 ]
 TENSORBOARD = ["tensorboardX>=2.6"]
 VIZ = ["matplotlib>=3.9", "pillow>=11.0"]

@@ -83,6 +83,7 @@ def base():
     c.data.eval_split = "validation"
     c.data.size = 224
     c.data.shards = 8  # virtual shards; the result does not depend on the number of devices
+    c.data.balance = False  # every class equally often in an epoch; for folders and sets in memory
     c.data.data_dir = config_dict.placeholder(str)  # default: $TFDS_DATA_DIR
     c.data.augment = {
         "crop": "random_resized",

@@ -24,6 +24,13 @@ other name is a TFDS data set (`name`, `name:version`, `name/config:version`)
 that is already on disk under `data_dir`, else `$TFDS_DATA_DIR`, else
 `~/tensorflow_datasets`. `folder:DIR` is a folder per class (`folder`). Nothing
 is ever downloaded.
+
+Splits are cut, sharded and paired in the order in which a source has them, so that
+order is a random one for every source and the same on every host, whatever the seed
+of a run: `fake` and `fashion_mnist_mini` have no order of classes, TFDS shuffles
+what it writes, folders are put into a fixed random order any slice of which holds its
+share of each class (`stateless.stratified`), and so are TFDS sets in memory that
+were written in order (`disable_shuffling`); streamed ones are refused for training.
 """
 
 from __future__ import annotations
@@ -86,6 +93,7 @@ def train_batches(
     process: tuple[int, int] = (0, 1),
     data_dir: str | None = None,
     augment: Mapping[str, Any] | AugmentOptions | None = None,
+    balance: bool = False,
     **options: Any,
 ) -> Iterator[Batch]:
     """An endless iterator of shuffled, augmented training batches.
@@ -104,6 +112,8 @@ def train_batches(
       data_dir: where TFDS data lies.
       augment: `AugmentOptions` or its fields; None changes nothing beyond a
         resize and centre crop where the size differs.
+      balance: an epoch of the same length has every class equally often, rare
+        images several times; for folders and sets in memory.
       **options: of the source.
 
     Raises:
@@ -120,6 +130,7 @@ def train_batches(
         shards=shards,
         process=tuple(process),
         augment=AugmentOptions.of(augment),
+        balance=balance,
     )
     return source.train(plan)
 
@@ -146,6 +157,8 @@ def eval_batches(
     order; streamed ones come shard by shard within each batch.
 
     Args:
+      batch: rows of the global batch, a multiple of the number of processes; it
+        need not divide by `shards`.
       crop_pct: share of the resized side that the crop keeps.
       interpolation: "bicubic" or "bilinear", antialiased.
       others: as in `train_batches`.

@@ -18,6 +18,7 @@ import numpy as np
 
 from dyntoken import data, mix
 from dyntoken.analysis import draw
+from dyntoken.data.decode import read_image
 from dyntoken.data.resample import resize_centre
 from dyntoken.models import Model
 from dyntoken.preprocessing import preprocess
@@ -146,7 +147,7 @@ def read(
     name = data_set or ("imagenet2012" if channels == 3 else "fashion_mnist_mini")
     facts = trained or data.info(name)
     _check_channels(facts, channels)
-    pixels = _open(Path(text), "RGB" if channels == 3 else "L")
+    pixels = _open(Path(text), channels)
     if pixels.shape[:2] != (height, width):
         how = preprocess(model, name)
         pixels = resize_centre(pixels[None], how.size, how.crop_pct, how.interpolation)[0]
@@ -174,21 +175,15 @@ def _check_channels(facts: data.DataInfo, channels: int) -> None:
         )
 
 
-def _open(path: Path, mode: str) -> np.ndarray:
+def _open(path: Path, channels: int) -> np.ndarray:
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: name the pictures in it, as in {path / '*.jpg'}")
     try:
-        from PIL import Image, UnidentifiedImageError
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("reading pictures needs pillow: pip install pillow") from error
-    try:
-        with Image.open(path) as image:
-            pixels = np.asarray(image.convert(mode))
+        return read_image(path, channels)
     except FileNotFoundError:
         raise ValueError(
             f"{path}: no such picture (a data set's image is written fashion_mnist_mini:7)"
         ) from None
-    except UnidentifiedImageError:
-        raise ValueError(f"{path}: not a picture that pillow can read") from None
-    return pixels if mode == "RGB" else pixels[..., None]
 
 
 def normalised(picture: Picture, model: Model) -> jax.Array:

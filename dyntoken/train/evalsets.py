@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 from dyntoken import data, schema
-from dyntoken.data.plan import parse_split
+from dyntoken.data.plan import parse_split, same_classes
 from dyntoken.registry import UnknownNameError, suggest
 from dyntoken.schema import Section
 
@@ -82,6 +82,10 @@ def open_sets(
                     f"config.evals.{label}: {entry.name} has {here} {what}, the model is trained on {there} "
                     f"({chosen.name}): name a set of the same classes"
                 )
+        if other := same_classes(found, info):
+            raise ValueError(
+                f"config.evals.{label}: {other}: name a set of the same classes in the same order"
+            )
         own = {"name": entry.name, "split": entry.split, "data_dir": where}
         sets[label] = EvalSet(found, {**own, **reading, **entry.eval, **entry.options})
     for one in sets.values():

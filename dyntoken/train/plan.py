@@ -18,7 +18,7 @@ import optax
 from jax.sharding import Mesh
 
 from dyntoken import data, losses, mix, optim
-from dyntoken.data.plan import check_size, check_topology
+from dyntoken.data.plan import check_eval_batch, check_size, check_topology
 from dyntoken.eval.classify import make_eval_step
 from dyntoken.train import mesh as meshes
 from dyntoken.train.evalsets import MAIN, EvalSet, check_metric, open_sets
@@ -170,6 +170,7 @@ class Plan:
             seed=self.settings.seed,
             start_step=start_step + skipped,
             augment=chosen.augment,
+            balance=chosen.balance,
             data_dir=chosen.data_dir,
             **chosen.options,
             **self._reading(),
@@ -215,8 +216,9 @@ def build(
     meshes.check_batch(settings.batch, mesh, multiple=2 if mixes else 1, slices=settings.accumulate)
     chosen = settings.data
     meshes.check_batch(chosen.eval.get("batch", settings.batch), mesh)
-    for rows in (settings.batch, chosen.eval.get("batch", settings.batch)):
-        check_topology(rows, chosen.shards, (jax.process_index(), jax.process_count()))
+    process = jax.process_index(), jax.process_count()
+    check_topology(settings.batch, chosen.shards, process)
+    check_eval_batch(chosen.eval.get("batch", settings.batch), process)
     info = data.info(chosen.name, chosen.data_dir, **chosen.options)
     eval_sets = open_sets(chosen, info, settings.evals)
     check_metric(settings.best_metric, eval_sets, ema=settings.ema > 0)

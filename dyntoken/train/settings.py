@@ -61,6 +61,8 @@ class DataSettings:
       shards: virtual shards of the data, the same on any number of devices.
       data_dir: where TFDS data lies.
       augment: see `data.AugmentOptions`; None changes nothing.
+      balance: an epoch of training has every class equally often; for folders
+        and sets in memory.
       eval: further arguments of `data.eval_batches` (`crop_pct`,
         `interpolation`; `batch` if not the training one).
       options: of the source.
@@ -74,6 +76,7 @@ class DataSettings:
     shards: Count = 8
     data_dir: str | None = None
     augment: Annotated[Mapping[str, Any] | None, AUGMENT] = None
+    balance: bool = False
     eval: Annotated[Mapping[str, Any], READING] = dataclasses.field(default_factory=dict)
     options: Annotated[Mapping[str, Any], SOURCE] = dataclasses.field(default_factory=dict)
     mean: Sequence[float] | None = None
