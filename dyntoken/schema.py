@@ -138,6 +138,10 @@ def check(kind: Any, value: Any, where: str = "", *, owner: str = "") -> Any:
     """
     try:
         return _convert(kind, value, where, {})
+    except ValueError as error:
+        if not owner:
+            raise
+        raise (UnknownNameError if isinstance(error, KeyError) else ValueError)(f"{owner}: {error}") from None
     except _Unknown as error:
         unknown = error.args[0]
         section, _, name = unknown.rpartition(".")
@@ -151,6 +155,7 @@ def check(kind: Any, value: Any, where: str = "", *, owner: str = "") -> Any:
 
 def leaves(kind: Any, value: Any, where: str = "", parent: Any = None) -> Iterator[tuple[str, Any]]:
     """Full name and annotation of every option there is, given the values so far."""
+    value = _plain(value)
     value = value if isinstance(value, Mapping) else {}
     keys, _ = _opened(kind, value, parent or {}, where)
     if keys is None:
@@ -180,8 +185,9 @@ def checked(fn: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(fn)
     def call(*args: Any, **given: Any) -> Any:
-        kinds = keywords(fn)
-        return fn(*args, **{k: check(kinds[k], v, k) if k in kinds else v for k, v in given.items()})
+        kinds, name = keywords(fn), fn.__module__.rpartition(".")[2]
+        own = {k: check(kinds[k], v, f"{name}.{k}") if k in kinds else v for k, v in given.items()}
+        return fn(*args, **own)
 
     return call
 
@@ -233,13 +239,18 @@ def _bare(kind: Any) -> Any:
     return typing.get_args(kind)[0] if typing.get_origin(kind) is Annotated else kind
 
 
+def _plain(value: Any) -> Any:
+    return value.to_dict() if hasattr(value, "to_dict") else value  # a ConfigDict is no Mapping
+
+
 def _convert(kind: Any, value: Any, where: str, parent: Mapping[str, Any]) -> Any:
-    value = value.to_dict() if hasattr(value, "to_dict") else value  # a ConfigDict
+    value = _plain(value)
     keys, make = _opened(kind, value if isinstance(value, Mapping) else {}, parent, where)
     if keys is None:
         return _leaf(kind, value, where)
     if isinstance(value, Text):
         value = next((v for v in _readings(value) if v is None or isinstance(v, Mapping)), str(value))
+        return _convert(kind, value, where, parent)
     if value is None and types.NoneType in typing.get_args(_bare(kind)):
         return None
     if isinstance(make, type) and dataclasses.is_dataclass(make) and isinstance(value, make):
@@ -266,6 +277,8 @@ def _leaf(kind: Any, value: Any, where: str) -> Any:
                 return _fit(kind, reading, exact)
             except (ValueError, TypeError, OverflowError):
                 continue
+    if kind is bool and isinstance(value, Text) and value in ("0", "1"):
+        return value == "1"
     if isinstance(value, str) and typing.get_origin(_bare(kind)) is Literal:
         choices = typing.get_args(_bare(kind))
         raise UnknownNameError(f"{where} is {_shown(value)}: {suggest(value, choices)}")
@@ -351,8 +364,6 @@ def _readings(text: str) -> Iterator[Any]:
     yield text
     if "," in text:
         yield tuple(part.strip() for part in text.split(",") if part.strip())
-    if text in ("0", "1"):
-        yield bool(int(text))
 
 
 def _run(text: str) -> tuple[int | float, ...]:
