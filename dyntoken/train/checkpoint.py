@@ -201,10 +201,9 @@ class Checkpoints:
     def _set_aside(self, step: int) -> None:
         source, target = epath.Path(self._manager.directory) / str(step), self._aside / str(step)
         if jax.process_index() == 0:
-            target.parent.mkdir(parents=True, exist_ok=True)
             if target.exists():
                 target.rmtree()
-            source.rename(target)
+            paths.move(source, target)
         _barrier(f"dyntoken_set_aside_{step}")
         self._manager.reload()
 

@@ -11,11 +11,13 @@ from __future__ import annotations
 import json
 import math
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
 from etils import epath
+
+from dyntoken import paths
 
 CHECKPOINTS, METRICS, CONFIG = "checkpoints", "metrics.jsonl", "config.json"
 META = "meta/metadata"  # of a checkpoint
@@ -164,7 +166,7 @@ def unreadable(where: epath.Path, error: Exception) -> str | None:
     ):
         return first_line(error)
     try:
-        for file in _files(where):
+        for file in paths.walk(where):
             with file.open("rb") as stream:
                 while stream.read(2**24):
                     pass
@@ -174,14 +176,6 @@ def unreadable(where: epath.Path, error: Exception) -> str | None:
         return first_line(failed)
     signs = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "UNAUTHENTICATED", "PERMISSION_DENIED")
     return first_line(error) if str(error).startswith(signs) else None
-
-
-def _files(folder: epath.Path) -> Iterator[epath.Path]:
-    for entry in folder.iterdir():
-        if entry.is_dir():
-            yield from _files(entry)
-        else:
-            yield entry
 
 
 def first_line(error: Exception) -> str:
