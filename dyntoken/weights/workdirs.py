@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -182,3 +183,18 @@ def first_line(error: Exception) -> str:
     """What an error says, cut to one line."""
     text = str(error).strip() or type(error).__name__
     return text.splitlines()[0][:200]
+
+
+def ignore_late_callbacks() -> None:
+    """After a read that failed, TensorStore's threads answer to an event loop that Orbax has closed:
+    dozens of lines of stack trace around our one."""
+    before = sys.unraisablehook
+    if getattr(before, "quiet", False):
+        return
+
+    def hook(event: Any) -> None:
+        if str(event.exc_value) != "Event loop is closed":
+            before(event)
+
+    hook.quiet = True
+    sys.unraisablehook = hook

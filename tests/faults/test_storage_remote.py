@@ -120,6 +120,12 @@ def test_without_network_it_ends_soon(monkeypatch, service, reason, uri):
         assert "\n" not in str(caught.value)
 
 
+def test_what_deleting_needs_is_asked_for_before_the_run(answering, monkeypatch):
+    monkeypatch.setitem(sys.modules, "google.cloud.storage", None)
+    with pytest.raises(OSError, match=r"gs://bucket-x/run needs .*pip install google-cloud-storage"):
+        train.run(tiny_config(), "gs://bucket-x/run", log=Log())
+
+
 def test_nothing_is_appended_to_an_object(tmp_path, monkeypatch):
     """gcsfs warns and overwrites, others raise."""
     real = epath.Path("x").__class__.open
