@@ -39,6 +39,7 @@ ALLOWED = {
     "tools": CORE
     | {
         "config",
+        "paths",
         "losses",
         "weights",
         "data",
