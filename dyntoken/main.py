@@ -103,6 +103,8 @@ def run(
 
     say = print if jax.process_index() == 0 else _silent
     config = config.to_dict()
+    if restart and (dry_run or mode == "eval"):
+        raise ValueError("--restart starts a training run anew: leave it out of --mode=eval and --dry_run")
     if dry_run:
         facts = train.dry_run(config, log=say)
         say(f"gmacs: {_spell(_gmacs(train.build(config).model))}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 from etils import epath
@@ -50,6 +51,30 @@ def join(folder: Any, path: Any) -> str:
     """A path; a relative one is of a folder."""
     text = os.path.expanduser(os.fspath(path))
     return text if is_uri(text) or os.path.isabs(text) else f"{os.fspath(folder).rstrip('/')}/{text}"
+
+
+def walk(folder: epath.Path) -> Iterator[epath.Path]:
+    """All files of a folder and of those in it."""
+    for entry in folder.iterdir():
+        if entry.is_dir():
+            yield from walk(entry)
+        else:
+            yield entry
+
+
+def move(source: epath.Path, target: epath.Path) -> None:
+    """Moves a file or a folder to a place that is free; of a URI the copy is complete before the original goes."""
+    if not is_uri(source):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        source.rename(target)
+    elif source.is_dir():
+        # Not `rename`: fsspec's refuses a target whose "folder" holds no object yet.
+        for file in walk(source):
+            file.copy(target / file.relative_to(source))
+        source.rmtree(missing_ok=True)
+    else:
+        source.copy(target)
+        source.unlink(missing_ok=True)
 
 
 @functools.lru_cache(maxsize=32)

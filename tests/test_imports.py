@@ -44,6 +44,7 @@ ALLOWED = {
     "tools": CORE
     | {
         "config",
+        "paths",
         "losses",
         "weights",
         "data",

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from etils import epath
 
+from dyntoken import paths
 from dyntoken.analysis import macs, plot, published, timing
 from dyntoken.eval import calibration, collect, exits, thresholds
 from dyntoken.eval.calibration import CALIBRATION, HELD_OUT, Half, Point
@@ -100,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if rival is not None:
         again = argparse.Namespace(**{**vars(args), unit: ()})  # its own sweep: its exits cost something else
         other = Result.of(rival, names[-1:], again, unit, rules=False)
-    out = epath.Path(args.workdir).expanduser() / "budget"
+    out = paths.resolve(args.workdir) / "budget"
     say = (lambda line: print(line, file=sys.stderr)) if args.json else print
     result.write(out, args, other, cited, say)
     print(json.dumps(result.as_json(args)) if args.json else report(result, other))

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from dyntoken import data
+from dyntoken import data, paths
 from dyntoken.analysis import plot, sheet
 from dyntoken.eval import collect, exits
 from dyntoken.mix import normalize
@@ -99,7 +99,7 @@ def main(argv: Sequence[str]) -> int:
     scores = exits.score(rule, seen.logits, seed=seed)
     correct = exits.correct_of(seen.logits, seen.labels)
     taken = exits.exit_of(scores, limits)
-    out = args.out or (epath.Path(args.workdir).expanduser() / "shown" if args.workdir else Path("shown"))
+    out = args.out or (paths.resolve(args.workdir) / "shown" if args.workdir else Path("shown"))
     pictures = {
         "exits_taken": taken_sheet(seen, taken, scores, correct, f"{how}, {rule} rule", args.examples),
         "first_right": first_right_sheet(seen, scores, correct, args.examples),
@@ -151,7 +151,7 @@ def _calibration(args: argparse.Namespace) -> Calibration | None:
         return None
     if args.rule is not None:
         raise ValueError("--rule belongs to --thresholds; tools.budget's thresholds have their own")
-    path = epath.Path(args.workdir or ".").expanduser() / "budget" / "calibration.json"
+    path = paths.resolve(args.workdir or ".") / "budget" / "calibration.json"
     if not args.workdir or not path.exists():
         remedy = (
             f"run python -m dyntoken.tools.budget --workdir={args.workdir} first, or " if args.workdir else ""

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import sys
 import time
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -201,10 +200,9 @@ class Checkpoints:
     def _set_aside(self, step: int) -> None:
         source, target = epath.Path(self._manager.directory) / str(step), self._aside / str(step)
         if jax.process_index() == 0:
-            target.parent.mkdir(parents=True, exist_ok=True)
             if target.exists():
                 target.rmtree()
-            source.rename(target)
+            paths.move(source, target)
         _barrier(f"dyntoken_set_aside_{step}")
         self._manager.reload()
 
@@ -294,13 +292,13 @@ def _first_intact(
 def _restore(manager: ocp.CheckpointManager, step: int, like: TrainState, log: Log) -> Restored:
     """One checkpoint; what cannot be read is tried again before it counts as such."""
     where = epath.Path(manager.directory) / str(step)
+    workdirs.ignore_late_callbacks()
     for pause in (*RETRY_PAUSES_S, None):
         try:
             return _read(manager, step, like)
         except (CheckpointError, _DamagedError):
             raise
         except Exception as error:
-            _ignore_late_callbacks()
             reason = workdirs.unreadable(where, error)
             if reason is None:
                 raise _DamagedError(workdirs.first_line(error)) from error
@@ -372,21 +370,6 @@ def _describe(value: np.ndarray) -> list[Any]:
 def _numbered(folder: epath.Path) -> list[str]:
     """The steps that have a folder there."""
     return [entry.name for entry in folder.iterdir() if entry.name.isdigit()] if folder.is_dir() else []
-
-
-def _ignore_late_callbacks() -> None:
-    """After a read that failed, TensorStore's threads answer to an event loop that Orbax has closed:
-    dozens of lines of stack trace around our one."""
-    before = sys.unraisablehook
-    if getattr(before, "quiet", False):
-        return
-
-    def hook(event: Any) -> None:
-        if str(event.exc_value) != "Event loop is closed":
-            before(event)
-
-    hook.quiet = True
-    sys.unraisablehook = hook
 
 
 def _barrier(name: str) -> None:

@@ -7,6 +7,7 @@ alone would wait for the others within the first collective.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import shutil
@@ -133,6 +134,13 @@ def check_workdir(workdir: epath.Path, *, need: int) -> None:
 
 def _probe(path: epath.Path, need: int) -> None:
     workdir = path.parent
+    if str(workdir).startswith("gs://"):
+        try:
+            importlib.import_module("google.cloud.storage")
+        except ImportError as error:  # Orbax would say so when it deletes the first old checkpoint
+            raise WorkdirError(
+                f"the workdir {workdir} needs google-cloud-storage: `pip install google-cloud-storage`"
+            ) from error
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         path.write_bytes(bytes(PROBE_BYTES))

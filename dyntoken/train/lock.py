@@ -73,7 +73,7 @@ class Lock:
     def __exit__(self, *_: object) -> None:
         self._end.set()
         if self._beating.ident is not None:
-            self._beating.join()
+            self._beating.join(BEAT_S)  # not for ever, where the storage hangs
         self._remove(self._name)
 
     def check(self) -> None:

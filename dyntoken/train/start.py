@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from dyntoken import weights
+from dyntoken import paths, weights
 from dyntoken.train import hosts, identity
 from dyntoken.train import mesh as meshes
 from dyntoken.train.checkpoint import Checkpoints, Restored, restore_from
@@ -123,9 +123,8 @@ def move_aside(workdir: epath.Path, log: Log) -> None:
     old = workdir / OLD
     taken = [int(entry.name) for entry in old.iterdir() if entry.name.isdigit()] if old.is_dir() else []
     target = old / str(max(taken, default=0) + 1)
-    target.mkdir(parents=True)
     for entry in left:
-        entry.rename(target / entry.name)
+        paths.move(entry, target / entry.name)
     log(f"starting anew: the old run is in {target}; leave --restart out to go on with the new one")
 
 

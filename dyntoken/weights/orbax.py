@@ -33,6 +33,7 @@ def read(path: Any, step: int | str = "newest") -> dict[str, Any]:
     """
     directory = step_folder(paths.resolve(path), step)
     item = directory / "state" if (directory / "state").exists() else directory
+    workdirs.ignore_late_callbacks()
     handler = ocp.StandardCheckpointHandler()
     try:
         metadata = handler.metadata(item)

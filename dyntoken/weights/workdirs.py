@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
 from etils import epath
+
+from dyntoken import paths
 
 CHECKPOINTS, METRICS, CONFIG = "checkpoints", "metrics.jsonl", "config.json"
 META = "meta/metadata"  # of a checkpoint
@@ -164,7 +167,7 @@ def unreadable(where: epath.Path, error: Exception) -> str | None:
     ):
         return first_line(error)
     try:
-        for file in _files(where):
+        for file in paths.walk(where):
             with file.open("rb") as stream:
                 while stream.read(2**24):
                     pass
@@ -176,15 +179,22 @@ def unreadable(where: epath.Path, error: Exception) -> str | None:
     return first_line(error) if str(error).startswith(signs) else None
 
 
-def _files(folder: epath.Path) -> Iterator[epath.Path]:
-    for entry in folder.iterdir():
-        if entry.is_dir():
-            yield from _files(entry)
-        else:
-            yield entry
-
-
 def first_line(error: Exception) -> str:
     """What an error says, cut to one line."""
     text = str(error).strip() or type(error).__name__
     return text.splitlines()[0][:200]
+
+
+def ignore_late_callbacks() -> None:
+    """After a read that failed, TensorStore's threads answer to an event loop that Orbax has closed:
+    dozens of lines of stack trace around our one."""
+    before = sys.unraisablehook
+    if getattr(before, "quiet", False):
+        return
+
+    def hook(event: Any) -> None:
+        if str(event.exc_value) != "Event loop is closed":
+            before(event)
+
+    hook.quiet = True
+    sys.unraisablehook = hook
