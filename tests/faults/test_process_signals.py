@@ -102,6 +102,18 @@ def test_a_tool_ends_in_one_line(tmp_path, tool, delay):
     assert code == 130 and len(errors) == 1 and "interrupted" in errors[0]
 
 
+def test_an_event_loop_does_not_swallow_a_signal(tmp_path):
+    """Orbax runs one in the main thread, which has the signals' numbers sent to itself meanwhile."""
+    (tmp_path / "program.py").write_text(
+        "import os, signal, time; from dyntoken import interrupt; interrupt.install()\n"
+        "mine = os.pipe()[1]; os.set_blocking(mine, False); signal.set_wakeup_fd(mine)\n"
+        "print('ready', flush=True); time.sleep(60)"
+    )
+    program = Program(tmp_path, "program")
+    program.wait_for("ready")
+    assert program.stop(signal.SIGTERM) == (143, ["terminated"])
+
+
 def test_a_notebook_keeps_its_handlers(tmp_path):
     from dyntoken import train
     from tests.train.tiny import tiny_config

@@ -92,3 +92,13 @@ def test_whole_weights_may_be_resized_with_a_word(caplog):
     with caplog.at_level(logging.WARNING, "dyntoken.weights"):
         _, report = load_whole(large, variables)
     assert report.resized and "resized" in caplog.text
+
+
+def test_logs_of_c_plus_plus_stay_out_of_the_way(tmp_path):
+    """Its alarm about slow compilation, a banner of stars, is an error to its logger."""
+    (tmp_path / "recipe.py").write_text(
+        "import os, sys\n\n\ndef get_config(arg=None):\n"
+        "    raise ValueError('level ' + os.environ['TF_CPP_MIN_LOG_LEVEL'] + str('jax' in sys.modules))\n"
+    )
+    done = main("--config=recipe.py", cwd=tmp_path)
+    assert done.returncode == 1 and "level 3False" in done.stderr
