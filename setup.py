@@ -36,7 +36,6 @@ EXTRAS = {
     "tensorboard": TENSORBOARD,
     "torch": ["torch>=2.6"],
     "hub": ["huggingface_hub>=0.30"],
-    "export": ["flatbuffers>=24.3", "jax2onnx>=0.15", "onnxruntime>=1.20"],
     "cuda": ["jax[cuda12]"],
     "tpu": ["jax[tpu]"],
     "aot": ["libtpu"],

@@ -39,9 +39,16 @@ def install() -> None:
     read, write = os.pipe()
     os.set_blocking(write, False)
     signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+
+    def handle(signum: int, frame: object) -> None:
+        other = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+        if other != write:  # of an event loop that runs in this thread; the number went there
+            signal.set_wakeup_fd(other)
+            os.write(write, bytes([signum]))
+
     for signum in SIGNALS:
         if signal.getsignal(signum) is not signal.SIG_IGN:  # nohup, and shells in the background
-            signal.signal(signum, lambda *_: None)
+            signal.signal(signum, handle)
     threading.Thread(target=_listen, args=(read,), daemon=True).start()
 
 

@@ -69,7 +69,7 @@ def use_all_cores(batch: int) -> None:
     """Lets a CPU run as several devices, which XLA keeps busier than one.
 
     Does nothing to a GPU or TPU, nor where XLA_FLAGS already says how many. The
-    result does not depend on the number of devices.
+    result does not depend on the number of devices but for rounding.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     devices = max(n for n in (1, 2, 4, 8) if n == 1 or (n <= cores and batch % (2 * n) == 0))
