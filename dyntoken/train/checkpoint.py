@@ -9,6 +9,7 @@ used.
 from __future__ import annotations
 
 import dataclasses
+import json
 import zlib
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
@@ -23,7 +24,7 @@ from jax.experimental import multihost_utils
 
 from dyntoken.train.mesh import gathered
 from dyntoken.train.state import TrainState
-from dyntoken.weights import runs, workdirs
+from dyntoken.weights import workdirs
 
 Tree = Any
 Log = Callable[[str], None]
@@ -115,7 +116,7 @@ class Checkpoints:
             step,
             args=ocp.args.Composite(
                 state=ocp.args.StandardSave(flax.traverse_util.unflatten_dict(flat, sep="/")),
-                meta=ocp.args.JsonSave({**meta, "checksum": runs.checksum(meta)}),
+                meta=ocp.args.JsonSave({**meta, "checksum": _checksum(meta)}),
             ),
             force=True,  # without it a save that meets a running one is skipped
         )
@@ -265,7 +266,7 @@ def _read_meta(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
         written = meta.pop("checksum")
     except Exception as error:
         raise _DamagedError(_first_line(error)) from error
-    if runs.checksum(meta) != written:
+    if _checksum(meta) != written:
         raise _DamagedError("its description has another checksum than when it was written")
     return meta
 
@@ -290,6 +291,10 @@ def _host(leaf: jax.Array) -> np.ndarray:
 def _describe(value: np.ndarray) -> list[Any]:
     """[shape, type, CRC-32] of an array."""
     return [list(value.shape), str(value.dtype), zlib.crc32(value.reshape(-1).view(np.uint8))]
+
+
+def _checksum(meta: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps(meta, sort_keys=True).encode())
 
 
 def _first_line(error: Exception) -> str:
