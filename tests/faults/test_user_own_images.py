@@ -12,7 +12,7 @@ import dyntoken
 from dyntoken import train
 from dyntoken.registry import UnknownNameError
 from dyntoken.tools import colour, predict, show
-from dyntoken.weights import WeightsError
+from dyntoken.weights import WeightsError, workdirs
 from tests.train.tiny import DTPS, tiny_config
 
 CLASSES = ("cherry", "leaf", "sky")
@@ -200,12 +200,10 @@ def test_a_run_from_before_it_was_described_opens_too(trained, tmp_path):
     """Its data are looked at then."""
     import shutil
 
-    from dyntoken.weights import runs
-
     copy = tmp_path / "old"
     shutil.copytree(trained[0], copy)
     path = copy / "checkpoints" / "30" / "meta" / "metadata"
     meta = json.loads(path.read_text())
     del meta["run"], meta["checksum"]
-    path.write_text(json.dumps({**meta, "checksum": runs.checksum(meta)}))
+    path.write_text(json.dumps({**meta, "checksum": workdirs.checksum(meta)}))
     assert dyntoken.load_run(copy).class_names == CLASSES
