@@ -7,7 +7,8 @@ from typing import Any
 
 from dyntoken import schema
 from dyntoken.data.arrays import Source
-from dyntoken.registry import Table
+from dyntoken.data.errors import DataError
+from dyntoken.registry import Table, UnknownNameError
 
 _TFDS = "dyntoken.data.tfds_source:open_tfds"
 
@@ -34,7 +35,12 @@ def open_source(name: str, data_dir: str | None = None, **options: Any) -> Sourc
     Raises:
       UnknownNameError: no such data set or option, with the nearest names.
     """
-    options = schema.check(source_options(name), options, owner=f"data set {name!r}")
+    try:
+        options = schema.check(source_options(name), options, owner=f"data set {name!r}")
+    except UnknownNameError:
+        raise
+    except ValueError as error:
+        raise DataError(str(error)) from None
     return _opener(name)(name, data_dir, **options)
 
 
