@@ -124,7 +124,10 @@ def _both(result):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"evals": {"v2": {"nme": "fake"}}}, r"unknown option 'nme' of config.evals.v2: did you mean config.evals.v2.name"),
+        (
+            {"evals": {"v2": {"nme": "fake"}}},
+            r"unknown option 'nme' of config.evals.v2: did you mean config.evals.v2.name",
+        ),
         ({"evals": {"v2": {"split": "test"}}}, r"config.evals.v2.name is missing"),
         ({"evals": {"ema": {"name": "fake"}}}, r"label 'ema': use a word"),
         ({"evals": {"v2": {"name": "fake", "eval": {"batch": 4}}}}, r"unknown option 'batch'"),
