@@ -30,6 +30,7 @@ Array = jax.Array
 RECORDS = ("features", "dense", "embed", "blocks", "stages")
 OF_MODEL = {"num_classes", "pool", "representation_size"}
 OF_SITES = {"keep", "at", "form"}  # keywords that say where and how much a method reduces
+OF_METHODS = OF_SITES | {"fuse", "score", "dropped"}  # what a dense model is often told by mistake
 OF_GRID = {"tokens", "patch_size"}  # what the exits of a cascade decide
 OF_LINEN = ("parent", "name")  # fields of every module
 DENSE = {"aux_weight", "mix_token"}  # fields that only a model with an auxiliary head can honour
@@ -347,7 +348,7 @@ def _of_method(method: str) -> dict[str, Any]:
 def _refuse_sites(name: str, overrides: dict[str, Any], method: str | None, other: str) -> None:
     """Raises UnknownNameError where a model without a method is told how to reduce."""
     for key in overrides:
-        if method is None and key in OF_SITES | {"fuse", "score", "dropped"}:
+        if method is None and key in OF_METHODS:
             raise UnknownNameError(
                 f"{name} is dense and takes no {key!r}: put a method into its name, as in {other}"
             )

@@ -7,7 +7,8 @@ from typing import Any
 
 from dyntoken import paths, schema
 from dyntoken.data.arrays import Source
-from dyntoken.registry import Table
+from dyntoken.data.errors import DataError
+from dyntoken.registry import Table, UnknownNameError
 
 _TFDS = "dyntoken.data.tfds_source:open_tfds"
 
@@ -35,7 +36,12 @@ def open_source(name: str, data_dir: str | None = None, **options: Any) -> Sourc
       UnknownNameError: no such data set or option, with the nearest names.
       PathError: a data_dir that cannot be reached.
     """
-    options = schema.check(source_options(name), options, owner=f"data set {name!r}")
+    try:
+        options = schema.check(source_options(name), options, owner=f"data set {name!r}")
+    except UnknownNameError:
+        raise
+    except ValueError as error:
+        raise DataError(str(error)) from None
     if data_dir and paths.is_uri(data_dir):
         paths.resolve(data_dir)  # a kind that is not read, or no answer
     return _opener(name)(name, data_dir, **options)

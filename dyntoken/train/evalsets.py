@@ -17,7 +17,13 @@ if TYPE_CHECKING:
 MAIN = ""  # the label of the set that `config.data` names
 EVAL_OWN = ("split", "size", "shards", "process", "data_dir")  # of `data.eval_batches`, set by the trainer
 READING = Section(lambda given, around: schema.keywords(data.eval_batches, but=(*EVAL_OWN, "batch")))
-SOURCE = Section(lambda given, around: data.source_options(around["name"]) if around.get("name") else {})
+SOURCE = Section(lambda given, around: _of_source(given, str(around.get("name", ""))))
+
+
+def _of_source(given: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The options of a data set; any of one that may not exist, which is said where it is opened."""
+    sure = name in data.SOURCES or name.startswith("folder:")
+    return {**({} if sure else dict.fromkeys(given, Any)), **data.source_options(name)}
 
 
 @dataclasses.dataclass(frozen=True)

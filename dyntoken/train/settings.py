@@ -22,9 +22,14 @@ MOST_STEPS = 2**31 - 1  # the optimizer counts in int32
 
 
 def _of_model(given: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys of a model's section; any, while it names no model."""
-    known = models.keywords(str(given["name"])) if given.get("name") else dict.fromkeys(given, Any)
-    return {**known, **own}
+    """The keys of a model's section; any, while it names no model.
+
+    `create_model` says best what a dense model does not take.
+    """
+    if not given.get("name"):
+        return {**dict.fromkeys(given, Any), **own}
+    told = dict.fromkeys(models.OF_METHODS & set(given), Any)
+    return {**told, **models.keywords(str(given["name"])), **own}
 
 
 # What reads the sections that are no dataclass: a key of theirs is an argument there.

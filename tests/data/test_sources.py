@@ -92,7 +92,7 @@ def test_fake_classes_are_visible(classes):
 
 
 def test_fake_options_are_checked():
-    with pytest.raises(data.DataError, match=r"num_classes=0"):
+    with pytest.raises(data.DataError, match=r"num_classes is 0"):
         data.info("fake", num_classes=0)
     with pytest.raises(UnknownNameError, match=r"unknown option 'num_class'.*did you mean num_classes"):
         data.info("fake", num_class=3)

@@ -210,7 +210,7 @@ def test_a_model_without_exits_and_a_run_without_checkpoint(tmp_path, capsys):
     ("argv", "message"),
     [
         ([], "required: --workdir"),
-        (["--workdir=x", "--gmacs=a,b"], "'a,b' is no list of numbers such as 0.01,0.02"),
+        (["--workdir=x", "--gmacs=a,b"], "'a,b': give a sequence (3-6-9 or 3,6,9), each a number"),
         (["--workdir=x", "--gmacs=1", "--ms=1"], "not allowed with argument --gmacs"),
     ],
 )
