@@ -60,9 +60,9 @@ class Report:
         """Forgets what a killed session wrote after `step`: those steps are run again."""
         if self._board is not None:
             self._board.resume(step)
+        self.flush()
         if not self._writes or not self._path.exists():
             return
-        self.flush()
         self._rewrite([row for row in workdirs.read_rows(self._path, self._log) if row["step"] <= step])
 
     def rows(self) -> list[dict[str, Any]]:

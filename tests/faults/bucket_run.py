@@ -1,6 +1,6 @@
 """What a run on `gs://` is made of, in a process of its own (`gs://` cannot be taken back).
 
-python -m tests.faults.bucket_run FOLDER PORT train|evaluate|restart
+python -m tests.faults.bucket_run FOLDER PORT train|evaluate|restart|parts
 """
 
 from __future__ import annotations
@@ -15,6 +15,38 @@ WORKDIR = "gs://bucket/runs/one"
 CONFIG = tiny_config(steps=60, checkpoint_steps=3, eval_steps=20, keep_best=1, ema=0.9, log_steps=2)
 
 
+def parts() -> None:
+    """Checkpoints, lock, record and moving aside, without a training."""
+    import jax
+    from etils import epath
+
+    from dyntoken.train import lock, report, start
+    from dyntoken.train import mesh as meshes
+    from dyntoken.train.checkpoint import Checkpoints
+    from tests.train.test_checkpoint import make_state
+
+    workdir, mesh = epath.Path("gs://bucket/parts"), meshes.data_mesh(jax.devices()[:1])
+    with lock.Lock(workdir):
+        checkpoints = Checkpoints(workdir, keep=2)
+        for step in (1, 2, 3):
+            checkpoints.save(make_state(step, mesh))
+        checkpoints.wait()
+        damaged = workdir / "checkpoints" / "3" / "meta" / "metadata"
+        damaged.write_text(damaged.read_text()[:50])
+        found = checkpoints.restore(meshes.replicated_like(make_state(0, mesh), mesh))
+        checkpoints.close()
+        record = report.Report(workdir, total=2, batch=1)
+        record.evaluation(1, {"top1": 0.5})
+        record.evaluation(2, {"top1": 0.6})
+        record.resume(1)
+        record.close()
+        start.move_aside(workdir, print)
+        names = sorted(path.name for path in workdir.iterdir())
+        old = sorted(str(path.relative_to(workdir)) for path in (workdir / "old" / "1").iterdir())
+        text = (workdir / "old" / "1" / "metrics.jsonl").read_text()
+    print(json.dumps({"step": found.step, "names": names, "old": old, "rows": text.count("step")}))
+
+
 def main(folder: str, port: str, what: str) -> None:
     import jax
 
@@ -24,7 +56,9 @@ def main(folder: str, port: str, what: str) -> None:
     from dyntoken import train
     from dyntoken.train.workdir import open_workdir
 
-    if what == "evaluate":
+    if what == "parts":
+        parts()
+    elif what == "evaluate":
         best = train.evaluate(CONFIG, WORKDIR, step="best")
         opened = open_workdir(WORKDIR)
         dyntoken.load_weights(opened.plan.model, WORKDIR)

@@ -179,6 +179,23 @@ def finish(server, what: str, cwd: pathlib.Path) -> str:
     return out
 
 
+def test_its_parts_on_a_storage_service(server, tmp_path):
+    """Old checkpoints are deleted, a damaged one and an old run are moved, the lock is released."""
+    cwd = tmp_path / "here"
+    cwd.mkdir()
+    said = finish(server, "parts", cwd)
+    assert said, (cwd / "output.txt").read_text()
+    found = json.loads(said.splitlines()[-1])
+    names = found.pop("names")
+    assert len(names) == 2 and names[0].startswith("lock-") and names[1] == "old"
+    old = [f"old/1/{name}" for name in ("checkpoints", "damaged", "metrics.jsonl")]
+    assert found == {"step": 2, "old": old, "rows": 1}
+    where = server[0] / "bucket" / "parts"
+    assert [path.name for path in where.iterdir()] == ["old"]
+    kept = {path.parts[-2] for path in (where / "old" / "1").glob("*/*/commit_success.txt")}
+    assert kept == {"2", "3"} and [path.name for path in cwd.iterdir()] == ["output.txt"]
+
+
 @pytest.mark.slow
 def test_a_run_on_a_storage_service(server, tmp_path):
     """Killed twice, the second time while it saves; the same as on a local disk; nothing beside the bucket."""
