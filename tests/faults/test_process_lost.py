@@ -34,6 +34,7 @@ def two(tmp_path):
     flags = [flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag]
     flags.append("--xla_force_host_platform_device_count=1")
     env = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": " ".join(flags), "PYTHONUNBUFFERED": "1"}
+    env.pop("TF_CPP_MIN_LOG_LEVEL", None)  # the tests' own
     words = ["--config=recipe.py", "--workdir=run", f"--coordinator=localhost:{port}", "--processes=2"]
     words.append(f"--lost_after={LOST_AFTER}")
     made = []

@@ -24,6 +24,7 @@ DEMO = "--config=configs/tps_deit.py:demo"
 
 def main(*words, cwd):
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    env.pop("TF_CPP_MIN_LOG_LEVEL", None)  # the tests' own
     command = [sys.executable, "-m", "dyntoken.main", *words]
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=240)
 

@@ -62,8 +62,8 @@ def of_one(family):
     return trained(family, 1)
 
 
-FAST = ("dtps",)
-FAMILIES = [f if f in FAST else pytest.param(f, marks=pytest.mark.slow) for f in MODELS]
+SLOW = pytest.mark.slow
+FAMILIES = ["dtps", *(pytest.param(family, marks=SLOW) for family in MODELS if family != "dtps")]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -74,7 +74,7 @@ def test_the_same_devices_give_the_same_bits(family, devices):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("devices", [2, 4])
+@pytest.mark.parametrize("devices", [pytest.param(2, marks=SLOW), 4])
 def test_other_devices_differ_by_rounding_alone(family, devices):
     """Draws, mixing pairs, batch statistics and loss counts are those of the global batch."""
     state, history = trained(family, devices)
