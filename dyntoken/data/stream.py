@@ -29,6 +29,7 @@ import numpy as np
 from dyntoken.data import stateless
 from dyntoken.data.arrays import Batch
 from dyntoken.data.augment import AugmentOptions
+from dyntoken.data.closing import close_at_exit
 from dyntoken.data.errors import DataError
 from dyntoken.data.plan import DataInfo, EvalPlan, Part, TrainPlan, check_labels, slice_parts
 from dyntoken.data.tf_image import compiled_eval, compiled_train
@@ -156,10 +157,13 @@ class StreamSource:
                 yield from self._epoch(plan, epoch, skip, guarded)
                 step = (epoch + 1) * plan.steps_per_epoch
 
-        return self._guarded(batches, plan.start_step, lambda batch, log: replace_bad(batch, per_shard, log))
+        made = self._guarded(batches, plan.start_step, lambda batch, log: replace_bad(batch, per_shard, log))
+        return close_at_exit(made)
 
     def evaluate(self, plan: EvalPlan) -> Iterator[Batch]:
-        return self._guarded(lambda step, guarded: self._pass(plan, step, guarded), 0, mask_bad)
+        return close_at_exit(
+            self._guarded(lambda step, guarded: self._pass(plan, step, guarded), 0, mask_bad)
+        )
 
     def _guarded(
         self,
@@ -168,7 +172,7 @@ class StreamSource:
         mend: Callable[[Batch, _Corrupt], Batch],
     ) -> Iterator[Batch]:
         """The batches from a step on, `batches(step, guarded)`: unguarded until an image fails."""
-        # Not looked up later: when the interpreter ends, an open iterator is closed after the modules.
+        # Not looked up later: an iterator may be closed when the modules are gone.
         failure, guarded = tensorflow().errors.OpError, False
         log = _Corrupt(self.info, self._max_corrupt, self._records)
         while True:

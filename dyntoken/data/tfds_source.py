@@ -278,7 +278,10 @@ class _TfdsRecords:
         if count < 2 * _ENDS:
             return False
         ends = [self.rows([(split, at, at + _ENDS)], None) for at in (0, count - _ENDS)]
-        first, last = ([int(row[1]) for row in end.as_numpy_iterator()] for end in ends)
+        try:
+            first, last = ([int(row[1]) for row in end.as_numpy_iterator()] for end in ends)
+        except tensorflow().errors.OpError as error:
+            raise unreadable(self._builder.info.full_name, error, self.where) from None
         return first == sorted(first) and last == sorted(last) and first[-1] < last[0]
 
     @staticmethod

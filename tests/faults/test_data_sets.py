@@ -118,17 +118,21 @@ DAMAGES = {
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_sets_end_in_one_line(damage, shape, tmp_path):
     name = f"set_{'memory' if shape == SMALL else 'streamed'}"
-    path = store(tmp_path, name, shape, [0, 1, 2, 3] * 10)
+    path = store(tmp_path, name, shape, [0, 1, 2, 3] * 40)
     (record,) = path.glob("*tfrecord*")
     DAMAGES[damage](path, record)
     tfds_source._read.cache_clear()
     tfds_source._decoded.cache_clear()
-    with pytest.raises(data.DataError) as error:
-        evaluated(name, tmp_path, "train")
-    text = str(error.value)
-    assert (
-        "\n" not in text and str(path) in text and "again" in text and "{{" not in text and "[Op:" not in text
-    )
+    request = {"batch": 160, "shards": 1, "size": 8, "seed": 0, "data_dir": str(tmp_path)}
+    for read in (
+        lambda: evaluated(name, tmp_path, "train"),
+        lambda: next(data.train_batches(name, **request)),
+    ):
+        with pytest.raises(data.DataError) as error:
+            read()
+        text = str(error.value)
+        assert "\n" not in text and str(path) in text and "again" in text
+        assert "{{" not in text and "[Op:" not in text
 
 
 @pytest.mark.parametrize("shape", [SMALL, STREAMED], ids=["memory", "streamed"])
