@@ -46,6 +46,7 @@ class Model(nn.Module):
       at: 0-based block indices of the sites.
       form: "auto", "mask" or "gather".
       pool, representation_size: see `heads.ClassHead`.
+      fc_norm: a norm on the pooled features, with the backbone's epsilon.
     """
 
     arch: str
@@ -58,6 +59,7 @@ class Model(nn.Module):
     form: str = "auto"
     pool: str = "token"
     representation_size: int | None = None
+    fc_norm: bool = False
 
     def plain(self, sites: tuple[Site, ...] = ()) -> Any:
         """The backbone as a free-standing module, to read its static properties."""
@@ -84,7 +86,8 @@ class Model(nn.Module):
     def setup(self) -> None:
         self.body = self.backbone(sites=self.sites(), name="backbone")
         distilled = dict(self.backbone.options).get("distilled", False)
-        self.head = ClassHead(self.num_classes, self.pool, distilled, self.representation_size)
+        eps = self.plain().norm_eps if self.fc_norm else None
+        self.head = ClassHead(self.num_classes, self.pool, distilled, self.representation_size, eps)
         if self.aux_weight is not None:
             self.aux_head = layers.dense(self.num_classes)
 
@@ -213,7 +216,7 @@ def create_model(name: str, **overrides: Any) -> Model | Cascade | MultiExit:
     Args:
       name: for instance "dtps_deit_small_patch16_224"; see `list_models`.
       **overrides: any field: of the model (`num_classes`, `keep`, `at`, `form`,
-        `pool`, `representation_size`), of the backbone (`img_size`, `in_chans`,
+        `pool`, `representation_size`, `fc_norm`), of the backbone (`img_size`, `in_chans`,
         `drop_path`, `dtype`, ...), of the method (`fuse`, `score`, `shuffle`,
         `temperature`, `tau`) or of the cascade (`exits`, `feature_reuse`,
         `relation_reuse`, ...). `dtype` may be a name ("bfloat16").
@@ -232,7 +235,7 @@ def create_model(name: str, **overrides: Any) -> Model | Cascade | MultiExit:
         return _multiexit(name, arch_name, overrides, of_backbone)
     if method is not None and method.partition("_")[0] == names.CASCADE:
         return _cascade(name, method.partition("_")[2] or None, arch_name, overrides, of_backbone)
-    of_model = {"num_classes", "pool", "representation_size"}
+    of_model = {"num_classes", "pool", "representation_size", "fc_norm"}
     of_method = _of_method(method)
     _refuse_sites(name, overrides, method, f"dtps_{arch_name}")
     check_options(name, overrides, of_backbone | of_model | (OF_SITES | of_method if method else set()))
