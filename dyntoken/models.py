@@ -245,7 +245,10 @@ def create_model(name: str, **overrides: Any) -> Model | Cascade | MultiExit:
     if method is not None:
         fields |= _site_fields(method, fields, overrides, of_method, backbone)
     model = Model(arch=arch_name, backbone=backbone, method=method, **fields)
-    model.plain().check()
+    body = model.plain()
+    body.check()
+    if model.pool == "token" and getattr(body, "registers", 0) and not body.class_token:
+        raise ValueError(f"{name}: pool='token' needs a class token; use pool='mean'")
     model.sites()  # so that a bad value fails here, not inside a jitted step
     return model
 
