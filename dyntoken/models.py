@@ -28,7 +28,7 @@ from dyntoken.types import Output
 
 Array = jax.Array
 RECORDS = ("features", "dense", "embed", "blocks", "stages")
-OF_MODEL = {"num_classes", "pool", "representation_size"}
+OF_MODEL = {"num_classes", "pool", "representation_size", "fc_norm"}
 OF_SITES = {"keep", "at", "form"}  # keywords that say where and how much a method reduces
 OF_METHODS = OF_SITES | {"fuse", "score", "dropped"}  # what a dense model is often told by mistake
 OF_GRID = {"tokens", "patch_size"}  # what the exits of a cascade decide
@@ -53,6 +53,7 @@ class Model(nn.Module):
       at: 0-based block indices of the sites.
       form: "auto", "mask" or "gather".
       pool, representation_size: see `heads.ClassHead`.
+      fc_norm: a norm on the pooled features, with the backbone's epsilon.
     """
 
     arch: str
@@ -65,6 +66,7 @@ class Model(nn.Module):
     form: Form = "auto"
     pool: Pool = "token"
     representation_size: Count | None = None
+    fc_norm: bool = False
 
     def plain(self, sites: tuple[Site, ...] = ()) -> Any:
         """The backbone as a free-standing module, to read its static properties."""
@@ -91,7 +93,8 @@ class Model(nn.Module):
     def setup(self) -> None:
         self.body = self.backbone(sites=self.sites(), name="backbone")
         distilled = dict(self.backbone.options).get("distilled", False)
-        self.head = ClassHead(self.num_classes, self.pool, distilled, self.representation_size)
+        eps = self.plain().norm_eps if self.fc_norm else None
+        self.head = ClassHead(self.num_classes, self.pool, distilled, self.representation_size, eps)
         if self.aux_weight is not None:
             self.aux_head = layers.dense(self.num_classes)
 
@@ -229,7 +232,7 @@ def create_model(name: str, **overrides: Any) -> Model | Cascade | MultiExit:
     Args:
       name: for instance "dtps_deit_small_patch16_224"; see `list_models`.
       **overrides: any field: of the model (`num_classes`, `keep`, `at`, `form`,
-        `pool`, `representation_size`), of the backbone (`img_size`, `in_chans`,
+        `pool`, `representation_size`, `fc_norm`), of the backbone (`img_size`, `in_chans`,
         `drop_path`, `dtype`, ...), of the method (`fuse`, `score`, `shuffle`,
         `temperature`, `tau`) or of the cascade (`exits`, `feature_reuse`,
         `relation_reuse`, ...). `dtype` may be a name ("bfloat16", "bf16").
@@ -259,7 +262,10 @@ def create_model(name: str, **overrides: Any) -> Model | Cascade | MultiExit:
     if method is not None:
         fields |= _site_fields(method, fields, overrides, backbone)
     model = Model(arch=arch_name, backbone=backbone, method=method, **fields)
-    model.plain().check()
+    body = model.plain()
+    body.check()
+    if model.pool == "token" and getattr(body, "registers", 0) and not body.class_token:
+        raise ValueError(f"{name}: pool='token' needs a class token; use pool='mean'")
     model.sites()  # so that a bad value fails here, not inside a jitted step
     check_pool(model.pool, model.plain().prefix)
     return model

@@ -71,6 +71,7 @@ class ConvAttention(nn.Module):
       stride, padding: of those of keys and values; queries keep the map's size.
       frozen: see `BatchNorm`.
       dtype: compute type; softmax and statistics stay in float32.
+      attn_dropout: rate on the attention weights.
     """
 
     heads: int
@@ -81,6 +82,7 @@ class ConvAttention(nn.Module):
     frozen: bool = False
     dropout: float = 0.0
     dtype: Any = jnp.float32
+    attn_dropout: float = 0.0
 
     @nn.compact
     def __call__(
@@ -108,8 +110,9 @@ class ConvAttention(nn.Module):
         q, k, v = (self._projected(name, x[:, :prefix], laid, train) for name in "qkv")
         scale = width**-0.5  # of all heads together, as official
         seen = None
-        if observe:
+        if observe or (draws is not None and self.attn_dropout > 0.0):
             p = attend.normalise(attend.logits(q, k, scale=scale), policy=None, train=train)
+            p = layers.drop(p, self.attn_dropout, draws, *path, 0)
             y = jnp.einsum("bhqk,bhkd->bhqd", p.astype(v.dtype), v)
             cls = attend.class_attention(p, prefix) if prefix else None
             seen = Attended(cls=None if cls is None else self._of_patches(cls, grid))
@@ -170,7 +173,7 @@ class CvTBlock(MapBlock):
     def attention(self) -> nn.Module:
         """The attention layer."""
         options = (self.kernel, self.stride, self.padding, self.frozen, self.dropout, self.dtype)
-        return ConvAttention(self.heads, self.qkv_bias, *options)
+        return ConvAttention(self.heads, self.qkv_bias, *options, self.attn_dropout)
 
 
 class CvT(Pyramid):

@@ -138,9 +138,9 @@ class PSViT(Isotropic):
         return pair(self.points)
 
     @property
-    def prefix_names(self) -> tuple[str, ...]:
+    def prefix_rows(self) -> dict[str, int]:
         """The class token, if there is one."""
-        return ("cls_token",) * self.class_token
+        return {"cls_token": 1} if self.class_token else {}
 
     def check(self) -> None:
         """Raises ValueError for fields that do not fit together."""

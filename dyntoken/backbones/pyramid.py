@@ -43,6 +43,7 @@ class Pyramid(Sites, nn.Module):
       in_chans: image channels.
       widths, depths, heads, mlp_ratios: one number per stage.
       qkv_bias: as timm's; one flag, or one per stage.
+      attn_dropout: on the attention weights, likewise.
       dropout: after the positions, attention projection and in the MLP; one
         rate, or one per stage.
       drop_path: stochastic depth of the last block, or of the last one of each stage.
@@ -64,6 +65,7 @@ class Pyramid(Sites, nn.Module):
     mlp_ratios: tuple[Positive, ...] = (8.0, 8.0, 4.0, 4.0)
     qkv_bias: bool | tuple[bool, ...] = True
     dropout: Rate | tuple[Rate, ...] = 0.0
+    attn_dropout: Rate | tuple[Rate, ...] = 0.0
     drop_path: Rate | tuple[Rate, ...] = 0.0
     drop_path_rule: Literal["linear", "constant"] = "linear"
     norm_eps: Positive = 1e-6
@@ -121,7 +123,7 @@ class Pyramid(Sites, nn.Module):
 
     def check(self) -> None:
         """Raises ValueError for fields that do not fit together."""
-        for name in (*self.per_stage, "qkv_bias", "dropout", "drop_path"):
+        for name in (*self.per_stage, "qkv_bias", "dropout", "attn_dropout", "drop_path"):
             values = getattr(self, name)
             if (isinstance(values, tuple) or name in self.per_stage) and len(values) != self.depth:
                 raise ValueError(
@@ -203,6 +205,7 @@ class Pyramid(Sites, nn.Module):
             mlp_ratio=self.mlp_ratios[number],
             qkv_bias=_at(self.qkv_bias, number),
             dropout=_at(self.dropout, number),
+            attn_dropout=_at(self.attn_dropout, number),
             drop_path=self.path_rate(number, index),
             norm_eps=self.norm_eps,
             reduced=site is not None and (index > 0 or not site.inside),

@@ -17,7 +17,7 @@ HARMLESS = re.compile(
     r"|^(\w+_token\.|exit_\d+\.)?(heads?|fc|classifier|head_dist|dino_head|ibot_head|decoder\w*)(\.|$)"
     r"|(^|\.)(score_predictor|reducer_\d+|fast_path\w*|fastmlp\w*)\."
 )
-OF_HEAD = re.compile(r"^(pre_logits|aux_head|fc_norm)\.")
+OF_HEAD = re.compile(r"^(pre_logits|aux_head)\.")
 # What has no place -> the keyword of create_model that makes one.
 REMEDIES = (
     (
@@ -29,13 +29,11 @@ REMEDIES = (
     (r"^pre_logits\.", "representation_size", "representation_size={rows}"),
     (r"^aux_head\.", "aux_weight", "aux_weight=0.5"),
     (r"^cls_token$", "class_token", "class_token=True"),
+    (r"^reg_token$", "registers", "registers={rows}"),
+    (r"\.attn\.[qk]_norm\.", "qk_norm", "qk_norm=True"),
+    (r"^norm_pre\.", "pre_norm", "pre_norm=True"),
+    (r"^fc_norm\.", "fc_norm", "fc_norm=True, final_norm=False and pool='mean' as it was trained"),
     (r"(^|\.)blocks[._](\d+)\.", "depth", "depth={depth} (or name another size)"),
-)
-LACKING = (
-    (r"(reg_token|register_tokens|storage_tokens)$", "register tokens"),
-    (r"\.([qk]_norm)\.", "normalised queries and keys"),
-    (r"fc_norm\.", "a norm after pooling"),
-    (r"norm_pre\.", "a norm before the blocks"),
 )
 
 
@@ -52,14 +50,15 @@ def changing(unexpected: Sequence[str], head: str) -> list[str]:
 def remedy(model: Any, left: Sequence[str], tensors: Mapping[str, np.ndarray]) -> str:
     """How to build the model that takes the arrays `left`, as far as there is one."""
     names = [key.replace("/", ".") for key in left]
-    fields = model.backbone.make.__dataclass_fields__.keys() | {"representation_size", "aux_weight"}
+    fields = model.backbone.make.__dataclass_fields__.keys() | {"representation_size", "fc_norm"}
     found = []
     for pattern, field, text in REMEDIES:
         hits = [
             (key, hit) for key, name in zip(left, names, strict=True) if (hit := re.search(pattern, name))
         ]
         if hits and field in fields and not any(field in other for other in found):
-            values = {"rows": len(tensors[hits[0][0]])}
+            array = tensors[hits[0][0]]
+            values = {"rows": array.shape[1] if array.ndim == 3 else len(array)}
             if field == "depth":
                 depth = 1 + max(int(hit[2]) for _, hit in hits)
                 if depth <= dict(model.backbone.options).get("depth", 0):
@@ -68,9 +67,6 @@ def remedy(model: Any, left: Sequence[str], tensors: Mapping[str, np.ndarray]) -
             found.append(text.format(**values))
     if found:
         return f"create the model with {', '.join(found)}"
-    lacking = [what for pattern, what in LACKING if any(re.search(pattern, name) for name in names)]
-    if lacking:
-        return f"no model here has {' or '.join(lacking)} yet"
     return "check the model's name"
 
 
@@ -114,7 +110,7 @@ def adapted(kernel: np.ndarray, channels: int, origin: str) -> np.ndarray:
 
 def of_head(path: str) -> bool:
     """Whether a parameter belongs to a classifier; a cascade has one per exit."""
-    return path.startswith(("head/", "aux_head/")) or "/head/" in path
+    return re.search(r"(^|/)(head/(?!norm/)|aux_head/)", path) is not None
 
 
 def check_shapes(

@@ -73,8 +73,8 @@ def _fitted(
         return value  # reported with the other wrong shapes
     if value.shape == want and source_grid in (None, tuple(grid)):
         return value
-    tokens = {key.rsplit("/", 1)[-1] for key in bundle.tensors}
-    first = sum(token in tokens for token in ("cls_token", "dist_token"))
+    tokens = {key.rsplit("/", 1)[-1]: array for key, array in bundle.tensors.items()}
+    first = sum(tokens[name].shape[1] for name in ("cls_token", "dist_token", "reg_token") if name in tokens)
     return fit(
         value,
         prefix=prefix,

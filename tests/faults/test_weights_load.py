@@ -148,12 +148,12 @@ WIDE = np.ones(16, np.float32)
     [
         (["blocks.0.ls1.gamma", "blocks.1.ls2.gamma"], "layer_scale="),
         (["blocks.0.gamma_1"], "layer_scale="),
-        (["reg_token"], "register tokens"),
-        (["fc_norm.weight"], "norm after pooling"),
-        (["blocks.0.attn.q_norm.weight"], "normalised queries"),
+        (["reg_token"], "registers="),
+        (["fc_norm.weight"], "fc_norm=True"),
+        (["blocks.0.attn.q_norm.weight"], "qk_norm=True"),
         (["pre_logits.fc.weight"], "representation_size=16"),
         (["blocks.2.norm1.weight", "blocks.6.norm1.weight"], "depth=7"),
-        (["norm_pre.weight"], "norm before"),
+        (["norm_pre.weight"], "pre_norm=True"),
         (["something.new"], "unexpected='ignore'"),
     ],
 )
@@ -174,6 +174,10 @@ def test_the_remedies_work():
     assert same(weights.load_weights(other, source), random_of(scaled))
     assert "depth=3" in refusal(make(), exported(make(depth=3)))
     assert "qkv_bias=True" in refusal(make(qkv_bias=False), exported(make()))
+    more = make(registers=3, qk_norm=True, pre_norm=True)
+    text = refusal(make(), exported(more))
+    assert all(remedy in text for remedy in ("registers=3", "qk_norm=True", "pre_norm=True"))
+    assert same(weights.load_weights(more, exported(more)), random_of(more))
     own = random_of(make(layer_scale=0.1))
     assert "layer_scale=" in refusal(make(), own)
 
