@@ -41,7 +41,7 @@ def read(path: Any, step: int | str = "newest") -> dict[str, Any]:
             lambda leaf: np.zeros(leaf.shape, leaf.dtype), getattr(metadata, "tree", metadata)
         )
         state = handler.restore(item, args=ocp.args.StandardRestore(target))
-        _verify(directory, state)
+        unverified = _verify(directory, state)
     except files.WeightsError:
         raise
     except Exception as error:  # orbax raises whatever the storage layer raised
@@ -51,6 +51,8 @@ def read(path: Any, step: int | str = "newest") -> dict[str, Any]:
         raise files.damaged(directory, "orbax", error) from error
     finally:
         handler.close()
+    if unverified:
+        warnings.warn(unverified, stacklevel=2)
     trees = {key: state[key] for key in ("params", "ema", "batch_stats") if state.get(key)}
     if "batch_stats" not in trees and state.get("extra"):
         trees["batch_stats"] = state["extra"].get("batch_stats", {})
@@ -62,10 +64,10 @@ def describe(path: Any, step: int | str = "newest") -> dict[str, str]:
     return runs.strings(runs.describe(step_folder(paths.resolve(path), step)))
 
 
-def _verify(directory: epath.Path, state: Mapping[str, Any]) -> None:
-    """Compares each array with the checksum that the trainer wrote; orbax itself keeps none."""
+def _verify(directory: epath.Path, state: Mapping[str, Any]) -> str | None:
+    """Compares each array with the checksum that the trainer wrote (orbax itself keeps none); says what has none."""
     if not (directory / "state").exists():
-        return  # not from a trainer of ours
+        return None  # not from a trainer of ours
     path = directory / workdirs.META
     meta = json.loads(path.read_text()) if path.exists() else {}
     written = meta.get("leaves") or {}
@@ -78,9 +80,10 @@ def _verify(directory: epath.Path, state: Mapping[str, Any]) -> None:
                 "give the directory of an older step"
             )
     without = sum(name not in written for name in arrays)
-    if without:
-        many = "nothing" if without == len(arrays) else f"{len(arrays) - without} of {len(arrays)} arrays"
-        warnings.warn(f"{path} is missing or without checksums: {many} verified", stacklevel=2)
+    if not without:
+        return None
+    many = "nothing" if without == len(arrays) else f"{len(arrays) - without} of {len(arrays)} arrays"
+    return f"{path} is missing or without checksums: {many} verified"
 
 
 def step_folder(path: epath.Path, step: int | str) -> epath.Path:

@@ -201,35 +201,30 @@ class TestRecord:
             train.run(self.CONFIG, tmp_path, log=Log("step 5/5", crash))
         assert steps_kept(tmp_path) == [2, 4]
 
-    @pytest.mark.parametrize(
-        "line",
-        [
-            b"\xff\xfe\x00not text",
-            b"some text",
-            b"null",
-            b"[1, 2]",
-            b'"a string"',
-            b"12",
-            b'{"step": "three", "kind": "eval", "top1": 5}',
-            b'{"step": null, "kind": "train"}',
-            b"{" * 20000,
-        ],
+    BAD = (
+        b"\xff\xfe\x00not text",
+        b"some text",
+        b"null",
+        b"[1, 2]",
+        b'"a string"',
+        b"12",
+        b'{"step": "three", "kind": "eval", "top1": 5}',
+        b'{"step": null, "kind": "train"}',
+        b"{" * 20000,
     )
-    def test_a_bad_line_is_left_out(self, tmp_path, monkeypatch, line):
+
+    @pytest.mark.parametrize("bad", [BAD, BAD[:1], BAD[2:3]])
+    def test_bad_lines_are_left_out(self, tmp_path, monkeypatch, bad):
         self.half(tmp_path, monkeypatch)
         path = tmp_path / "metrics.jsonl"
         good = path.read_bytes().splitlines()
-        path.write_bytes(b"\n".join([good[0], line, *good[1:], b""]))
+        path.write_bytes(b"\n".join([good[0], *bad, *good[1:], b""]))
         log = Log()
         result = train.run(self.CONFIG, tmp_path, log=log)
-        assert result.finished and [row["step"] for row in rows(tmp_path) if row["kind"] == "train"] == [
-            1,
-            2,
-            3,
-            4,
-            5,
-        ]
-        assert len([text for text in log if "damaged line" in text]) == 1
+        assert result.finished
+        assert [row["step"] for row in rows(tmp_path) if row["kind"] == "train"] == [1, 2, 3, 4, 5]
+        assert [line for line in log if line.startswith(f"{len(bad)} damaged line(s) in ")]
+        assert len([line for line in log if "damaged line" in line]) == 1
         assert steps_kept(tmp_path) == [2, 5]
 
     @pytest.mark.parametrize("loss", ["emptied", "absent", "zeros"])

@@ -174,7 +174,13 @@ def test_nest_is_the_inverse_of_flatten():
 def _save(workdir, step, value, checksums=None):
     state = {"params": {"a": np.full(2, value, np.float32)}, "step": np.int32(step)}
     state["ema"] = {"params": {"a": np.full(2, value + 0.5, np.float32)}}
-    leaves = {name: [[2], "float32", value] for name, value in (checksums or {}).items()}
+    arrays = {
+        "params/a": state["params"]["a"],
+        "ema/params/a": state["ema"]["params"]["a"],
+        "step": state["step"],
+    }
+    right = {name: zlib.crc32(array.tobytes()) for name, array in arrays.items()}
+    leaves = {name: [[2], "float32", value] for name, value in (right | (checksums or {})).items()}
     items = ocp.args.Composite(
         state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave({"step": step, "leaves": leaves})
     )
