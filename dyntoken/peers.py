@@ -67,8 +67,18 @@ class Watch:
         self._seen = dict.fromkeys(self._others, ("", now))
         self._lock, self._over = threading.Lock(), threading.Event()
         self._console = _keep_farewells_back(self._coordinator_lost) if os.name == "posix" else None
+        self._unanswered = 0
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
+        threading.Thread(target=self._await_answers, daemon=True).start()
+
+    def _await_answers(self) -> None:
+        """A process 0 that hangs answers never, and not with an error."""
+        while not self._over.wait(self._period):
+            # Counted, not measured: this process may have been suspended itself.
+            self._unanswered += 1
+            if self._unanswered * self._period > self._lost_after + 1:
+                self._end(self._silent(0, self._lost_after), linger=False)
 
     def _run(self) -> None:
         while not self._over.wait(self._period):
@@ -79,6 +89,7 @@ class Watch:
                 if not self._over.is_set():
                     self._coordinator_lost()
                 return
+            self._unanswered = 0
             self._look(said)
 
     def _beat(self) -> None:
@@ -99,10 +110,11 @@ class Watch:
         silent = {other: now - when for other, (_, when) in self._seen.items()}
         worst = max(silent, key=silent.get)
         if silent[worst] > self._patience and not self._reason:
-            self._end(
-                f"process {worst} was lost: no sign of life for {silent[worst]:.0f} s "
-                f"(--lost_after={self._lost_after:g}); {AGAIN}"
-            )
+            self._end(self._silent(worst, silent[worst]))
+
+    def _silent(self, other: int, seconds: float) -> str:
+        flag = f"--lost_after={self._lost_after:g}"
+        return f"process {other} was lost: no sign of life for {seconds:.0f} s ({flag}); {AGAIN}"
 
     def _coordinator_lost(self) -> None:
         if not self._over.is_set() and not self._reason:
@@ -120,9 +132,12 @@ class Watch:
     def _linger(self, reason: str) -> None:
         """Lets the others read why, above all if this is the process that connects them."""
         self._reason = reason
+        threading.Thread(target=self._say, daemon=True).start()  # which hangs where process 0 does
+        time.sleep(2 * self._period)
+
+    def _say(self) -> None:
         with contextlib.suppress(Exception):
             self._beat()
-            time.sleep(2 * self._period)
 
     def tell(self, word: str) -> None:
         """Lets the others know that this process ends at once."""
