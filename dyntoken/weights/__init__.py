@@ -227,10 +227,15 @@ def import_reference(
     if missing or unexpected:
         raise WeightsError(
             f"{origin}: the state dict does not fit the constructor arguments; "
-            f"missing: {', '.join(missing) or 'none'}; left over: {', '.join(unexpected) or 'none'}"
+            f"missing: {_listed(missing)}; left over: {_listed(unexpected)}"
         )
     placing.check_shapes(found, shapes, origin, reference.model.input_shape[2])
     return reference.model, _variables(found)
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f", and {len(names) - 6} more" if len(names) > 6 else ""
+    return f"{', '.join(names[:6]) or 'none'}{more}"
 
 
 def reference_keys(model: Model, *, no_embed_class: bool = False) -> keys.KeyMap:
