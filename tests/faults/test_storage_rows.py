@@ -14,7 +14,9 @@ import pytest
 import dyntoken
 from dyntoken import train
 from dyntoken.train import checkpoint, loop
+from dyntoken.train import mesh as meshes
 from dyntoken.train.plan import Plan
+from tests.train.test_checkpoint import make_state
 from tests.train.test_loop import CrashError, Log, assert_identical, crash, rows
 from tests.train.tiny import tiny_config
 
@@ -155,11 +157,25 @@ def test_a_full_disk_is_called_one(tmp_path, monkeypatch, error, place):
     def fail(*args, **kwargs):
         raise error
 
+    state = make_state(2, meshes.data_mesh())
+    checkpoints = checkpoint.Checkpoints(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint.ocp.CheckpointManager, place, fail)
         with pytest.raises(
             OSError, match=r"the disk of .*checkpoints is full.*run the same command again"
         ) as caught:
-            train.run(tiny_config(steps=2), tmp_path, log=Log())
+            checkpoints.save(state)
+            checkpoints.wait()
     assert "zarr" not in str(caught.value) and "\n" not in str(caught.value)
-    assert train.run(tiny_config(steps=2), tmp_path, log=Log()).finished
+    checkpoints.close()
+
+
+def test_other_errors_of_writing_are_not_called_a_full_disk(tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise ValueError("RESOURCE_EXHAUSTED: Out of memory allocating 12 bytes")
+
+    monkeypatch.setattr(checkpoint.ocp.CheckpointManager, "save", fail)
+    checkpoints = checkpoint.Checkpoints(tmp_path)
+    with pytest.raises(ValueError, match="Out of memory"):
+        checkpoints.save(make_state(2, meshes.data_mesh()))
+    checkpoints.close()
