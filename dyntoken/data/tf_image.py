@@ -11,10 +11,13 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from dyntoken.data.augment import TRIES, AugmentOptions
 from dyntoken.data.decode import MAX_ASPECT, MAX_PIXELS
 from dyntoken.data.decode import decode as pillow_decode
 from dyntoken.data.distort import Distortion
+from dyntoken.data.errors import DataError
 from dyntoken.data.tf_import import tensorflow
 from dyntoken.data.tf_resize import Part, cover, place, resize
 
@@ -78,15 +81,22 @@ def _decode(data: Any, channels: int, box: Callable[[Any, Any], Any] | None = No
 
     def other() -> Any:
         image = tf.numpy_function(_pillow, [data, channels], tf.uint8, stateful=False)
-        return part(tf.ensure_shape(image, (None, None, channels)))
+        image = tf.ensure_shape(image, (None, None, channels))
+        shape = tf.shape(image)
+        with tf.control_dependencies([_bounded(shape[0], shape[1])]):
+            return part(tf.identity(image))
 
     is_png = tf.strings.substr(data, 0, 8) == b"\x89PNG\r\n\x1a\n"
     image = tf.cond(tf.io.is_jpeg(data), jpeg, lambda: tf.cond(is_png, png, other))
     return tf.ensure_shape(image, (None, None, channels))
 
 
-def _pillow(data: bytes, channels: int) -> Any:
-    return pillow_decode(data, int(channels))
+def _pillow(data: bytes, channels: int) -> np.ndarray:
+    """No pixels if it does not decode: TensorFlow would log the traceback of an error."""
+    try:
+        return pillow_decode(data, int(channels))
+    except DataError:
+        return np.zeros((0, 0, channels), np.uint8)
 
 
 def _luma(image: Any) -> Any:

@@ -22,7 +22,10 @@ def tensorflow() -> Any:
     Raises:
       MissingDataError: it is not installed.
     """
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    if (
+        os.environ.get("TF_CPP_MIN_LOG_LEVEL", "1") == "1"
+    ):  # as jax sets it, with which every bad image is logged
+        os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # no use to images; announced at any log level
     try:
         import tensorflow as tf

@@ -198,10 +198,11 @@ def test_slices_within(split, rows):
 
 
 EXIT = """
-import sys
+import jax  # it asks TensorFlow for more words than it has by itself
 from dyntoken import data
 kept = data.{function}("folder:{root}", split="train", batch=8, size=8, **{more})
-next(kept)
+for _ in range(3):
+    next(kept)
 if {prefetched}:
     kept = data.prefetch(kept)
     next(kept)
@@ -217,12 +218,17 @@ print("done")
         ("eval_batches", {}, False),
     ],
 )
-def test_an_open_iterator_is_silent_at_exit(function, more, prefetched, tmp_path):
+def test_an_open_iterator_ends_in_silence(function, more, prefetched, tmp_path):
+    """And damaged images take one line each."""
     for name in ("a/1.webp", "b/1.jpg"):
         (tmp_path / name).parent.mkdir()
         for number in range(16):
-            path = tmp_path / name
-            picture(0, number).save(path.with_stem(str(number)))
+            picture(0, number).save((tmp_path / name).with_stem(str(number)))
+    damaged = [tmp_path / "a" / f"{number}.webp" for number in (3, 8, 9)] + [tmp_path / "b" / "5.jpg"]
+    for path in damaged:
+        path.write_bytes(path.read_bytes()[:100])
     code = EXIT.format(function=function, root=tmp_path, more=more, prefetched=prefetched)
-    made = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert made.returncode == 0 and made.stdout == "done\n" and "xception" not in made.stderr, made.stderr
+    made = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert (made.returncode, made.stdout) == (0, "done\n"), made.stderr
+    said = made.stderr.replace("Improper call to JPEG library in state 201\n", "").splitlines()
+    assert 0 < len(said) <= 4 and all("does not decode" in line for line in said), made.stderr
