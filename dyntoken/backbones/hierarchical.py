@@ -189,6 +189,10 @@ class Hierarchical(Sites, nn.Module):
         """(rows, columns) of the third stage."""
         return self.grid_of(SPARSE)
 
+    def shows(self, at: int) -> frozenset[str]:
+        """Nothing: the sites lie before the blocks."""
+        return frozenset()
+
     def site_rates(self, rate: float, sites: int) -> tuple[float, ...]:
         """r, r - 0.2, r - 0.4, each of all cells.
 
@@ -203,18 +207,17 @@ class Hierarchical(Sites, nn.Module):
             )
         return rates
 
-    def refuse(self, *, score: str, fuse: str, at: tuple[int, ...]) -> str | None:
+    def refuse(self, reducer: Any, at: tuple[int, ...]) -> str | None:
         """Only methods that drop fit: here what they drop takes the cheap path."""
         if len(self.depths) <= SPARSE:
             return f"sites lie in the third stage, and it has {len(self.depths)}"
-        if score == "class_attention":
-            return "it ranks patches by the class token, and there is none"
-        if fuse != "drop":
+        reason = super().refuse(reducer, at)
+        if reason is None and (reducer.adds_row or reducer.merges):
             return (
                 "all cells stay on the grid, those that are not kept on a cheaper path, so there is "
                 "nothing to fuse or merge"
             )
-        return None
+        return reason
 
     def make_stages(self, blocks: Sequence[Sequence[Spec]]) -> list[Stage]:
         """The stages from their blocks' recipes; called in `setup`."""

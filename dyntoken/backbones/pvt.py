@@ -167,6 +167,10 @@ class PVT(Pyramid):
         """Whether the blocks of a stage take keys from a map."""
         return self.sr_ratios[stage] > 1
 
+    def shows(self, at: int) -> frozenset[str]:
+        """Also the keys where no convolution makes them."""
+        return super().shows(at) | ({"keys"} if self.sr_ratios[at] == 1 else set())
+
     def check(self) -> None:
         """Raises ValueError for fields that do not fit together."""
         super().check()

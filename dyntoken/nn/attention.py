@@ -77,7 +77,8 @@ class Attention(nn.Module):
             p = attend.normalise(logits, policy=policy, train=train)
             y = jnp.einsum("bhqk,bhkd->bhqd", p.astype(v.dtype), v)
             cls = attend.class_attention(p, prefix) if prefix and observe else None
-            seen = Attended(cls=cls, keys=k if observe else None, logits=logits if relate else None)
+            shown = {"cls": cls, "keys": k, "probs": p} if observe else {}
+            seen = Attended(**shown, logits=logits if relate else None)
         y = jnp.swapaxes(y, 1, 2).reshape(batch, rows, width)
         y = layers.dense(width, name="proj", dtype=self.dtype)(y)
         return layers.drop(y, self.dropout, draws, *path), seen if observe or relate else None

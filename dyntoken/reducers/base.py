@@ -9,11 +9,27 @@ import jax.numpy as jnp
 
 from dyntoken.ops import fuse as fusing
 from dyntoken.ops import sample, select
-from dyntoken.reducers.score import SCORERS, Scores, shuffled
+from dyntoken.reducers.fuse import FUSERS, Fuser
+from dyntoken.reducers.score import SCORERS, Scorer, Scores, shares, shuffled
 from dyntoken.types import Attended, Reduction, Tokens
 
 Array = jax.Array
 FORMS = ("auto", "mask", "gather")
+
+
+class _Seen:
+    """The fields of `Attended` that a reducer declares to need; any other is an error of one line."""
+
+    def __init__(self, reader: str, fields: dict[str, Array | None]):
+        for name, value in fields.items():
+            if value is None:
+                raise ValueError(f"{reader} needs {name!r} of its block's attention, and sees none")
+        self.__dict__.update(fields, _reader=reader)
+
+    def __getattr__(self, name: str):
+        raise ValueError(
+            f"{self._reader} reads {name!r} of its block's attention, which it does not declare: needs={name!r}"
+        )
 
 
 class Reducer(nn.Module):
@@ -21,7 +37,9 @@ class Reducer(nn.Module):
 
     A method that is no composition (ToMe) subclasses this and implements
     `reduce`, which returns the tokens and a `Reduction` with its `remap`;
-    `__call__` then brings `carrier` and `size` up to date.
+    `__call__` then brings `carrier` and `size` up to date. Besides it declares, as
+    class attributes, what everything else goes by: `learns`, `needs` and `where` as
+    `register_scorer` says them, `adds_row` and `merges` as `register_fuser` does.
 
     Attributes:
       keep: static number of rows that stay (prefix and fused rows not counted).
@@ -32,6 +50,7 @@ class Reducer(nn.Module):
         shrink to `keep`), or "auto": gather in evaluation; in training mask for
         methods that learn their decision, gather for the others.
       stage: number of the site, which keys its random draws.
+      predictor_eps: LayerNorm epsilon of what it learns, which the backbone says.
     """
 
     keep: int
@@ -39,11 +58,13 @@ class Reducer(nn.Module):
     ratio: float | None = None
     form: str = "auto"
     stage: int = 0
+    predictor_eps: float = 1e-5
 
-    @property
-    def learns(self) -> bool:
-        """Whether the decision itself is trained (Gumbel straight-through)."""
-        return False
+    learns = False
+    needs = ()
+    where = "before"
+    adds_row = False
+    merges = False
 
     def resolved(self, train: bool) -> str:
         """The form in force: "mask" or "gather"."""
@@ -54,7 +75,7 @@ class Reducer(nn.Module):
         return "mask" if train and self.learns else "gather"
 
     def reduce(self, tokens, seen, train, *, draws, noise, decision) -> tuple[Tokens, Reduction]:
-        """The method itself; `Reduction.carrier` may be left None."""
+        """The method itself; `carrier`, `ratio`, `count` and `grid` of the `Reduction` are filled in."""
         raise NotImplementedError(f"{type(self).__name__} does not implement reduce()")
 
     def __call__(
@@ -70,28 +91,43 @@ class Reducer(nn.Module):
         """Reduces `tokens`.
 
         Args:
-          seen: what the attention layer of this block showed (`inside` sites).
+          seen: what the attention layer of this block showed (`inside` sites);
+            `reduce` gets the fields that are declared as `needs`.
           draws: randomness of scorers and Gumbel noise.
           noise: `[B, n, 2]`, replaces the Gumbel draws.
           decision: `[B, n]` 0/1, imposed in place of the site's own choice.
         """
+        seen = _Seen(self.title, {need: getattr(seen, need, None) for need in self.needs})
+        fused = int(self.adds_row and self.keep < (self.current or tokens.count))
+        rows = (self.keep if self.resolved(train) == "gather" else tokens.count) + fused
         tokens, reduction = self.reduce(tokens, seen, train, draws=draws, noise=noise, decision=decision)
+        if tokens.count != rows:
+            raise ValueError(
+                f"{self.title} leaves {tokens.count} rows, not {rows}: keep={self.keep} and "
+                f"adds_row={self.adds_row}, as it declares"
+            )
         carrier = select.compose(tokens.carrier, reduction.remap)
         tokens = tokens.replace(carrier=carrier, size=select.sizes(carrier, tokens.count))
-        return tokens, reduction.replace(carrier=carrier)
+        ratio = self.keep / tokens.initial if self.ratio is None else self.ratio
+        static = {"ratio": ratio, "count": self.keep + fused, "grid": tokens.grid}
+        return tokens, reduction.replace(carrier=carrier, **static)
+
+    @property
+    def title(self) -> str:
+        """What messages call it."""
+        return type(self).__name__
 
 
 class ScoreSelectFuse(Reducer):
     """Scores the patches, keeps the best, and fuses the rest by rule.
 
     Attributes:
-      score: row of `SCORERS`: "predictor", "class_attention", "random".
-      fuse: row of `ops.fuse.FUSERS`: "drop", "one_token", "mean", "squeeze".
+      score: row of `SCORERS`.
+      fuse: row of `FUSERS`.
       shuffle: permutes the scores within each image (robustness study of TPS).
-      temperature: of the similarity in "mean" and "squeeze".
+      temperature: of the similarity by which rules that merge choose a host.
       tau: temperature of the Gumbel-softmax.
-      similarity: "cosine", or "dot" for the plain inner product ("squeeze").
-      predictor_eps: LayerNorm epsilon of the predictor, which the backbone says.
+      similarity: "cosine", or "dot" for the plain inner product.
     """
 
     score: str = "predictor"
@@ -100,16 +136,35 @@ class ScoreSelectFuse(Reducer):
     temperature: float = 1.0
     tau: float = 1.0
     similarity: str = "cosine"
-    predictor_eps: float = 1e-5
 
     @property
-    def learns(self) -> bool:
-        return self.score == "predictor"
+    def scorer(self) -> Scorer:
+        """The row of `score`, which declares `learns`, `needs` and `where`."""
+        return SCORERS[self.score]
+
+    @property
+    def fuser(self) -> Fuser:
+        """The row of `fuse`, which declares `adds_row` and `merges`."""
+        return FUSERS[self.fuse]
+
+    learns = property(lambda self: self.scorer.learns)
+    needs = property(lambda self: self.scorer.needs)
+    where = property(lambda self: self.scorer.where)
+    adds_row = property(lambda self: self.fuser.adds_row)
+    merges = property(lambda self: self.fuser.merges)
+
+    @property
+    def title(self) -> str:
+        """What messages call it."""
+        return f"score={self.score!r} with fuse={self.fuse!r}"
 
     @nn.compact
     def reduce(self, tokens, seen, train, *, draws, noise, decision) -> tuple[Tokens, Reduction]:
-        options = {"eps": self.predictor_eps} if self.learns else {}
-        scores = SCORERS[self.score](tokens, seen, draws, self.stage, **options)
+        scores = self.scorer.fn(tokens, seen, draws, self.stage, eps=self.predictor_eps)
+        self._check(scores)
+        if scores.importance is None:
+            equal = jnp.ones(tokens.place.shape, jnp.float32)
+            scores = scores.replace(importance=shares(equal, tokens))
         if self.shuffle:
             scores = shuffled(scores, tokens, draws, self.stage)
         chex.assert_shape(scores.rank, tokens.place.shape)
@@ -119,12 +174,29 @@ class ScoreSelectFuse(Reducer):
             return self._gather(tokens, scores, decision)
         return self._mask(tokens, scores, train, draws, noise, decision)
 
+    def _check(self, scores: Scores) -> None:
+        """Raises ValueError where a scorer does not do what it declares: nothing would train it."""
+        if self.learns and scores.log_probs is None:
+            raise ValueError(f"score={self.score!r} learns, but returns no log_probs to sample from")
+        if self.is_initializing() and not self.learns and self.variables.get("params"):
+            raise ValueError(
+                f"score={self.score!r} makes parameters, but top-k has no gradient: register it with "
+                "learns=True, which samples its log_probs in training"
+            )
+
     def _absorb(self, targets: Array, sources: Array, **roles: Array | bool | None) -> fusing.Fused:
         if self.similarity not in ("cosine", "dot"):
             raise ValueError(f"similarity must be cosine or dot, got {self.similarity!r}")
-        rule = fusing.FUSERS[self.fuse]
         options = {"temperature": self.temperature, "normalize": self.similarity == "cosine"}
-        return rule(targets, sources, **options, **roles)
+        options |= {"allowed": None, "weight": None, "same": False, **roles}
+        fused = self.fuser.fn(targets, sources, **options)
+        done = {"adds_row": fused.extra is not None, "merges": fused.host is not None}
+        for what, value in done.items():
+            if value != getattr(self, what):
+                raise ValueError(
+                    f"fuse={self.fuse!r} declares {what}={not value}, but what it returns says {value}"
+                )
+        return fused
 
     def _gather(self, tokens: Tokens, scores: Scores, decision: Array | None) -> tuple[Tokens, Reduction]:
         """Rows really shrink: top-k with a static count."""
@@ -147,9 +219,7 @@ class ScoreSelectFuse(Reducer):
             kept = jnp.concatenate([kept, extra], axis=1)
             place = jnp.concatenate([place, jnp.full_like(place[:, :1], -1)], axis=1)
             remap = jnp.where(remap < 0, self.keep, remap)
-        reduction = self._record(
-            tokens, scores, keep, (inverse >= 0).astype(jnp.float32), place, host, remap, extra
-        )
+        reduction = _record(scores, keep, (inverse >= 0).astype(jnp.float32), place, host, remap)
         x = jnp.concatenate([tokens.x[:, : tokens.prefix], kept], axis=1)
         return tokens.replace(x=x, place=place), reduction
 
@@ -188,9 +258,7 @@ class ScoreSelectFuse(Reducer):
             place = jnp.concatenate([place, jnp.full_like(place[:, :1], -1)], axis=1)
             remap = jnp.where((gone > 0.5) & (remap < 0), tokens.count, remap)
             alive_after = jnp.concatenate([now, jnp.ones_like(now[:, :1])], axis=1)
-        else:
-            extra = None
-        reduction = self._record(tokens, scores, keep, now, place, host, remap, extra)
+        reduction = _record(scores, keep, now, place, host, remap)
         x = jnp.concatenate([tokens.x[:, : tokens.prefix], kept], axis=1)
         return tokens.replace(x=x, place=place, alive=alive_after), reduction
 
@@ -205,19 +273,17 @@ class ScoreSelectFuse(Reducer):
         chex.assert_shape(noise, scores.log_probs.shape)
         return sample.gumbel_softmax(scores.log_probs, noise, temperature=self.tau)[..., 0]
 
-    def _record(self, tokens, scores, keep, decision, place, host, remap, extra) -> Reduction:
-        return Reduction(
-            scores=scores.rank,
-            log_probs=scores.log_probs,
-            decision=decision,
-            keep=keep,
-            place=place,
-            host=host,
-            remap=remap,
-            ratio=self.keep / tokens.initial if self.ratio is None else self.ratio,
-            count=self.keep + int(extra is not None),
-            grid=tokens.grid,
-        )
+
+def _record(scores: Scores, keep: Array | None, decision: Array, place: Array, host: Array, remap: Array):
+    return Reduction(
+        scores=scores.rank,
+        log_probs=scores.log_probs,
+        decision=decision,
+        keep=keep,
+        place=place,
+        host=host,
+        remap=remap,
+    )
 
 
 def _place_at(base: Array, rows: Array, values: Array) -> Array:

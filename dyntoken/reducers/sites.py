@@ -50,13 +50,12 @@ def make_sites(
 
 def refusal(body: Any, row: reducers.Method, at: tuple[int, ...] | None = None) -> str | None:
     """Why a backbone refuses a method, or None if it takes it; at its default sites unless given."""
-    score, fuse = (dict(row.options).get(key, "") for key in ("score", "fuse"))
-    return body.refuse(score=score, fuse=fuse, at=default_sites(body, row) if at is None else at)
+    return body.refuse(row.plain, default_sites(body, row) if at is None else at)
 
 
 def default_sites(body: Any, row: reducers.Method) -> tuple[int, ...]:
     """Where a method reduces in a backbone unless told otherwise."""
-    return body.sites_of(dict(row.options).get("score", ""))
+    return body.sites_of(row.plain)
 
 
 def _check_pairing(body: Any, method: str, row: reducers.Method, at: tuple[int, ...], arch: str) -> None:
@@ -73,7 +72,7 @@ def _counts(
     body: Any, row: reducers.Method, keep: Any, at: tuple[int, ...]
 ) -> tuple[tuple[int, int, float], ...]:
     """Per site: rows before it, rows that stay, target ratio."""
-    rule = {"relative": row.relative, "fused": row.fused}
+    rule = {"relative": row.relative, "fused": row.plain.adds_row}
     keep = body.site_rates(keep, len(at)) if isinstance(keep, float) else keep
     cells = [rows * columns for rows, columns in map(body.site_grid, at)]
     if not body.nested:
@@ -83,5 +82,5 @@ def _counts(
     found, current = [], cells[0]
     for kept, ratio in select.keep_counts(keep, len(at), cells[0], **rule):
         found.append((current, kept, ratio))
-        current = kept + int(row.fused and kept < current)
+        current = kept + int(row.plain.adds_row and kept < current)
     return tuple(found)
