@@ -19,6 +19,7 @@ import numpy as np
 
 from dyntoken.cascade import Cascade
 from dyntoken.models import Model
+from dyntoken.nn.sites import added
 from dyntoken.weights import dense_start, files, keys, positions, references
 from dyntoken.weights.files import WeightsError
 from dyntoken.weights.reference_dvt import StoredExits, stored_exits
@@ -37,8 +38,6 @@ __all__ = [
 ]
 
 FORMAT = "dyntoken"
-# Parameters that a dense checkpoint cannot have; they start fresh without a warning.
-NEW = ("/reducer_", "/fast_path_", "/fastmlp_")
 _log = logging.getLogger(__name__)
 
 
@@ -141,7 +140,7 @@ def load_weights(
     )
     if strict and (missing or unexpected):
         raise WeightsError(f"strict: the weights do not fit exactly\n{report}")
-    surprising = [path for path in missing if not any(part in path for part in NEW)]
+    surprising = [path for path in missing if not added(path)]  # a dense checkpoint has no others
     if not return_report and ((surprising and head == "keep") or unexpected or resized):
         _log.warning("%s", report)
     variables = _variables({path: found[path] if path in found else fresh()[path] for path in shapes})
@@ -231,10 +230,11 @@ def with_image_size(model: Model, size: tuple[int, int]) -> Model:
 
 def family_of(model: Model) -> str:
     """Row of `keys.RULES` for a model's backbone."""
+    for cls in model.backbone.make.__mro__:  # a subclass has the keys of what it extends
+        if cls.__name__ in keys.FAMILIES:
+            return keys.FAMILIES[cls.__name__]
     name = model.backbone.make.__name__
-    if name not in keys.FAMILIES:
-        raise WeightsError(f"{model.arch}: no public key names are known for backbone {name}")
-    return keys.FAMILIES[name]
+    raise WeightsError(f"{model.arch}: no public key names are known for backbone {name}")
 
 
 def shapes_of(model: Model) -> dict[str, tuple[int, ...]]:
@@ -305,7 +305,7 @@ def _check_kinship(
     found: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]], origin: str
 ) -> None:
     """Refuses weights that have little to do with the model."""
-    own = [path for path in shapes if not any(part in path for part in NEW) and not _of_head(path)]
+    own = [path for path in shapes if not added(path) and not _of_head(path)]
     matched = sum(path in found for path in own)
     if matched * 2 < len(own):
         raise WeightsError(
@@ -344,7 +344,7 @@ def _notes(model: Model, bundle: files.Bundle, missing: tuple[str, ...]) -> list
         )
     if distilled and "dist_token" not in leaves:
         notes.append("plain weights in a distilled model: distillation token and head start fresh")
-    fresh = sum(any(part in path for part in NEW) for path in missing)
+    fresh = sum(map(added, missing))
     if fresh:
         notes.append(
             f"{fresh} arrays of the reduction method start fresh, as when fine-tuning from a dense model"
