@@ -157,7 +157,7 @@ def list_models(pattern: str = "*") -> list[str]:
 
     Any patch size and resolution can be asked for besides those listed.
     """
-    listed = names.LISTED
+    listed = names.listed()
     reduced = [f"{m}_{n}" for n in listed for m, reason in pairings(n).items() if reason is None]
     cascades = [f"{names.CASCADE}_{n}" for n in names.CASCADES]
     cascades += [f"{names.CASCADE}_{m}_{n}" for m in reducers.METHODS for n in names.REDUCED_CASCADES]
@@ -186,18 +186,19 @@ def split_name(name: str) -> tuple[str | None, str]:
     Raises:
       UnknownNameError: with the nearest names.
     """
-    first, _, rest = name.partition("_")
-    inner, _, arch = rest.partition("_")
-    if first == names.CASCADE and names.parse(arch) is not None and names.parse(rest) is None:
-        if inner not in reducers.METHODS:
-            raise UnknownNameError(f"unknown method {inner!r}: {suggest(inner, reducers.METHODS)}")
-        return f"{first}_{inner}", arch
-    methods = (None, names.CASCADE, names.MULTIEXIT, *reducers.METHODS)
-    for method, arch in ((None, name), (first, rest)):
-        if method in methods and names.parse(arch) is not None:
+    if names.parse(name) is not None:
+        return None, name
+    methods = (names.CASCADE, names.MULTIEXIT, *reducers.METHODS)
+    for method in (*methods, *(f"{names.CASCADE}_{inner}" for inner in reducers.METHODS)):
+        arch = name.removeprefix(f"{method}_")
+        if arch != name and names.parse(arch) is not None:
             return method, arch
-    if names.parse(rest) is not None:
-        raise UnknownNameError(f"unknown method {first!r}: {suggest(first, methods[1:])}")
+    known, rest = methods, name
+    if name.startswith(f"{names.CASCADE}_"):
+        known, rest = tuple(reducers.METHODS), name.removeprefix(f"{names.CASCADE}_")
+    wrong, _, arch = rest.partition("_")
+    if names.parse(arch) is not None:
+        raise UnknownNameError(f"unknown method {wrong!r}: {suggest(wrong, known)}")
     raise UnknownNameError(f"unknown model {name!r}: {suggest(name, list_models())}")
 
 

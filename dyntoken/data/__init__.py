@@ -36,7 +36,7 @@ from dyntoken.data.augment import AugmentOptions
 from dyntoken.data.errors import DataError, MissingDataError
 from dyntoken.data.plan import DataInfo, EvalPlan, TrainPlan, check_size, count_rows, parse_split
 from dyntoken.data.prefetching import Prefetch, prefetch
-from dyntoken.data.sources import SOURCES, open_source
+from dyntoken.data.sources import SOURCES, open_source, register_data
 
 __all__ = [
     "SOURCES",
@@ -49,6 +49,7 @@ __all__ = [
     "eval_batches",
     "info",
     "prefetch",
+    "register_data",
     "steps_per_epoch",
     "train_batches",
 ]

@@ -26,15 +26,16 @@ one line in `LOSSES`.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from dyntoken.losses import distill
-from dyntoken.registry import Table, UnknownNameError, check_options
+from dyntoken.registry import Table, UnknownNameError, check_call, check_options, suggest
 from dyntoken.types import Array, Output
 
 LOSSES = Table(
@@ -50,6 +51,7 @@ LOSSES = Table(
     },
 )
 
+NEEDS = ("teacher", "features", "dense")
 Specs = Sequence[tuple[str, Mapping[str, Any]]] | Mapping[str, Mapping[str, Any]]
 
 
@@ -117,6 +119,36 @@ def parse(specs: Specs) -> tuple[Spec, ...]:
     return tuple(parsed.values())
 
 
+def register_loss(
+    name: str,
+    fn: Callable[..., tuple[Array, Array]],
+    *,
+    needs: Sequence[str] = (),
+    exits: str | None = None,
+) -> None:
+    """Adds a loss, a key of `config.losses`.
+
+    Args:
+      name: of the loss.
+      fn: `fn(output, batch, **options) -> (sum, count)`; its options are keyword-only.
+      needs: what it reads besides logits: "teacher", "features", "dense".
+      exits: what it makes of a model with exits, see `common.exits`.
+
+    Raises:
+      ValueError: a name that is taken, a function of other arguments, or an
+        unknown need or mark.
+    """
+    check_call(f"loss {name!r}", fn, "output", "batch")
+    for need in needs:
+        if need not in NEEDS:
+            raise UnknownNameError(f"loss {name!r}: unknown need {need!r}: {suggest(need, NEEDS)}")
+    if exits not in (None, "each", "earlier", "none"):
+        raise ValueError(f"loss {name!r}: exits must be 'each', 'earlier', 'none' or None, got {exits!r}")
+    marked = functools.partial(fn)
+    marked.needs, marked.exits = frozenset(needs), exits
+    LOSSES.register(name, marked)
+
+
 def _mark(name: str) -> str | None:
     """What a loss makes of exits, see `common.exits`."""
     return getattr(LOSSES[name], "exits", None)
@@ -147,7 +179,7 @@ def weights(specs: Specs) -> dict[str, float]:
 
 
 def needs(specs: Specs) -> frozenset[str]:
-    """What the losses want beside logits: a subset of {"teacher", "features", "dense"}.
+    """What the losses want beside logits: a subset of `NEEDS`.
 
     `"teacher"`: `batch["teacher"]`. `"features"`: `Output.tokens` of student
     and teacher, i.e. `record=("features",)`; `"dense"`: `Output.dense` likewise.
@@ -211,6 +243,7 @@ __all__ = [
     "metrics",
     "needs",
     "parse",
+    "register_loss",
     "total",
     "weights",
 ]

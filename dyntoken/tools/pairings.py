@@ -17,7 +17,6 @@ below. The columns after the methods are a cascade and a model with exits by dep
 EXAMPLES = """\
   python -m dyntoken.tools.pairings
   python -m dyntoken.tools.pairings --json"""
-PREFIXES = (*reducers.METHODS, names.CASCADE, names.MULTIEXIT)
 
 
 @cli.program
@@ -42,7 +41,7 @@ def pairings() -> dict[str, dict[str, str]]:
 def _row(arch: str) -> dict[str, str]:
     usual = _sites(f"{next(iter(reducers.METHODS))}_{arch}")
     row = {}
-    for prefix in PREFIXES:
+    for prefix in _prefixes():
         try:
             model = create_model(f"{prefix}_{arch}")
         except ValueError as error:
@@ -53,6 +52,10 @@ def _row(arch: str) -> dict[str, str]:
     return row
 
 
+def _prefixes() -> tuple[str, ...]:
+    return (*reducers.METHODS, names.CASCADE, names.MULTIEXIT)
+
+
 def _sites(name: str) -> tuple[int, ...]:
     return create_model(name).at
 
@@ -60,7 +63,7 @@ def _sites(name: str) -> tuple[int, ...]:
 def markdown(found: dict[str, dict[str, str]]) -> str:
     """The table and, below it, the reasons, each once; `create_model` adds what works instead."""
     reasons: list[str] = []
-    lines = [f"| | {' | '.join(PREFIXES)} |", f"|---|{'---|' * len(PREFIXES)}"]
+    lines = [f"| | {' | '.join(_prefixes())} |", f"|---|{'---|' * len(_prefixes())}"]
     for arch, row in found.items():
         cells = [_cell(text, reasons) for text in row.values()]
         lines.append(f"| `{arch}` | {' | '.join(cells)} |")

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dyntoken import data, losses, mix, optim, weights
-from dyntoken.registry import UnknownNameError, suggest
+from dyntoken.registry import UnknownNameError, load_plugins, suggest
 from dyntoken.train import mesh as meshes
 from dyntoken.train.evalsets import EvalSettings, read_evals
 from dyntoken.train.fields import check_keywords, fill
@@ -53,6 +53,7 @@ class Settings:
     """The whole config.
 
     Attributes:
+      plugins: modules that are imported first; they register what other keys name.
       model: `name` and keywords of `create_model`; classes, image size and
         channels come from the data unless given.
       data: see `DataSettings`.
@@ -95,6 +96,7 @@ class Settings:
     data: DataSettings
     losses: Mapping[str, Mapping[str, Any]]
     batch: int
+    plugins: Sequence[str] = ()
     accumulate: int = 1
     shard: str = "none"
     keep_schedule: Mapping[str, int] | None = None
@@ -138,6 +140,7 @@ def read(config: Mapping[str, Any]) -> Settings:
       ValueError: for a missing key or a value out of range.
     """
     given = dict(config.to_dict() if hasattr(config, "to_dict") else config)
+    given["plugins"] = load_plugins(given.get("plugins") or ())
     given["data"] = fill(DataSettings, given.get("data", {}), "config.data")
     given["evals"] = read_evals(given.get("evals"))
     settings = fill(Settings, given, "config")

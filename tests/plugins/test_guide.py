@@ -1,0 +1,56 @@
+"""The module of docs/adding_a_method.md, taken from there and run from outside the package."""
+
+import json
+import pathlib
+import re
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+import dyntoken
+from dyntoken import train
+from dyntoken.tools import flops
+from tests.train.tiny import tiny_config
+
+GUIDE = (pathlib.Path(__file__).resolve().parents[2] / "docs" / "adding_a_method.md").read_text()
+SMALL = {"width": 8, "depth": 2, "heads": 2, "patch_size": 4}
+ARGUMENTS = [f"--set={key}={value}" for key, value in SMALL.items()]
+
+
+@pytest.fixture(autouse=True)
+def module(tmp_path, monkeypatch):
+    code = re.search(r"```python\n(.*?)```", GUIDE, re.S)[1]
+    (tmp_path / "my_methods.py").write_text(code)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield "my_methods"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget():
+    yield
+    sys.modules.pop("my_methods", None)
+
+
+def test_the_commands_know_its_names(module, capsys):
+    commands = re.findall(r"python -m dyntoken\.tools\.flops (.*)\n", GUIDE)
+    assert commands
+    for command in commands:
+        assert flops.main([*command.split(), *ARGUMENTS, "--at=1", "--img_size=16", "--json"]) == 0
+        assert len(json.loads(capsys.readouterr().out)["tokens"]) == 2
+
+
+@pytest.mark.parametrize("method", ["keynorm", "twolayers"])
+def test_it_trains_and_both_forms_are_equal(method, module, tmp_path):
+    model = {"name": f"{method}_deit_tiny_patch16_224", **SMALL, "at": (1,), "keep": 0.6}
+    config = tiny_config(steps=2, plugins=(module,))
+    config.model = model
+    result = train.run(config, str(tmp_path / "run"))
+    images = np.random.default_rng(0).normal(size=(3, 16, 16, 3)).astype(np.float32)
+    run = jax.jit(lambda model, v: model.apply(v, images).logits, static_argnums=0)
+    gathered, masked = (
+        run(result.model.clone(form=form), result.state.variables) for form in ("gather", "mask")
+    )
+    np.testing.assert_allclose(gathered, masked, atol=2e-5)
+    assert dyntoken.list_models(f"{method}_deit_small_patch16_224")
