@@ -39,7 +39,7 @@ def pairings() -> dict[str, dict[str, str]]:
 
 
 def _row(arch: str) -> dict[str, str]:
-    usual = _sites(f"{next(iter(reducers.METHODS))}_{arch}")
+    usual = create_model(arch).plain().default_sites
     row = {}
     for prefix in _prefixes():
         try:
@@ -54,10 +54,6 @@ def _row(arch: str) -> dict[str, str]:
 
 def _prefixes() -> tuple[str, ...]:
     return (*reducers.METHODS, names.CASCADE, names.MULTIEXIT)
-
-
-def _sites(name: str) -> tuple[int, ...]:
-    return create_model(name).at
 
 
 def markdown(found: dict[str, dict[str, str]]) -> str:

@@ -126,11 +126,8 @@ dyntoken.register_method("learnt_linear", score="linear", fuse="squeeze")
 dyntoken.register_method("attended", score="attended", fuse="pooled", source="EViT again")
 dyntoken.register_method("keynorm", score="key_norm", fuse="mean")
 dyntoken.register_method("longrows", LongRows)
-dyntoken.register_backbone(
-    "tiled", Tiled, {"tiled_tiny": {"width": 16, "depth": 3, "heads": 2, "img_size": 16}}
-)
-dyntoken.register_backbone(
-    "tall", TallViT, {"tall_tiny": {"width": 16, "depth": 3, "heads": 2, "img_size": 16}}
-)
+TINY = {"width": 16, "depth": 3, "heads": 2, "img_size": 16, "patch_size": 4}
+dyntoken.register_backbone("tiled", Tiled, {"tiled_tiny": TINY})
+dyntoken.register_backbone("tall", TallViT, {"tall_tiny": TINY})
 dyntoken.register_loss("sharpness", sharpness)
 dyntoken.register_data("stripes", open_stripes)

@@ -166,11 +166,10 @@ def test_what_is_refused_is_not_listed():
 
 def test_dense_weights_load_and_what_the_method_adds_starts_fresh():
     """A backbone that extends ViT has timm's keys; a scorer's own parameters have none."""
-    shape = {"num_classes": 5, "patch_size": 4}
-    dense = dyntoken.create_model("tall_tiny", **shape)
+    dense = dyntoken.create_model("tall_tiny", num_classes=5)
     timm = weights.export_reference(dense, _variables(dense))
     assert {"blocks.0.attn.qkv.weight", "pos_embed"} < set(timm)
-    model = dyntoken.create_model("learnt_linear_tall_tiny", **shape, at=(1,))
+    model = dyntoken.create_model("learnt_linear_tall_tiny", num_classes=5, at=(1,))
     _, report = dyntoken.load_weights(model, timm, return_report=True)
     assert len(report.loaded) == len(timm) and not report.unexpected
     assert {path.split("/")[3] for path in report.missing} == {"scorer_norm", "scorer_keep"}
