@@ -188,16 +188,15 @@ def split_name(name: str) -> tuple[str | None, str]:
     """
     if names.parse(name) is not None:
         return None, name
+    cascaded = f"{names.CASCADE}_"
     methods = (names.CASCADE, names.MULTIEXIT, *reducers.METHODS)
-    for method in (*methods, *(f"{names.CASCADE}_{inner}" for inner in reducers.METHODS)):
+    for method in (*methods, *(cascaded + inner for inner in reducers.METHODS)):
         arch = name.removeprefix(f"{method}_")
         if arch != name and names.parse(arch) is not None:
             return method, arch
-    known, rest = methods, name
-    if name.startswith(f"{names.CASCADE}_"):
-        known, rest = tuple(reducers.METHODS), name.removeprefix(f"{names.CASCADE}_")
-    wrong, _, arch = rest.partition("_")
+    wrong, _, arch = name.removeprefix(cascaded).partition("_")
     if names.parse(arch) is not None:
+        known = reducers.METHODS if name.startswith(cascaded) else methods
         raise UnknownNameError(f"unknown method {wrong!r}: {suggest(wrong, known)}")
     raise UnknownNameError(f"unknown model {name!r}: {suggest(name, list_models())}")
 

@@ -144,7 +144,11 @@ def register_loss(
             raise UnknownNameError(f"loss {name!r}: unknown need {need!r}: {suggest(need, NEEDS)}")
     if exits not in (None, "each", "earlier", "none"):
         raise ValueError(f"loss {name!r}: exits must be 'each', 'earlier', 'none' or None, got {exits!r}")
-    marked = functools.partial(fn)
+
+    @functools.wraps(fn)
+    def marked(output: Output, batch: Mapping[str, Any], **options: Any) -> tuple[Array, Array]:
+        return fn(output, batch, **options)
+
     marked.needs, marked.exits = frozenset(needs), exits
     LOSSES.register(name, marked)
 

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 
 from dyntoken.ops import fuse as fusing
 from dyntoken.ops import sample, select
-from dyntoken.reducers.fuse import FUSERS, Fuser
-from dyntoken.reducers.score import SCORERS, Scorer, Scores, shares, shuffled
+from dyntoken.reducers.fuse import FUSERS
+from dyntoken.reducers.score import SCORERS, Scores, shares, shuffled
 from dyntoken.types import Attended, Reduction, Tokens
 
 Array = jax.Array
@@ -65,6 +65,7 @@ class Reducer(nn.Module):
     where = "before"
     adds_row = False
     merges = False
+    title = property(lambda self: type(self).__name__)  # what messages call it
 
     def resolved(self, train: bool) -> str:
         """The form in force: "mask" or "gather"."""
@@ -112,11 +113,6 @@ class Reducer(nn.Module):
         static = {"ratio": ratio, "count": self.keep + fused, "grid": tokens.grid}
         return tokens, reduction.replace(carrier=carrier, **static)
 
-    @property
-    def title(self) -> str:
-        """What messages call it."""
-        return type(self).__name__
-
 
 class ScoreSelectFuse(Reducer):
     """Scores the patches, keeps the best, and fuses the rest by rule.
@@ -137,34 +133,21 @@ class ScoreSelectFuse(Reducer):
     tau: float = 1.0
     similarity: str = "cosine"
 
-    @property
-    def scorer(self) -> Scorer:
-        """The row of `score`, which declares `learns`, `needs` and `where`."""
-        return SCORERS[self.score]
-
-    @property
-    def fuser(self) -> Fuser:
-        """The row of `fuse`, which declares `adds_row` and `merges`."""
-        return FUSERS[self.fuse]
-
+    scorer = property(lambda self: SCORERS[self.score])
+    fuser = property(lambda self: FUSERS[self.fuse])
     learns = property(lambda self: self.scorer.learns)
     needs = property(lambda self: self.scorer.needs)
     where = property(lambda self: self.scorer.where)
     adds_row = property(lambda self: self.fuser.adds_row)
     merges = property(lambda self: self.fuser.merges)
-
-    @property
-    def title(self) -> str:
-        """What messages call it."""
-        return f"score={self.score!r} with fuse={self.fuse!r}"
+    title = property(lambda self: f"score={self.score!r} with fuse={self.fuse!r}")
 
     @nn.compact
     def reduce(self, tokens, seen, train, *, draws, noise, decision) -> tuple[Tokens, Reduction]:
         scores = self.scorer.fn(tokens, seen, draws, self.stage, eps=self.predictor_eps)
         self._check(scores)
         if scores.importance is None:
-            equal = jnp.ones(tokens.place.shape, jnp.float32)
-            scores = scores.replace(importance=shares(equal, tokens))
+            scores = scores.replace(importance=shares(jnp.ones(tokens.place.shape), tokens))
         if self.shuffle:
             scores = shuffled(scores, tokens, draws, self.stage)
         chex.assert_shape(scores.rank, tokens.place.shape)
@@ -190,12 +173,9 @@ class ScoreSelectFuse(Reducer):
         options = {"temperature": self.temperature, "normalize": self.similarity == "cosine"}
         options |= {"allowed": None, "weight": None, "same": False, **roles}
         fused = self.fuser.fn(targets, sources, **options)
-        done = {"adds_row": fused.extra is not None, "merges": fused.host is not None}
-        for what, value in done.items():
-            if value != getattr(self, what):
-                raise ValueError(
-                    f"fuse={self.fuse!r} declares {what}={not value}, but what it returns says {value}"
-                )
+        for what, result in (("adds_row", fused.extra), ("merges", fused.host)):
+            if getattr(self, what) == (result is None):
+                raise ValueError(f"fuse={self.fuse!r} declares {what}={result is None}, and does otherwise")
         return fused
 
     def _gather(self, tokens: Tokens, scores: Scores, decision: Array | None) -> tuple[Tokens, Reduction]:
@@ -219,7 +199,8 @@ class ScoreSelectFuse(Reducer):
             kept = jnp.concatenate([kept, extra], axis=1)
             place = jnp.concatenate([place, jnp.full_like(place[:, :1], -1)], axis=1)
             remap = jnp.where(remap < 0, self.keep, remap)
-        reduction = _record(scores, keep, (inverse >= 0).astype(jnp.float32), place, host, remap)
+        now = (inverse >= 0).astype(jnp.float32)
+        reduction = Reduction(scores.rank, now, place, host, remap, scores.log_probs, keep)
         x = jnp.concatenate([tokens.x[:, : tokens.prefix], kept], axis=1)
         return tokens.replace(x=x, place=place), reduction
 
@@ -258,7 +239,7 @@ class ScoreSelectFuse(Reducer):
             place = jnp.concatenate([place, jnp.full_like(place[:, :1], -1)], axis=1)
             remap = jnp.where((gone > 0.5) & (remap < 0), tokens.count, remap)
             alive_after = jnp.concatenate([now, jnp.ones_like(now[:, :1])], axis=1)
-        reduction = _record(scores, keep, now, place, host, remap)
+        reduction = Reduction(scores.rank, now, place, host, remap, scores.log_probs, keep)
         x = jnp.concatenate([tokens.x[:, : tokens.prefix], kept], axis=1)
         return tokens.replace(x=x, place=place, alive=alive_after), reduction
 
@@ -272,18 +253,6 @@ class ScoreSelectFuse(Reducer):
             noise = draws.gumbel(scores.log_probs.shape[1:], self.stage, 0)
         chex.assert_shape(noise, scores.log_probs.shape)
         return sample.gumbel_softmax(scores.log_probs, noise, temperature=self.tau)[..., 0]
-
-
-def _record(scores: Scores, keep: Array | None, decision: Array, place: Array, host: Array, remap: Array):
-    return Reduction(
-        scores=scores.rank,
-        log_probs=scores.log_probs,
-        decision=decision,
-        keep=keep,
-        place=place,
-        host=host,
-        remap=remap,
-    )
 
 
 def _place_at(base: Array, rows: Array, values: Array) -> Array:
