@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from typing import Any
 
-# Fields of `Attended` that a reducer may need: what it then ranks patches by, and what it is told without.
+# Fields of `Attended` that a reducer may need: what it ranks patches by; if there is none; if elsewhere.
 NEEDS = {
-    "cls": ("the class token", "there is none"),
-    "keys": ("their attention keys", "no key there is that of one patch"),
-    "probs": ("the attention between them", "none is shown there"),
+    "cls": ("the class token", "there is none", "that joins at"),
+    "keys": ("their attention keys", "no key there is that of one patch", "they have some only at"),
+    "probs": ("the attention between them", "none is shown there", "it is shown only at"),
 }
 REDUCER = re.compile(r"reducer_\d+")  # what trunks and stages call them
 # What a method adds to a dense backbone: its reducers, and the fast paths beside the layers of blocks.
@@ -67,12 +67,12 @@ class Sites:
           at: the sites.
         """
         for need in reducer.needs:
-            what, absent = NEEDS[need]
+            what, absent, elsewhere = NEEDS[need]
             able = [site for site in range(self.depth) if need in self.shows(site)]
             if not able:
                 return f"it ranks patches by {what}, and {absent}"
             if not set(at) <= set(able):
-                return f"it ranks patches by {what}, and only {self.site_noun} {listed(able)} shows it"
+                return f"it ranks patches by {what}, and {elsewhere} {self.site_noun} {listed(able)}"
         return None
 
 

@@ -141,7 +141,7 @@ def test_both_forms_are_equal(case):
     [
         ("keynorm_swin_tiny_patch4_window7_224", {}, "keys", "dynamicvit, longrows"),
         ("keynorm_cvt_13", {}, "keys", "learnt_linear"),
-        ("keynorm_pvt_tiny", {"at": (0,)}, "only stage 3", "longrows"),
+        ("keynorm_pvt_tiny", {"at": (0,)}, "only at stage 3", "longrows"),
         ("attended_tiled_tiny", {}, "class token", "keynorm"),
         ("attended_pvt_tiny", {"at": (1,)}, "class token", "dtps"),
         ("dtps_pvt_tiny", {"fuse": "pooled"}, "no cell on a map", "dtps"),
