@@ -53,7 +53,6 @@ class Settings:
     """The whole config.
 
     Attributes:
-      plugins: modules that are imported first; they register what other keys name.
       model: `name` and keywords of `create_model`; classes, image size and
         channels come from the data unless given.
       data: see `DataSettings`.
@@ -90,13 +89,13 @@ class Settings:
       tensorboard: also write `WORKDIR/tensorboard`; needs the extra of that name.
       curves: draw `WORKDIR/curves.png` at every evaluation, if matplotlib is there.
       compare: the command line ends a training run with `tools.compare`.
+      plugins: modules that are imported first; they register what other keys name.
     """
 
     model: Mapping[str, Any]
     data: DataSettings
     losses: Mapping[str, Mapping[str, Any]]
     batch: int
-    plugins: Sequence[str] = ()
     accumulate: int = 1
     shard: str = "none"
     keep_schedule: Mapping[str, int] | None = None
@@ -122,6 +121,7 @@ class Settings:
     tensorboard: bool = False
     curves: bool = True
     compare: bool = False
+    plugins: Sequence[str] = ()
 
     @functools.cached_property
     def plain(self) -> dict[str, Any]:
