@@ -11,6 +11,7 @@ import pytest
 
 import dyntoken
 from dyntoken import train
+from dyntoken.registry import load_plugins
 from dyntoken.tools import flops
 from tests.train.tiny import tiny_config
 
@@ -41,16 +42,22 @@ def test_the_commands_know_its_names(module, capsys):
         assert len(json.loads(capsys.readouterr().out)["tokens"]) == 2
 
 
-@pytest.mark.parametrize("method", ["keynorm", "twolayers"])
-def test_it_trains_and_both_forms_are_equal(method, module, tmp_path):
-    model = {"name": f"{method}_deit_tiny_patch16_224", **SMALL, "at": (1,), "keep": 0.6}
-    config = tiny_config(steps=2, plugins=(module,))
-    config.model = model
-    result = train.run(config, str(tmp_path / "run"))
+def _check_forms(model, variables):
     images = np.random.default_rng(0).normal(size=(3, 16, 16, 3)).astype(np.float32)
     run = jax.jit(lambda model, v: model.apply(v, images).logits, static_argnums=0)
-    gathered, masked = (
-        run(result.model.clone(form=form), result.state.variables) for form in ("gather", "mask")
-    )
+    gathered, masked = (run(model.clone(form=form), variables) for form in ("gather", "mask"))
     np.testing.assert_allclose(gathered, masked, atol=2e-5)
-    assert dyntoken.list_models(f"{method}_deit_small_patch16_224")
+
+
+def test_it_trains(module, tmp_path):
+    config = tiny_config(steps=2, plugins=(module,))
+    config.model = {"name": "twolayers_deit_tiny_patch16_224", **SMALL, "at": (1,), "keep": 0.6}
+    result = train.run(config, str(tmp_path / "run"))
+    _check_forms(train.build(config).model, result.state.variables)
+    assert dyntoken.list_models("twolayers_deit_small_patch16_224")
+
+
+def test_both_forms_of_a_scorer_on_keys(module):
+    load_plugins(module)
+    model = dyntoken.create_model("keynorm_deit_tiny_patch16_224", img_size=16, **SMALL, at=(1,), keep=0.6)
+    _check_forms(model, jax.jit(model.init)(jax.random.key(0), np.zeros((1, 16, 16, 3))))
