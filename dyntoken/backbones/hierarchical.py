@@ -212,6 +212,8 @@ class Hierarchical(Sites, nn.Module):
         if len(self.depths) <= SPARSE:
             return f"sites lie in the third stage, and it has {len(self.depths)}"
         reason = super().refuse(reducer, at)
+        if reason is None and reducer.where == "inside":
+            return "its sites lie inside a block, and there they lie before one"
         if reason is None and (reducer.adds_row or reducer.merges):
             return (
                 "all cells stay on the grid, those that are not kept on a cheaper path, so there is "

@@ -121,6 +121,9 @@ dyntoken.register_scorer("linear", linear, learns=True)
 dyntoken.register_scorer("attended", attended, needs="cls")
 dyntoken.register_scorer("key_norm", key_norm, needs="keys")
 dyntoken.register_scorer("received", received, needs="probs")
+dyntoken.register_scorer(
+    "late", lambda tokens, seen, draws, stage, **_: dyntoken.Scores(tokens.size), where="inside"
+)
 dyntoken.register_fuser("pooled", pooled, adds_row=True)
 dyntoken.register_method("learnt_linear", score="linear", fuse="squeeze")
 dyntoken.register_method("attended", score="attended", fuse="pooled", source="EViT again")

@@ -147,12 +147,22 @@ def test_both_forms_are_equal(case):
         ("dtps_pvt_tiny", {"fuse": "pooled"}, "no cell on a map", "dtps"),
         ("dynamicvit_swin_tiny_patch4_window7_224", {"fuse": "pooled"}, "nothing to fuse", "longrows"),
         ("dynamicvit_convnext_tiny", {"score": "received"}, "attention between", "dynamicvit"),
+        ("dynamicvit_convnext_tiny", {"score": "late"}, "inside a block", "dynamicvit"),
         ("learnt_linear_convnext_tiny", {}, "nothing to fuse", "dynamicvit, longrows"),
     ],
 )
 def test_pairings_that_cannot_work_are_refused_by_name(name, options, why, works):
     with pytest.raises(ValueError, match=f"makes no sense in .*{why}.*; .*{works}.* there"):
         dyntoken.create_model(name, **options)
+
+
+def test_a_rule_moves_the_sites_of_a_method_and_exits_take_it():
+    for name, inside in (("dtps", False), ("learnt_linear", False), ("keynorm", True)):
+        model = dyntoken.create_model(f"dvt_{name}_deit_tiny", keep=0.7)
+        assert [site.inside for site in model.sites()] == [inside] * 9
+    moved = _model("dtps", score="received")  # counted as dTPS still: r, r^2, r^3 of the first patches
+    assert [site.inside for site in moved.sites()] == [True] * 3
+    assert [dict(site.reducer.options)["keep"] for site in moved.sites()] == [11, 7, 5]
 
 
 def test_what_is_refused_is_not_listed():
