@@ -26,6 +26,7 @@ CORE = [
 DATA = [
     'tensorflow-cpu>=2.18; sys_platform == "linux" and platform_machine == "x86_64"',
     'tensorflow>=2.18; sys_platform != "linux" or platform_machine != "x86_64"',
+    "pillow>=11.0",  # reads what TensorFlow does not: WebP, TIFF, ...
 ]
 TENSORBOARD = ["tensorboardX>=2.6"]
 VIZ = ["matplotlib>=3.9", "pillow>=11.0"]
@@ -35,7 +36,6 @@ EXTRAS = {
     "tensorboard": TENSORBOARD,
     "torch": ["torch>=2.6"],
     "hub": ["huggingface_hub>=0.30"],
-    "export": ["flatbuffers>=24.3", "jax2onnx>=0.15", "onnxruntime>=1.20"],
     "cuda": ["jax[cuda12]"],
     "tpu": ["jax[tpu]"],
     "aot": ["libtpu"],

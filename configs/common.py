@@ -5,39 +5,45 @@ A recipe is a file with `get_config(arg)`; `arg` is what follows the colon in
 images, seconds), and most `demo` (embedded real images, minutes on a laptop).
 """
 
-import ast
+import difflib
+import re
 
 import ml_collections
 from ml_collections import config_dict
+
+from dyntoken import schema
+
+
+def per_batch(c, rate):
+    """A rate for the batch that the recipe has by now, in proportion for any other.
+
+    What goes for the learning rate goes for its floors: else a small batch starts below them.
+    """
+    return c.get_ref("batch").to_float() * (rate / c.batch)
 
 
 def parse_arg(arg, **defaults):
     """Reads `"demo,size=t,keep=0.5,at=3-6-9"` into a dict typed by `defaults`.
 
-    A lone word is a switch. A sequence is written with dashes (`keep=137-96-67`).
+    A lone word is a switch. A sequence is written `keep=137-96-67`, `137,96,67` or `(137, 96, 67)`.
     An unknown name raises with those that exist.
     """
     values = dict(defaults)
-    for part in filter(None, (arg or "").split(",")):
-        name, given, text = part.partition("=")
+    for part in filter(None, re.split(r",(?=\s*[A-Za-z_])", arg or "")):
+        name, given, text = part.strip().partition("=")
         if name not in defaults:
-            raise ValueError(f"unknown config argument {name!r}: this recipe takes {', '.join(defaults)}")
-        values[name] = _typed(name, text, defaults[name]) if given else True
+            near = difflib.get_close_matches(name, defaults, n=2)
+            hint = f"did you mean {' or '.join(near)}? It takes" if near else "this recipe takes"
+            raise ValueError(f"unknown config argument {name!r}: {hint} {', '.join(defaults)}")
         if not given and not isinstance(defaults[name], bool):
             raise ValueError(f"config argument {name!r} needs a value, as in {name}={defaults[name]}")
+        kind = KINDS[type(defaults[name])]
+        values[name] = schema.check(kind, schema.Text(text), f"config argument {name}") if given else True
     return ml_collections.ConfigDict(values)
 
 
-def _typed(name, text, default):
-    kind = type(default)
-    try:
-        if kind is bool:
-            return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
-        if kind is tuple or (kind is float and "-" in text):
-            return tuple(ast.literal_eval(entry) for entry in text.split("-"))
-        return kind(text)
-    except (KeyError, ValueError, SyntaxError) as error:
-        raise ValueError(f"config argument {name}={text} is no {kind.__name__}") from error
+# By the type of the default: a number may be one per site.
+KINDS = {float: schema.Keep, tuple: tuple[int | float, ...], int: int, str: str, bool: bool}
 
 
 def base():
@@ -60,9 +66,12 @@ def base():
     c.rewind = 0  # so often a run may go back to its last checkpoint from a loss that is not finite
     c.resume = config_dict.placeholder(str)  # workdir of another run to go on from
     c.profile = {"start": 20, "steps": 0}  # steps > 0: jax.profiler traces them into WORKDIR/profile
-    c.tensorboard = False  # also write WORKDIR/tensorboard (pip install "dyntoken[tensorboard]")
+    c.tensorboard = False  # also write WORKDIR/tensorboard (pip install tensorboardX)
     c.curves = True  # draw WORKDIR/curves.png at every evaluation, if matplotlib is there
     c.ema = 0.0  # decay of the weight average; 0 for none
+    c.ema_warmup = (
+        True  # min(ema, (1 + step) / (10 + step)); False: ema from the first step on, as timm's ModelEma
+    )
 
     # and any keyword of create_model: keep, at, ...; dtype="bfloat16", scan, remat
     c.model = ml_collections.ConfigDict({"name": ""})
@@ -75,6 +84,7 @@ def base():
     c.data.eval_split = "validation"
     c.data.size = 224
     c.data.shards = 8  # virtual shards; the result does not depend on the number of devices
+    c.data.balance = False  # every class equally often in an epoch; for folders and sets in memory
     c.data.data_dir = config_dict.placeholder(str)  # default: $TFDS_DATA_DIR
     c.data.augment = {
         "crop": "random_resized",
@@ -168,10 +178,10 @@ def tps(c, variant, *, distill=True):
         c.losses.update({"logit_kl": {"weight": 0.5}, "token_distill": {"weight": 0.5, "variant": "kl"}})
     c.optim = {
         "lr": c.get_ref("batch").to_float() * (2.5e-4 / 1024),
-        "min_lr": 1e-5,
+        "min_lr": per_batch(c, 1e-5),
         "schedule": "cosine_epoch",
         "warmup_epochs": 5,
-        "warmup_lr": 1e-6,
+        "warmup_lr": per_batch(c, 1e-6),
         "weight_decay": 0.05,
         "decay": "all",
     }
@@ -221,7 +231,7 @@ def from_dense(c, method, keep, at):
     dense = c.model.to_dict()
     if any(loss in c.losses for loss in ("logit_kl", "token_distill")):
         c.teacher.update(dense)
-        c.teacher.weights = c.init.get_ref("path")
+        c.teacher.weights = c.init.get_oneway_ref("path")  # follows it, but not the other way round
     c.model.name = f"{method}_{dense['name']}"
     c.model.keep = keep
     if at:

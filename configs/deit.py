@@ -46,7 +46,7 @@ def get_config(arg=None):
     c.losses = {"ce": {"weight": 1.0}}
     c.init.path = ""
     per_image = 5e-4 / 512
-    optim = {"min_lr": 1e-5, "weight_decay": 0.05}
+    optim = {"weight_decay": 0.05}
     if arg.pixels > 224:
         c.init.path = f"weights/{common.deit_name(arg.size)}.safetensors"
         c.batch = 512
@@ -62,8 +62,9 @@ def get_config(arg=None):
     c.optim = {
         "lr": c.get_ref("batch").to_float() * per_image,
         "schedule": "cosine_epoch",
+        "min_lr": common.per_batch(c, 1e-5),
         "warmup_epochs": 5,
-        "warmup_lr": 1e-6,
+        "warmup_lr": common.per_batch(c, 1e-6),
         "decay": "not_1d",
         **optim,
     }

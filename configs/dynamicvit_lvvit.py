@@ -53,7 +53,7 @@ def get_config(arg=None):
     }
     c.optim = {
         "lr": c.get_ref("batch").to_float() * (1e-3 / 1024),
-        "min_lr": 1e-6,
+        "min_lr": common.per_batch(c, 1e-6),
         "schedule": "cosine",
         "warmup_epochs": 5,
         "warmup_lr": 0.0,

@@ -58,7 +58,7 @@ def get_config(arg=None):
     common.deit_augment(c)
     c.losses = {"ce": {"weight": 1.0}}
     per_image = 2e-5 / 512
-    optim = {"min_lr": 2e-6, "warmup_epochs": 0, "weight_decay": 1e-6}
+    optim = {"min_lr": common.per_batch(c, 2e-6), "warmup_epochs": 0, "weight_decay": 1e-6}
     if arg.scratch:
         c.batch = 1024
         c.epochs = 300.0
@@ -66,11 +66,11 @@ def get_config(arg=None):
         c.model.drop_path = 0.1
         c.keep_schedule.update({"start_epoch": 10, "end_epoch": 110})
         per_image = 5e-4 / 512
-        optim = {"min_lr": 1e-5, "warmup_epochs": 5, "weight_decay": 0.05}
+        optim = {"min_lr": common.per_batch(c, 1e-5), "warmup_epochs": 5, "weight_decay": 0.05}
     c.optim = {
         "lr": c.get_ref("batch").to_float() * per_image,
         "schedule": "cosine_epoch",
-        "warmup_lr": 1e-6,
+        "warmup_lr": common.per_batch(c, 1e-6),
         "decay": "not_1d",
         **optim,
     }

@@ -42,10 +42,10 @@ def get_config(arg=None):
     c.losses = {"ce": {"weight": 1.0}, "token_label": {"weight": 0.5}}
     c.optim = {
         "lr": c.get_ref("batch").to_float() * (1.6e-3 / 1024),
-        "min_lr": 1e-5,
+        "min_lr": common.per_batch(c, 1e-5),
         "schedule": "cosine_epoch",
         "warmup_epochs": 5,
-        "warmup_lr": 1e-6,
+        "warmup_lr": common.per_batch(c, 1e-6),
         "weight_decay": 0.05,
         "decay": "not_1d",
     }

@@ -57,7 +57,7 @@ def dual_path(c, arg, demo_model, tiny_model):
     }
     c.optim = {
         "lr": c.get_ref("batch").to_float() * (4e-3 / 4096),
-        "min_lr": 1e-6,
+        "min_lr": common.per_batch(c, 1e-6),
         "schedule": "cosine",
         "warmup_epochs": 20,
         "warmup_lr": 0.0,

@@ -54,7 +54,7 @@ def cifar10(c):
     c.ema = 0.0
     c.optim = {
         "lr": c.get_ref("batch").to_float() * (1e-3 / 256),
-        "min_lr": 1e-6,
+        "min_lr": common.per_batch(c, 1e-6),
         "schedule": "cosine",
         "warmup_epochs": 3.0,
         "weight_decay": 0.05,

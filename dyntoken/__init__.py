@@ -7,7 +7,14 @@ are imported on first use: `import dyntoken` loads neither TensorFlow nor Orbax.
 from __future__ import annotations
 
 import importlib
+import os
 from typing import Any
+
+from dyntoken import interrupt
+
+if interrupt.is_program():  # the first of our code that runs: seconds of imports are still to come
+    interrupt.install()
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # of C++; what is wrong comes as an exception
 
 __version__ = "0.1.0"
 
@@ -24,6 +31,7 @@ _NAMES = {
     "Reducer": "dyntoken.reducers",
     "Scores": "dyntoken.reducers",
     "Fused": "dyntoken.ops.fuse",
+    "load_run": "dyntoken.runs",
     "load_weights": "dyntoken.weights",
     "save_weights": "dyntoken.weights",
     "import_reference": "dyntoken.weights",

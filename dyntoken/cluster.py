@@ -16,6 +16,8 @@ import os
 import threading
 from collections.abc import Mapping
 
+from dyntoken import peers
+
 SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
 TPU_HOSTS = ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES")
 MODES = ("auto", "on", "off")
@@ -103,14 +105,16 @@ def find(
     return Cluster()
 
 
-def join(cluster: Cluster, *, timeout: float = 300.0) -> None:
+def join(cluster: Cluster, *, timeout: float = 300.0, lost_after: float = 30.0) -> None:
     """Connects this process to the others; must come before jax is used.
 
-    Does nothing for a single process.
+    From then on a process that is lost, or that ends with an error, ends the others with one line. Does
+    nothing for a single process.
 
     Args:
       cluster: from `find`.
       timeout: seconds to wait for the others.
+      lost_after: seconds without a sign of life after which another one counts as lost.
 
     Raises:
       ClusterError: if they did not all come in time.
@@ -120,7 +124,9 @@ def join(cluster: Cluster, *, timeout: float = 300.0) -> None:
         return
     failure: list[Exception] = []
     # By way of a thread: jax's own timeout ends the process with a stack trace from C++.
-    thread = threading.Thread(target=_connect, args=(cluster, timeout + 600, failure), daemon=True)
+    thread = threading.Thread(
+        target=_connect, args=(cluster, timeout + 600, lost_after, failure), daemon=True
+    )
     thread.start()
     thread.join(timeout)
     if thread.is_alive():
@@ -134,9 +140,14 @@ def join(cluster: Cluster, *, timeout: float = 300.0) -> None:
         )
     if failure and (cluster.sure or "coordinator_address" not in str(failure[0])):
         raise failure[0]
+    if not failure:
+        from jax._src.distributed import global_state as state  # the store has no public name
+
+        if state.num_processes > 1:
+            peers.watch(state.process_id, state.num_processes, state.client, lost_after=lost_after)
 
 
-def _connect(cluster: Cluster, timeout: float, failure: list[Exception]) -> None:
+def _connect(cluster: Cluster, timeout: float, lost_after: float, failure: list[Exception]) -> None:
     import jax
 
     method = {"flags": "deactivate", "slurm": "slurm", "ompi": "ompi"}.get(cluster.kind)
@@ -147,6 +158,7 @@ def _connect(cluster: Cluster, timeout: float, failure: list[Exception]) -> None
             cluster.process,
             cluster_detection_method=method,
             initialization_timeout=int(timeout),
+            heartbeat_timeout_seconds=int(lost_after) + SHUTDOWN_S,  # ours comes first
             shutdown_timeout_seconds=SHUTDOWN_S,
         )
     except Exception as error:  # handed to the caller's thread

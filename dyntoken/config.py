@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import pathlib
 import sys
+import traceback
 from types import ModuleType
 
 import ml_collections
@@ -40,18 +41,50 @@ def load(path: str) -> ml_collections.ConfigDict:
     """Runs `get_config` of `FILE[:args]`.
 
     Raises:
-      ConfigError: no such file, one without `get_config`, or bad arguments.
+      ConfigError: no such file, one that does not run, one without `get_config`, or bad
+        arguments.
     """
     name, _, arg = path.partition(":")
+    module = _module(name)
+    try:
+        config = module.get_config(arg or None)
+    except ValueError as error:
+        raise ConfigError(f"{pathlib.Path(module.__file__).name}: {error}") from error
+    except Exception as error:
+        raise ConfigError(_blame(module.__file__, error)) from error
+    if isinstance(config, dict):
+        config = ml_collections.ConfigDict(config)
+    if not isinstance(config, ml_collections.ConfigDict):
+        raise ConfigError(f"{module.__file__}: get_config returned {config!r}: return a ConfigDict")
+    return config
+
+
+def arguments(path: str) -> str:
+    """What a recipe says about its arguments, on one line."""
+    doc = _module(path.partition(":")[0]).get_config.__doc__
+    return " ".join((doc or "no arguments that it describes").split())
+
+
+def _module(name: str) -> ModuleType:
+    """The module of a recipe, which has a `get_config`."""
     file = locate(name)
     _adopt(file.parent)
-    module = _import(f"configs.{file.stem}", file)
+    try:
+        module = _import(f"configs.{file.stem}", file)
+    except Exception as error:
+        raise ConfigError(_blame(str(file), error)) from error
     if not hasattr(module, "get_config"):
         raise ConfigError(f"{file} has no get_config(arg): it is no recipe")
-    try:
-        return module.get_config(arg or None)
-    except ValueError as error:
-        raise ConfigError(f"{file.name}: {error}") from error
+    return module
+
+
+def _blame(file: str, error: Exception) -> str:
+    """The line of a recipe (or of what it imports) that does not run."""
+    if isinstance(error, SyntaxError):
+        return f"{error.filename}, line {error.lineno}: {error.msg}"
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+    where = f"{file}, line {frames[-1].lineno}" if frames else file
+    return f"{where}: {type(error).__name__}: {error}"
 
 
 def _adopt(folder: pathlib.Path) -> None:

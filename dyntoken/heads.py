@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from dyntoken.nn import layers
+from dyntoken.ops import attend
 from dyntoken.types import Tokens
 
 Array = jax.Array
+Pool = Literal["token", "mean", "all"]
 
 
 class ClassHead(nn.Module):
@@ -17,20 +21,24 @@ class ClassHead(nn.Module):
 
     Attributes:
       classes: 0 returns the pooled features instead of logits.
-      pool: "token" (row 0) or "mean" (over the patch rows alive).
+      pool: "token" (row 0), "mean" (over the patch rows alive), or "all" (the mean
+        over these and the rows before them).
       distilled: a second linear layer on row 1; the logits are the mean of both.
       representation_size: width of a tanh layer before the classifier.
+      norm_eps: epsilon of a LayerNorm on the pooled features (timm's `fc_norm`), None for none.
     """
 
     classes: int
     pool: str = "token"
     distilled: bool = False
     representation_size: int | None = None
+    norm_eps: float | None = None
 
     @nn.compact
     def __call__(self, tokens: Tokens) -> tuple[Array, Array | None]:
         """`(logits [B, classes], heads [2, B, classes] or None)`, float32."""
         x = self._pooled(tokens).astype(jnp.float32)
+        x = x if self.norm_eps is None else nn.LayerNorm(epsilon=self.norm_eps, name="norm")(x)
         second = tokens.x[:, 1].astype(jnp.float32) if self.distilled else None
         if self.representation_size:
             x = jnp.tanh(layers.dense(self.representation_size, name="pre_logits")(x))
@@ -44,16 +52,23 @@ class ClassHead(nn.Module):
 
     def _pooled(self, tokens: Tokens) -> Array:
         if self.pool == "token":
-            if not tokens.prefix:
-                raise ValueError("pool='token' needs a class token; use pool='mean'")
+            check_pool(self.pool, tokens.prefix)
             return tokens.x[:, 0]
-        if self.pool != "mean":
-            raise ValueError(f"pool must be token or mean, got {self.pool!r}")
+        if self.pool not in ("mean", "all"):
+            raise ValueError(f"pool must be token, mean or all, got {self.pool!r}")
+        rows = tokens.patches if self.pool == "mean" else tokens.x
         if tokens.alive is None:
-            return tokens.patches.mean(axis=1)
-        weight = tokens.alive.astype(tokens.x.dtype)[..., None]
+            return rows.mean(axis=1)
+        alive = tokens.alive if self.pool == "mean" else attend.with_prefix(tokens.alive, tokens.prefix)
+        weight = alive.astype(tokens.x.dtype)[..., None]
         total = weight.sum(axis=1)
-        return (tokens.patches * weight).sum(axis=1) / jnp.where(total > 0, total, 1.0)
+        return (rows * weight).sum(axis=1) / jnp.where(total > 0, total, 1.0)
+
+
+def check_pool(pool: str, prefix: int) -> None:
+    """Raises ValueError for a pool that final tokens with `prefix` rows ahead do not have."""
+    if pool == "token" and not prefix:
+        raise ValueError("pool='token' needs a class token; use pool='mean'")
 
 
 def with_dense(logits: Array, dense: Array, alive: Array | None, weight: float) -> Array:

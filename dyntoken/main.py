@@ -4,29 +4,52 @@
     python -m dyntoken.main --config=configs/tps_deit.py --config.optim.lr=5e-4 --dry_run
     python -m dyntoken.main --config=configs/tps_deit.py:demo --workdir=runs/demo --mode=eval --step=best
 
-Rerunning a command resumes it.
+Rerunning a command resumes it. What follows the colon are arguments of the recipe, which its
+head describes. `--config.KEY=VALUE` sets any key of the config, whether the recipe names it or
+not: numbers, True, None, text, sequences as 3-6-9 or 3,6,9 or (3, 6, 9), sizes as 224x320.
+The keys: configs/common.py has them with their defaults, dyntoken/train/settings.py says what
+they mean, and `--config=FILE[:arguments] --help` lists those of a recipe.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
 import sys
 
 from absl import app, flags, logging
-from ml_collections import config_flags
 
-from dyntoken import cluster
+from dyntoken import cluster, peers, schema
 from dyntoken import config as recipes
 
 FLAGS = flags.FLAGS
 USER_ERRORS = (ValueError, OSError, ImportError, RuntimeError)
 CORES_FLAG = "--xla_force_host_platform_device_count"
-FLAG_ERRORS = (flags.Error, AttributeError, KeyError, TypeError, ValueError)
+
+
+class Recipe(flags.ArgumentParser):
+    """Reads `--config=FILE[:arguments]` as the config that the recipe makes; `path` stays."""
+
+    path = ""
+
+    def parse(self, argument: str):
+        self.path = argument
+        return recipes.load(argument)
+
+
+RECIPE = Recipe()
+flags.DEFINE(RECIPE, "config", None, "FILE[:arguments], the recipe; --config.KEY=VALUE sets a key of it")
 flags.DEFINE_string("workdir", None, "folder of the run, also gs://; by default runs/<config>")
-flags.DEFINE_enum("mode", "train", ["train", "eval"], "train, or evaluate a workdir or config.init.path")
+flags.DEFINE_enum(
+    "mode",
+    "train",
+    ["train", "eval"],
+    "train, or evaluate the run in --workdir; without --workdir, whole weights given by --config.init.path",
+)
 flags.DEFINE_string("step", "newest", "of --mode=eval: newest, best (by the run's best_metric) or a number")
+flags.DEFINE_bool("restart", False, "start anew; what is in the workdir is moved to WORKDIR/old/N")
 flags.DEFINE_bool("dry_run", False, "build, compile, print parameters, MACs, memory and plan; read no data")
 flags.DEFINE_enum(
     "distributed", "auto", cluster.MODES, "join other processes (auto: if the environment says so)"
@@ -37,13 +60,16 @@ flags.DEFINE_string(
 flags.DEFINE_integer("processes", None, "number of processes", lower_bound=1)
 flags.DEFINE_integer("process", None, "which of the processes this is, from 0", lower_bound=0)
 flags.DEFINE_float("cluster_timeout", 300.0, "seconds to wait for the other processes", lower_bound=1.0)
+flags.DEFINE_float(
+    "lost_after", 30.0, "seconds without a sign of life after which a process is lost", lower_bound=1.0
+)
 
 
 def use_all_cores(batch: int) -> None:
     """Lets a CPU run as several devices, which XLA keeps busier than one.
 
     Does nothing to a GPU or TPU, nor where XLA_FLAGS already says how many. The
-    result does not depend on the number of devices.
+    result does not depend on the number of devices but for rounding.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     devices = max(n for n in (1, 2, 4, 8) if n == 1 or (n <= cores and batch % (2 * n) == 0))
@@ -51,34 +77,46 @@ def use_all_cores(batch: int) -> None:
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {CORES_FLAG}={devices}".strip()
 
 
-def start(batch: int) -> None:
-    """Joins the other processes, if there are any; must come before jax is used."""
+def start(config, what: str) -> None:
+    """Says what is about to be done, and joins the other processes, if there are any.
+
+    Must come before jax is used.
+    """
     logging.set_verbosity(logging.WARNING)  # jax and Orbax narrate what they do
+    logging.get_absl_logger().addFilter(lambda record: "preemption sync point" not in record.getMessage())
     found = cluster.find(
         FLAGS.distributed, coordinator=FLAGS.coordinator, processes=FLAGS.processes, process=FLAGS.process
     )
-    use_all_cores(batch // (found.processes or 1))
-    cluster.join(found, timeout=FLAGS.cluster_timeout)
+    if not found.process:
+        print(f"{what}; starting takes some seconds", flush=True)
+    use_all_cores(config.batch // (found.processes or 1))
+    cluster.join(found, timeout=FLAGS.cluster_timeout, lost_after=FLAGS.lost_after)
 
 
-def run(config, workdir: str, mode: str, dry_run: bool, step: str = "newest") -> None:
-    """Does what the flags ask for; raises what goes wrong."""
+def run(
+    config, workdir: str | None, mode: str, dry_run: bool, step: str = "newest", *, restart: bool = False
+) -> int:
+    """Does what the flags ask for; returns the exit status; raises what goes wrong."""
     import jax
 
     from dyntoken import train
 
     say = print if jax.process_index() == 0 else _silent
     config = config.to_dict()
+    if restart and (dry_run or mode == "eval"):
+        raise ValueError("--restart starts a training run anew: leave it out of --mode=eval and --dry_run")
     if dry_run:
         facts = train.dry_run(config, log=say)
         say(f"gmacs: {_spell(_gmacs(train.build(config).model))}")
         say(f"plan: {facts['steps']} steps of {config['batch']} images into {workdir}")
     elif mode == "eval":
         metrics = train.evaluate(config, workdir, step=step)
-        gmacs = _gmacs(train.build(config).model)
+        gmacs = _gmacs(train.build(config, training=False).model)
         say(json.dumps({**metrics, "count": int(metrics["count"]), "gmacs": gmacs}))
     else:
-        result = train.run(config, workdir)
+        result = train.run(config, workdir, restart=restart)
+        if not result.finished:
+            return 128 + result.signum
         if config.get("compare") and result.finished and jax.process_count() > 1:
             say(
                 "one process makes the comparison: run this command again on one host, with --distributed=off"
@@ -87,6 +125,7 @@ def run(config, workdir: str, mode: str, dry_run: bool, step: str = "newest") ->
             from dyntoken.tools import compare as comparison
 
             comparison.report(config, result)
+    return 0
 
 
 def _silent(line: str) -> None:
@@ -109,18 +148,37 @@ def _spell(gmacs: float | list[float]) -> str:
     return f"{gmacs:.3f}"
 
 
-def main(argv: list[str]) -> None:
-    """Entry point under `absl.app`."""
+def main(argv: list[str]) -> int:
+    """Entry point under `absl.app`; returns the exit status."""
     if argv[1:]:
         fail(f"unexpected argument {argv[1]!r}: options are written --name=value")
-    default = os.path.join("runs", re.sub(r"\W+", "_", os.path.basename(FLAGS.recipe).replace(".py", "")))
+    default = os.path.join("runs", re.sub(r"\W+", "_", os.path.basename(RECIPE.path).replace(".py", "")))
     try:
-        start(FLAGS.config.batch)
-        run(FLAGS.config, FLAGS.workdir or default, FLAGS.mode, FLAGS.dry_run, FLAGS.step)
+        workdir = FLAGS.workdir or default
+        if FLAGS.mode == "eval" and FLAGS.workdir is None and chosen("config.init.path"):
+            workdir = None  # these weights, not the run that may lie in the default folder
+        start(FLAGS.config, describe(FLAGS.config, workdir))
+        return run(FLAGS.config, workdir, FLAGS.mode, FLAGS.dry_run, FLAGS.step, restart=FLAGS.restart)
     except cluster.ClusterError as error:
         fail(error, at_once=True)
     except USER_ERRORS as error:
+        peers.blame(error)
         fail(error)
+
+
+def chosen(option: str) -> bool:
+    """Whether the command line has `--option`."""
+    return any(word.partition("=")[0].lstrip("-") == option for word in sys.argv[1:])
+
+
+def describe(config, workdir: str | None) -> str:
+    """What a command is about to do, in words that need no jax."""
+    name, source = config.model.name, config.data.name
+    if FLAGS.mode == "eval":
+        return f"evaluating {name} on {source}, {workdir or config.init.path}"
+    length = f"{config.steps} steps" if config.get("steps", 0) > 0 else f"{config.epochs:g} epochs"
+    doing = "planning" if FLAGS.dry_run else "training"
+    return f"{doing} {name} on {source}: {length}, batches of {config.batch}, into {workdir}"
 
 
 def fail(error: object, *, at_once: bool = False) -> None:
@@ -131,50 +189,74 @@ def fail(error: object, *, at_once: bool = False) -> None:
     sys.exit(1)
 
 
-def split_config(argv: list[str]) -> tuple[str | None, list[str]]:
-    """Takes `--config=FILE[:args]` (or `--config FILE`) out of the arguments."""
-    for index, word in enumerate(argv):
-        name, given, value = word.partition("=")
-        if name in ("--config", "-config"):
-            used = 1 if given else 2
-            return value if given else "".join(argv[index + 1 : index + 2]), argv[:index] + argv[
-                index + used :
-            ]
-    return None, argv
+def split_changes(argv: list[str]) -> tuple[list[tuple[str, str]], list[str]]:
+    """Takes `--config.KEY=VALUE` (or `--config.KEY VALUE`; VALUE is True if left out) out of the arguments."""
+    changes, rest, words = [], [], list(argv)
+    while words:
+        name, given, value = words.pop(0).partition("=")
+        key = re.fullmatch(r"--?config\.(.+)", name)
+        if key is None:
+            rest.append(name + given + value)
+            continue
+        if not given:
+            value = words.pop(0) if words and not words[0].startswith("--") else "True"
+        changes.append((key[1], value))
+    return changes, rest
 
 
-def parse(argv: list[str]) -> list[str]:
-    """The arguments that are no flags; a bad flag ends in one line."""
+def parse(argv: list[str], changes: list[tuple[str, str]]) -> list[str]:
+    """Reads the flags and sets the keys; returns what is neither. What is wrong ends in one line."""
     try:
-        return FLAGS(argv)
-    except FLAG_ERRORS as error:
-        fail(explain(error))
+        rest = FLAGS(argv)
+        if FLAGS.config is None:
+            raise ValueError(
+                "which recipe? give --config=FILE[:args], for instance --config=configs/tps_deit.py:demo"
+            )
+        from dyntoken.train import settings
+
+        settings.override(FLAGS.config, changes)
+        return rest
+    except flags.UnrecognizedFlagError as error:
+        close = schema.nearest(error.flagname, [*FLAGS, *(key for key, _ in keys(FLAGS["config"].value))])
+        hint = f"did you mean --{', --'.join(close)}?" if close else "--help lists them"
+        fail(f"unknown option --{error.flagname}: {hint}")
+    except (flags.Error, *USER_ERRORS) as error:
+        fail(error)
 
 
-def explain(error: BaseException) -> str:
-    """What is wrong with a flag, in one line."""
-    text = str(error.args[0] if error.args else error)
-    for ugly, plain in (("\\n", " "), ("\n", " "), ("\\'", "'"), ("''", "'")):  # nested reprs
-        text = text.replace(ugly, plain)
-    return f"{text} (--help lists the options, configs/common.py a recipe's keys)"
+def keys(config) -> list[tuple[str, str]]:
+    """Full name of every key that a config may have, and what it may be."""
+    from dyntoken.train import settings
+
+    config = {} if config is None else config.to_dict()
+    try:
+        settings.plugins(config)
+        found = list(schema.leaves(settings.Settings, config, "config"))
+    except USER_ERRORS as error:
+        fail(error)
+    return [(key, schema.describe(kind)) for key, kind in found]
+
+
+def usage(argv: list[str]) -> None:
+    """Prints what the program takes; with `--config` also the recipe's arguments and keys."""
+    print(f"{__doc__.strip()}\n\nflags:{FLAGS.module_help(FLAGS.find_module_defining_flag('workdir'))}")
+    path = next((word.partition("=")[2] for word in argv if word.startswith("--config=")), "")
+    if path:
+        try:
+            config = recipes.load(path)
+        except USER_ERRORS as error:
+            fail(error)
+        print(f"\n{path} takes {recipes.arguments(path)}\n\nkeys:")
+        print("\n".join(f"  --{key}: {what}" for key, what in keys(config)))
 
 
 def cli() -> None:
-    """Loads the recipe first: its keys are what `--config.key=value` may set."""
-    path, argv = split_config(sys.argv)
-    if path is None and not any(word.startswith("--help") for word in argv):
-        fail("which recipe? give --config=FILE[:args], for instance --config=configs/tps_deit.py:demo")
-    flags.DEFINE_string("recipe", path, "set by --config")
-    if path is not None:
-        try:
-            recipe = recipes.load(path)
-        except USER_ERRORS as error:
-            fail(error)
-        try:
-            config_flags.DEFINE_config_dict("config", recipe, sys_argv=argv)
-        except FLAG_ERRORS as error:  # it looks the overrides up already
-            fail(f"--config: {explain(error)}")
-    app.run(main, argv=argv, flags_parser=parse)
+    """The program."""
+    changes, argv = split_changes(sys.argv)
+    if any(word.lstrip("-") in ("help", "h", "helpfull", "helpshort") for word in argv[1:]):
+        usage(argv)
+        return
+    app.run(main, argv=argv, flags_parser=functools.partial(parse, changes=changes))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,9 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from dyntoken import schema
 from dyntoken.ops import mixing
+from dyntoken.schema import NonNegative, Rate, Share
 from dyntoken.types import Array
 
 _ERASE = 1  # what the step's key is folded with for erasing
@@ -51,6 +53,7 @@ def soft_targets(labels: Array, num_classes: int, smoothing: float = 0.0) -> Arr
     return hot.astype(jnp.float32) * (1.0 - smoothing) + smoothing / num_classes
 
 
+@schema.checked
 def mix(
     key: Array,
     images: Array,
@@ -58,12 +61,12 @@ def mix(
     ids: Array | None = None,
     *,
     num_classes: int,
-    mixup: float = 0.8,
-    cutmix: float = 1.0,
-    prob: float = 1.0,
-    switch_prob: float = 0.5,
-    smoothing: float = 0.1,
-    erase: float = 0.0,
+    mixup: NonNegative = 0.8,
+    cutmix: NonNegative = 1.0,
+    prob: Share = 1.0,
+    switch_prob: Share = 0.5,
+    smoothing: Rate = 0.1,
+    erase: Share = 0.0,
 ) -> tuple[Array, Array]:
     """Random erasing, then mixup or CutMix of neighbours, one draw for the whole global batch.
 
@@ -93,11 +96,6 @@ def mix(
       ValueError: for an odd batch, erasing without `ids`, or an alpha or
         probability out of range.
     """
-    if min(mixup, cutmix) < 0 or not all(0 <= share <= 1 for share in (prob, switch_prob, erase)):
-        raise ValueError(
-            "mixup and cutmix are alphas >= 0, prob, switch_prob and erase lie in [0, 1]; got "
-            f"mixup={mixup}, cutmix={cutmix}, prob={prob}, switch_prob={switch_prob}, erase={erase}"
-        )
     if erase:
         if ids is None:
             raise ValueError(f"erase={erase} draws per image: give mix the rows' global positions (ids)")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import fnmatch
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,21 +11,28 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dyntoken import names, reducers
+from dyntoken import names, reducers, schema
 from dyntoken.backbones import BACKBONES
 from dyntoken.backbones.isotropic import Isotropic
-from dyntoken.cascade import Cascade, checks
-from dyntoken.heads import ClassHead, with_dense
+from dyntoken.cascade import Cascade
+from dyntoken.heads import ClassHead, Pool, check_pool, with_dense
 from dyntoken.multiexit import MultiExit, default_exits
 from dyntoken.nn import draws, layers
+from dyntoken.nn import images as guard
 from dyntoken.nn.trunk import Context, Site, Spec
+from dyntoken.reducers.base import Form
 from dyntoken.reducers.sites import default_sites, make_sites, refusal
-from dyntoken.registry import UnknownNameError, check_options, suggest
+from dyntoken.registry import UnknownNameError, suggest
+from dyntoken.schema import Count, Keep, Natural
 from dyntoken.types import Output
 
 Array = jax.Array
 RECORDS = ("features", "dense", "embed", "blocks", "stages")
+OF_MODEL = {"num_classes", "pool", "representation_size", "fc_norm"}
 OF_SITES = {"keep", "at", "form"}  # keywords that say where and how much a method reduces
+OF_METHODS = OF_SITES | {"fuse", "score", "dropped"}  # what a dense model is often told by mistake
+OF_GRID = {"tokens", "patch_size"}  # what the exits of a cascade decide
+OF_LINEN = ("parent", "name")  # fields of every module
 DENSE = {"aux_weight", "mix_token"}  # fields that only a model with an auxiliary head can honour
 
 
@@ -46,18 +53,20 @@ class Model(nn.Module):
       at: 0-based block indices of the sites.
       form: "auto", "mask" or "gather".
       pool, representation_size: see `heads.ClassHead`.
+      fc_norm: a norm on the pooled features, with the backbone's epsilon.
     """
 
     arch: str
     backbone: Spec
-    num_classes: int = 1000
+    num_classes: Natural = 1000
     method: str | None = None
     method_options: tuple[tuple[str, Any], ...] = ()
-    keep: Any = 0.7
+    keep: Keep = 0.7
     at: tuple[int, ...] = ()
-    form: str = "auto"
-    pool: str = "token"
-    representation_size: int | None = None
+    form: Form = "auto"
+    pool: Pool = "token"
+    representation_size: Count | None = None
+    fc_norm: bool = False
 
     def plain(self, sites: tuple[Site, ...] = ()) -> Any:
         """The backbone as a free-standing module, to read its static properties."""
@@ -84,7 +93,8 @@ class Model(nn.Module):
     def setup(self) -> None:
         self.body = self.backbone(sites=self.sites(), name="backbone")
         distilled = dict(self.backbone.options).get("distilled", False)
-        self.head = ClassHead(self.num_classes, self.pool, distilled, self.representation_size)
+        eps = self.plain().norm_eps if self.fc_norm else None
+        self.head = ClassHead(self.num_classes, self.pool, distilled, self.representation_size, eps)
         if self.aux_weight is not None:
             self.aux_head = layers.dense(self.num_classes)
 
@@ -106,7 +116,7 @@ class Model(nn.Module):
         """Classifies images.
 
         Args:
-          images: `[B, H, W, C]` float, normalised.
+          images: `[B, H, W, C]` float, normalised (`dyntoken.preprocess`).
           train: training mode: dropout, and learnt decisions are sampled.
           ids: `[B]` global example indices that key every random draw; by
             default the position in this batch.
@@ -126,6 +136,7 @@ class Model(nn.Module):
         for what, given in (("noise", noise), ("decisions", decisions)):
             if given is not None and len(given) != len(self.at):
                 raise ValueError(f"{what} has {len(given)} entries for {len(self.at)} sites")
+        guard.check(images)
         ids = jnp.arange(images.shape[0], dtype=jnp.int32) if ids is None else ids
         context = Context(
             train=train,
@@ -173,7 +184,7 @@ def pairings(arch_name: str) -> dict[str, str | None]:
       arch_name: a name without a method, "deit_small_patch16_224".
     """
     arch = names.parse(arch_name)
-    body = _backbone(arch, arch.options, {}, set())(parent=None)
+    body = _backbone(arch, arch.options, {})(parent=None)
     return {name: refusal(body, reducers.METHODS[name]) for name in reducers.METHODS}
 
 
@@ -198,6 +209,14 @@ def split_name(name: str) -> tuple[str | None, str]:
     if names.parse(arch) is not None:
         known = reducers.METHODS if name.startswith(cascaded) else methods
         raise UnknownNameError(f"unknown method {wrong!r}: {suggest(wrong, known)}")
+    if os.path.isdir(name) or "://" in name:
+        raise UnknownNameError(
+            f"{name} is a folder, no model's name: dyntoken.load_run({name!r}) opens a run"
+        )
+    if os.path.isfile(name):
+        raise UnknownNameError(
+            f"{name} is a file, no model's name: dyntoken.load_weights(dyntoken.create_model(NAME), {name!r})"
+        )
     raise UnknownNameError(f"unknown model {name!r}: {suggest(name, list_models())}")
 
 
@@ -213,87 +232,111 @@ def create_model(name: str, **overrides: Any) -> Model | Cascade | MultiExit:
     Args:
       name: for instance "dtps_deit_small_patch16_224"; see `list_models`.
       **overrides: any field: of the model (`num_classes`, `keep`, `at`, `form`,
-        `pool`, `representation_size`), of the backbone (`img_size`, `in_chans`,
+        `pool`, `representation_size`, `fc_norm`), of the backbone (`img_size`, `in_chans`,
         `drop_path`, `dtype`, ...), of the method (`fuse`, `score`, `shuffle`,
         `temperature`, `tau`) or of the cascade (`exits`, `feature_reuse`,
-        `relation_reuse`, ...). `dtype` may be a name ("bfloat16").
+        `relation_reuse`, ...). `dtype` may be a name ("bfloat16", "bf16").
 
     Returns:
       A linen module; `model.apply(variables, images)` returns an `Output`.
 
     Raises:
       UnknownNameError: unknown name or keyword, with the nearest valid ones.
-      ValueError: values that do not fit together.
+      ValueError: a value of another type or out of range, or several that do not
+        fit together.
     """
     method, arch_name = split_name(name)
-    arch = names.parse(arch_name)
-    of_backbone = _fields(BACKBONES[arch.backbone]) - {"sites", "context"}
+    first, _, reducer = (method or "").partition("_")
+    other = f"{first}_dtps_{arch_name}" if first == names.CASCADE else f"dtps_{arch_name}"
+    if method != names.MULTIEXIT:
+        _refuse_sites(name, overrides, reducer or None if first == names.CASCADE else method, other)
+    overrides = schema.check(keywords(name), overrides, owner=name)
     if method == names.MULTIEXIT:
-        return _multiexit(name, arch_name, overrides, of_backbone)
-    if method is not None and method.partition("_")[0] == names.CASCADE:
-        return _cascade(name, method.partition("_")[2] or None, arch_name, overrides, of_backbone)
-    of_model = {"num_classes", "pool", "representation_size"}
-    of_method = _of_method(method)
-    _refuse_sites(name, overrides, method, f"dtps_{arch_name}")
-    check_options(name, overrides, of_backbone | of_model | (OF_SITES | of_method if method else set()))
-    backbone = _backbone(arch, arch.options, overrides, of_backbone)
-    fields = {k: _static(v) for k, v in overrides.items() if k in of_model | OF_SITES}
+        return _multiexit(arch_name, overrides)
+    if first == names.CASCADE:
+        return _cascade(reducer or None, arch_name, overrides)
+    arch = names.parse(arch_name)
+    fields = {k: _static(v) for k, v in overrides.items() if k in OF_MODEL | OF_SITES}
+    backbone = _backbone(arch, arch.options, overrides)
     fields.setdefault("num_classes", arch.num_classes)
     if method is not None:
-        fields |= _site_fields(method, fields, overrides, of_method, backbone)
+        fields |= _site_fields(method, fields, overrides, backbone)
     model = Model(arch=arch_name, backbone=backbone, method=method, **fields)
-    model.plain().check()
+    body = model.plain()
+    body.check()
+    if model.pool == "token" and getattr(body, "registers", 0) and not body.class_token:
+        raise ValueError(f"{name}: pool='token' needs a class token; use pool='mean'")
     model.sites()  # so that a bad value fails here, not inside a jitted step
+    check_pool(model.pool, model.plain().prefix)
     return model
 
 
-def _cascade(
-    name: str, method: str | None, arch_name: str, overrides: dict[str, Any], of_backbone: set[str]
-) -> Cascade:
+def keywords(name: str) -> dict[str, Any]:
+    """What `create_model(name)` takes: keyword -> annotation, see `schema`.
+
+    Raises:
+      UnknownNameError: no such model.
+      ValueError: a backbone that the first part of the name does not go with.
+    """
+    method, arch_name = split_name(name)
+    first, _, reducer = (method or "").partition("_")
+    body = schema.fields(BACKBONES[names.parse(arch_name).backbone], but=("sites", "context", *OF_LINEN))
+    if method == names.MULTIEXIT:
+        if not _isotropic(arch_name):
+            raise ValueError(
+                f"{name}: exits at several depths need blocks of one width; {arch_name} has stages. "
+                f"multiexit_deit_small and all of list_models('{names.MULTIEXIT}_*') have one"
+            )
+        kept = {
+            key: kind for key, kind in body.items() if key not in DENSE
+        }  # its exits have class heads only
+        return kept | schema.fields(MultiExit, but=("arch", "backbone", *OF_LINEN))
+    if first == names.CASCADE:
+        if "tokens" not in body:
+            raise ValueError(
+                f"{name}: a cascade needs a backbone whose token grid can be chosen; those of "
+                f"{', '.join(names.CASCADES[:2])}, ... and {names.CASCADES[-1]} can, {arch_name} cannot"
+            )
+        kept = {key: kind for key, kind in body.items() if key not in OF_GRID}
+        own = schema.fields(Cascade, but=("arch", "backbone", "reducer", "method_options", *OF_LINEN))
+        if reducer:
+            return kept | own | {"at": own["at"] | None} | _of_method(reducer)
+        return kept | {key: kind for key, kind in own.items() if key not in OF_SITES | {"dropped"}}
+    own = schema.fields(Model)
+    found = body | {key: own[key] for key in sorted(OF_MODEL)}
+    if method is not None:
+        found |= {key: own[key] for key in sorted(OF_SITES)} | {"at": own["at"] | None} | _of_method(method)
+    return found
+
+
+def _cascade(method: str | None, arch_name: str, overrides: dict[str, Any]) -> Cascade:
     """A cascade of one backbone; the exits' token grids stand in for its patches."""
     arch = names.parse(arch_name)
-    patches = {"tokens", "patch_size"}
-    if "tokens" not in of_backbone:
-        raise ValueError(
-            f"{name}: a cascade needs a backbone whose token grid can be chosen; those of "
-            f"{', '.join(names.CASCADES[:2])}, ... and {names.CASCADES[-1]} can, {arch_name} cannot"
-        )
-    of_method = _of_method(method)
-    of_reduced = OF_SITES | {"dropped"}
-    of_cascade = _fields(Cascade) - {"arch", "backbone", "reducer", "method_options"}
-    of_cascade -= set() if method else of_reduced
-    _refuse_sites(name, overrides, method, f"{names.CASCADE}_dtps_{arch_name}")
-    check_options(name, overrides, (of_backbone - patches) | of_cascade | of_method)
-    options = {k: v for k, v in arch.options.items() if k not in patches | {"stem"}}
-    backbone = _backbone(arch, options, overrides, of_backbone)
-    checks.one_backbone(dict(backbone.options))
+    options = {k: v for k, v in arch.options.items() if k not in OF_GRID | {"stem"}}
+    backbone = _backbone(arch, options, overrides)
+    of_cascade = schema.fields(Cascade, but=("arch", "backbone", "reducer", "method_options", *OF_LINEN))
     fields = {k: _static(v) for k, v in overrides.items() if k in of_cascade}
     fields.setdefault("num_classes", arch.num_classes)
     if method is not None:
-        fields |= {"reducer": method, **_site_fields(method, fields, overrides, of_method, backbone)}
+        fields |= {"reducer": method, **_site_fields(method, fields, overrides, backbone)}
     model = Cascade(arch=arch_name, backbone=backbone, **fields)
     model.validate()
+    check_pool(model.pool, model.plain().prefix)
     return model
 
 
-def _multiexit(name: str, arch_name: str, overrides: dict[str, Any], of_backbone: set[str]) -> MultiExit:
+def _multiexit(arch_name: str, overrides: dict[str, Any]) -> MultiExit:
     """A dense backbone with a classifier after some of its blocks."""
-    if not _isotropic(arch_name):
-        raise ValueError(
-            f"{name}: exits at several depths need blocks of one width; {arch_name} has stages. "
-            f"multiexit_deit_small and all of list_models('{names.MULTIEXIT}_*') have one"
-        )
     arch = names.parse(arch_name)
-    of_exits = _fields(MultiExit) - {"arch", "backbone"}
-    of_backbone = of_backbone - DENSE  # its exits have class heads only
-    check_options(name, overrides, of_backbone | of_exits)
     options = {k: v for k, v in arch.options.items() if k not in DENSE}
-    backbone = _backbone(arch, options, overrides, of_backbone)
+    backbone = _backbone(arch, options, overrides)
+    of_exits = schema.fields(MultiExit, but=("arch", "backbone", *OF_LINEN))
     fields = {k: _static(v) for k, v in overrides.items() if k in of_exits}
     fields.setdefault("num_classes", arch.num_classes)
     fields.setdefault("exits", default_exits(backbone(parent=None).depth))
     model = MultiExit(arch=arch_name, backbone=backbone, **fields)
     model.validate()
+    check_pool(model.pool, model.plain().prefix)
     return model
 
 
@@ -302,53 +345,38 @@ def _isotropic(arch_name: str) -> bool:
     return issubclass(BACKBONES[names.parse(arch_name).backbone], Isotropic)
 
 
-def _of_method(method: str | None) -> set[str]:
-    """Keywords that a method takes."""
-    if method is None:
-        return set()
-    return _fields(reducers.METHODS[method].make) - {
-        "keep",
-        "current",
-        "ratio",
-        "form",
-        "stage",
-        "predictor_eps",
-    }
+def _of_method(method: str) -> dict[str, Any]:
+    """Keywords that a method takes, with their annotations."""
+    placed = ("keep", "current", "ratio", "form", "stage", "predictor_eps")
+    return schema.fields(reducers.METHODS[method].make, but=(*placed, *OF_LINEN))
 
 
 def _refuse_sites(name: str, overrides: dict[str, Any], method: str | None, other: str) -> None:
     """Raises UnknownNameError where a model without a method is told how to reduce."""
     for key in overrides:
-        if method is None and key in OF_SITES | {"fuse", "score", "dropped"}:
+        if method is None and key in OF_METHODS:
             raise UnknownNameError(
                 f"{name} is dense and takes no {key!r}: put a method into its name, as in {other}"
             )
 
 
 def _site_fields(
-    method: str, fields: dict[str, Any], overrides: dict[str, Any], of_method: set[str], backbone: Spec
+    method: str, fields: dict[str, Any], overrides: dict[str, Any], backbone: Spec
 ) -> dict[str, Any]:
     """`at` (by default the backbone's) and the method's own options."""
     at = fields.get("at", ())
+    of_method = _of_method(method)
     options = tuple(sorted((k, _static(v)) for k, v in overrides.items() if k in of_method))
     if at is None or at == ():
         at = default_sites(backbone(parent=None), reducers.method(method, **dict(options)))
     return {"at": (at,) if isinstance(at, int) else tuple(at), "method_options": options}
 
 
-def _backbone(
-    arch: names.Arch, options: dict[str, Any], overrides: dict[str, Any], of_backbone: set[str]
-) -> Spec:
+def _backbone(arch: names.Arch, options: dict[str, Any], overrides: dict[str, Any]) -> Spec:
     """The recipe of a backbone: the name's options, then the user's."""
+    of_backbone = schema.fields(BACKBONES[arch.backbone])
     options = {**options, **{k: _static(v) for k, v in overrides.items() if k in of_backbone}}
-    if "dtype" in options:
-        options["dtype"] = jnp.dtype(options["dtype"])
-    return Spec.of(BACKBONES[arch.backbone], **options)
-
-
-def _fields(module: type[nn.Module]) -> set[str]:
-    """Names of a module's own fields."""
-    return {f.name for f in dataclasses.fields(module)} - {"parent", "name"}
+    return Spec.of(BACKBONES[arch.backbone], **schema.check(of_backbone, options))  # names hold numbers, too
 
 
 def _static(value: Any) -> Any:

@@ -16,10 +16,12 @@ import jax
 import jax.numpy as jnp
 
 from dyntoken.backbones.isotropic import Isotropic, pair
-from dyntoken.heads import ClassHead
+from dyntoken.heads import ClassHead, Pool
 from dyntoken.nn import draws as streams
+from dyntoken.nn import images as guard
 from dyntoken.nn.trunk import Context, Site, Spec
 from dyntoken.registry import UnknownNameError, suggest
+from dyntoken.schema import Natural
 from dyntoken.types import Output, Tokens
 
 Array = jax.Array
@@ -62,8 +64,8 @@ class MultiExit(nn.Module):
     arch: str
     backbone: Spec
     exits: tuple[int, ...]
-    num_classes: int = 1000
-    pool: str = "token"
+    num_classes: Natural = 1000
+    pool: Pool = "token"
 
     @property
     def method(self) -> str:
@@ -186,6 +188,7 @@ class MultiExit(nn.Module):
         return self._classify(index, state)[0], state.x if index + 1 < len(self.exits) else None
 
     def _context(self, images: Array, ids: Array | None, train: bool, record: tuple[str, ...]) -> Context:
+        guard.check(images)
         ids = jnp.arange(images.shape[0], dtype=jnp.int32) if ids is None else ids
         dropout = streams.of_dropout(self, dict(self.backbone.options), ids) if train else None
         return Context(train=train, dropout=dropout, record=record)

@@ -6,17 +6,17 @@ import collections
 import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from dyntoken import schedules
+from dyntoken import schedules, schema
 from dyntoken.nn.sites import ADDED
 from dyntoken.registry import UnknownNameError, suggest
+from dyntoken.schema import Natural, NonNegative, Pattern, Positive, Rate
 
-OPTIMIZERS = ("adamw", "sgd")
 DECAYS = ("not_1d", "all")
 NO_DECAY = (r"cls_token$", r"dist_token$", r"pos_embed$")
 NEW_PARAMS = (ADDED,)
@@ -108,32 +108,33 @@ def groups(
     return found
 
 
+@schema.checked
 def make(
     params: Any,
     *,
     total_steps: int,
     steps_per_epoch: int,
-    name: str = "adamw",
-    lr: float = 1e-3,
-    min_lr: float = 0.0,
-    schedule: str = "cosine",
-    warmup_epochs: float = 0,
-    warmup_steps: int | None = None,
-    warmup_lr: float = 0.0,
-    cooldown_epochs: float = 0,
-    weight_decay: float = 0.05,
-    decay: str = "not_1d",
-    no_decay: Sequence[str] = NO_DECAY,
-    betas: Sequence[float] = (0.9, 0.999),
-    eps: float = 1e-8,
-    momentum: float = 0.9,
+    name: Literal["adamw", "sgd"] = "adamw",
+    lr: NonNegative = 1e-3,
+    min_lr: NonNegative = 0.0,
+    schedule: Literal[schedules.KINDS] = "cosine",
+    warmup_epochs: NonNegative = 0,
+    warmup_steps: Natural | None = None,
+    warmup_lr: NonNegative = 0.0,
+    cooldown_epochs: NonNegative = 0,
+    weight_decay: NonNegative = 0.05,
+    decay: Literal[DECAYS] = "not_1d",
+    no_decay: Sequence[Pattern] = NO_DECAY,
+    betas: tuple[Rate, Rate] = (0.9, 0.999),
+    eps: NonNegative = 1e-8,
+    momentum: Rate = 0.9,
     nesterov: bool = False,
-    clip: float | None = None,
-    backbone_lr_scale: float = 1.0,
-    backbone_min_lr: float | None = None,
-    backbone_freeze_epochs: float = 0,
-    new_params: Sequence[str] = NEW_PARAMS,
-    frozen: Sequence[str] = (),
+    clip: Positive | None = None,
+    backbone_lr_scale: NonNegative = 1.0,
+    backbone_min_lr: NonNegative | None = None,
+    backbone_freeze_epochs: NonNegative = 0,
+    new_params: Sequence[Pattern] = NEW_PARAMS,
+    frozen: Sequence[Pattern] = (),
 ) -> tuple[optax.GradientTransformation, Callable[[Any], Any]]:
     """Builds the optimiser of a run.
 
@@ -180,10 +181,6 @@ def make(
       UnknownNameError: for an unknown optimiser, schedule or decay rule.
       ValueError: for settings that do not fit together.
     """
-    if name not in OPTIMIZERS:
-        raise UnknownNameError(f"unknown optimizer {name!r}: {suggest(name, OPTIMIZERS)}")
-    if clip is not None and clip <= 0:
-        raise ValueError(f"clip={clip} must be positive, or None for no clipping")
     lr_fn = schedules.learning_rate(
         schedule,
         lr=lr,
@@ -274,13 +271,20 @@ def _transformation(
     return optax.GradientTransformation(init, update)
 
 
-def ema(average: Any, params: Any, decay: float) -> Any:
+def ema(average: Any, params: Any, decay: float, step: Any = None) -> Any:
     """`decay * average + (1 - decay) * params`, leaf by leaf.
 
-    The same decay from the first step on (timm's `ModelEma`). Start it from a
-    copy of the parameters.
+    Start it from a copy of the parameters.
+
+    Args:
+      average, params: trees of one shape.
+      decay: share of the average that stays.
+      step: updates done before this one; the decay then warms up with it, see
+        `schedules.ema_decay`. None: the same decay from the first step on, as
+        timm's `ModelEma` has it.
     """
-    return jax.tree.map(lambda a, p: decay * a + (1.0 - decay) * p.astype(a.dtype), average, params)
+    kept, taken = (decay, 1.0 - decay) if step is None else schedules.ema_decay(step, decay)
+    return jax.tree.map(lambda a, p: (kept * a + taken * p.astype(a.dtype)).astype(a.dtype), average, params)
 
 
 def describe(table: Mapping[str, Group]) -> list[str]:

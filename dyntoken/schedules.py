@@ -1,4 +1,4 @@
-"""Exact functions of the training step: learning rates, EViT's keep rate."""
+"""Exact functions of the training step: learning rates, EViT's keep rate, the weight average's decay."""
 
 from __future__ import annotations
 
@@ -59,7 +59,8 @@ def learning_rate(
 
     Raises:
       UnknownNameError: for an unknown kind.
-      ValueError: if the lengths do not fit together.
+      ValueError: if the lengths do not fit together, or the rate would start
+        or end above its peak.
     """
     if kind not in KINDS:
         raise UnknownNameError(f"unknown schedule {kind!r}: {suggest(kind, KINDS)}")
@@ -72,14 +73,23 @@ def learning_rate(
     if cool < 0 or (cool > 0 and (cool >= total_steps or kind == "constant")):
         raise ValueError(
             f"a cool-down of {cool} steps does not fit into a {kind} schedule of {total_steps} steps: "
-            "lower cooldown_epochs"
+            "lower config.optim.cooldown_epochs"
         )
     total_steps -= cool
     if warm < 0 or (warm > 0 and warm >= total_steps):
         raise ValueError(
-            f"a warm-up of {warm} steps does not fit into a run of {total_steps}: "
-            "lower warmup_epochs (or warmup_steps) or train longer"
+            f"a warm-up of {warm} steps does not fit into a run of {total_steps}: lower "
+            f"config.optim.{'warmup_epochs' if warmup_steps is None else 'warmup_steps'}, or raise "
+            "config.epochs (or config.steps)"
         )
+
+    floors = {"min_lr": min_lr if kind != "constant" else 0.0, "warmup_lr": warmup_lr if warm else 0.0}
+    for name, floor in floors.items():
+        if floor > lr * (1 + 1e-6):  # the same rate, scaled twice, may differ in its last bits
+            raise ValueError(
+                f"{name}={floor:g} lies above lr={lr:g}, so the rate would rise where it should fall: lower "
+                f"optim.{name} or raise optim.lr"
+            )
 
     def per_step(step: Any) -> Any:
         xp, at = _real(step)
@@ -118,6 +128,44 @@ def _half_cosine(xp: Any, left: Any) -> Any:
     sum would cancel.
     """
     return xp.square(xp.sin(left * (math.pi / 2)))
+
+
+def ema_decay(step: Any, decay: float) -> tuple[Any, Any]:
+    """`(kept, taken)` shares of the average and of the new weights under a decay that warms up.
+
+    `min(decay, (1 + step) / (10 + step))`, so that the average forgets its start
+    within some tens of steps, however long it remembers later: TensorFlow's
+    `ExponentialMovingAverage` with `num_updates`.
+
+    Args:
+      step: updates done before this one, a traced integer.
+      decay: of the long run.
+    """
+    at = jnp.asarray(step, jnp.float32)
+    # Each share by itself: float32 has no good 1 - 0.99996.
+    return jnp.minimum(decay, (1 + at) / (10 + at)), jnp.maximum(1.0 - decay, 9 / (10 + at))
+
+
+def ema_start(steps: int, decay: float, *, warmup: bool) -> float:
+    """The share, in [0, 1], that the start has in the average after so many steps."""
+    if not warmup:
+        return decay**steps
+    # (1 + k) / (10 + k) reaches the decay at k = (10 decay - 1) / (1 - decay).
+    rising = min(steps, max(0, math.ceil((10 * decay - 1) / (1 - decay))))
+    logs = math.lgamma(rising + 1) + math.lgamma(10) - math.lgamma(rising + 10)
+    return math.exp(logs) * decay ** (steps - rising)
+
+
+def ema_warning(steps: int, decay: float, *, warmup: bool) -> str | None:
+    """One line where the average is still to a good part (over 20 %) what the run started from."""
+    share = ema_start(steps, decay, warmup=warmup)
+    if not decay or share <= 0.2:
+        return None
+    return (
+        f"the weight average is still {100 * share:.0f} % the start of the run (decay {decay:g}, step {steps}): "
+        "the trained weights are those without average (load_weights: prefer='params'); ema_warmup=True or a "
+        "smaller ema would forget the start sooner"
+    )
 
 
 def keep_rate_schedule(

@@ -7,13 +7,31 @@ grid (`place`) and how many patches it absorbed (`size`).
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
+from dyntoken.schema import Rule
+
 Array = jax.Array
+SHORT = {"fp32": "float32", "f32": "float32", "bf16": "bfloat16", "fp16": "float16", "f16": "float16"}
+
+
+def float_type(value: Any) -> jnp.dtype:
+    """The compute type of a name ("bfloat16", "bf16"), a numpy or jax type.
+
+    Raises:
+      ValueError: none of float32, bfloat16 and float16.
+    """
+    found = jnp.dtype(SHORT.get(value, value) if isinstance(value, str) else value)
+    if value is None or found.name not in SHORT.values():
+        raise ValueError(f"{value} is no compute type")
+    return found
+
+
+DType = Annotated[Any, Rule(float_type, "float32 (fp32), bfloat16 (bf16) or float16 (fp16)")]
 
 
 @flax.struct.dataclass

@@ -1,44 +1,160 @@
-"""Every command of the run books is one that the program takes."""
+"""What README and the run books show works as it is written: every python block runs, every command parses."""
 
 from __future__ import annotations
 
+import argparse
 import copy
+import dataclasses
+import importlib
 import pathlib
 import re
 import shlex
 
 import pytest
 from absl import flags
-from ml_collections import config_flags
+from PIL import Image
 
+import dyntoken
 from dyntoken import cluster, main
 from dyntoken import config as recipes
+from dyntoken.eval.cascade import Runner
+from dyntoken.train import plan
+from tests.train.tiny import tiny_config
 
-TEXT = (pathlib.Path(__file__).resolve().parent.parent / "docs" / "runbooks.md").read_text()
-BLOCKS = re.findall(r"```bash\n(.*?)```", TEXT, re.S)
-COMMANDS = re.findall(r"python -m (dyntoken[\w.]* [^\n\"]*)", "".join(BLOCKS).replace("\\\n", " "))
+ROOT = pathlib.Path(__file__).resolve().parent.parent
 ADDRESS = "node0:8476"
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.M | re.S)
+THIN = {"width": 16, "heads": 2}
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """A fenced block: of which file and `##` section, in which language."""
+
+    file: str
+    section: str
+    language: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.section}"
+
+
+def _blocks(path):
+    for part in re.split(r"^## ", path.read_text(), flags=re.M):
+        for language, text in FENCE.findall(part):
+            yield Block(path.name, part.partition("\n")[0].strip("# "), language, text)
+
+
+BLOCKS = [
+    block for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) for block in _blocks(path)
+]
+GUIDE = "adding_a_method.md"  # it registers rows, so tests/plugins/test_guide.py runs it, and its commands
+SECTIONS = list(
+    dict.fromkeys(str(block) for block in BLOCKS if block.language == "python" and block.file != GUIDE)
+)
+# A command of ours, to the end of its line or to a shell operator; a continued line is one.
+SHELL = "\n".join(block.text for block in BLOCKS if block.language == "bash").replace("\\\n", " ")
+COMMANDS = sorted(set(re.findall(r"python -m (dyntoken[\w.]*(?: [^\n\"&|]*)?)", SHELL)))
+COMMANDS = [command for command in COMMANDS if "--plugins=my_methods" not in command]
+
+
+def test_every_block_is_of_a_language_that_is_tested():
+    assert {block.language for block in BLOCKS} == {"", "bash", "python"}  # "" is what a command printed
+    assert len(SECTIONS) >= 2 and len(COMMANDS) >= 25
+    known = re.compile(r"\s*(srun|gcloud|pip install|python -m (dyntoken|pytest)|#|$)")
+    lines = [line for line in SHELL.splitlines() if not known.match(line)]
+    assert not lines, "nothing tests these"
+
+
+def run_section(section):
+    """The python blocks of a section in order, in one namespace."""
+    scope = {"__name__": "documentation"}
+    for block in BLOCKS:
+        if block.language == "python" and str(block) == section:
+            exec(compile(block.text, section, "exec"), scope)
+    return scope
+
+
+@pytest.fixture
+def at_home(tmp_path, monkeypatch):
+    """A folder with what the blocks take for granted: a run and a photograph."""
+    from dyntoken import train
+
+    monkeypatch.chdir(tmp_path)
+    train.run(tiny_config(steps=1), "runs/mine", log=lambda line: None)
+    Image.new("RGB", (40, 30), (200, 90, 30)).save("cat.jpg")
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_python_blocks_run(section, at_home, monkeypatch):
+    real = dyntoken.create_model
+
+    def thin(name, **given):
+        """The model that is asked for, of few channels; a cascade also of few blocks."""
+        few = {**THIN, **({"depth": 1} if name.startswith("dvt") else {})}
+        return real(name, **(given if "mini" in name or "width" in given else {**few, **given}))
+
+    monkeypatch.setattr(dyntoken, "create_model", thin, raising=False)
+    monkeypatch.setattr(Runner, "precompile", lambda runner: 0)  # 17 programs, of which the call needs a few
+    check(section, run_section(section))
+
+
+@pytest.mark.slow  # minutes: DeiT-S at 224 pixels, and all 17 programs of a cascade's runner
+@pytest.mark.parametrize("section", SECTIONS)
+def test_python_blocks_run_at_full_size(section, at_home):
+    check(section, run_section(section))
+
+
+def check(section, scope):
+    """What the comments beside the code say."""
+    if section == "README.md: Use it":
+        assert scope["out"].logits.shape == (8, 1000)
+        assert scope["out"].reductions[0].keep.shape == (8, 137)
+        assert scope["out"].reductions[-1].carrier.shape == (8, 196)
+        assert scope["found"].logits.shape == (8, 1000) and scope["found"].exit.shape == (8,)
+        assert pathlib.Path("dtps.safetensors").exists() and "params" in scope["variables"]
 
 
 def parse(words: list[str]) -> flags.FlagValues:
     """The flags of `dyntoken.main` after a command line, apart from those of this process."""
-    path, argv = main.split_config(words)
+    from dyntoken.train import settings
+
+    changes, argv = main.split_changes(words)
     values = flags.FlagValues()
     for flag in main.FLAGS.flags_by_module_dict()["dyntoken.main"]:
         values[flag.name] = copy.deepcopy(flag)
-    config_flags.DEFINE_config_dict("config", recipes.load(path), flag_values=values, sys_argv=argv)
     assert values(argv) == [words[0]]
+    settings.override(values.config, changes)
     return values
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_a_command_parses(command):
-    from dyntoken.train import plan
+class Parsed(Exception):
+    """A tool's options were read."""
 
-    module, *words = shlex.split(command)
-    assert module == "dyntoken.main"
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_parses(command, monkeypatch):
+    module, *words = shlex.split(command, comments=True)
+    if module != "dyntoken.main":
+        for method in ("parse_args", "parse_intermixed_args"):
+            real = getattr(argparse.ArgumentParser, method)
+
+            def only(self, *args, real=real, **more):
+                raise Parsed(real(self, *args, **more))
+
+            monkeypatch.setattr(argparse.ArgumentParser, method, only)
+        program = importlib.import_module(module)
+        with pytest.raises(Parsed) as read:
+            program.main(words)
+        names = vars(read.value.args[0])
+        for name in {names.get("name"), names.get("vs")} - {None}:
+            if not names.get("workdir"):
+                dyntoken.create_model(name)
+        for recipe in filter(None, (names.get(key) for key in ("config", "input", "augment"))):
+            recipes.load(recipe)
+        return
     given = parse([module, *words])
-    assert given.workdir or given.dry_run
     settings = plan.read(given.config)
     assert settings.batch % settings.data.shards == 0
     if given.coordinator:
@@ -52,8 +168,15 @@ def test_a_command_parses(command):
         assert found == cluster.Cluster("flags", ADDRESS, 2, given.process)
 
 
+def test_a_cheap_command_runs(capsys):
+    (command,) = [c for c in COMMANDS if c.startswith("dyntoken.tools.flops")]
+    module, *words = shlex.split(command, comments=True)
+    assert importlib.import_module(module).main(words) == 0
+    assert "2.99" in capsys.readouterr().out
+
+
 def test_the_run_books_have_every_case():
-    assert len(COMMANDS) == 12
+    text = (ROOT / "docs" / "runbooks.md").read_text()
     for title in (
         "One machine",
         "TPU pod",
@@ -63,6 +186,6 @@ def test_the_run_books_have_every_case():
         "A run of days",
         "Bring your own data",
     ):
-        assert f"\n## {title}" in TEXT
+        assert f"\n## {title}" in text
     with pytest.raises(flags.Error, match="procesess"):
         parse(["dyntoken.main", "--config=configs/tps_deit.py", "--procesess=2"])

@@ -84,5 +84,5 @@ def test_mix_erases_before_it_mixes():
     np.testing.assert_allclose(targets, [[1.0, 0.0]] * 8)
     with pytest.raises(ValueError, match=r"erase=0\.25 draws per image"):
         mix(jax.random.key(0), images, labels, erase=0.25, **options)
-    with pytest.raises(ValueError, match=r"erase=1\.5"):
+    with pytest.raises(ValueError, match=r"mix\.erase is 1\.5"):
         mix(jax.random.key(0), images, labels, erase=1.5, **options)

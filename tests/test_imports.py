@@ -8,14 +8,18 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent / "dyntoken"
-BASE = {"types", "registry"}
+BASE = {"types", "registry", "schema"}
 CORE = BASE | {"ops", "nn", "reducers", "backbones", "heads", "cascade", "multiexit", "names", "models"}
 ALLOWED = {
-    "__init__": set(),
-    "types": set(),
+    "__init__": {"interrupt"},
+    "interrupt": set(),
+    "peers": {"interrupt"},
+    "types": {"schema"},
     "registry": set(),
+    "schema": {"registry"},
     "config": set(),
-    "cluster": set(),
+    "paths": set(),
+    "cluster": {"peers"},
     "names": set(),
     "ops": {"types"},
     "nn": BASE | {"ops"},
@@ -25,19 +29,22 @@ ALLOWED = {
     "multiexit": BASE | {"backbones", "heads", "nn", "ops"},
     "cascade": BASE | {"backbones", "heads", "nn", "ops", "reducers"},
     "models": CORE - {"models"},
-    "weights": BASE | {"cascade", "models", "nn", "ops"},
+    "weights": BASE | {"cascade", "models", "nn", "ops", "paths", "schedules"},
     "losses": BASE | {"ops"},
     "mix": BASE | {"ops"},
     "schedules": {"registry"},
     "optim": BASE | {"nn", "ops", "schedules"},
-    "data": {"registry"},
+    "data": {"registry", "paths", "schema"},
     "preprocessing": {"data", "mix", "models", "names"},
+    "runs": {"preprocessing", "train", "weights"},
     "analysis": CORE,
     "eval": CORE | {"losses", "weights", "data", "analysis", "mix"},
-    "train": CORE | {"losses", "weights", "data", "analysis", "mix", "optim", "schedules", "eval"},
+    "train": CORE
+    | {"paths", "losses", "weights", "data", "analysis", "mix", "optim", "schedules", "eval", "interrupt"},
     "tools": CORE
     | {
         "config",
+        "paths",
         "losses",
         "weights",
         "data",
@@ -48,8 +55,9 @@ ALLOWED = {
         "eval",
         "train",
         "preprocessing",
+        "runs",
     },
-    "main": {"cluster", "config", "train", "eval", "tools", "analysis"},
+    "main": {"cluster", "config", "interrupt", "peers", "schema", "train", "eval", "tools", "analysis"},
 }
 TENSORFLOW = {"tensorflow", "tensorflow_datasets"}
 

@@ -130,7 +130,7 @@ def test_wrong_calls_on_exits_are_one_clear_error():
         per_exit("ce", output, PAIRS, weights=(1, 1))
     with pytest.raises(ValueError, match=r"use logit_kl or exit_kl instead"):
         one("token_distill", output, {"teacher": Output(logits=jnp.zeros((2, 2)), tokens=output.tokens[0])})
-    with pytest.raises(ValueError, match=r"positive temperature, not 0"):
+    with pytest.raises(ValueError, match=r"loss 'exit_kl': temperature is 0: give a number above 0"):
         per_exit("exit_kl", output, {}, temperature=0)
     with pytest.raises(ValueError, match=r"at least two exits"):
         per_exit("exit_kl", Output(logits=jnp.zeros((2, 2))), {})

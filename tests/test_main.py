@@ -65,10 +65,16 @@ def test_absent_weights_are_named_in_one_line(tmp_path):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--config=configs/tps_deit.py", "--config.optim.lrr=1"], 'Did you mean "lr"'),
-        (["--config=configs/tps_deit.py", "--config.optim.lr=fast"], "could not convert string to float"),
+        (
+            ["--config=configs/tps_deit.py", "--config.optim.lrr=1"],
+            "unknown option 'lrr' of config.optim: did you mean config.optim.lr",
+        ),
+        (
+            ["--config=configs/tps_deit.py", "--config.optim.lr=fast"],
+            "config.optim.lr is 'fast': give a number",
+        ),
         (["--config=configs/tps.py"], "tps_deit.py"),
-        (["--config=configs/tps_deit.py:sise=s"], "this recipe takes variant, size"),
+        (["--config=configs/tps_deit.py:sise=s"], "unknown config argument 'sise': did you mean size"),
         ([], "which recipe?"),
     ],
 )

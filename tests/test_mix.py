@@ -134,5 +134,5 @@ def test_bad_arguments():
     with pytest.raises(ValueError, match="even number of images, not 3"):
         mix(jax.random.key(0), images, labels, num_classes=3)
     for wrong in ({"mixup": -1.0}, {"cutmix": -0.1}, {"prob": 1.5}, {"switch_prob": -0.5}):
-        with pytest.raises(ValueError, match="alphas >= 0"):
+        with pytest.raises(ValueError, match=f"mix.{next(iter(wrong))} is -?[01]"):
             mix(jax.random.key(0), images, labels, num_classes=3, **wrong)

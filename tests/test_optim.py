@@ -318,10 +318,10 @@ def test_ema_literal():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"name": "adam"}, "unknown optimizer 'adam': did you mean adamw"),
-        ({"decay": "non_1d"}, "unknown decay rule 'non_1d': did you mean not_1d"),
-        ({"schedule": "cosinus"}, "unknown schedule 'cosinus'"),
-        ({"clip": 0.0}, "clip=0.0 must be positive"),
+        ({"name": "adam"}, "optim.name is 'adam': did you mean adamw"),
+        ({"decay": "non_1d"}, "optim.decay is 'non_1d': did you mean not_1d"),
+        ({"schedule": "cosinus"}, "optim.schedule is 'cosinus'"),
+        ({"clip": 0.0}, "optim.clip is 0.0: give a number above 0"),
         ({"frozen": ("clstoken",)}, "no parameter matches any of frozen"),
         ({"backbone_min_lr": 0.1, "min_lr": 0.1}, "backbone_min_lr=0.1 needs a schedule that falls"),
     ],

@@ -2,7 +2,7 @@
 
 Everything is read from `Output.reductions`: `carrier` says for each original
 patch which row stands for it now, `place` where that row lies on the first grid.
-Needs matplotlib (`pip install dyntoken[viz]`), imported on first use.
+Needs matplotlib (`pip install matplotlib`), imported on first use.
 """
 
 from __future__ import annotations
@@ -256,4 +256,4 @@ def matplotlib(module: str) -> Any:
     try:
         return importlib.import_module(f"matplotlib.{module}")
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("pictures need matplotlib: pip install 'dyntoken[viz]'") from error
+        raise ModuleNotFoundError("pictures need matplotlib: pip install matplotlib") from error

@@ -1,6 +1,6 @@
 """The learning curves of a run: losses and accuracy against the step.
 
-Needs matplotlib (`pip install dyntoken[viz]`), imported on first use.
+Needs matplotlib (`pip install matplotlib`), imported on first use.
 """
 
 from __future__ import annotations
@@ -105,5 +105,5 @@ def _names(rows: Rows) -> list[str]:
 
 
 def _points(rows: Rows, name: str) -> tuple[list[int], list[float]]:
-    found = [(row["step"], row[name]) for row in rows if name in row]
+    found = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
     return [step for step, _ in found], [value for _, value in found]

@@ -1,6 +1,6 @@
 """Plots of a model with exits: accuracy against cost, exit shares against budget.
 
-Needs matplotlib (`pip install dyntoken[viz]`), imported on first use.
+Needs matplotlib (`pip install matplotlib`), imported on first use.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Contact sheets: groups of images side by side, each with a frame and a caption.
 
-Needs matplotlib (`pip install dyntoken[viz]`), imported on first use.
+Needs matplotlib (`pip install matplotlib`), imported on first use.
 """
 
 from __future__ import annotations

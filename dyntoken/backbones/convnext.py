@@ -14,6 +14,7 @@ from dyntoken.nn import layers
 from dyntoken.nn.dualpath import Route, Streams, branch
 from dyntoken.nn.trunk import Context, Spec
 from dyntoken.ops import sample
+from dyntoken.schema import Count, Positive
 
 Array = jax.Array
 SLOW_PATH, FAST_PATH = range(2)  # numbers of the random streams inside a layer
@@ -106,11 +107,11 @@ class ConvNeXt(Hierarchical):
       norm_eps: LayerNorm epsilon.
     """
 
-    depths: tuple[int, ...] = (3, 3, 9, 3)
-    widths: tuple[int, ...] = (96, 192, 384, 768)
-    kernel: int = 7
+    depths: tuple[Count, ...] = (3, 3, 9, 3)
+    widths: tuple[Count, ...] = (96, 192, 384, 768)
+    kernel: Count = 7
     layer_scale: float | None = 1e-6
-    norm_eps: float = 1e-6
+    norm_eps: Positive = 1e-6
 
     predictor_eps = 1e-6
 

@@ -16,6 +16,7 @@ from dyntoken.nn.batchnorm import BatchNorm
 from dyntoken.nn.stages import Map, MapBlock
 from dyntoken.nn.trunk import Spec
 from dyntoken.ops import attend, sample, select
+from dyntoken.schema import Count, Natural, Positive
 from dyntoken.types import Attended
 
 Array = jax.Array
@@ -70,6 +71,7 @@ class ConvAttention(nn.Module):
       stride, padding: of those of keys and values; queries keep the map's size.
       frozen: see `BatchNorm`.
       dtype: compute type; softmax and statistics stay in float32.
+      attn_dropout: rate on the attention weights.
     """
 
     heads: int
@@ -80,6 +82,7 @@ class ConvAttention(nn.Module):
     frozen: bool = False
     dropout: float = 0.0
     dtype: Any = jnp.float32
+    attn_dropout: float = 0.0
 
     @nn.compact
     def __call__(
@@ -107,8 +110,9 @@ class ConvAttention(nn.Module):
         q, k, v = (self._projected(name, x[:, :prefix], laid, train) for name in "qkv")
         scale = width**-0.5  # of all heads together, as official
         seen = None
-        if observe:
+        if observe or (draws is not None and self.attn_dropout > 0.0):
             p = attend.normalise(attend.logits(q, k, scale=scale), policy=None, train=train)
+            p = layers.drop(p, self.attn_dropout, draws, *path, 0)
             y = jnp.einsum("bhqk,bhkd->bhqd", p.astype(v.dtype), v)
             cls = attend.class_attention(p, prefix) if prefix else None
             seen = Attended(cls=None if cls is None else self._of_patches(cls, grid))
@@ -169,7 +173,7 @@ class CvTBlock(MapBlock):
     def attention(self) -> nn.Module:
         """The attention layer."""
         options = (self.kernel, self.stride, self.padding, self.frozen, self.dropout, self.dtype)
-        return ConvAttention(self.heads, self.qkv_bias, *options)
+        return ConvAttention(self.heads, self.qkv_bias, *options, self.attn_dropout)
 
 
 class CvT(Pyramid):
@@ -191,17 +195,17 @@ class CvT(Pyramid):
       drop_path: one rate is that of the last stage, whose blocks it grows over.
     """
 
-    widths: tuple[int, ...] = (64, 192, 384)
-    depths: tuple[int, ...] = (1, 2, 10)
-    heads: tuple[int, ...] = (1, 3, 6)
-    mlp_ratios: tuple[float, ...] = (4.0, 4.0, 4.0)
-    norm_eps: float = 1e-5
-    patch_sizes: tuple[int, ...] = (7, 3, 3)
-    patch_strides: tuple[int, ...] = (4, 2, 2)
-    patch_paddings: tuple[int, ...] = (2, 1, 1)
-    kernels: tuple[int, ...] = (3, 3, 3)
-    kv_strides: tuple[int, ...] = (2, 2, 2)
-    kv_paddings: tuple[int, ...] = (1, 1, 1)
+    widths: tuple[Count, ...] = (64, 192, 384)
+    depths: tuple[Count, ...] = (1, 2, 10)
+    heads: tuple[Count, ...] = (1, 3, 6)
+    mlp_ratios: tuple[Positive, ...] = (4.0, 4.0, 4.0)
+    norm_eps: Positive = 1e-5
+    patch_sizes: tuple[Count, ...] = (7, 3, 3)
+    patch_strides: tuple[Count, ...] = (4, 2, 2)
+    patch_paddings: tuple[Natural, ...] = (2, 1, 1)
+    kernels: tuple[Count, ...] = (3, 3, 3)
+    kv_strides: tuple[Count, ...] = (2, 2, 2)
+    kv_paddings: tuple[Natural, ...] = (1, 1, 1)
     class_tokens: tuple[bool, ...] = (False, False, True)
     frozen_stats: bool = False
 

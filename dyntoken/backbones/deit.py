@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import jax
 
 from dyntoken.backbones.isotropic import Isotropic, pair
 from dyntoken.nn import layers
 from dyntoken.nn.trunk import Context
+from dyntoken.schema import Natural, Size
+from dyntoken.types import Tokens
 
 Array = jax.Array
 STEMS = {"patch": layers.PatchEmbed, "conv": layers.ConvStem}
@@ -24,13 +28,19 @@ class ViT(Isotropic):
         patches are powers of 2: with `tokens`, the next one).
       distilled: a distillation token beside the class token.
       class_token: False leaves the class token out (mean pooling only).
+      registers: rows after the class token that are no patches and that nobody reads.
+      pre_norm: a norm before the first block, and no bias in the patch product (CLIP).
+      position: False adds no position embedding.
     """
 
-    patch_size: int | tuple[int, int] = 16
-    tokens: int | tuple[int, int] | None = None
-    stem: str = "patch"
+    patch_size: Size = 16
+    tokens: Size | None = None
+    stem: Literal["patch", "conv"] = "patch"
     distilled: bool = False
     class_token: bool = True
+    registers: Natural = 0
+    pre_norm: bool = False
+    position: bool = True
 
     @property
     def patches(self) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -60,17 +70,22 @@ class ViT(Isotropic):
         return pair(self.tokens) if self.tokens else (size[0] // kernel[0], size[1] // kernel[1])
 
     @property
-    def prefix_names(self) -> tuple[str, ...]:
-        """Class token, then distillation token."""
-        return ("cls_token",) * self.class_token + ("dist_token",) * self.distilled
+    def prefix_rows(self) -> dict[str, int]:
+        """Class token, then distillation token, then registers."""
+        rows = {
+            "cls_token": int(self.class_token),
+            "dist_token": int(self.distilled),
+            "reg_token": self.registers,
+        }
+        return {name: count for name, count in rows.items() if count}
 
     def check(self) -> None:
         """Raises ValueError for fields that do not fit together."""
         super().check()
         if self.distilled and not self.class_token:
             raise ValueError("a distilled model needs its class token")
-        if self.stem not in STEMS:
-            raise ValueError(f"stem must be one of {', '.join(STEMS)}, got {self.stem!r}")
+        if self.pre_norm and self.stem != "patch":
+            raise ValueError("pre_norm needs stem='patch'")
         kernel, _ = self.patches
         if self.stem == "conv" and (kernel[0] != kernel[1] or kernel[0].bit_count() > 1 or kernel[0] < 2):
             raise ValueError(f"stem='conv' needs square patches of 2, 4, 8, ... pixels, not {kernel}")
@@ -78,7 +93,23 @@ class ViT(Isotropic):
     def setup_stem(self) -> None:
         """One convolution without overlap, or a few small ones."""
         kernel, padding = self.patches
-        self.patch_embed = STEMS[self.stem](kernel, self.width, padding, self.dtype)
+        options = {"use_bias": False} if self.pre_norm else {}
+        self.patch_embed = STEMS[self.stem](kernel, self.width, padding, self.dtype, **options)
+        if self.pre_norm:
+            self.norm_pre = self.make_norm()
+
+    def positions(self) -> Array | None:
+        """The position embedding `[1, prefix + N, width]`, or None."""
+        return super().positions() if self.position else None
+
+    def embed(self, images: Array, context: Context) -> Tokens:
+        """Images `[B, H, W, in_chans]` to the tokens that enter block 0."""
+        tokens = super().embed(images, context)
+        return tokens.replace(x=self.norm_pre(tokens.x)) if self.pre_norm else tokens
+
+    def shows(self, at: int) -> frozenset[str]:
+        """Fields of `Attended`: registers alone are rows before the patches, but no class token."""
+        return super().shows(at) - ({"cls"} if not self.class_token else set())
 
     def stem_rows(self, images: Array, context: Context) -> Array:
         """`[B, H, W, Cin]` to `[B, N, width]`."""

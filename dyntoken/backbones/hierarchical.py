@@ -11,10 +11,11 @@ import jax.numpy as jnp
 
 from dyntoken.backbones.isotropic import check_images, pair
 from dyntoken.nn.dualpath import Route, Streams
-from dyntoken.nn.remat import check_policy, rematerialised
+from dyntoken.nn.remat import Remat, check_policy, rematerialised
 from dyntoken.nn.sites import Sites
 from dyntoken.nn.trunk import Context, Site, Spec
-from dyntoken.types import Reduction, Tokens
+from dyntoken.schema import Count, Rate, Size
+from dyntoken.types import DType, Reduction, Tokens
 
 Array = jax.Array
 SPARSE = 2  # index of the stage whose cells a method tells apart
@@ -110,13 +111,13 @@ class Hierarchical(Sites, nn.Module):
       sites: reduction sites.
     """
 
-    img_size: int | tuple[int, int] = 224
-    in_chans: int = 3
-    patch_size: int | tuple[int, int] = 4
-    depths: tuple[int, ...] = (2, 2, 6, 2)
-    drop_path: float = 0.0
-    remat: bool | str = False
-    dtype: Any = jnp.float32
+    img_size: Size = 224
+    in_chans: Count = 3
+    patch_size: Size = 4
+    depths: tuple[Count, ...] = (2, 2, 6, 2)
+    drop_path: Rate = 0.0
+    remat: Remat = False
+    dtype: DType = jnp.float32
     sites: tuple[Site, ...] = ()
 
     nested = False
@@ -139,8 +140,8 @@ class Hierarchical(Sites, nn.Module):
     def check(self) -> None:
         """Raises ValueError for fields that do not fit together."""
         check_policy(self.remat)
-        if not self.depths or min(self.depths) < 1:
-            raise ValueError(f"depths={self.depths} must name at least one block for each stage")
+        if not self.depths:
+            raise ValueError("depths is empty: it names the blocks of each stage")
         size, patch = pair(self.img_size), pair(self.patch_size)
         units = [p * self.unit for p in patch]
         if any(s % u for s, u in zip(size, units, strict=True)):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import chex
 import flax.linen as nn
@@ -11,10 +11,11 @@ import jax.numpy as jnp
 
 from dyntoken.nn import layers
 from dyntoken.nn.block import Block
-from dyntoken.nn.remat import check_policy
+from dyntoken.nn.remat import Remat, check_policy
 from dyntoken.nn.sites import Sites
 from dyntoken.nn.trunk import Context, Site, Spec, Trunk
-from dyntoken.types import Reduction, Tokens
+from dyntoken.schema import Count, Positive, Rate, Size
+from dyntoken.types import DType, Reduction, Tokens
 
 Array = jax.Array
 
@@ -46,6 +47,12 @@ class Isotropic(Sites, nn.Module):
       in_chans: image channels.
       width, depth, heads, mlp_ratio, qkv_bias, qk_scale: as timm's.
       dropout: after the position embedding, attention projection and MLP.
+      attn_dropout: on the attention weights.
+      pos_dropout: after the position embedding, in place of `dropout`.
+      proj_bias: biases of attention projection and MLP.
+      qk_norm: a LayerNorm per head on queries and keys.
+      activation: of the MLPs: "gelu" (erf), "gelu_tanh", "quick_gelu", "relu", "silu" or "swiglu".
+      final_norm: False hands on the last block's tokens as they are.
       drop_path: stochastic depth of the last block.
       drop_path_rule: "linear" from 0 (DeiT) or "constant" (TPS).
       layer_scale: initial LayerScale value, None for none.
@@ -61,24 +68,30 @@ class Isotropic(Sites, nn.Module):
       sites: reduction sites.
     """
 
-    img_size: int | tuple[int, int] = 224
-    in_chans: int = 3
-    width: int = 384
-    depth: int = 12
-    heads: int = 6
-    mlp_ratio: float = 4.0
+    img_size: Size = 224
+    in_chans: Count = 3
+    width: Count = 384
+    depth: Count = 12
+    heads: Count = 6
+    mlp_ratio: Positive = 4.0
     qkv_bias: bool = True
-    qk_scale: float | None = None
-    dropout: float = 0.0
-    drop_path: float = 0.0
-    drop_path_rule: str = "linear"
+    qk_scale: Positive | None = None
+    dropout: Rate = 0.0
+    attn_dropout: Rate = 0.0
+    pos_dropout: Rate | None = None
+    proj_bias: bool = True
+    qk_norm: bool = False
+    activation: Literal[tuple(layers.ACTIVATIONS)] = "gelu"
+    final_norm: bool = True
+    drop_path: Rate = 0.0
+    drop_path_rule: Literal["linear", "constant"] = "linear"
     layer_scale: float | None = None
-    norm_eps: float = 1e-6
-    skip_lam: float = 1.0
+    norm_eps: Positive = 1e-6
+    skip_lam: Positive = 1.0
     context: int | tuple[int, ...] = 0
-    remat: bool | str = False
+    remat: Remat = False
     scan: bool = False
-    dtype: Any = jnp.float32
+    dtype: DType = jnp.float32
     sites: tuple[Site, ...] = ()
 
     @property
@@ -87,14 +100,14 @@ class Isotropic(Sites, nn.Module):
         return tuple(sorted({self.depth * q // 4 for q in (1, 2, 3)}))
 
     @property
-    def prefix_names(self) -> tuple[str, ...]:
-        """Parameters of the rows that are no patches, in order."""
-        return ("cls_token",)
+    def prefix_rows(self) -> dict[str, int]:
+        """Parameters of the rows that are no patches, in order, and how many rows each has."""
+        return {"cls_token": 1}
 
     @property
     def prefix(self) -> int:
         """Rows that are no patches."""
-        return len(self.prefix_names)
+        return sum(self.prefix_rows.values())
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -105,8 +118,6 @@ class Isotropic(Sites, nn.Module):
         """Raises ValueError for fields that do not fit together."""
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not divisible by {self.heads} heads")
-        if self.drop_path_rule not in ("linear", "constant"):
-            raise ValueError(f"drop_path_rule must be linear or constant, got {self.drop_path_rule!r}")
         check_policy(self.remat)
 
     def setup_stem(self) -> None:
@@ -129,11 +140,15 @@ class Isotropic(Sites, nn.Module):
         self.check()
         self.setup_stem()
         init = layers.trunc_normal()
-        self.first = [self.param(name, init, (1, 1, self.width)) for name in self.prefix_names]
+        self.first = [self.param(name, init, (1, n, self.width)) for name, n in self.prefix_rows.items()]
         self.added = self.positions()
         blocks = tuple(self._block(i) for i in range(self.depth))
         self.trunk = Trunk(blocks, self.sites, self.remat, self.scan)
-        self.norm = nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype)
+        self.norm = self.make_norm() if self.final_norm else lambda x: x
+
+    def make_norm(self) -> nn.LayerNorm:
+        """A LayerNorm of the backbone's own epsilon and type."""
+        return nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype)
 
     def _block(self, index: int) -> Spec:
         linear = self.drop_path * index / max(1, self.depth - 1)
@@ -152,6 +167,10 @@ class Isotropic(Sites, nn.Module):
             skip_lam=self.skip_lam,
             context=self.context if isinstance(self.context, int) else self.context[index],
             dtype=self.dtype,
+            attn_dropout=self.attn_dropout,
+            proj_bias=self.proj_bias,
+            qk_norm=self.qk_norm,
+            act=self.activation,
         )
 
     def embed(self, images: Array, context: Context) -> Tokens:
@@ -159,11 +178,12 @@ class Isotropic(Sites, nn.Module):
         check_images(images, self.img_size, self.in_chans)
         x = self.stem_rows(images.astype(self.dtype), context)
         batch = x.shape[0]
-        first = [jnp.broadcast_to(t.astype(x.dtype), (batch, 1, self.width)) for t in self.first]
+        first = [jnp.broadcast_to(t.astype(x.dtype), (batch, *t.shape[1:])) for t in self.first]
         x = jnp.concatenate([*first, x], axis=1)
         if self.added is not None:
             # Layer number `depth` keys the draw: no block uses it.
-            x = layers.drop(x + self.added.astype(x.dtype), self.dropout, context.dropout, self.depth)
+            rate = self.dropout if self.pos_dropout is None else self.pos_dropout
+            x = layers.drop(x + self.added.astype(x.dtype), rate, context.dropout, self.depth)
         return Tokens.start(x, prefix=self.prefix, grid=self.grid)
 
     def __call__(

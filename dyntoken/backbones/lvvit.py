@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -13,10 +13,10 @@ from dyntoken.nn import layers
 from dyntoken.nn.batchnorm import BatchNorm
 from dyntoken.nn.trunk import Context
 from dyntoken.ops import mixing
+from dyntoken.schema import Count, NonNegative, Positive, Size
 from dyntoken.types import Tokens
 
 Array = jax.Array
-STEMS = ("conv", "patch")
 
 
 class PatchConv(nn.Module):
@@ -74,14 +74,14 @@ class LVViT(Isotropic):
         distillation refuses it (DynamicViT trains LV-ViT without).
     """
 
-    mlp_ratio: float = 3.0
+    mlp_ratio: Positive = 3.0
     qkv_bias: bool = False
-    norm_eps: float = 1e-5
-    patch_size: int | tuple[int, int] = 16
-    stem: str = "conv"
-    stem_width: int = 64
+    norm_eps: Positive = 1e-5
+    patch_size: Size = 16
+    stem: Literal["conv", "patch"] = "conv"
+    stem_width: Count = 64
     frozen_stats: bool = False
-    aux_weight: float | None = None
+    aux_weight: NonNegative | None = None
     mix_token: bool = False
 
     @property
@@ -98,8 +98,6 @@ class LVViT(Isotropic):
     def check(self) -> None:
         """Raises ValueError for fields that do not fit together."""
         super().check()
-        if self.stem not in STEMS:
-            raise ValueError(f"stem must be one of {', '.join(STEMS)}, got {self.stem!r}")
         if self.stem == "conv" and any(p % 2 for p in pair(self.patch_size)):
             raise ValueError(f"stem='conv' halves the patches: patch_size {self.patch_size} must be even")
         if self.mix_token and self.aux_weight is None:

@@ -16,6 +16,7 @@ from dyntoken.nn.block import Block
 from dyntoken.nn.remat import rematerialised
 from dyntoken.nn.trunk import Context, Spec
 from dyntoken.ops import bilinear, sample
+from dyntoken.schema import Count, Positive, Size
 from dyntoken.types import Tokens
 
 Array = jax.Array
@@ -121,14 +122,14 @@ class PSViT(Isotropic):
       class_token: False leaves the class token out (use pool="mean").
     """
 
-    mlp_ratio: float = 3.0
+    mlp_ratio: Positive = 3.0
     qkv_bias: bool = False
-    norm_eps: float = 1e-5
-    points: int | tuple[int, int] = 14
-    iterations: int = 4
+    norm_eps: Positive = 1e-5
+    points: Size = 14
+    iterations: Count = 4
     gamma: float = 1.0
     offset_bias: bool = True
-    stem_channels: tuple[int, int, int, int] = (64, 64, 256, 64)
+    stem_channels: tuple[Count, Count, Count, Count] = (64, 64, 256, 64)
     class_token: bool = True
 
     @property
@@ -137,9 +138,9 @@ class PSViT(Isotropic):
         return pair(self.points)
 
     @property
-    def prefix_names(self) -> tuple[str, ...]:
+    def prefix_rows(self) -> dict[str, int]:
         """The class token, if there is one."""
-        return ("cls_token",) * self.class_token
+        return {"cls_token": 1} if self.class_token else {}
 
     def check(self) -> None:
         """Raises ValueError for fields that do not fit together."""
@@ -148,10 +149,6 @@ class PSViT(Isotropic):
         if any(s % STRIDE for s in size):
             near = tuple(max(STRIDE, round(s / STRIDE) * STRIDE) for s in size)
             raise ValueError(f"img_size {size} is not divisible by {STRIDE}; the nearest that fits is {near}")
-        if self.iterations < 1 or min(self.grid) < 1:
-            raise ValueError(f"iterations={self.iterations} and points={self.points} must be at least 1")
-        if len(self.stem_channels) != 4:
-            raise ValueError(f"stem_channels are four numbers, got {self.stem_channels}")
 
     def positions(self) -> None:
         """None: every row has the embedding of its point."""

@@ -14,6 +14,7 @@ from dyntoken.nn import layers
 from dyntoken.nn.stages import Map, MapBlock
 from dyntoken.nn.trunk import Spec
 from dyntoken.ops import attend, sample
+from dyntoken.schema import Count, Positive
 from dyntoken.types import Attended
 
 Array = jax.Array
@@ -48,6 +49,7 @@ class SpatialReductionAttention(nn.Module):
       qk_scale: factor on the logits; None is head_dim ** -0.5.
       ratio: kernel and stride of that convolution; with 1 the rows themselves are keys.
       dtype: compute type; the softmax stays in float32.
+      attn_dropout: rate on the attention weights.
     """
 
     heads: int
@@ -56,6 +58,7 @@ class SpatialReductionAttention(nn.Module):
     ratio: int = 1
     dropout: float = 0.0
     dtype: Any = jnp.float32
+    attn_dropout: float = 0.0
 
     @nn.compact
     def __call__(
@@ -94,10 +97,11 @@ class SpatialReductionAttention(nn.Module):
         k, v = jnp.moveaxis(kv, (2, 3), (0, 2))  # each [B, heads, keys, head_dim]
         scale = self.qk_scale if self.qk_scale is not None else (width // self.heads) ** -0.5
         seen = None
-        if policy is None and not observe:
+        if policy is None and not observe and (draws is None or self.attn_dropout == 0.0):
             y = attend.attention(q, k, v, scale=scale)
         else:
             p = attend.normalise(attend.logits(q, k, scale=scale), policy=policy, train=train)
+            p = layers.drop(p, self.attn_dropout, draws, *path, 0)
             y = jnp.einsum("bhqk,bhkd->bhqd", p.astype(v.dtype), v)
             cls = attend.class_attention(p, prefix) if prefix else None
             seen = Attended(cls=cls, keys=k if self.ratio == 1 else None)
@@ -119,7 +123,7 @@ class PVTBlock(MapBlock):
     def attention(self) -> nn.Module:
         """The attention layer."""
         options = (self.heads, self.qkv_bias, self.qk_scale, self.ratio, self.dropout, self.dtype)
-        return SpatialReductionAttention(*options)
+        return SpatialReductionAttention(*options, self.attn_dropout)
 
 
 class PVT(Pyramid):
@@ -137,9 +141,9 @@ class PVT(Pyramid):
       qk_scale: factor on the logits; None is head_dim ** -0.5.
     """
 
-    patch_size: int = 4
-    sr_ratios: tuple[int, ...] = (8, 4, 2, 1)
-    qk_scale: float | None = None
+    patch_size: Count = 4
+    sr_ratios: tuple[Count, ...] = (8, 4, 2, 1)
+    qk_scale: Positive | None = None
 
     per_stage = (*Pyramid.per_stage, "sr_ratios")
     positions = True

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from dyntoken.backbones.isotropic import check_images
-from dyntoken.nn.remat import check_policy
+from dyntoken.nn.remat import Remat, check_policy
 from dyntoken.nn.sites import Sites, listed
-from dyntoken.nn.stages import DROPPED, Stage
+from dyntoken.nn.stages import Stage
 from dyntoken.nn.trunk import Context, Site, Spec
 from dyntoken.ops import sample
-from dyntoken.types import Reduction, Tokens
+from dyntoken.schema import Count, Positive, Rate, Size
+from dyntoken.types import DType, Reduction, Tokens
 
 Array = jax.Array
 
@@ -42,6 +43,7 @@ class Pyramid(Sites, nn.Module):
       in_chans: image channels.
       widths, depths, heads, mlp_ratios: one number per stage.
       qkv_bias: as timm's; one flag, or one per stage.
+      attn_dropout: on the attention weights, likewise.
       dropout: after the positions, attention projection and in the MLP; one
         rate, or one per stage.
       drop_path: stochastic depth of the last block, or of the last one of each stage.
@@ -55,20 +57,21 @@ class Pyramid(Sites, nn.Module):
       sites: reduction sites.
     """
 
-    img_size: int | tuple[int, int] = 224
-    in_chans: int = 3
-    widths: tuple[int, ...] = (64, 128, 320, 512)
-    depths: tuple[int, ...] = (3, 4, 6, 3)
-    heads: tuple[int, ...] = (1, 2, 5, 8)
-    mlp_ratios: tuple[float, ...] = (8.0, 8.0, 4.0, 4.0)
+    img_size: Size = 224
+    in_chans: Count = 3
+    widths: tuple[Count, ...] = (64, 128, 320, 512)
+    depths: tuple[Count, ...] = (3, 4, 6, 3)
+    heads: tuple[Count, ...] = (1, 2, 5, 8)
+    mlp_ratios: tuple[Positive, ...] = (8.0, 8.0, 4.0, 4.0)
     qkv_bias: bool | tuple[bool, ...] = True
-    dropout: float | tuple[float, ...] = 0.0
-    drop_path: float | tuple[float, ...] = 0.0
-    drop_path_rule: str = "linear"
-    norm_eps: float = 1e-6
-    dropped: str = "zero"
-    remat: bool | str = False
-    dtype: Any = jnp.float32
+    dropout: Rate | tuple[Rate, ...] = 0.0
+    attn_dropout: Rate | tuple[Rate, ...] = 0.0
+    drop_path: Rate | tuple[Rate, ...] = 0.0
+    drop_path_rule: Literal["linear", "constant"] = "linear"
+    norm_eps: Positive = 1e-6
+    dropped: Literal["zero", "last"] = "zero"
+    remat: Remat = False
+    dtype: DType = jnp.float32
     sites: tuple[Site, ...] = ()
 
     nested = False
@@ -120,7 +123,7 @@ class Pyramid(Sites, nn.Module):
 
     def check(self) -> None:
         """Raises ValueError for fields that do not fit together."""
-        for name in (*self.per_stage, "qkv_bias", "dropout", "drop_path"):
+        for name in (*self.per_stage, "qkv_bias", "dropout", "attn_dropout", "drop_path"):
             values = getattr(self, name)
             if (isinstance(values, tuple) or name in self.per_stage) and len(values) != self.depth:
                 raise ValueError(
@@ -129,13 +132,7 @@ class Pyramid(Sites, nn.Module):
         for width, heads in zip(self.widths, self.heads, strict=True):
             if width % heads:
                 raise ValueError(f"width {width} is not divisible by {heads} heads")
-        if min(self.depths) < 1:
-            raise ValueError(f"depths={self.depths}: every stage needs a block")
         check_policy(self.remat)
-        if self.drop_path_rule not in ("linear", "constant"):
-            raise ValueError(f"drop_path_rule must be linear or constant, got {self.drop_path_rule!r}")
-        if self.dropped not in DROPPED:
-            raise ValueError(f"dropped must be one of {', '.join(DROPPED)}, got {self.dropped!r}")
 
     # Where sites may lie
 
@@ -197,6 +194,7 @@ class Pyramid(Sites, nn.Module):
             mlp_ratio=self.mlp_ratios[number],
             qkv_bias=_at(self.qkv_bias, number),
             dropout=_at(self.dropout, number),
+            attn_dropout=_at(self.attn_dropout, number),
             drop_path=self.path_rate(number, index),
             norm_eps=self.norm_eps,
             reduced=site is not None and (index > 0 or not site.inside),

@@ -14,6 +14,7 @@ from dyntoken.nn import layers
 from dyntoken.nn.dualpath import Route, Streams, branch
 from dyntoken.nn.trunk import Context, Spec
 from dyntoken.ops import attend, sample, select, windows
+from dyntoken.schema import Count, Positive, Rate
 
 Array = jax.Array
 FAST_EPS = 1e-5  # of the fast path's norm, whatever the blocks have
@@ -28,7 +29,7 @@ class WindowAttention(nn.Module):
       grid: (rows, columns) of cells.
       window: side of a square.
       shift: rows and columns that the squares are moved by.
-      heads, qkv_bias, qk_scale, dropout, dtype: see `nn.attention.Attention`.
+      heads, qkv_bias, qk_scale, dropout, dtype, attn_dropout: see `nn.attention.Attention`.
     """
 
     grid: tuple[int, int]
@@ -39,6 +40,7 @@ class WindowAttention(nn.Module):
     qk_scale: float | None = None
     dropout: float = 0.0
     dtype: Any = jnp.float32
+    attn_dropout: float = 0.0
 
     @nn.compact
     def __call__(self, x: Array, draws: sample.Draws | None, path: tuple[int, ...]) -> Array:
@@ -51,7 +53,8 @@ class WindowAttention(nn.Module):
         q, k, v = jnp.moveaxis(qkv.reshape(squares, rows, 3, self.heads, each), (2, 3), (0, 2))
         logits = attend.logits(q, k, scale=self.qk_scale if self.qk_scale is not None else each**-0.5)
         logits = logits.reshape(batch, -1, *logits.shape[1:]) + self._bias()[None]
-        p = attend.normalise(logits.reshape(squares, self.heads, rows, rows), policy=None, train=False)
+        p = attend.normalise(logits, policy=None, train=False)  # [B, squares of an image, heads, rows, rows]
+        p = layers.drop(p, self.attn_dropout, draws, *path, 0).reshape(squares, self.heads, rows, rows)
         y = jnp.einsum("bhqk,bhkd->bhqd", p.astype(v.dtype), v)
         y = jnp.swapaxes(y, 1, 2).reshape(squares, rows, width)
         y = layers.dense(width, name="proj", dtype=self.dtype)(y)
@@ -83,6 +86,7 @@ class SwinBlock(nn.Module):
       heads, mlp_ratio, qkv_bias, qk_scale, dropout, drop_path, norm_eps: see `nn.block.Block`.
       fast: whether it has a fast path.
       dtype: compute type.
+      attn_dropout: on the attention weights.
     """
 
     layer: int
@@ -99,6 +103,7 @@ class SwinBlock(nn.Module):
     norm_eps: float = 1e-5
     fast: bool = False
     dtype: Any = jnp.float32
+    attn_dropout: float = 0.0
 
     def setup(self) -> None:
         self.norm1 = nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype)
@@ -111,6 +116,7 @@ class SwinBlock(nn.Module):
             self.qk_scale,
             self.dropout,
             self.dtype,
+            self.attn_dropout,
         )
         self.norm2 = nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype)
         self.mlp = layers.Mlp(int(self.width * self.mlp_ratio), self.dropout, self.dtype, self.width)
@@ -190,17 +196,21 @@ class Swin(Hierarchical):
       dropout: after the patch embedding, attention projection and MLP.
       norm_eps: LayerNorm epsilon.
       patch_norm: a norm after the patch embedding.
+      attn_dropout: on the attention weights.
+      position: adds a position embedding to the first stage's cells (officially `ape`).
     """
 
-    width: int = 96
-    heads: tuple[int, ...] = (3, 6, 12, 24)
-    window: int = 7
-    mlp_ratio: float = 4.0
+    width: Count = 96
+    heads: tuple[Count, ...] = (3, 6, 12, 24)
+    window: Count = 7
+    mlp_ratio: Positive = 4.0
     qkv_bias: bool = True
-    qk_scale: float | None = None
-    dropout: float = 0.0
-    norm_eps: float = 1e-5
+    qk_scale: Positive | None = None
+    dropout: Rate = 0.0
+    norm_eps: Positive = 1e-5
     patch_norm: bool = True
+    attn_dropout: float = 0.0
+    position: bool = False
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -237,6 +247,10 @@ class Swin(Hierarchical):
         """Side of the windows of a stage."""
         return min(self.window, *self.grid_of(stage))
 
+    def positions_of(self, path: str) -> tuple[int, tuple[int, int]]:
+        """(prefix rows, grid) of the position embedding."""
+        return 0, self.grid_of(0)
+
     def shift_of(self, stage: int, index: int) -> int:
         """Rows and columns by which the windows of a stage's block are moved."""
         return self.window // 2 if index % 2 and min(self.grid_of(stage)) > self.window else 0
@@ -245,6 +259,9 @@ class Swin(Hierarchical):
         self.patch_embed = layers.PatchEmbed(pair(self.patch_size), self.width, dtype=self.dtype)
         if self.patch_norm:
             self.patch_embed_norm = self._norm()
+        if self.position:
+            rows = self.grid_of(0)[0] * self.grid_of(0)[1]
+            self.added = self.param("absolute_pos_embed", layers.trunc_normal(), (1, rows, self.width))
         for number, width in enumerate(self.widths[1:], start=1):
             merging = PatchMerging(self.grid_of(number - 1), width, self.norm_eps, self.dtype)
             setattr(self, f"merge_{number - 1}", merging)  # officially at the end of the stage before
@@ -274,12 +291,14 @@ class Swin(Hierarchical):
             drop_path=rate,
             norm_eps=self.norm_eps,
             dtype=self.dtype,
+            attn_dropout=self.attn_dropout,
         )
 
     def embed(self, images: Array, context: Context) -> Array:
         """One product per patch, then a norm."""
         x = self.patch_embed(images).reshape(len(images), -1, self.width)
         x = self.patch_embed_norm(x) if self.patch_norm else x
+        x = x + self.added.astype(x.dtype) if self.position else x
         # This layer number keys the draw: no block uses it.
         return layers.drop(x, self.dropout, context.dropout, sum(self.depths))
 

@@ -10,14 +10,6 @@ from dyntoken.registry import UnknownNameError, suggest
 
 OF_TRUNK = ("embed", "blocks", "stages", "relations")  # records of the backbone
 RECORDS = ("features", *OF_TRUNK, "context", "maps", "biases")
-CHOICES = {
-    "feature_source": ("last", "layer"),
-    "feature_layers": ("all", "first"),
-    "relation_source": ("all", "layer", "last"),
-    "relation_mixer": ("mlp", "linear"),
-    "relation_resize": ("grid", "flat"),
-    "dropped": ("host", "zero"),
-}
 # Fields that only one of the reuses reads, with their defaults.
 OF_REUSE = {
     "feature_reuse": {
@@ -69,9 +61,6 @@ def switches(model: Any) -> None:
     """Raises ValueError for fields that do not fit together."""
     if dict(model.backbone.options).get("distilled"):
         raise ValueError("a cascade distils from its own last exit: build it without distilled=True")
-    for name, known in CHOICES.items():
-        if getattr(model, name) not in known:
-            raise UnknownNameError(f"unknown {name} {getattr(model, name)!r}: choose {' or '.join(known)}")
     for reuse, fields in OF_REUSE.items():
         changed = [name for name, default in fields.items() if getattr(model, name) != default]
         if changed and not getattr(model, reuse):
@@ -82,8 +71,6 @@ def switches(model: Any) -> None:
         )
     if model.feature_class_token and not model.plain().prefix:
         raise ValueError("feature_class_token=True needs a backbone with a class token")
-    if not isinstance(model.relation_chunks, int) or model.relation_chunks < 1:
-        raise ValueError(f"relation_chunks must be a whole number from 1, got {model.relation_chunks!r}")
 
 
 def per_exit(name: str, value: Any, exits: int) -> tuple[Any, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -12,12 +12,15 @@ import jax.numpy as jnp
 from dyntoken.backbones.isotropic import Isotropic, pair
 from dyntoken.cascade import checks
 from dyntoken.cascade.reuse import Grid, Reuse
-from dyntoken.heads import ClassHead
+from dyntoken.heads import ClassHead, Pool
 from dyntoken.nn import draws as streams
+from dyntoken.nn import images as guard
 from dyntoken.nn.trunk import Address, Context, Site, Spec
 from dyntoken.ops import select
 from dyntoken.ops.sample import Draws
+from dyntoken.reducers.base import Form
 from dyntoken.reducers.sites import make_sites
+from dyntoken.schema import Count, Keep, Natural
 from dyntoken.types import Output, Reduction, Tokens, Upstream
 
 Array = jax.Array
@@ -100,26 +103,26 @@ class Cascade(nn.Module):
     arch: str
     backbone: Spec
     exits: tuple[int | Grid, ...] = (7, 10, 14)
-    num_classes: int = 1000
-    pool: str = "token"
+    num_classes: Natural = 1000
+    pool: Pool = "token"
     feature_reuse: bool = True
-    feature_source: str = "last"
+    feature_source: Literal["last", "layer"] = "last"
     feature_class_token: bool = False
-    feature_layers: str = "all"
+    feature_layers: Literal["all", "first"] = "all"
     feature_norm: bool = True
     relation_reuse: bool = True
-    relation_source: str = "all"
-    relation_mixer: str = "mlp"
-    relation_resize: str = "grid"
-    relation_chunks: int = 1
-    context_width: int = 48
-    context_hidden: int = 128
+    relation_source: Literal["all", "layer", "last"] = "all"
+    relation_mixer: Literal["mlp", "linear"] = "mlp"
+    relation_resize: Literal["grid", "flat"] = "grid"
+    relation_chunks: Count = 1
+    context_width: Natural = 48
+    context_hidden: Natural = 128
     reducer: str | None = None
     method_options: tuple[tuple[str, Any], ...] = ()
-    keep: Any = 0.7
-    at: tuple[Any, ...] = ()
-    form: str = "auto"
-    dropped: str = "host"
+    keep: Keep | tuple[Keep, ...] = 0.7
+    at: tuple[int | tuple[int, ...], ...] = ()
+    form: Form = "auto"
+    dropped: Literal["host", "zero"] = "host"
 
     @property
     def method(self) -> str:
@@ -306,6 +309,7 @@ class Cascade(nn.Module):
         return logits, upstream
 
     def _draws(self, images: Array, ids: Array | None, train: bool) -> dict[str, Draws | None]:
+        guard.check(images)
         ids = jnp.arange(images.shape[0], dtype=jnp.int32) if ids is None else ids
         options = dict(self.backbone.options)
         return {

@@ -24,19 +24,27 @@ other name is a TFDS data set (`name`, `name:version`, `name/config:version`)
 that is already on disk under `data_dir`, else `$TFDS_DATA_DIR`, else
 `~/tensorflow_datasets`. `folder:DIR` is a folder per class (`folder`). Nothing
 is ever downloaded.
+
+Splits are cut, sharded and paired in the order in which a source has them, so that
+order is a random one for every source and the same on every host, whatever the seed
+of a run: `fake` and `fashion_mnist_mini` have no order of classes, TFDS shuffles
+what it writes, folders are put into a fixed random order any slice of which holds its
+share of each class (`stateless.stratified`), and so are TFDS sets in memory that
+were written in order (`disable_shuffling`); streamed ones are refused for training.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 from dyntoken.data.arrays import Batch
 from dyntoken.data.augment import AugmentOptions
 from dyntoken.data.errors import DataError, MissingDataError
 from dyntoken.data.plan import DataInfo, EvalPlan, TrainPlan, check_size, count_rows, parse_split
 from dyntoken.data.prefetching import Prefetch, prefetch
-from dyntoken.data.sources import SOURCES, open_source, register_data
+from dyntoken.data.sources import SOURCES, open_source, register_data, source_options
+from dyntoken.schema import Count, Interpolation, Size, within
 
 __all__ = [
     "SOURCES",
@@ -50,6 +58,7 @@ __all__ = [
     "info",
     "prefetch",
     "register_data",
+    "source_options",
     "steps_per_epoch",
     "train_batches",
 ]
@@ -85,6 +94,7 @@ def train_batches(
     process: tuple[int, int] = (0, 1),
     data_dir: str | None = None,
     augment: Mapping[str, Any] | AugmentOptions | None = None,
+    balance: bool = False,
     **options: Any,
 ) -> Iterator[Batch]:
     """An endless iterator of shuffled, augmented training batches.
@@ -103,6 +113,8 @@ def train_batches(
       data_dir: where TFDS data lies.
       augment: `AugmentOptions` or its fields; None changes nothing beyond a
         resize and centre crop where the size differs.
+      balance: an epoch of the same length has every class equally often, rare
+        images several times; for folders and sets in memory.
       **options: of the source.
 
     Raises:
@@ -119,6 +131,7 @@ def train_batches(
         shards=shards,
         process=tuple(process),
         augment=AugmentOptions.of(augment),
+        balance=balance,
     )
     return source.train(plan)
 
@@ -127,13 +140,13 @@ def eval_batches(
     name: str,
     *,
     split: str | Sequence[str] = "test",
-    batch: int,
-    size: int | tuple[int, int] | None = None,
-    shards: int = 8,
+    batch: Count,
+    size: Size | None = None,
+    shards: Count = 8,
     process: tuple[int, int] = (0, 1),
     data_dir: str | None = None,
-    crop_pct: float = 0.875,
-    interpolation: str = "bicubic",
+    crop_pct: Annotated[float, within("[0.05, 1]")] = 0.875,
+    interpolation: Interpolation = "bicubic",
     **options: Any,
 ) -> Iterator[Batch]:
     """One pass over a split, each example exactly once.
@@ -145,6 +158,8 @@ def eval_batches(
     order; streamed ones come shard by shard within each batch.
 
     Args:
+      batch: rows of the global batch, a multiple of the number of processes; it
+        need not divide by `shards`.
       crop_pct: share of the resized side that the crop keeps.
       interpolation: "bicubic" or "bilinear", antialiased.
       others: as in `train_batches`.

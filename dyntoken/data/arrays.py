@@ -11,12 +11,14 @@ import numpy as np
 from dyntoken.data import stateless
 from dyntoken.data.augment import augment
 from dyntoken.data.distort import Distortion
-from dyntoken.data.plan import DataInfo, EvalPlan, Part, TrainPlan, local_rows
+from dyntoken.data.plan import DataInfo, EvalPlan, Part, TrainPlan, check_labels, local_rows, slice_parts
 from dyntoken.data.resample import resize_centre
 from dyntoken.data.tf_import import tensorflow
 
 Batch = dict[str, np.ndarray]
 _ORDER = 0  # name of the draw that shuffles an epoch
+_STORED = 20  # key of the fixed order of what is stored class after class
+_CHUNK = 1024  # examples whose labels are read at a time
 
 
 class Rows(Protocol):
@@ -46,6 +48,14 @@ class ArrayRows:
     def take(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return self.images[indices], self.labels[indices]
 
+    def stratified(self) -> ArrayRows:
+        """The same rows in a fixed random order, for what is stored class after class.
+
+        Any slice of it holds its share of every class; it is the same on every host.
+        """
+        order = stateless.stratified(self.labels, _STORED, np.arange(len(self.labels)))
+        return ArrayRows(self.images[order], self.labels[order])
+
 
 @dataclasses.dataclass(frozen=True)
 class _Joined:
@@ -68,6 +78,18 @@ class _Joined:
         return images, labels
 
 
+def _labels(rows: Rows, count: int) -> np.ndarray:
+    """All labels, `[count]`, chunk by chunk."""
+    chunks = (np.arange(start, min(start + _CHUNK, count)) for start in range(0, count, _CHUNK))
+    return np.concatenate([rows.take(chunk)[1] for chunk in chunks])
+
+
+def _spell(parts: Sequence[Part], row: int) -> str:
+    """A row of joined parts by its split and its place there."""
+    ((name, start, _),) = slice_parts(parts, row, row + 1)
+    return f"{name}[{start}]"
+
+
 def _places(plan: TrainPlan) -> np.ndarray:
     """Place in the epoch's order of each row of a batch, from the batch's first, int64 `[batch]`.
 
@@ -86,7 +108,10 @@ class ArraySource:
     """A `Source` over random-access rows.
 
     The order of an epoch is one permutation of the whole split, and a batch is
-    a range of it, so what a process yields depends on nothing but its rows.
+    a range of it, so what a process yields depends on nothing but its rows. Slices
+    (`train[:90%]`) are ranges of the rows as they are stored, which so must lie in
+    random order (`ArrayRows.stratified`). An epoch of `balance` has every class
+    equally often (`stateless.balanced`).
     """
 
     def __init__(self, info: DataInfo, rows: Callable[[str], Rows] | Mapping[str, Rows]):
@@ -105,17 +130,24 @@ class ArraySource:
 
     def _train(self, plan: TrainPlan, distortion: Distortion | None) -> Iterator[Batch]:
         rows, mine = self._join(plan.parts), local_rows(plan.batch, plan.process)
+        known_labels = _labels(rows, plan.count) if plan.balance else None
         places, repeats = _places(plan)[mine], plan.augment.repeats
         step, known, order = plan.start_step, -1, np.zeros(0, np.int64)
         while True:
             epoch, position = divmod(step, plan.steps_per_epoch)
             if epoch != known:
-                known, order = epoch, stateless.permutation(plan.count, plan.seed, epoch, _ORDER)
+                known, keys = epoch, (plan.seed, epoch, _ORDER)
+                if known_labels is None:
+                    order = stateless.permutation(plan.count, *keys)
+                else:
+                    order = stateless.balanced(known_labels, *keys)
             image, view = np.divmod(position * plan.batch + places, repeats)
             ids = order[image]
             images, labels = rows.take(ids)
-            keys = ids + view * plan.count  # every view has draws of its own
-            images = augment(images, keys, plan.seed, epoch, plan.size, plan.augment, distortion)
+            check_labels(labels, lambda row, ids=ids: _spell(plan.parts, ids[row]), self.info)
+            # Every view has draws of its own, and every time that a balanced epoch shows an image.
+            draws = (ids if known_labels is None else image) + view * plan.count
+            images = augment(images, draws, plan.seed, epoch, plan.size, plan.augment, distortion)
             yield {"image": images, "label": labels, "mask": np.ones(len(ids), np.float32)}
             step += 1
 
@@ -125,6 +157,7 @@ class ArraySource:
             ids = np.arange(step * plan.batch, (step + 1) * plan.batch)[mine]
             mask = ids < plan.count
             images, labels = rows.take(np.where(mask, ids, 0))
+            check_labels(labels * mask, lambda row, ids=ids: _spell(plan.parts, ids[row]), self.info)
             if images.shape[1:3] != plan.size:
                 images = resize_centre(images, plan.size, plan.crop_pct, plan.interpolation)
             yield {

@@ -10,17 +10,16 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
+from dyntoken import schema
 from dyntoken.data import resample, stateless
 from dyntoken.data.distort import Distortion, RandAugment, fill_colour
 from dyntoken.data.errors import DataError
-from dyntoken.registry import check_options, suggest
+from dyntoken.schema import Count, Interpolation, Natural, NonNegative, Positive, Share
 
-CROPS = ("random_resized", "pad", "none")
-PAD_MODES = ("zero", "reflect")
 TRIES = 10
 _CROP, _FLIP, _DISTORT = 1, 2, 6  # names of the draws
 
@@ -50,41 +49,34 @@ class AugmentOptions:
         shows that many times fewer images. Mixup never pairs two views of an image.
     """
 
-    crop: str = "random_resized"
-    scale: tuple[float, float] = (0.08, 1.0)
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    interpolation: str = "bicubic"
-    pad: int = 4
-    pad_mode: str = "zero"
-    flip: float = 0.5
+    crop: Literal["random_resized", "pad", "none"] = "random_resized"
+    scale: tuple[Positive, Positive] = (0.08, 1.0)
+    ratio: tuple[Positive, Positive] = (3 / 4, 4 / 3)
+    interpolation: Interpolation = "bicubic"
+    pad: Natural = 4
+    pad_mode: Literal["zero", "reflect"] = "zero"
+    flip: bool | Share = 0.5
     rand_augment: str | None = None
-    color_jitter: float = 0.0
-    repeats: int = 1
+    color_jitter: NonNegative = 0.0
+    repeats: Count = 1
 
     def __post_init__(self):
-        for what, value, known in (("crop", self.crop, CROPS), ("pad_mode", self.pad_mode, PAD_MODES)):
-            if value not in known:
-                raise DataError(f"augment.{what} is {value!r}: {suggest(str(value), known)}")
-        resample.check_interpolation(self.interpolation)
+        try:
+            given = schema.check(schema.fields(type(self)), vars(self), "augment")
+        except ValueError as error:
+            raise DataError(str(error)) from None
+        for what, value in given.items():
+            object.__setattr__(self, what, value)
         for what in ("scale", "ratio"):
             low, high = getattr(self, what)
-            if not 0 < low <= high:
-                raise DataError(f"augment.{what} is ({low}, {high}); it must be 0 < low <= high")
-            object.__setattr__(self, what, (float(low), float(high)))
+            if low > high:
+                raise DataError(f"augment.{what} is ({low}, {high}); it must be low <= high")
         if isinstance(self.flip, bool):
             object.__setattr__(self, "flip", 0.5 if self.flip else 0.0)
-        if not 0 <= self.flip <= 1:
-            raise DataError(f"augment.flip is {self.flip}; it is a probability")
-        if self.pad < 0:
-            raise DataError(f"augment.pad is {self.pad}; it must be 0 or more pixels")
-        if self.repeats < 1 or self.repeats != int(self.repeats):
-            raise DataError(f"augment.repeats is {self.repeats}; it is a whole number of views, at least 1")
         self._check_colours()
 
     def _check_colours(self) -> None:
         policy = RandAugment.parse(self.rand_augment) if self.rand_augment else None
-        if self.color_jitter < 0:
-            raise DataError(f"augment.color_jitter is {self.color_jitter}; it is a strength of 0 or more")
         if policy and self.color_jitter:
             raise DataError(
                 "augment.color_jitter and augment.rand_augment exclude each other (timm, and so DeiT, drops "
@@ -120,9 +112,7 @@ class AugmentOptions:
             return options
         if options is None:
             return cls(crop="none", flip=0.0)
-        options = dict(options)
-        check_options("augment", options, (field.name for field in dataclasses.fields(cls)))
-        return cls(**options)
+        return cls(**schema.check(schema.fields(cls), options, "augment"))
 
 
 def random_boxes(

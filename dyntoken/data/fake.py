@@ -15,6 +15,7 @@ from dyntoken.data import stateless
 from dyntoken.data.arrays import ArraySource
 from dyntoken.data.errors import DataError
 from dyntoken.data.plan import DataInfo, check_size
+from dyntoken.schema import Count, Size
 
 HUES, BOARD = 8, 4
 _DIGIT = HUES * BOARD  # classes that one patch, in its own row of the board, can tell apart
@@ -69,11 +70,11 @@ def open_fake(
     name: str,
     data_dir: str | None,
     *,
-    num_classes: int = 10,
-    train: int = 512,
-    test: int = 130,
-    image_size: int | tuple[int, int] = 32,
-    channels: int = 3,
+    num_classes: Count = 10,
+    train: Count = 512,
+    test: Count = 130,
+    image_size: Size = 32,
+    channels: Count = 3,
 ) -> ArraySource:
     """Generated images; needs numpy only.
 
@@ -83,14 +84,6 @@ def open_fake(
       image_size: pixels, one number or (height, width).
       channels: colour channels.
     """
-    for what, value in (
-        ("num_classes", num_classes),
-        ("train", train),
-        ("test", test),
-        ("channels", channels),
-    ):
-        if value < 1:
-            raise DataError(f"option {what}={value} of data set {name!r} must be at least 1")
     if num_classes > _DIGIT**BOARD:
         raise DataError(
             f"option num_classes={num_classes} of data set {name!r} must be at most {_DIGIT**BOARD}"

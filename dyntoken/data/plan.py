@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
 
 from dyntoken.data.augment import AugmentOptions
 from dyntoken.data.errors import DataError
@@ -12,6 +16,7 @@ from dyntoken.data.resample import check_interpolation
 from dyntoken.registry import suggest
 
 Part = tuple[str, int, int]  # split name, first row, one past the last row
+MAX_RESIZED = 8192  # pixels of the shorter side before evaluation's crop
 _PART = re.compile(r"^([^\[\]+:]+)(?:\[(-?\d+%?)?:(-?\d+%?)?\])?$")
 
 
@@ -44,11 +49,37 @@ class DataInfo:
         return len(self.mean)
 
 
-def _bound(text: str | None, count: int, default: int) -> int:
+def same_classes(one: DataInfo, other: DataInfo) -> str | None:
+    """What two sets' labels do not share, as the end of a sentence; None if nothing.
+
+    Names are compared where both sets have them, in the order of the labels.
+    """
+    if one.num_classes != other.num_classes:
+        return f"{one.name} has {one.num_classes} classes, {other.name} {other.num_classes}"
+    for label, (here, there) in enumerate(zip(one.class_names, other.class_names, strict=False)):
+        if here != there:
+            return f"label {label} is {here!r} in {one.name} and {there!r} in {other.name}"
+    return None
+
+
+def check_labels(labels: np.ndarray, name: Callable[[int], Any], info: DataInfo) -> None:
+    """Raises `DataError` for a label outside the classes; `name(row)` says whose it is."""
+    wrong = np.flatnonzero((labels < 0) | (labels >= info.num_classes))
+    if len(wrong):
+        raise DataError(
+            f"data set {info.name!r}: example {name(wrong[0])} has label {labels[wrong[0]]}, but the classes are "
+            f"0 .. {info.num_classes - 1}: repair it, or leave its split out (-1 is what unlabelled ones carry)"
+        )
+
+
+def _bound(text: str | None, count: int, default: int, what: str) -> int:
     if text is None:
         return default
-    value = round(int(text[:-1]) * count / 100) if text.endswith("%") else int(text)
-    return min(max(value + count if value < 0 else value, 0), count)
+    value, most = (int(text[:-1]), 100) if text.endswith("%") else (int(text), count)
+    if abs(value) > most:
+        raise DataError(f"{what}: {text} lies outside the split's {count} examples")
+    rows = round(value * count / 100) if text.endswith("%") else value
+    return rows + count if value < 0 else rows
 
 
 def parse_split(name: str, split: str | Sequence[str], counts: Mapping[str, int]) -> tuple[Part, ...]:
@@ -64,7 +95,7 @@ def parse_split(name: str, split: str | Sequence[str], counts: Mapping[str, int]
       One (split, start, stop) per part.
 
     Raises:
-      DataError: no such split, bad syntax, or no example left.
+      DataError: no such split, bad syntax, a slice beyond the split, or a part without examples.
     """
     texts = split.split("+") if isinstance(split, str) else [t for s in split for t in s.split("+")]
     parts = []
@@ -75,9 +106,11 @@ def parse_split(name: str, split: str | Sequence[str], counts: Mapping[str, int]
         key, first, last = match.groups()
         if key not in counts:
             raise DataError(f"data set {name!r} has no split {key!r}: {suggest(key, counts)}")
-        start, stop = _bound(first, counts[key], 0), _bound(last, counts[key], counts[key])
-        if stop > start:
-            parts.append((key, start, stop))
+        what = f"split {text!r} of data set {name!r}"
+        start, stop = _bound(first, counts[key], 0, what), _bound(last, counts[key], counts[key], what)
+        if stop <= start:
+            raise DataError(f"{what} holds no example: rows {start} to {stop} of {counts[key]}")
+        parts.append((key, start, stop))
     if not parts:
         raise DataError(f"split {split!r} of data set {name!r} holds no example")
     return tuple(parts)
@@ -112,18 +145,31 @@ def check_size(size: int | Sequence[int] | None, native: tuple[int, ...] | None)
     return pair
 
 
-def check_topology(batch: int, shards: int, process: Sequence[int]) -> None:
-    """Raises `DataError` unless batch / shards / processes divide evenly."""
+def _check_process(process: Sequence[int], **counts: int) -> None:
     index, processes = process
-    for what, value in (("batch", batch), ("shards", shards), ("the number of processes", processes)):
+    for what, value in {**counts, "the number of processes": processes}.items():
         if value < 1:
             raise DataError(f"{what} is {value}; it must be at least 1")
     if not 0 <= index < processes:
         raise DataError(f"process=({index}, {processes}): the index must lie in 0 .. {processes - 1}")
-    if shards % processes:
+
+
+def check_eval_batch(batch: int, process: Sequence[int]) -> None:
+    """Raises `DataError` unless the batch divides among the processes."""
+    _check_process(process, batch=batch)
+    if batch % process[1]:
         raise DataError(
-            f"{shards} data shards do not divide among {processes} processes: set shards to a multiple "
-            f"of {processes} (it also changes which images meet in a batch)"
+            f"evaluation batch {batch} does not divide among {process[1]} processes: use a multiple of {process[1]}"
+        )
+
+
+def check_topology(batch: int, shards: int, process: Sequence[int]) -> None:
+    """Raises `DataError` unless batch / shards / processes divide evenly."""
+    _check_process(process, batch=batch, shards=shards)
+    if shards % process[1]:
+        raise DataError(
+            f"{shards} data shards do not divide among {process[1]} processes: set shards to a multiple "
+            f"of {process[1]} (it also changes which images meet in a batch)"
         )
     if batch % shards:
         low = batch // shards * shards
@@ -145,6 +191,7 @@ class TrainPlan:
     shards: int
     process: tuple[int, int]
     augment: AugmentOptions
+    balance: bool = False
 
     def __post_init__(self):
         check_topology(self.batch, self.shards, self.process)
@@ -187,10 +234,17 @@ class EvalPlan:
     interpolation: str
 
     def __post_init__(self):
-        check_topology(self.batch, self.shards, self.process)
+        check_eval_batch(self.batch, self.process)
         check_interpolation(self.interpolation)
         if not 0 < self.crop_pct <= 1:
             raise DataError(f"crop_pct is {self.crop_pct}; it must lie in (0, 1]")
+        if max(self.size) > MAX_RESIZED * self.crop_pct:
+            raise DataError(
+                f"crop_pct {self.crop_pct} of {max(self.size)} pixels: a resized side has at most {MAX_RESIZED}"
+            )
+        # Streamed sets are read from as many places at a time; what is yielded in all is the same.
+        shards = math.gcd(self.batch, max(self.shards, 1))
+        object.__setattr__(self, "shards", shards if shards % self.process[1] == 0 else self.process[1])
 
     @property
     def count(self) -> int:

@@ -7,6 +7,8 @@ import threading
 from collections.abc import Iterator
 from typing import Any, Generic, TypeVar
 
+from dyntoken.data.closing import close_at_exit
+
 T = TypeVar("T")
 _END = object()
 
@@ -87,4 +89,4 @@ def prefetch(iterator: Iterator[T], size: int = 2) -> Prefetch[T]:
     """
     if size < 1:
         raise ValueError(f"prefetch size is {size}; it must be at least 1")
-    return Prefetch(iterator, size)
+    return close_at_exit(Prefetch(iterator, size))

@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from dyntoken.data.decode import check_shape
 from dyntoken.data.errors import DataError
 from dyntoken.registry import suggest
 
@@ -40,7 +41,12 @@ def check_interpolation(name: str) -> None:
 
 
 def weights(
-    start: np.ndarray, length: np.ndarray, source: int, target: int, interpolation: str
+    start: np.ndarray,
+    length: np.ndarray,
+    source: int,
+    target: int,
+    interpolation: str,
+    part: slice = slice(None),
 ) -> np.ndarray:
     """Resampling matrices along one axis.
 
@@ -49,13 +55,14 @@ def weights(
       source: pixels of the uncropped axis.
       target: pixels of the result.
       interpolation: a key of `KERNELS`.
+      part: which pixels of the result are wanted.
 
     Returns:
-      float32 `[n, target, source]`, rows sum to 1, zero outside the crop.
+      float32 `[n, target, source]` (of a part, its rows), rows sum to 1, zero outside the crop.
     """
     length = np.asarray(length, np.float32)[:, None]
     scale = length / np.float32(target)  # [n, 1]
-    centre = (np.arange(target, dtype=np.float32)[None] + np.float32(0.5)) * scale  # [n, target]
+    centre = (np.arange(target, dtype=np.float32)[None, part] + np.float32(0.5)) * scale  # [n, target]
     pixel = np.arange(source, dtype=np.float32)[None] - np.asarray(start, np.float32)[:, None]  # [n, source]
     inside = (pixel >= 0) & (pixel < length)
     distance = pixel[:, None, :] + np.float32(0.5) - centre[:, :, None]
@@ -127,12 +134,20 @@ def covering_size(height: int, width: int, size: tuple[int, int], crop_pct: floa
 def resize_centre(
     images: np.ndarray, size: tuple[int, int], crop_pct: float, interpolation: str
 ) -> np.ndarray:
-    """Evaluation's resize and centre crop: uint8 `[n, H, W, C]` -> `[n, h, w, C]`."""
+    """Evaluation's resize and centre crop: uint8 `[n, H, W, C]` -> `[n, h, w, C]`.
+
+    Only what the crop shows is computed, however long the resized side is.
+
+    Raises:
+      DataError: see `decode.check_shape`.
+    """
     height, width = images.shape[1:3]
+    check_shape(height, width)
     tall, wide = covering_size(height, width, size, crop_pct)
     top, left = round((tall - size[0]) / 2), round((wide - size[1]) / 2)
     whole = np.zeros(1, np.int64)
-    rows = weights(whole, whole + height, height, tall, interpolation)[:, top : top + size[0]]
-    columns = weights(whole, whole + width, width, wide, interpolation)[:, left : left + size[1]]
+    shown = slice(top, top + size[0]), slice(left, left + size[1])
+    rows = weights(whole, whole + height, height, tall, interpolation, shown[0])
+    columns = weights(whole, whole + width, width, wide, interpolation, shown[1])
     chunks = range(0, len(images), _CHUNK)
     return np.concatenate([_apply(images[at : at + _CHUNK], rows, columns) for at in chunks])

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
+from dyntoken import paths, schema
 from dyntoken.data.arrays import Source
-from dyntoken.registry import Table, check_call, check_options
+from dyntoken.data.errors import DataError
+from dyntoken.registry import Table, UnknownNameError, check_call
 
 _TFDS = "dyntoken.data.tfds_source:open_tfds"
 
@@ -48,13 +49,31 @@ def open_source(name: str, data_dir: str | None = None, **options: Any) -> Sourc
 
     Raises:
       UnknownNameError: no such data set or option, with the nearest names.
+      PathError: a data_dir that cannot be reached.
     """
+    try:
+        options = schema.check(source_options(name), options, owner=f"data set {name!r}")
+    except UnknownNameError:
+        raise
+    except ValueError as error:
+        raise DataError(str(error)) from None
+    if data_dir and paths.is_uri(data_dir):
+        paths.resolve(data_dir)  # a kind that is not read, or no answer
+    return _opener(name)(name, data_dir, **options)
+
+
+def source_options(name: str) -> dict[str, Any]:
+    """The options of a data set: name -> annotation, see `schema`."""
+    return schema.keywords(_opener(name))
+
+
+def _opener(name: str) -> Callable[..., Source]:
     if name.startswith("folder:"):
-        from dyntoken.data.folder import open_folder as opener
-    elif name in SOURCES:
-        opener = SOURCES[name]
-    else:
-        from dyntoken.data.tfds_source import open_tfds as opener
-    known = [p.name for p in inspect.signature(opener).parameters.values() if p.kind is p.KEYWORD_ONLY]
-    check_options(f"data set {name!r}", options, known)
-    return opener(name, data_dir, **options)
+        from dyntoken.data.folder import open_folder
+
+        return open_folder
+    if name in SOURCES:
+        return SOURCES[name]
+    from dyntoken.data.tfds_source import open_tfds
+
+    return open_tfds

@@ -49,3 +49,38 @@ def uniform(*parts: int | np.ndarray) -> np.ndarray:
 def permutation(count: int, *parts: int) -> np.ndarray:
     """A random order of `range(count)`, int64 `[count]`."""
     return np.argsort(bits(*parts, np.arange(count)), kind="stable")
+
+
+def balanced(labels: np.ndarray, *parts: int) -> np.ndarray:
+    """A random order in which all classes come equally often, int64 of the labels' length.
+
+    Of a class with too many examples a random choice is in it, those of a class
+    with too few come several times, each as often as the others to within one.
+
+    Args:
+      labels: `[N]`; what counts as a class is what occurs.
+      parts: integers that key the draw.
+    """
+    count = len(labels)
+    order = permutation(count, *parts, 0)
+    order = order[np.argsort(labels[order], kind="stable")]  # class after class, each at random
+    _, sizes = np.unique(labels, return_counts=True)
+    turn, which = np.divmod(permutation(count, *parts, 1), len(sizes))
+    return order[(np.cumsum(sizes) - sizes)[which] + turn % sizes[which]]
+
+
+def stratified(labels: np.ndarray, *keys: int | np.ndarray) -> np.ndarray:
+    """A fixed random order any range of which holds its share of every class, int64 `[N]`.
+
+    Args:
+      labels: `[N]`.
+      keys: integers, and integer arrays `[N]` that tell examples apart: an
+        example keeps its rank within its class when others are added.
+    """
+    count = len(labels)
+    tie = bits(*keys, labels) + np.zeros(count, np.uint64)
+    order = np.lexsort((tie, labels))  # class after class, each at random
+    _, start, sizes = np.unique(labels[order], return_index=True, return_counts=True)
+    size = np.repeat(sizes, sizes)
+    share = (np.arange(count) - np.repeat(start, sizes) + 0.5) / size  # of its class that an example ends
+    return order[np.lexsort((tie[order], share))]

@@ -9,17 +9,18 @@ them `repeats` times in turn: a b c d, b c d a, c d a b. So an image is read and
 decoded once for all its views, whatever the number of processes, and
 neighbouring rows, which mixup pairs, are never of the same image.
 
-An image that does not decode is counted and named, and changes no other row: in
-training the row before it in its shard's part of the batch (the last, for the
-first) takes its place, in evaluation it is masked. That depends on the batch
-alone, so a resumed run and any number of processes see the same. Catching such
-an image takes TensorFlow as long as decoding it. So images are decoded
-unguarded until the first one fails, and guarded, from the same batch, ever after.
+An image that cannot be read, does not decode or is too large is counted and named,
+and changes no other row: in training the row before it in its shard's part of the
+batch (the last, for the first) takes its place, in evaluation it is masked. That
+depends on the batch alone, so a resumed run and any number of processes see the
+same. Catching such an image takes TensorFlow as long as decoding it. So images are
+decoded unguarded until the first one fails, and guarded, from the same batch, ever after.
 """
 
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -28,8 +29,9 @@ import numpy as np
 from dyntoken.data import stateless
 from dyntoken.data.arrays import Batch
 from dyntoken.data.augment import AugmentOptions
+from dyntoken.data.closing import close_at_exit
 from dyntoken.data.errors import DataError
-from dyntoken.data.plan import DataInfo, EvalPlan, Part, TrainPlan, slice_parts
+from dyntoken.data.plan import DataInfo, EvalPlan, Part, TrainPlan, check_labels, slice_parts
 from dyntoken.data.tf_image import compiled_eval, compiled_train
 from dyntoken.data.tf_import import tensorflow
 
@@ -45,16 +47,24 @@ class Records(Protocol):
 
     `rows(parts, key)` is a tf.data.Dataset of (pointer, int32 label, name) or
     (pointer, int32 label, name, bool `[K]`: every label that fits), in stored
-    order or, given a key, in an order drawn from it; `load(pointer)`
-    gives the encoded image; `buffer` is the size of the shuffle buffer that the
-    drawn order still wants, 0 for none.
+    order or, given a key, in an order drawn from it; `load(pointer)`, a static
+    method, gives the encoded image; `buffer` is the size of the shuffle buffer that
+    the drawn order still wants, 0 for none; `where` says in an error what is read.
+    The stored order has to be a random one, else slices and shards hold some classes only.
+    `why(name, channels)`: why an image does not decode, or "".
+
+    Where labels are known beforehand, `balanced(parts, start, stop, key)` is what `rows`
+    is, but of rows `start .. stop - 1` of an epoch that has all classes equally often.
     """
 
     buffer: int
+    where: str
 
     def rows(self, parts: Sequence[Part], key: tuple[int, ...] | None) -> Any: ...
 
     def load(self, pointer: Any) -> Any: ...
+
+    def why(self, name: bytes, channels: int) -> str: ...
 
 
 def _int63(*parts: int) -> int:
@@ -77,8 +87,11 @@ class StreamSource:
 
     def _shard(self, plan: TrainPlan, epoch: int, shard: int) -> Any:
         """(number, row) of one data shard in the order of an epoch."""
-        rows = slice_parts(plan.parts, *shard_range(plan.count, plan.shards, shard))
-        records = self._records.rows(rows, (plan.seed, epoch, _FILES, shard))
+        bounds = shard_range(plan.count, plan.shards, shard)
+        if plan.balance:
+            records = self._records.balanced(plan.parts, *bounds, (plan.seed, epoch, _FILES))
+            return records.enumerate(shard << _SHARD_BITS)
+        records = self._records.rows(slice_parts(plan.parts, *bounds), (plan.seed, epoch, _FILES, shard))
         if self._records.buffer:
             seed = _int63(plan.seed, epoch, _RECORDS, shard)
             records = records.shuffle(self._records.buffer, seed=seed, reshuffle_each_iteration=False)
@@ -88,10 +101,11 @@ class StreamSource:
         """(number, row) -> the views of a record, uint8 `[repeats, h, w, C]`, and what goes with them."""
         tf = tensorflow()
         key, distortion = _int63(plan.seed, epoch, _AUGMENT), plan.augment.distortion(self.info.mean)
-        make = compiled_train(plan.size, self.info.channels, plan.augment, distortion, guarded)
+        load = self._records.load
+        make = compiled_train(plan.size, self.info.channels, plan.augment, distortion, guarded, load)
 
         def example(number: Any, row: Any) -> dict[str, Any]:
-            views, bad = make(self._records.load(row[0]), tf.stack([key, number]))
+            views, bad = make(row[0], tf.stack([key, number]))
             return {"image": views, "label": row[1], "mask": 1.0, "bad": bad, "name": row[2]}
 
         return example
@@ -129,40 +143,48 @@ class StreamSource:
 
     def train(self, plan: TrainPlan) -> Iterator[Batch]:
         _check_streamable(self.info, plan.augment)
+        if plan.balance and not hasattr(self._records, "balanced"):
+            raise DataError(
+                f"data.balance needs labels that are known beforehand, and data set {self.info.name!r} is "
+                "streamed: switch it off, or use a folder of images"
+            )
         plan.augment.distortion(self.info.mean)
-        log, per_shard = _Corrupt(self.info.name, self._max_corrupt), plan.batch // plan.shards
+        per_shard = plan.batch // plan.shards
 
-        def run() -> Iterator[Batch]:
-            step, guarded = plan.start_step, False
+        def batches(step: int, guarded: bool) -> Iterator[Batch]:
             while True:
-                try:
-                    epoch, skip = divmod(step, plan.steps_per_epoch)
-                    for batch in self._epoch(plan, epoch, skip, guarded):
-                        yield replace_bad(batch, per_shard, log)
-                        step += 1
-                except tensorflow().errors.InvalidArgumentError:
-                    if guarded:
-                        raise
-                    guarded = True
+                epoch, skip = divmod(step, plan.steps_per_epoch)
+                yield from self._epoch(plan, epoch, skip, guarded)
+                step = (epoch + 1) * plan.steps_per_epoch
 
-        return run()
+        made = self._guarded(batches, plan.start_step, lambda batch, log: replace_bad(batch, per_shard, log))
+        return close_at_exit(made)
 
     def evaluate(self, plan: EvalPlan) -> Iterator[Batch]:
-        log = _Corrupt(self.info.name, self._max_corrupt)
+        return close_at_exit(
+            self._guarded(lambda step, guarded: self._pass(plan, step, guarded), 0, mask_bad)
+        )
 
-        def run() -> Iterator[Batch]:
-            step, guarded = 0, False
-            while step < plan.steps:
-                try:
-                    for batch in self._pass(plan, step, guarded):
-                        yield mask_bad(batch, log)
-                        step += 1
-                except tensorflow().errors.InvalidArgumentError:
-                    if guarded:
-                        raise
-                    guarded = True
-
-        return run()
+    def _guarded(
+        self,
+        batches: Callable[[int, bool], Iterator[Batch]],
+        step: int,
+        mend: Callable[[Batch, _Corrupt], Batch],
+    ) -> Iterator[Batch]:
+        """The batches from a step on, `batches(step, guarded)`: unguarded until an image fails."""
+        # Not looked up later: an iterator may be closed when the modules are gone.
+        failure, guarded = tensorflow().errors.OpError, False
+        log = _Corrupt(self.info, self._max_corrupt, self._records)
+        while True:
+            try:
+                for batch in batches(step, guarded):
+                    yield mend(batch, log)
+                    step += 1
+                return
+            except failure as error:
+                if guarded:
+                    raise unreadable(self.info.name, error, self._records.where) from None
+                guarded = True
 
     def _pass(self, plan: EvalPlan, skip: int, guarded: bool) -> Iterator[Batch]:
         """The batches of one evaluation from batch `skip` on, with `bad` and `name`."""
@@ -176,12 +198,13 @@ class StreamSource:
             rows = rows.concatenate(tf.data.Dataset.from_tensors((empty, 0.0)).repeat())
             streams.append(rows.take(plan.steps * per_shard).skip(skip * per_shard))
         shape = (*plan.size, self.info.channels)
-        decode = compiled_eval(plan.size, shape[-1], plan.crop_pct, plan.interpolation, guarded)
+        load = self._records.load
+        decode = compiled_eval(plan.size, shape[-1], plan.crop_pct, plan.interpolation, guarded, load)
 
         def example(row: Any, mask: Any) -> dict[str, Any]:
             image, bad = tf.cond(
                 mask > 0.0,
-                lambda: decode(self._records.load(row[0])),
+                lambda: decode(row[0]),
                 lambda: (tf.zeros(shape, tf.uint8), False),
             )
             out = {"image": image, "label": row[1], "mask": mask, "bad": bad, "name": row[2]}
@@ -207,28 +230,48 @@ def _stacked(rows: Sequence[tuple[Batch, int, int]]) -> Batch:
     return {"image": np.stack([group["image"][record, view] for group, record, view in rows]), **batch}
 
 
+def unreadable(name: str, error: Exception, where: str) -> DataError:
+    """The error for a set whose records TensorFlow cannot read, without its graph's names."""
+    text = re.sub(r"\{\{.*?\}\}|\[Op:.*", "", str(error))
+    return DataError(f"data set {name!r} cannot be read ({' '.join(text.split())}): {where}")
+
+
+def spell(name: bytes) -> str:
+    """A file's name in one printable line, whatever bytes it is made of."""
+    text = name.decode(errors="surrogateescape")
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 class _Corrupt:
     """Names and counts images that do not decode."""
 
-    def __init__(self, name: str, limit: int):
-        self._name, self._limit, self._seen = name, limit, set()
+    def __init__(self, info: DataInfo, limit: int, records: Records):
+        self.info, self._limit, self._records, self._seen = info, limit, records, set()
 
     def report(self, names: Sequence[bytes], instead: str) -> None:
-        for name in (n.decode(errors="replace") for n in names):
+        for name in names:
             if name in self._seen:
                 continue
             self._seen.add(name)
-            count = len(self._seen)
+            count, why = len(self._seen), self._records.why(name, self.info.channels)
+            because = f" [{why}]" if why else ""
             if count > self._limit:
                 raise DataError(
-                    f"image {name} of data set {self._name!r} does not decode, the {count}th: more than "
-                    f"max_corrupt={self._limit}; repair the set, or raise data.options.max_corrupt"
+                    f"image {spell(name)} of data set {self.info.name!r} does not decode, the {count}th: more than "
+                    f"max_corrupt={self._limit}; repair the set, or raise data.options.max_corrupt{because}"
                 )
-            _log.warning("image %s does not decode (%d so far): %s", name, count, instead)
+            _log.warning("image %s does not decode (%d so far): %s%s", spell(name), count, instead, because)
+
+    def check(self, batch: Batch, good: np.ndarray, names: np.ndarray) -> None:
+        """Refuses labels outside the classes, of rows that are good."""
+        check_labels(batch["label"][good], lambda row: spell(names[good][row]), self.info)
 
 
 def replace_bad(batch: Batch, per_shard: int, log: _Corrupt) -> Batch:
     """Fills each row that did not decode with the good one before it in its shard.
+
+    Where a shard has no good row, nothing is learnt from its rows: their mask is 0. They
+    hold what is mixed with, if anything is: the other image of their pair.
 
     Args:
       batch: with `bad` bool `[b]` and `name` bytes `[b]`, which are taken out.
@@ -236,28 +279,34 @@ def replace_bad(batch: Batch, per_shard: int, log: _Corrupt) -> Batch:
       log: told the names.
 
     Raises:
-      DataError: a shard has no good row, or the log's limit is reached.
+      DataError: the log's limit is reached, or a label is none of the classes.
     """
     bad, names = batch.pop("bad"), batch.pop("name")
+    log.check(batch, ~bad, names)
     if not bad.any():
         return batch
     log.report(names[bad], "another image of the batch takes its place")
-    source = np.arange(len(bad))
+    source, lost = np.arange(len(bad)), np.zeros(len(bad), bool)
     for row in np.flatnonzero(bad):
         first = row // per_shard * per_shard
         ring = first + (row - first - 1 - np.arange(per_shard - 1)) % per_shard
         good = ring[~bad[ring]]
-        if not len(good):
-            raise DataError(
-                f"none of the {per_shard} images of a batch's shard decodes, {names[row]!r} among them"
-            )
-        source[row] = good[0]
-    return {key: value[source] for key, value in batch.items()}
+        if len(good):
+            source[row] = good[0]
+        else:
+            lost[row] = True
+    partner = np.minimum(np.flatnonzero(lost) ^ 1, len(bad) - 1)
+    source[lost] = source[partner]
+    batch = {key: value[source] for key, value in batch.items()}
+    batch["mask"] = np.where(lost, 0.0, batch["mask"]).astype(np.float32)
+    batch["label"] = np.where(lost & bad[source], 0, batch["label"]).astype(np.int32)
+    return batch
 
 
 def mask_bad(batch: Batch, log: _Corrupt) -> Batch:
     """Masks the rows that did not decode; see `replace_bad`."""
     bad, names = batch.pop("bad"), batch.pop("name")
+    log.check(batch, ~bad & (batch["mask"] > 0), names)
     if bad.any():
         log.report(names[bad], "it is not evaluated")
         batch = {**batch, "label": np.where(bad, 0, batch["label"]).astype(np.int32)}

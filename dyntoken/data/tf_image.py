@@ -12,16 +12,28 @@ from collections.abc import Callable
 from typing import Any
 
 from dyntoken.data.augment import TRIES, AugmentOptions
+from dyntoken.data.decode import MAX_ASPECT, MAX_PIXELS
+from dyntoken.data.decode import decode as pillow_decode
 from dyntoken.data.distort import Distortion
 from dyntoken.data.tf_import import tensorflow
 from dyntoken.data.tf_resize import Part, cover, place, resize
 
 
-def _decode(data: Any, channels: int, box: Callable[[Any, Any], Any] | None = None) -> Any:
-    """Decodes an image once; of a JPEG only the crop.
+def _bounded(height: Any, width: Any) -> Any:
+    """Fails where `decode.check_shape` does."""
+    tf = tensorflow()
+    height, width = tf.cast(height, tf.int64), tf.cast(width, tf.int64)
+    low, high = tf.minimum(height, width), tf.maximum(height, width)
+    fine = (low > 0) & (height * width <= MAX_PIXELS) & (high <= MAX_ASPECT * low)
+    return tf.debugging.Assert(fine, ["image of", height, width])
 
-    JPEGs may be grey or CMYK, and what is no JPEG (PNG, BMP, GIF under whatever
-    name) is recognised by its content.
+
+def _decode(data: Any, channels: int, box: Callable[[Any, Any], Any] | None = None) -> Any:
+    """`decode.decode` in a graph; of a JPEG only the crop.
+
+    The format is recognised by the content. JPEGs (grey or RGB) and PNGs are decoded
+    by TensorFlow, all else by Pillow: TensorFlow takes the palette of a BMP for grey
+    levels, turns CMYK differently and knows no TIFF.
 
     Args:
       data: the encoded image.
@@ -35,32 +47,63 @@ def _decode(data: Any, channels: int, box: Callable[[Any, Any], Any] | None = No
     tf = tensorflow()
     accurate = "INTEGER_ACCURATE"  # what Pillow decodes with
 
-    def jpeg() -> Any:
-        if box is None:
-            return tf.image.decode_jpeg(data, channels=channels, dct_method=accurate)
-        shape = tf.image.extract_jpeg_shape(data)
-        crop = box(shape[0], shape[1])
-        return tf.image.decode_and_crop_jpeg(data, crop, channels=channels, dct_method=accurate)
-
-    def other() -> Any:
-        image = tf.io.decode_image(data, channels=channels, expand_animations=False)
+    def part(image: Any) -> Any:
         if box is None:
             return image
         shape = tf.shape(image)
         top, left, height, width = tf.unstack(box(shape[0], shape[1]))
         return image[top : top + height, left : left + width]
 
-    image = tf.cond(tf.io.is_jpeg(data), jpeg, other)
+    def jpeg() -> Any:
+        shape = tf.image.extract_jpeg_shape(data)
+        with tf.control_dependencies([_bounded(shape[0], shape[1])]):
+            shape = tf.identity(shape)
+
+        def plain() -> Any:
+            if box is None:
+                with tf.control_dependencies([shape]):
+                    return tf.image.decode_jpeg(data, channels=channels, dct_method=accurate)
+            crop = box(shape[0], shape[1])
+            return tf.image.decode_and_crop_jpeg(data, crop, channels=channels, dct_method=accurate)
+
+        return tf.cond(shape[2] == 4, other, plain)
+
+    def png() -> Any:
+        width, height = tf.unstack(tf.io.decode_raw(tf.strings.substr(data, 16, 8), tf.int32, False), 2)
+        with tf.control_dependencies([_bounded(height, width)]):
+            if channels == 3:
+                return part(tf.io.decode_png(data, channels=3))
+            image = tf.io.decode_png(data)
+        return part(tf.cond(tf.shape(image)[2] < 3, lambda: image[..., :1], lambda: _luma(image)))
+
+    def other() -> Any:
+        image = tf.numpy_function(_pillow, [data, channels], tf.uint8, stateful=False)
+        return part(tf.ensure_shape(image, (None, None, channels)))
+
+    is_png = tf.strings.substr(data, 0, 8) == b"\x89PNG\r\n\x1a\n"
+    image = tf.cond(tf.io.is_jpeg(data), jpeg, lambda: tf.cond(is_png, png, other))
     return tf.ensure_shape(image, (None, None, channels))
 
 
+def _pillow(data: bytes, channels: int) -> Any:
+    return pillow_decode(data, int(channels))
+
+
+def _luma(image: Any) -> Any:
+    """uint8 `[h, w, 3 or 4]` to `[h, w, 1]`, with Pillow's integers."""
+    tf = tensorflow()
+    red, green, blue = (tf.cast(image[..., c : c + 1], tf.int32) for c in range(3))
+    return tf.cast(tf.bitwise.right_shift(19595 * red + 38470 * green + 7471 * blue + 0x8000, 16), tf.uint8)
+
+
 def decode_unguarded(data: Any, channels: int, box: Any = None) -> tuple[Any, Any]:
-    """(image, False); an image that does not decode raises."""
+    """(image, False); an image that does not decode raises. `data` is the image or gives it."""
+    data = data() if callable(data) else data
     return _decode(data, channels, box), tensorflow().constant(False)
 
 
 def decode_guarded(data: Any, channels: int, box: Any = None) -> tuple[Any, Any]:
-    """(image, did it fail): a black pixel instead of an error inside the graph.
+    """(image, did it fail): a black pixel instead of an error inside the graph, also of reading it.
 
     Nothing but tf.data can catch an error there, and setting a data set up for
     each image takes longer than decoding it: see `stream`.
@@ -69,10 +112,10 @@ def decode_guarded(data: Any, channels: int, box: Any = None) -> tuple[Any, Any]
     black = tf.data.Dataset.from_tensors((tf.zeros((1, 1, channels), tf.uint8), True))
 
     @tf.autograph.experimental.do_not_convert
-    def good(data: Any) -> tuple[Any, Any]:
-        return _decode(data, channels, box), False
+    def good(_: Any) -> tuple[Any, Any]:
+        return _decode(data() if callable(data) else data, channels, box), False
 
-    made = tf.data.Dataset.from_tensors(data).map(good).ignore_errors()
+    made = tf.data.Dataset.from_tensors(0).map(good).ignore_errors()
     image, bad = made.concatenate(black).take(1).get_single_element()
     return tf.ensure_shape(image, (None, None, channels)), bad
 
@@ -129,7 +172,7 @@ def train_views(
     A single view decodes its crop only; several share the whole image.
 
     Args:
-      data: the encoded image.
+      data: the encoded image, or a function that gives it.
       seed: int64 `[2]`, keys every draw.
       size: (h, w) of the result.
       decode: `decode_unguarded` or `decode_guarded`.
@@ -194,30 +237,36 @@ def compiled_train(
     options: AugmentOptions,
     distortion: Distortion | None,
     guarded: bool,
+    load: Callable[[Any], Any],
 ) -> Callable[[Any, Any], tuple[Any, Any]]:
-    """`train_views` of (data, seed) as a graph that every epoch reuses."""
+    """`train_views` of (pointer, seed) as a graph that every epoch reuses; `load(pointer)` is the image."""
     tf = tensorflow()
     signature = (tf.TensorSpec((), tf.string), tf.TensorSpec((2,), tf.int64))
     decode = decode_guarded if guarded else decode_unguarded
 
     @tf.function(input_signature=signature, autograph=False)
-    def run(data: Any, seed: Any) -> tuple[Any, Any]:
-        return train_views(data, seed, size, channels, options, distortion, decode=decode)
+    def run(pointer: Any, seed: Any) -> tuple[Any, Any]:
+        return train_views(lambda: load(pointer), seed, size, channels, options, distortion, decode=decode)
 
     return run
 
 
 @functools.lru_cache(maxsize=16)
 def compiled_eval(
-    size: tuple[int, int], channels: int, crop_pct: float, interpolation: str, guarded: bool
+    size: tuple[int, int],
+    channels: int,
+    crop_pct: float,
+    interpolation: str,
+    guarded: bool,
+    load: Callable[[Any], Any],
 ) -> Callable[[Any], tuple[Any, Any]]:
-    """`eval_image` of the encoded image and whether it did not decode, likewise."""
+    """`eval_image` of the loaded image and whether it did not decode, likewise."""
     tf = tensorflow()
     decode = decode_guarded if guarded else decode_unguarded
 
     @tf.function(input_signature=(tf.TensorSpec((), tf.string),), autograph=False)
-    def run(data: Any) -> tuple[Any, Any]:
-        image, bad = decode(data, channels)
+    def run(pointer: Any) -> tuple[Any, Any]:
+        image, bad = decode(lambda: load(pointer), channels)
         return tf.ensure_shape(_centre(image, size, crop_pct, interpolation), (*size, channels)), bad
 
     return run

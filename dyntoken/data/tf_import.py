@@ -9,7 +9,7 @@ from typing import Any
 
 from dyntoken.data.errors import MissingDataError
 
-INSTALL = 'TensorFlow is not installed: pip install "dyntoken[data]"'
+INSTALL = "TensorFlow is not installed: pip install tensorflow"
 
 
 @functools.cache

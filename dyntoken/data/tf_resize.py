@@ -23,7 +23,8 @@ from dyntoken.data.xla import once
 _SUPPORT = {"bilinear": 1.0, "bicubic": 2.0}  # pixels on either side where nothing is reduced
 _BITS, _LEVEL = 10, 4.0  # of a channel between the passes, and its steps per grey level
 _TERMS = (5, 8, 11)  # bicubic: enough up to 1, 1.75 and 2.5 pixels per pixel of the result
-_SIDES = tuple(2.0**n for n in range(-2, 11))  # of a window, in sides of the result
+# Of a window, in sides of the result; the last ones are for huge images and tiny results.
+_SIDES = tuple(2.0**n for n in range(-2, 19))
 _FINE_SIDES = tuple(sorted({*_SIDES, *(1.5 * side for side in _SIDES if side >= 1)}))
 
 
@@ -87,7 +88,8 @@ def _window(extent: Any, size: int, axis: int) -> Any:
     All columns of a window are computed, of its rows only those that count.
     """
     tf = tensorflow()
-    sides = tf.constant([max(8, round(size * side)) for side in (_SIDES, _FINE_SIDES)[axis]], tf.int32)
+    sides = [max(8, min(round(size * side), 2**30)) for side in (_SIDES, _FINE_SIDES)[axis]]
+    sides = tf.constant(sides, tf.int32)
     return tf.reduce_min(tf.where(sides[None] >= extent[:, None], sides[None], 2**30), 1)
 
 

@@ -23,11 +23,13 @@ from dyntoken.data.cards import CARDS, default_moments
 from dyntoken.data.errors import DataError, MissingDataError
 from dyntoken.data.plan import DataInfo, EvalPlan, Part, TrainPlan
 from dyntoken.data.sources import SOURCES
-from dyntoken.data.stream import MAX_CORRUPT, StreamSource
+from dyntoken.data.stream import MAX_CORRUPT, StreamSource, unreadable
 from dyntoken.data.tf_import import INSTALL, tensorflow
 from dyntoken.registry import UnknownNameError, suggest
+from dyntoken.schema import Natural
 
 SHUFFLE_BUFFER = 2048  # records per virtual shard
+_ENDS = 64  # examples at either end of a split, by which one sees that it is sorted
 _CYCLE, _BLOCK = 4, 16  # files read in turn, records at a time
 _TARS = {
     "imagenet2012": "ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar",
@@ -169,28 +171,43 @@ def _read(name: str, path: str) -> tuple[Any, DataInfo]:
     tensorflow()
     import tensorflow_datasets as tfds
 
-    builder = tfds.builder_from_directory(path)
+    try:
+        builder = tfds.builder_from_directory(path)
+    except Exception as error:  # whatever TFDS stumbles over in its own JSON
+        text = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(
+            f"data set {name!r}: dataset_info.json or features.json in {path} is damaged ({text}): {_again(path)}"
+        ) from None
     return builder, _describe(name, builder)
+
+
+def _again(path: str) -> str:
+    return f"copy or build {path} again"
 
 
 @functools.lru_cache(maxsize=8)
 def _decoded(name: str, path: str, split: str) -> ArrayRows:
-    """A whole split as arrays, in the order of its files."""
+    """A whole split as arrays, in the order of its files unless that is one of classes."""
     builder, _ = _read(name, path)
     import tensorflow_datasets as tfds
 
     image, label = features_of(builder)
     config = tfds.ReadConfig(try_autocache=False, interleave_cycle_length=1, enable_ordering_guard=False)
-    arrays = tfds.as_numpy(
-        builder.as_dataset(
-            split=split,
-            batch_size=-1,
-            read_config=config,
-            decoders=tfds.decode.PartialDecoding({image: True, label: True}),
-            shuffle_files=False,
+    try:
+        arrays = tfds.as_numpy(
+            builder.as_dataset(
+                split=split,
+                batch_size=-1,
+                read_config=config,
+                decoders=tfds.decode.PartialDecoding({image: True, label: True}),
+                shuffle_files=False,
+            )
         )
-    )
-    return ArrayRows(np.ascontiguousarray(arrays[image]), arrays[label].astype(np.int32))
+    except tensorflow().errors.OpError as error:
+        raise unreadable(name, error, _again(path)) from None
+    rows = ArrayRows(np.ascontiguousarray(arrays[image]), arrays[label].astype(np.int32))
+    in_order = builder.info.disable_shuffling or (np.diff(rows.labels) >= 0).all()
+    return rows.stratified() if in_order else rows
 
 
 class _TfdsRecords:
@@ -200,6 +217,7 @@ class _TfdsRecords:
 
     def __init__(self, builder: Any):
         self._builder = builder
+        self.where = _again(os.fspath(builder.data_path))
         self._image, self._label = features_of(builder)
         features = builder.info.features
         self._several = _REAL_LABEL if _REAL_LABEL in features else None
@@ -250,8 +268,28 @@ class _TfdsRecords:
 
         return records.map(pick)
 
-    def load(self, pointer: Any) -> Any:
+    def in_order(self, split: str, count: int) -> bool:
+        """Whether a split was written in order: TFDS then says so, Hugging Face's sets do not.
+
+        Those are known by their ends, if both are sorted and do not overlap.
+        """
+        if self._builder.info.disable_shuffling:
+            return True
+        if count < 2 * _ENDS:
+            return False
+        ends = [self.rows([(split, at, at + _ENDS)], None) for at in (0, count - _ENDS)]
+        try:
+            first, last = ([int(row[1]) for row in end.as_numpy_iterator()] for end in ends)
+        except tensorflow().errors.OpError as error:
+            raise unreadable(self._builder.info.full_name, error, self.where) from None
+        return first == sorted(first) and last == sorted(last) and first[-1] < last[0]
+
+    @staticmethod
+    def load(pointer: Any) -> Any:
         return pointer
+
+    def why(self, name: bytes, channels: int) -> str:
+        return ""
 
 
 class TfdsSource:
@@ -272,22 +310,31 @@ class TfdsSource:
         card = CARDS.get(re.split("[:/]", self._name)[0])
         return card if self._path is None and card is not None else self._open()[1]
 
-    def _source(self) -> Any:
+    def _source(self, parts: Sequence[Part], train: bool) -> Any:
         builder, info = self._open()
         shape = info.image_shape
         if shape is not None and sum(info.splits.values()) * int(np.prod(shape)) < IN_MEMORY_BYTES:
             path = os.fspath(self._path)
             return ArraySource(info, lambda split: _decoded(self._name, path, split))
-        return StreamSource(_TfdsRecords(builder), info, self._max_corrupt)
+        records = _TfdsRecords(builder)
+        for split, start, stop in parts:
+            count = info.splits[split]
+            if (train or stop - start < count) and records.in_order(split, count):
+                raise DataError(
+                    f"split {split!r} of data set {self._name!r} is stored in order, so a slice or a part of a batch "
+                    "would hold some classes only: write it again with TFDS's shuffling (disable_shuffling=False), "
+                    "or as a folder of images"
+                )
+        return StreamSource(records, info, self._max_corrupt)
 
     def train(self, plan: TrainPlan) -> Iterator[Batch]:
-        return self._source().train(plan)
+        return self._source(plan.parts, True).train(plan)
 
     def evaluate(self, plan: EvalPlan) -> Iterator[Batch]:
-        return self._source().evaluate(plan)
+        return self._source(plan.parts, False).evaluate(plan)
 
 
-def open_tfds(name: str, data_dir: str | None, *, max_corrupt: int = MAX_CORRUPT) -> TfdsSource:
+def open_tfds(name: str, data_dir: str | None, *, max_corrupt: Natural = MAX_CORRUPT) -> TfdsSource:
     """The TFDS set `name[/config][:version]`, read from `data_dir`.
 
     Args:

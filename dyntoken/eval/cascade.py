@@ -29,8 +29,10 @@ class Exits:
 
     Attributes:
       logits: float32 `[B, K]` of the exit that each image took.
-      exit: int64 `[B]`, that exit.
-      score: float32 `[B]`, its score there, higher is surer (see `eval.exits`).
+      exit: int64 `[B]`, that exit; -1 for an image that no rule can score,
+        because its logits are NaN or infinite: it went through to the last exit.
+      score: float32 `[B]`, its score there, higher is surer (see `eval.exits`);
+        NaN where `exit` is -1.
     """
 
     logits: np.ndarray
@@ -91,13 +93,17 @@ class Runner:
         Raises:
           UnknownNameError: no such rule.
           ValueError: a model without exits, thresholds of the wrong length or
-            NaN, or a batch that does not divide over the devices.
+            NaN, no devices, or a batch that does not divide over them.
         """
         if not macs.exits(model):
             name = getattr(model, "arch", type(model).__name__)
             raise ValueError(f"{name} has no exits to leave at: name a cascade, such as dvt_deit_small")
         exits.RULES[rule]  # an unknown name fails here
         devices = jax.local_devices() if devices is None else list(devices)
+        if not devices or len(set(devices)) < len(devices):
+            raise ValueError(
+                f"devices={devices}: give at least one device, each once (None takes all of this process)"
+            )
         if batch < 1 or batch % len(devices):
             raise ValueError(
                 f"a batch of {batch} does not divide over {len(devices)} devices: "
@@ -146,7 +152,7 @@ class Runner:
           start: number of the first image in its set (keys the random rule).
 
         Raises:
-          ValueError: images of another shape or type, more than a batch, or NaN logits.
+          ValueError: images of another shape or type, or more than a batch.
         """
         run = _Run(self, start)
         run.absorb(run.push(images, leave))
@@ -351,10 +357,7 @@ class _Run:
         while self.released < self.pushed and not self.batches[self.released].missing:
             self.settle()
             result = self.batches.pop(self.released).exits
-            if np.isnan(result.score).any():
-                image = int(np.argmax(np.isnan(result.score)))
-                raise ValueError(
-                    f"image {image} of batch {self.released} has NaN logits: no exit rule can score it"
-                )
+            odd = np.isnan(result.score) | ~(result.logits < np.inf).all(axis=-1)
+            result.exit[odd], result.score[odd] = -1, np.nan
             self.released += 1
             yield result

@@ -27,15 +27,16 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from dyntoken import schema
 from dyntoken.losses import distill
-from dyntoken.registry import Table, UnknownNameError, check_call, check_options, suggest
+from dyntoken.registry import Table, UnknownNameError, check_call, suggest
+from dyntoken.schema import NonNegative
 from dyntoken.types import Array, Output
 
 LOSSES = Table(
@@ -103,16 +104,11 @@ def parse(specs: Specs) -> tuple[Spec, ...]:
     rows = specs.items() if hasattr(specs, "items") else specs
     parsed: dict[str, Spec] = {}
     for key, given in rows:
-        options = dict(given)
         name = key.partition("#")[0]
-        known = [p for p, v in inspect.signature(LOSSES[name]).parameters.items() if v.kind is v.KEYWORD_ONLY]
-        each = ["weights"] if _mark(name) in ("each", "earlier") else []
-        check_options(f"loss {key!r}", options, ["weight", *each, *known])
+        options = schema.check(keywords(key), given, owner=f"loss {key!r}")
         if key in parsed:
             raise ValueError(f"loss {key!r} is listed twice: tell them apart as '{name}#a' and '{name}#b'")
-        weight = float(options.pop("weight", 1.0))
-        shares = options.pop("weights", None)
-        shares = None if shares is None else tuple(float(share) for share in shares)
+        weight, shares = options.pop("weight", 1.0), options.pop("weights", None)
         parsed[key] = Spec(key, name, weight, options, shares)
     if not parsed:
         raise ValueError(f"no loss given: name at least one of {', '.join(LOSSES)}")
@@ -151,6 +147,18 @@ def register_loss(
 
     marked.needs, marked.exits = frozenset(needs), exits
     LOSSES.register(name, marked)
+
+
+def keywords(key: str) -> dict[str, Any]:
+    """The options of a line of a loss list: name -> annotation, see `schema`.
+
+    Raises:
+      UnknownNameError: no such loss.
+    """
+    name = key.partition("#")[0]
+    own = schema.keywords(LOSSES[name])
+    each = {"weights": tuple[NonNegative, ...] | None} if _mark(name) in ("each", "earlier") else {}
+    return {"weight": NonNegative, **each, **own}
 
 
 def _mark(name: str) -> str | None:
@@ -244,6 +252,7 @@ __all__ = [
     "average",
     "check",
     "evaluate",
+    "keywords",
     "metrics",
     "needs",
     "parse",

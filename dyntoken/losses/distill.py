@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
 from dyntoken.losses.common import blank, check_unmixed, exits, kl_rows, needs, row_mask, teacher_of
-from dyntoken.registry import UnknownNameError, suggest
+from dyntoken.schema import Positive
 from dyntoken.types import Array, Output, Tokens
 
-VARIANTS = ("mse", "kl")
+Variant = Literal["mse", "kl"]
 TWO_EXITS = (
     "loss 'exit_kl' needs a model with at least two exits, whose last one teaches: dvt_..., multiexit_..."
 )
@@ -57,7 +57,7 @@ def logit_kl(output: Output, batch: Mapping[str, Any]) -> tuple[Array, Array]:
 
 
 @exits("earlier")
-def exit_kl(output: Output, batch: Mapping[str, Any], *, temperature: float = 1.0) -> tuple[Array, Array]:
+def exit_kl(output: Output, batch: Mapping[str, Any], *, temperature: Positive = 1.0) -> tuple[Array, Array]:
     """KL(last exit || earlier exit) of the class distributions, in nats.
 
     The last exit of a model teaches the earlier ones: it is detached, so no
@@ -74,12 +74,10 @@ def exit_kl(output: Output, batch: Mapping[str, Any], *, temperature: float = 1.
       (sums over rows `[E - 1]`, number of rows).
 
     Raises:
-      ValueError: for a model without exits or a temperature that is not positive.
+      ValueError: for a model without exits.
     """
     if output.logits.ndim != 3 or len(output.logits) < 2:
         raise ValueError(TWO_EXITS)
-    if not temperature > 0:
-        raise ValueError(f"loss 'exit_kl' needs a positive temperature, not {temperature}")
     mask = row_mask(batch, output.logits.shape[1])
     *early, last = [blank(one, mask) / temperature for one in output.logits]
     last = jax.lax.stop_gradient(last)
@@ -89,7 +87,9 @@ def exit_kl(output: Output, batch: Mapping[str, Any], *, temperature: float = 1.
 
 @needs("teacher", "features")
 @exits("none")
-def token_distill(output: Output, batch: Mapping[str, Any], *, variant: str = "mse") -> tuple[Array, Array]:
+def token_distill(
+    output: Output, batch: Mapping[str, Any], *, variant: Variant = "mse"
+) -> tuple[Array, Array]:
     """Distance of the surviving tokens from the teacher's at the same place.
 
     Counts the tokens alive after the last site. In mask form rows keep their
@@ -110,7 +110,6 @@ def token_distill(output: Output, batch: Mapping[str, Any], *, variant: str = "m
     Raises:
       ValueError: without a teacher, without features, if they do not fit, or
         for a model with exits.
-      UnknownNameError: for an unknown variant.
     """
     check_unmixed(output, "token_distill")
     teacher = teacher_of(batch, "token_distill").tokens
@@ -127,7 +126,9 @@ def token_distill(output: Output, batch: Mapping[str, Any], *, variant: str = "m
 
 
 @needs("teacher", "features", "dense")
-def dense_distill(output: Output, batch: Mapping[str, Any], *, variant: str = "kl") -> tuple[Array, Array]:
+def dense_distill(
+    output: Output, batch: Mapping[str, Any], *, variant: Variant = "kl"
+) -> tuple[Array, Array]:
     """Distance of the surviving tokens' auxiliary logits from the teacher's at the same place.
 
     What DynamicViT trains LV-ViT with in place of `token_distill`
@@ -147,7 +148,6 @@ def dense_distill(output: Output, batch: Mapping[str, Any], *, variant: str = "k
 
     Raises:
       ValueError: without a teacher or auxiliary logits, or if they do not fit.
-      UnknownNameError: for an unknown variant.
     """
     check_unmixed(output, "dense_distill")
     teacher = teacher_of(batch, "dense_distill")
@@ -170,8 +170,6 @@ def _distance(
     loss: str, variant: str, output: Output, batch: Mapping[str, Any], student: Array, aim: Array
 ) -> tuple[Array, Array]:
     """Distance of the student's rows `[B, N, C]` alive from the teacher's `[B, N0, C]` at their places."""
-    if variant not in VARIANTS:
-        raise UnknownNameError(f"unknown variant {variant!r} of loss {loss!r}: {suggest(variant, VARIANTS)}")
     tokens = output.tokens
     masked = _decision(output)
     alive = (tokens.place >= 0) if masked is None else (masked > 0.5) & (tokens.place >= 0)  # [B, N]

@@ -8,11 +8,12 @@ from typing import Any
 import jax.numpy as jnp
 
 from dyntoken.losses.common import row_mask
+from dyntoken.schema import Positive
 from dyntoken.types import Array, Output
 
 
 def keep_ratio(
-    output: Output, batch: Mapping[str, Any], *, divisor: float | None = None, dynamic: bool = False
+    output: Output, batch: Mapping[str, Any], *, divisor: Positive | None = None, dynamic: bool = False
 ) -> tuple[Array, Array]:
     """Squared distance of the share of kept tokens from its target.
 
@@ -24,7 +25,7 @@ def keep_ratio(
       output: `reductions` of a method that samples its decisions, `decision`
         `[B, n]` with straight-through gradient.
       batch: `"mask"` `[B]`.
-      divisor: by default the number of sites (TPS). DynamicViT's own loss
+      divisor: positive, by default the number of sites (TPS). DynamicViT's own loss
         always divides by 3, however many sites there are.
       dynamic: compare the mean over tokens *and* rows with the target, so that
         images may differ in how much they keep. That is a statistic of the
@@ -35,7 +36,7 @@ def keep_ratio(
       (sum over rows, number of rows).
 
     Raises:
-      ValueError: if the model reduces nothing or the divisor is not positive.
+      ValueError: if the model reduces nothing.
     """
     sites = output.reductions
     if not sites:
@@ -43,8 +44,6 @@ def keep_ratio(
             "loss 'keep_ratio' needs a model that reduces tokens: this one has no reduction site"
         )
     divisor = len(sites) if divisor is None else divisor
-    if divisor <= 0:
-        raise ValueError(f"loss 'keep_ratio' needs a positive divisor, not {divisor}")
     mask = row_mask(batch, sites[0].decision.shape[0])
     count = jnp.sum(mask)
     total = jnp.zeros((), jnp.float32)

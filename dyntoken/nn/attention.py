@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import chex
@@ -25,6 +26,9 @@ class Attention(nn.Module):
       qk_scale: factor on the logits; None is head_dim ** -0.5.
       dropout: rate after the output projection.
       dtype: compute type; the softmax stays in float32.
+      attn_dropout: rate on the attention weights.
+      proj_bias: bias of the output projection.
+      qk_norm_eps: epsilon of a LayerNorm per head on queries and keys, None for none.
     """
 
     heads: int
@@ -32,6 +36,9 @@ class Attention(nn.Module):
     qk_scale: float | None = None
     dropout: float = 0.0
     dtype: Any = jnp.float32
+    attn_dropout: float = 0.0
+    proj_bias: bool = True
+    qk_norm_eps: float | None = None
 
     @nn.compact
     def __call__(
@@ -68,17 +75,22 @@ class Attention(nn.Module):
         qkv = layers.dense(3 * width, name="qkv", dtype=self.dtype, use_bias=self.qkv_bias)(x)
         qkv = qkv.reshape(batch, rows, 3, self.heads, width // self.heads)
         q, k, v = jnp.moveaxis(qkv, (2, 3), (0, 2))  # each [B, heads, T, head_dim]
+        if self.qk_norm_eps is not None:
+            norm = functools.partial(nn.LayerNorm, epsilon=self.qk_norm_eps, dtype=self.dtype)
+            q, k = norm(name="q_norm")(q), norm(name="k_norm")(k)
         scale = self.qk_scale if self.qk_scale is not None else (width // self.heads) ** -0.5
         seen = None
-        if policy is None and not observe and not relate:
+        thinned = draws is not None and self.attn_dropout > 0.0
+        if policy is None and not observe and not relate and not thinned:
             y = attend.attention(q, k, v, scale=scale, bias=bias)
         else:
             logits = attend.logits(q, k, scale=scale, bias=bias)
             p = attend.normalise(logits, policy=policy, train=train)
+            p = layers.drop(p, self.attn_dropout, draws, *path, 0)
             y = jnp.einsum("bhqk,bhkd->bhqd", p.astype(v.dtype), v)
             cls = attend.class_attention(p, prefix) if prefix and observe else None
             shown = {"cls": cls, "keys": k, "probs": p} if observe else {}
             seen = Attended(**shown, logits=logits if relate else None)
         y = jnp.swapaxes(y, 1, 2).reshape(batch, rows, width)
-        y = layers.dense(width, name="proj", dtype=self.dtype)(y)
+        y = layers.dense(width, name="proj", dtype=self.dtype, use_bias=self.proj_bias)(y)
         return layers.drop(y, self.dropout, draws, *path), seen if observe or relate else None

@@ -48,6 +48,10 @@ class Block(nn.Module):
       skip_lam: what both residual branches are divided by (LV-ViT).
       context: channels of the features that `feed` gets besides the tokens.
       dtype: compute type.
+      attn_dropout: on the attention weights.
+      proj_bias: biases of the attention projection and the MLP.
+      qk_norm: a LayerNorm per head on queries and keys.
+      act: activation of the MLP, see `layers.ACTIVATIONS`.
     """
 
     layer: int
@@ -63,12 +67,32 @@ class Block(nn.Module):
     skip_lam: float = 1.0
     context: int = 0
     dtype: Any = jnp.float32
+    attn_dropout: float = 0.0
+    proj_bias: bool = True
+    qk_norm: bool = False
+    act: str = "gelu"
 
     def setup(self) -> None:
         self.norm1 = nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype)
-        self.attn = Attention(self.heads, self.qkv_bias, self.qk_scale, self.dropout, self.dtype)
+        self.attn = Attention(
+            self.heads,
+            self.qkv_bias,
+            self.qk_scale,
+            self.dropout,
+            self.dtype,
+            self.attn_dropout,
+            self.proj_bias,
+            self.norm_eps if self.qk_norm else None,
+        )
         self.norm2 = nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype)
-        self.mlp = layers.Mlp(int(self.width * self.mlp_ratio), self.dropout, self.dtype, self.width)
+        self.mlp = layers.Mlp(
+            int(self.width * self.mlp_ratio),
+            self.dropout,
+            self.dtype,
+            self.width,
+            layers.ACTIVATIONS[self.act],
+            self.proj_bias,
+        )
         if self.layer_scale is not None:
             self.ls1 = layers.LayerScale(self.layer_scale)
             self.ls2 = layers.LayerScale(self.layer_scale)

@@ -8,6 +8,8 @@ import jax
 from dyntoken.ops.sample import Draws
 
 Array = jax.Array
+# Fields of a backbone that draw in training where they are not 0.
+RATES = ("dropout", "attn_dropout", "pos_dropout", "drop_path", "mix_token")
 
 
 def of_stream(module: nn.Module, stream: str, ids: Array) -> Draws | None:
@@ -27,7 +29,7 @@ def of_dropout(module: nn.Module, options: dict, ids: Array) -> Draws | None:
     Raises:
       ValueError: the model draws and `apply` got no key.
     """
-    if not any(_positive(options.get(rate, 0.0)) for rate in ("dropout", "drop_path", "mix_token")):
+    if not any(_positive(options.get(rate, 0.0)) for rate in RATES):
         return None
     draws = of_stream(module, "dropout", ids)
     if draws is None:

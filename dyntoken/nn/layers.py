@@ -53,17 +53,30 @@ def gelu(x: Array) -> Array:
     return 0.5 * x * (1.0 + jax.lax.erf(x * math.sqrt(0.5)))
 
 
+# Activations of an MLP by timm's names; "swiglu" (SwiGLUPacked) halves its width.
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "gelu": gelu,
+    "gelu_tanh": jax.nn.gelu,
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+    "swiglu": lambda x: jax.nn.silu(x[..., : x.shape[-1] // 2]) * x[..., x.shape[-1] // 2 :],
+}
+
+
 class PatchEmbed(nn.Module):
     """Non-overlapping patches: `[B, H, W, Cin]` -> `[B, rows, columns, width]`.
 
     Attributes:
       padding: rows and columns of zeros on either side of the image.
+      use_bias: adds a bias per channel.
     """
 
     patch: tuple[int, int]
     width: int
     padding: tuple[int, int] = (0, 0)
     dtype: Dtype = jnp.float32
+    use_bias: bool = True
 
     @nn.compact
     def __call__(self, images: Array) -> Array:
@@ -71,7 +84,7 @@ class PatchEmbed(nn.Module):
         init = torch_uniform(fan_in)
         padding = [(p, p) for p in self.padding]
         options = {"kernel_init": init, "bias_init": init, "dtype": self.dtype, "name": "proj"}
-        return nn.Conv(self.width, self.patch, self.patch, padding, **options)(images)
+        return nn.Conv(self.width, self.patch, self.patch, padding, use_bias=self.use_bias, **options)(images)
 
 
 class ConvStem(nn.Module):
@@ -115,21 +128,23 @@ def _padded(images: Array, padding: tuple[int, int], patch: int) -> Array:
 
 
 class Mlp(nn.Module):
-    """Two linear layers, between them an exact GELU: `[B, T, C]` -> `[B, T, width]`, by default width = C."""
+    """Two linear layers, between them an activation: `[B, T, C]` -> `[B, T, width]`, by default width = C."""
 
     hidden: int
     dropout: float = 0.0
     dtype: Dtype = jnp.float32
     width: int | None = None
     activation: Callable[[Array], Array] = gelu
+    use_bias: bool = True
 
     @nn.compact
     def __call__(self, x: Array, draws: sample.Draws | None = None, path: tuple[int, ...] = ()) -> Array:
         """`draws` turns dropout on; `path` numbers the layer."""
         width = self.width or x.shape[-1]
-        x = self.activation(dense(self.hidden, name="fc1", dtype=self.dtype)(x))
+        options = {"dtype": self.dtype, "use_bias": self.use_bias}
+        x = self.activation(dense(self.hidden, name="fc1", **options)(x))
         x = drop(x, self.dropout, draws, *path, 0)
-        x = dense(width, name="fc2", dtype=self.dtype)(x)
+        x = dense(width, name="fc2", **options)(x)
         return drop(x, self.dropout, draws, *path, 1)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -17,6 +17,7 @@ POLICIES = (
     "dots_saveable",  # every product, the attention logits [B, heads, T, T] among them
     "everything_saveable",  # all, as remat=False
 )
+Remat = bool | Literal[POLICIES]
 
 
 def check_policy(remat: bool | str) -> None:

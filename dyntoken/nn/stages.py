@@ -22,7 +22,6 @@ from dyntoken.ops import attend, sample, select
 from dyntoken.types import Attended, Reduction, Tokens
 
 Array = jax.Array
-DROPPED = ("zero", "last")
 
 
 class Map(NamedTuple):

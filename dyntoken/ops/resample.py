@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 Array = jax.Array
+METHODS = ("bicubic", "bilinear", "timm")
 
 
 def _cubic(distance: np.ndarray, a: float = -0.75) -> np.ndarray:
@@ -26,12 +27,18 @@ def _linear(distance: np.ndarray) -> np.ndarray:
 def resize_matrix(old: int, new: int, method: str) -> np.ndarray:
     """Weights `[new, old]` of a one-dimensional resize.
 
-    torch's `interpolate(align_corners=False, antialias=False)`: half-pixel
-    centres, border values repeated, no widening of the kernel when shrinking.
+    torch's `interpolate(align_corners=False)`: half-pixel centres. "bicubic" and
+    "bilinear" repeat border values and do not widen their kernel when shrinking;
+    "timm" is bicubic with `antialias=True`: a widening kernel, another coefficient
+    (also when enlarging), weights renormalised at the borders.
     """
-    if method not in ("bicubic", "bilinear"):
-        raise ValueError(f"unknown resize method {method!r}: choose bicubic or bilinear")
+    if method not in METHODS:
+        raise ValueError(f"unknown resize method {method!r}: choose {', '.join(METHODS)}")
     centre = (np.arange(new) + 0.5) * old / new - 0.5
+    if method == "timm":
+        distance = (np.arange(old) - centre[:, None]) / max(old / new, 1.0)
+        weights = _cubic(distance, a=-0.5)
+        return weights / weights.sum(axis=1, keepdims=True)
     if method == "bilinear":
         centre = np.maximum(centre, 0.0)
     first = np.floor(centre).astype(int)
@@ -47,7 +54,7 @@ def resize_grid(x: Array, old: tuple[int, int], new: tuple[int, int], method: st
     """Resizes rows on a grid: `[B, h * w, C]` from grid `old` to grid `new`.
 
     Args:
-      method: "bicubic" (EViT, TPS, DeiT: a = -0.75) or "bilinear" (DynamicViT).
+      method: "bicubic" (EViT, TPS, DeiT: a = -0.75), "bilinear" (DynamicViT) or "timm" (antialiased).
     """
     if x.shape[1] != old[0] * old[1]:
         raise ValueError(f"{x.shape[1]} rows do not fill a grid of {tuple(old)}")

@@ -16,24 +16,34 @@ from dyntoken.ops import backend
 
 Array = jax.Array
 HIGHEST = jax.lax.Precision.HIGHEST
+_TOP = 0x7FFFFFFF  # the largest int32
 
 
 def order(scores: Array) -> Array:
     """Row numbers `[B, n]` from best to worst; equal scores keep their order.
 
-    On a TPU `top_k` and `argsort` compile to a full sort, so there the rank is
+    NaN comes first, the signed zeros are equal: the same on every platform. On a
+    TPU `top_k` and `argsort` compile to a full sort, so there the rank is
     counted by comparison, which is exact too.
     """
-    scores = scores.astype(jnp.float32)
+    keys = _keys(scores)
     if backend.platform() != "tpu":
-        return jnp.argsort(scores, axis=-1, descending=True, stable=True).astype(jnp.int32)
-    n = scores.shape[-1]
+        return jnp.argsort(keys, axis=-1, descending=True, stable=True).astype(jnp.int32)
+    n = keys.shape[-1]
     rows = jnp.arange(n, dtype=jnp.int32)
-    better = scores[:, None, :] > scores[:, :, None]
-    tied = (scores[:, None, :] == scores[:, :, None]) & (rows[None, None, :] < rows[None, :, None])
+    better = keys[:, None, :] > keys[:, :, None]
+    tied = (keys[:, None, :] == keys[:, :, None]) & (rows[None, None, :] < rows[None, :, None])
     rank = (better | tied).sum(axis=-1, dtype=jnp.int32)  # [B, n]
     at = (rank[:, None, :] == rows[None, :, None]).astype(jnp.int32)  # [B, rank, row]
     return (at * rows[None, None, :]).sum(axis=-1)
+
+
+def _keys(scores: Array) -> Array:
+    """Integers that are ordered as the scores are, NaN above all: comparing floats, NaN has no rank."""
+    scores = jax.lax.stop_gradient(scores.astype(jnp.float32))
+    bits = jax.lax.bitcast_convert_type(jnp.where(scores == 0, 0.0, scores), jnp.int32)
+    bits = jnp.where(bits < 0, bits ^ _TOP, bits)  # the larger a negative number's bits, the smaller it is
+    return jnp.where(jnp.isnan(scores), _TOP, bits)
 
 
 def split(scores: Array, keep: int) -> tuple[Array, Array]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import typing
+from typing import Literal
+
 import chex
 import flax.linen as nn
 import jax
@@ -11,10 +14,12 @@ from dyntoken.ops import fuse as fusing
 from dyntoken.ops import sample, select
 from dyntoken.reducers.fuse import FUSERS
 from dyntoken.reducers.score import SCORERS, Scores, shares, shuffled
+from dyntoken.schema import Positive
 from dyntoken.types import Attended, Reduction, Tokens
 
 Array = jax.Array
-FORMS = ("auto", "mask", "gather")
+Form = Literal["auto", "mask", "gather"]
+FORMS = typing.get_args(Form)
 
 
 class _Seen:
@@ -56,7 +61,7 @@ class Reducer(nn.Module):
     keep: int
     current: int | None = None
     ratio: float | None = None
-    form: str = "auto"
+    form: Form = "auto"
     stage: int = 0
     predictor_eps: float = 1e-5
 
@@ -129,9 +134,9 @@ class ScoreSelectFuse(Reducer):
     score: str = "predictor"
     fuse: str = "drop"
     shuffle: bool = False
-    temperature: float = 1.0
-    tau: float = 1.0
-    similarity: str = "cosine"
+    temperature: Positive = 1.0
+    tau: Positive = 1.0
+    similarity: Literal["cosine", "dot"] = "cosine"
 
     scorer = property(lambda self: SCORERS[self.score])
     fuser = property(lambda self: FUSERS[self.fuse])

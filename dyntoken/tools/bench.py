@@ -148,7 +148,7 @@ def report(result: dict[str, Any]) -> str:
     ideal = "training in mask form computes every token" if share is None else f"{100 * share:.0f} % of ideal"
     return "\n".join(
         [
-            f"{what}, batch {result['batch']}, {result['dtype']}, {result['device']}",
+            f"{what}, random weights, batch {result['batch']}, {result['dtype']}, {result['device']}",
             "",
             cli.table(rows),
             "",

@@ -25,8 +25,8 @@ MODES = ("batch by batch", "streaming")
 def shares(text: str) -> tuple[Fraction, ...]:
     """`80,15,5` (percent) or `0.8,0.15,0.05`, exactly: they sum to 100 or to 1."""
     try:
-        values = [Fraction(part.strip()) for part in text.split(",")]
-    except (ValueError, ZeroDivisionError):
+        values = [Fraction(str(share)) for share in cli.floats(text)]
+    except argparse.ArgumentTypeError:
         values = [Fraction(-1)]
     total = sum(values)
     if min(values) < 0 or total not in (1, 100):
@@ -165,7 +165,7 @@ def report(result: dict[str, Any]) -> str:
     return "\n".join(
         [
             f"{result['name']}, {parts} % leave at each exit, "
-            f"batch {result['batch']}, {result['dtype']}, {result['device']}",
+            f"random weights, batch {result['batch']}, {result['dtype']}, {result['device']}",
             f"GMACs up to each exit: {costs}",
             "",
             cli.table(rows),

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from etils import epath
 
+from dyntoken import paths
 from dyntoken.analysis import macs, plot, published, timing
 from dyntoken.eval import calibration, collect, exits, thresholds
 from dyntoken.eval.calibration import CALIBRATION, HELD_OUT, Half, Point
@@ -100,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if rival is not None:
         again = argparse.Namespace(**{**vars(args), unit: ()})  # its own sweep: its exits cost something else
         other = Result.of(rival, names[-1:], again, unit, rules=False)
-    out = epath.Path(args.workdir).expanduser() / "budget"
+    out = paths.resolve(args.workdir) / "budget"
     say = (lambda line: print(line, file=sys.stderr)) if args.json else print
     result.write(out, args, other, cited, say)
     print(json.dumps(result.as_json(args)) if args.json else report(result, other))
@@ -113,11 +114,15 @@ def _parser() -> cli.Parser:
     parser.add_argument("--workdir", required=True, help="of a trained model with exits")
     asked = parser.add_mutually_exclusive_group()
     asked.add_argument(
-        "--gmacs", type=numbers, nargs="?", const=(), help="average budgets in 1e9 multiply-adds (0.01,0.02)"
+        "--gmacs",
+        type=cli.floats,
+        nargs="?",
+        const=(),
+        help="average budgets in 1e9 multiply-adds (0.01,0.02)",
     )
     asked.add_argument(
         "--ms",
-        type=numbers,
+        type=cli.floats,
         nargs="?",
         const=(),
         help="average budgets in measured ms per image (without: a sweep)",
@@ -132,14 +137,6 @@ def _parser() -> cli.Parser:
     parser.add_argument("--published", action="store_true", help="draw the papers' curves too (ImageNet)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     return parser
-
-
-def numbers(text: str) -> tuple[float, ...]:
-    """`0.01,0.02` to a tuple."""
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers such as 0.01,0.02") from None
 
 
 def load(workdir: str, args: argparse.Namespace, unit: str) -> Loaded:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import ast
 import functools
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from dyntoken import schema
 from dyntoken.models import Model, create_model
 from dyntoken.reducers import FUSERS
 from dyntoken.registry import load_plugins
@@ -79,9 +79,9 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "--keep",
         type=keep,
         help="share of the tokens that stay, expanded over the sites as the method's paper does (0.7), "
-        "or one per site (0.7,0.5,0.3); whole numbers are token counts (137,96,67)",
+        "or one per site (0.7,0.5,0.3); whole numbers are token counts (137,96,67 or 137-96-67)",
     )
-    group.add_argument("--at", type=ints, help="blocks that reduce, counted from 0 (3,6,9)")
+    group.add_argument("--at", type=ints, help="blocks that reduce, counted from 0 (3,6,9 or 3-6-9)")
     group.add_argument("--img_size", type=size, help="pixels, 224 or HEIGHTxWIDTH")
     group.add_argument("--fuse", help=f"what becomes of dropped tokens: {', '.join(FUSERS)}, ...")
     group.add_argument(
@@ -114,56 +114,31 @@ def plugins(text: str) -> tuple[str, ...]:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
-def keep(text: str) -> Any:
-    """`0.7`, `0.7,0.5,0.3` (rates) or `137,96,67` (counts)."""
-    values = tuple(_number(part) for part in text.split(","))
-    return values[0] if len(values) == 1 else values
+def typed(kind: Any) -> Callable[[str], Any]:
+    """For `add_argument(type=...)`: reads a text as an annotation of `schema` says."""
 
-
-def _number(text: str) -> int | float:
-    for kind in (int, float):
+    def read(text: str) -> Any:
         try:
-            return kind(text)
+            return schema.check(kind, schema.Text(text), "it")
         except ValueError:
-            continue
-    raise argparse.ArgumentTypeError(f"{text!r} is no number: give 0.7, 0.7,0.5,0.3 or 137,96,67")
+            raise argparse.ArgumentTypeError(f"{text!r}: give {schema.describe(kind)}") from None
+
+    return read
 
 
-def ints(text: str) -> tuple[int, ...]:
-    """`3,6,9` to a tuple."""
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of whole numbers such as 3,6,9") from None
-
-
-def size(text: str) -> int | tuple[int, int]:
-    """`224` or `224x320`, height first."""
-    try:
-        values = tuple(int(part) for part in text.replace(",", "x").split("x"))
-    except ValueError:
-        values = ()
-    if len(values) not in (1, 2) or min(values) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no image size: give 224 or HEIGHTxWIDTH")
-    return values[0] if len(values) == 1 else values
-
-
-def positive(text: str) -> int:
-    """A whole number of at least 1."""
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
-    return int(text)
+keep = typed(schema.Keep)
+ints = typed(tuple[int, ...])
+floats = typed(tuple[float, ...])
+size = typed(schema.Size)
+positive = typed(schema.Count)
 
 
 def assignment(text: str) -> tuple[str, Any]:
-    """`key=value`; the value is a Python literal, or else a string."""
+    """`key=value`; the type of the keyword says what the value means."""
     key, equals, value = text.partition("=")
     if not equals or not key.isidentifier():
         raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
-    try:
-        return key, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return key, value
+    return key, schema.Text(value)
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:

@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from etils import epath
 
 from dyntoken.tools import cli
-from dyntoken.weights import export_reference, files, load_weights, save_weights
+from dyntoken.weights import export_reference, files, load_weights, runs, save_weights
 from dyntoken.weights.buffers import with_buffers
 
 TEXT = """\
@@ -32,24 +33,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     suffix = Path(args.target).suffix.lower()
     if suffix not in SUFFIXES[args.to]:
         raise ValueError(f"{args.target}: --to={args.to} writes {' or '.join(SUFFIXES[args.to])}")
+    if not args.source.startswith(("hf:", "pretrained:")) and not epath.Path(args.source).exists():
+        raise ValueError(f"{args.source}: no such weight file or workdir")
     model = cli.build(args)
     logging.getLogger("dyntoken.weights").addHandler(logging.NullHandler())  # its report is printed here
-    variables, report = load_weights(model, args.source, prefer=args.prefer, return_report=True)
+    variables, report = load_weights(
+        model,
+        args.source,
+        prefer=args.prefer,
+        unexpected="ignore" if args.partial else "error",
+        return_report=True,
+    )
     if (report.missing or report.unexpected) and not args.partial:
         raise ValueError(_misfit(args, report))
     if args.to == "ours":
         save_weights(args.target, variables, model=model)
     else:
-        _write_official(args.target, suffix, with_buffers(model, export_reference(model, variables)))
+        tensors = with_buffers(model, export_reference(model, variables))
+        _write_official(args.target, suffix, tensors, runs.grids(model))
     print(f"{report}\nwritten: {args.target}")
     return 0
 
 
-def _write_official(target: str, suffix: str, tensors: dict[str, np.ndarray]) -> None:
+def _write_official(
+    target: str, suffix: str, tensors: dict[str, np.ndarray], metadata: dict[str, str]
+) -> None:
     if suffix == ".npz":
         files.write_npz(target, tensors)
     else:
-        files.write_safetensors(target, tensors, {"format": "pt"})
+        files.write_safetensors(target, tensors, {"format": "pt", **metadata})
 
 
 def _parser() -> cli.Parser:

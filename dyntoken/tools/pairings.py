@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from dyntoken import names, reducers
+from dyntoken.backbones import BACKBONES
 from dyntoken.models import create_model
 from dyntoken.tools import cli
 
@@ -39,11 +40,13 @@ def pairings() -> dict[str, dict[str, str]]:
 
 
 def _row(arch: str) -> dict[str, str]:
-    usual = create_model(arch).plain().default_sites
+    known = names.parse(arch)
+    body = BACKBONES[known.backbone](**known.options, parent=None)
+    usual, pool = body.default_sites, {} if body.prefix else {"pool": "mean"}
     row = {}
     for prefix in _prefixes():
         try:
-            model = create_model(f"{prefix}_{arch}")
+            model = create_model(f"{prefix}_{arch}", **pool)
         except ValueError as error:
             row[prefix] = f"no: {error}"
             continue

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from dyntoken import data
+from dyntoken import data, paths
 from dyntoken.analysis import plot, sheet
 from dyntoken.eval import collect, exits
 from dyntoken.mix import normalize
@@ -21,7 +21,7 @@ from dyntoken.tools import cli
 from dyntoken.tools.budget import UNITS
 from dyntoken.train import mesh as meshes
 from dyntoken.train.workdir import open_workdir
-from dyntoken.weights import load_weights
+from dyntoken.weights.whole import load_whole
 
 TEXT = """\
 Sheets of images by the exit they take, and by the first exit that is right:
@@ -99,7 +99,7 @@ def main(argv: Sequence[str]) -> int:
     scores = exits.score(rule, seen.logits, seed=seed)
     correct = exits.correct_of(seen.logits, seen.labels)
     taken = exits.exit_of(scores, limits)
-    out = args.out or (epath.Path(args.workdir).expanduser() / "shown" if args.workdir else Path("shown"))
+    out = args.out or (paths.resolve(args.workdir) / "shown" if args.workdir else Path("shown"))
     pictures = {
         "exits_taken": taken_sheet(seen, taken, scores, correct, f"{how}, {rule} rule", args.examples),
         "first_right": first_right_sheet(seen, scores, correct, args.examples),
@@ -132,7 +132,7 @@ def _parser() -> cli.Parser:
     parser.add_argument("--weights", help=".safetensors, .npz, .pth, pretrained:NAME, or hf:org/name")
     parser.add_argument(
         "--thresholds",
-        type=floats,
+        type=cli.floats,
         help="one per exit; the last may be left out (0.9,0.8): it takes the rest",
     )
     parser.add_argument("--rule", help=f"exit rule of --thresholds: {', '.join(exits.RULES)}")
@@ -143,14 +143,6 @@ def _parser() -> cli.Parser:
     return parser
 
 
-def floats(text: str) -> tuple[float, ...]:
-    """`0.9,0.8` to a tuple."""
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers such as 0.9,0.8") from None
-
-
 def _calibration(args: argparse.Namespace) -> Calibration | None:
     """Of the workdir; None where the thresholds are given."""
     if args.thresholds is not None:
@@ -159,7 +151,7 @@ def _calibration(args: argparse.Namespace) -> Calibration | None:
         return None
     if args.rule is not None:
         raise ValueError("--rule belongs to --thresholds; tools.budget's thresholds have their own")
-    path = epath.Path(args.workdir or ".").expanduser() / "budget" / "calibration.json"
+    path = paths.resolve(args.workdir or ".") / "budget" / "calibration.json"
     if not args.workdir or not path.exists():
         remedy = (
             f"run python -m dyntoken.tools.budget --workdir={args.workdir} first, or " if args.workdir else ""
@@ -209,7 +201,7 @@ def _of_weights(args: argparse.Namespace) -> Seen:
         return data.eval_batches(name, split=split, batch=BATCH, shards=1, size=(height, width))
 
     step = collect.make_step(model, mesh, prepare=lambda images: normalize(images, facts.mean, facts.std))
-    variables = load_weights(model, args.weights)
+    variables, _ = load_whole(model, args.weights)
     logits, labels = collect.collect(step, variables, (meshes.place(batch, mesh) for batch in batches()))
     return Seen(f"{args.name}, {name}/{split}", labels, logits, facts.class_names, batches)
 

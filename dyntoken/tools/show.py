@@ -16,13 +16,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from dyntoken import data
+from dyntoken import data, mix
 from dyntoken.analysis import draw
+from dyntoken.data.decode import read_image
 from dyntoken.data.resample import resize_centre
 from dyntoken.models import Model
 from dyntoken.preprocessing import preprocess
-from dyntoken.tools import cli, sheets, show_augment
-from dyntoken.weights import load_weights
+from dyntoken.tools import cli, colour, sheets, show_augment
+from dyntoken.weights import runs
+from dyntoken.weights.whole import load_whole
 
 TEXT = """\
 Draws for each IMAGE which patches stay as tokens at every stage and, where the
@@ -71,9 +73,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     model = cli.build(args)
     if not model.sites():
         raise ValueError(f"{args.name} is dense and keeps every token: name a method, e.g. dtps_{args.name}")
-    pictures = [read(text, model, args.data) for text in args.image]
+    trained = _trained_on(args.weights) if args.data is None else None
+    pictures = [read(text, model, args.data, trained) for text in args.image]
+    told = colour.remark([text for text in args.image if Path(text).is_file()], model.input_shape[2])
+    if told:
+        print(f"note: {told}", file=sys.stderr)
     paths = _targets(args.out, [picture.stem for picture in pictures])
-    variables = load_weights(model, args.weights)
+    variables, _ = load_whole(model, args.weights)
     run = jax.jit(lambda variables, images: model.apply(variables, images))
     for picture, path in zip(pictures, paths, strict=True):
         out = run(variables, normalised(picture, model)[None])
@@ -106,17 +112,30 @@ def _parser() -> cli.Parser:
         "--data",
         metavar="DATA",
         help="data set the weights were trained on, for mean, deviation and class names of picture files; "
-        "by default imagenet2012 in colour, fashion_mnist_mini in grey",
+        "by default the run's own where --weights is a workdir, else imagenet2012 in colour, "
+        "fashion_mnist_mini in grey",
     )
     return parser
 
 
-def read(text: str, model: Model, data_set: str | None = None) -> Picture:
+def _trained_on(weights: str) -> data.DataInfo | None:
+    """What a run's checkpoint says of its data; None where the weights are no workdir of such a run."""
+    about = runs.of_workdir(weights).get("run")
+    if about is None:
+        return None
+    names = tuple(about["class_names"])
+    return data.DataInfo(weights, len(names), None, {}, tuple(about["mean"]), tuple(about["std"]), names)
+
+
+def read(
+    text: str, model: Model, data_set: str | None = None, trained: data.DataInfo | None = None
+) -> Picture:
     """An image by file name or as `data:INDEX`, resized and cropped for `model`.
 
     Args:
       text: a path, or a data set's name and a number within its test split.
       data_set: whose mean and deviation a file is normalised with.
+      trained: the same, where a run says it itself.
 
     Raises:
       ValueError: no such file or index, or a file that is no picture.
@@ -126,11 +145,11 @@ def read(text: str, model: Model, data_set: str | None = None) -> Picture:
     if found and not Path(text).exists():
         return _from_data_set(found[1], int(found[2]), (height, width), channels)
     name = data_set or ("imagenet2012" if channels == 3 else "fashion_mnist_mini")
-    facts = data.info(name)
+    facts = trained or data.info(name)
     _check_channels(facts, channels)
-    pixels = _open(Path(text), "RGB" if channels == 3 else "L")
+    pixels = _open(Path(text), channels)
     if pixels.shape[:2] != (height, width):
-        how = preprocess(model, facts.name)
+        how = preprocess(model, name)
         pixels = resize_centre(pixels[None], how.size, how.crop_pct, how.interpolation)[0]
     return Picture(Path(text).stem, pixels, None, facts)
 
@@ -156,26 +175,20 @@ def _check_channels(facts: data.DataInfo, channels: int) -> None:
         )
 
 
-def _open(path: Path, mode: str) -> np.ndarray:
+def _open(path: Path, channels: int) -> np.ndarray:
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: name the pictures in it, as in {path / '*.jpg'}")
     try:
-        from PIL import Image, UnidentifiedImageError
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("reading pictures needs pillow: pip install 'dyntoken[viz]'") from error
-    try:
-        with Image.open(path) as image:
-            pixels = np.asarray(image.convert(mode))
+        return read_image(path, channels)
     except FileNotFoundError:
         raise ValueError(
             f"{path}: no such picture (a data set's image is written fashion_mnist_mini:7)"
         ) from None
-    except UnidentifiedImageError:
-        raise ValueError(f"{path}: not a picture that pillow can read") from None
-    return pixels if mode == "RGB" else pixels[..., None]
 
 
 def normalised(picture: Picture, model: Model) -> jax.Array:
     """`[H, W, C]` float32 as the model takes it."""
-    return preprocess(model, picture.facts.name)(picture.pixels)
+    return mix.normalize(picture.pixels[None], picture.facts.mean, picture.facts.std)[0]
 
 
 def _targets(out: Path, stems: Sequence[str]) -> list[Path]:

@@ -20,7 +20,7 @@ import jax
 from dyntoken import __version__, losses, models
 from dyntoken.analysis import hlo
 from dyntoken.config import load
-from dyntoken.nn.remat import POLICIES
+from dyntoken.nn.remat import POLICIES, Remat
 from dyntoken.ops import backend
 from dyntoken.tools import cli, tpu_report
 from dyntoken.train import plan as plans
@@ -116,7 +116,7 @@ def _parser() -> cli.Parser:
     )
     group.add_argument("--scan", action="store_true", help="alike blocks as one loop")
     group.add_argument(
-        "--remat", type=_remat, default=False, help=f"True, or what is kept: {', '.join(POLICIES)}"
+        "--remat", type=cli.typed(Remat), default=False, help=f"True, or what is kept: {', '.join(POLICIES)}"
     )
     group.add_argument("--accumulate", type=cli.positive, help="slices of a batch, see the config")
     group.add_argument("--shard", help="none, optimizer or params, see the config")
@@ -127,10 +127,6 @@ def _parser() -> cli.Parser:
     group.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     group.add_argument("--table", nargs="+", metavar="FILE", help="only print stored reports as a table")
     return parser
-
-
-def _remat(text: str) -> bool | str:
-    return {"true": True, "false": False}.get(text.lower(), text)
 
 
 def chips(topology: str) -> tuple[str, int, int]:
@@ -162,7 +158,7 @@ def devices(topology: str) -> Sequence[Any]:
     """
     name, _, _ = chips(topology)
     if importlib.util.find_spec("libtpu") is None:
-        raise ImportError("libtpu is not installed, which compiles for TPUs: pip install 'dyntoken[aot]'")
+        raise ImportError("libtpu is not installed, which compiles for TPUs: pip install libtpu")
     for key, value in ENVIRONMENT.items():
         os.environ.setdefault(key, value)
     jax.config.update("jax_platforms", "cpu")  # what runs here runs on the host

@@ -29,7 +29,7 @@ class Board:
             import tensorboardX
         except ImportError as error:
             raise ImportError(
-                "config.tensorboard needs tensorboardX: install it with `pip install 'dyntoken[tensorboard]'`, "
+                "config.tensorboard needs tensorboardX: install it with `pip install tensorboardX`, "
                 "or set config.tensorboard=False"
             ) from error
         self._make, self._folder = tensorboardX.SummaryWriter, workdir / FOLDER

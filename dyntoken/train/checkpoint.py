@@ -3,15 +3,17 @@
 Orbax writes them (asynchronously, atomically); it restores a flipped bit
 without a word, so every leaf travels with a checksum in the JSON item, which
 has one of its own. A damaged checkpoint is set aside and the one before it is
-used.
+used. Damaged is only what could be read whole and is not what was written; a
+storage that fails ends the run and nothing is moved.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import json
+import time
 import zlib
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.serialization
@@ -22,6 +24,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
+from dyntoken import paths
 from dyntoken.train.mesh import gathered
 from dyntoken.train.state import TrainState
 from dyntoken.weights import workdirs
@@ -29,10 +32,21 @@ from dyntoken.weights import workdirs
 Tree = Any
 Log = Callable[[str], None]
 FOLDER = workdirs.CHECKPOINTS
+RETRY_PAUSES_S = (1.0, 5.0, 15.0)  # a network file system comes back within them, or not soon
+
+
+REMEDY = (
+    "restore the folder from a backup, use another workdir, or give --restart to start anew here (the old "
+    "run is kept, moved aside)"
+)
 
 
 class CheckpointError(RuntimeError):
     """No checkpoint can be used; the message says why and what to do."""
+
+
+class StorageError(OSError):
+    """The storage of the checkpoints cannot be read or written now; nothing was moved or lost."""
 
 
 class _DamagedError(Exception):
@@ -53,7 +67,7 @@ class Restored:
 
 def folder(workdir: str | epath.PathLike) -> epath.Path:
     """Where a run keeps its checkpoints."""
-    return epath.Path(workdir).expanduser().absolute() / FOLDER
+    return paths.resolve(workdir) / FOLDER
 
 
 @dataclasses.dataclass
@@ -100,34 +114,57 @@ class Checkpoints:
         )
         self._newest = -1
 
+    @property
+    def newest(self) -> int | None:
+        """The step that was saved or restored last."""
+        return self._newest if self._newest >= 0 else None
+
     def save(self, state: TrainState, **meta: Any) -> None:
         """Starts writing a copy of the state, unless this step is saved already.
 
         Args:
           state: replicated over the devices, or in pieces on them.
           **meta: JSON values to keep beside it.
+
+        Raises:
+          StorageError: the disk is full; also for the checkpoint before, which was still being written.
         """
         step = int(state.step)
         if step == self._newest:
             return
         flat = {name: _host(leaf) for name, leaf in flatten(state).items()}
         meta = {"step": step, **meta, "leaves": {name: _describe(leaf) for name, leaf in flat.items()}}
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(flax.traverse_util.unflatten_dict(flat, sep="/")),
-                meta=ocp.args.JsonSave({**meta, "checksum": _checksum(meta)}),
-            ),
-            force=True,  # without it a save that meets a running one is skipped
-        )
+        with self._writing():
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(flax.traverse_util.unflatten_dict(flat, sep="/")),
+                    meta=ocp.args.JsonSave({**meta, "checksum": workdirs.checksum(meta)}),
+                ),
+                force=True,  # without it a save that meets a running one is skipped
+            )
         self._newest = step
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Calls a full disk by its name."""
+        try:
+            yield
+        except Exception as error:
+            if not any(sign in str(error) for sign in ("No space left", "quota exceeded", "File too large")):
+                raise
+            raise StorageError(
+                f"the disk of {self._manager.directory} is full: a checkpoint could not be written; free "
+                "space there, then run the same command again to go on from the one before"
+            ) from error
 
     def restore(
         self, like: TrainState, *, among: Callable[[int], bool] = lambda step: True
     ) -> Restored | None:
         """The newest intact checkpoint, or None if there is none at all.
 
-        Damaged ones are moved to `<workdir>/damaged/<step>`.
+        Damaged ones that are newer are moved to `<workdir>/damaged/<step>`;
+        none is moved where none is intact.
 
         Args:
           like: shapes, types and shardings to restore to (`mesh.like`);
@@ -135,10 +172,18 @@ class Checkpoints:
           among: which steps come into question.
 
         Raises:
-          CheckpointError: if all are damaged, or they hold another model.
+          CheckpointError: if all are damaged (now, or set aside before), or they hold another model.
+          StorageError: if one cannot be read.
         """
         steps = sorted(filter(among, self._manager.all_steps()), reverse=True)
-        found = _first_intact(self._manager, steps, like, self._log, self._set_aside)
+        if not steps and (aside := sorted(_numbered(self._aside), key=int)):
+            raise CheckpointError(
+                f"no checkpoint in {self._manager.directory} is intact, damaged ones are in {self._aside} "
+                f"({', '.join(aside)}): {REMEDY}"
+            )
+        found, damaged = _first_intact(self._manager, steps, like, self._log)
+        for step in damaged:
+            self._set_aside(step)
         self._newest = found.step if found else -1
         return found
 
@@ -148,14 +193,16 @@ class Checkpoints:
             if later > step:
                 self._manager.delete(later)
 
+    @property
+    def _aside(self) -> epath.Path:
+        return epath.Path(self._manager.directory).parent / "damaged"
+
     def _set_aside(self, step: int) -> None:
-        source = epath.Path(self._manager.directory) / str(step)
-        target = source.parent.parent / "damaged" / str(step)
+        source, target = epath.Path(self._manager.directory) / str(step), self._aside / str(step)
         if jax.process_index() == 0:
-            target.parent.mkdir(parents=True, exist_ok=True)
             if target.exists():
                 target.rmtree()
-            source.rename(target)
+            paths.move(source, target)
         _barrier(f"dyntoken_set_aside_{step}")
         self._manager.reload()
 
@@ -165,7 +212,8 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Returns when all that was saved is on disk; raises what went wrong."""
-        self._manager.wait_until_finished()
+        with self._writing():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Finishes pending writes and releases the manager."""
@@ -174,7 +222,8 @@ class Checkpoints:
         cleaned = getattr(self._manager, "_maybe_await_cleanup_tmp_directory", None)
         if cleaned is not None:
             cleaned()
-        self._manager.close()
+        with self._writing():
+            self._manager.close()
 
 
 def restore_from(
@@ -191,6 +240,7 @@ def restore_from(
 
     Raises:
       CheckpointError: if there is none, all are damaged, or they hold another model.
+      StorageError: if one cannot be read.
     """
     where = folder(workdir)
     if not where.exists():
@@ -198,7 +248,7 @@ def restore_from(
     manager = ocp.CheckpointManager(where, options=ocp.CheckpointManagerOptions(create=False))
     try:
         steps = workdirs.candidates(where.parent, manager.all_steps(), step)
-        found = _first_intact(manager, steps, like, log, lambda step: None)
+        found, _ = _first_intact(manager, steps, like, log)
     except workdirs.NoCheckpointError as error:
         raise CheckpointError(str(error)) from error
     finally:
@@ -224,35 +274,51 @@ def _unflatten(like: TrainState, flat: Mapping[str, Any]) -> TrainState:
 
 
 def _first_intact(
-    manager: ocp.CheckpointManager,
-    steps: Sequence[int],
-    like: TrainState,
-    log: Log,
-    set_aside: Callable[[int], None],
-) -> Restored | None:
+    manager: ocp.CheckpointManager, steps: Sequence[int], like: TrainState, log: Log
+) -> tuple[Restored | None, list[int]]:
+    """The first of some steps that is intact (None without steps), and the damaged ones before it."""
+    damaged = []
     for step in steps:
         try:
-            return _restore(manager, step, like)
+            return _restore(manager, step, like, log), damaged
         except _DamagedError as error:
             log(f"checkpoint {step} in {manager.directory} is damaged ({error}); trying the one before")
-            set_aside(step)
+            damaged.append(step)
     if steps:
-        raise CheckpointError(
-            f"no checkpoint in {manager.directory} is intact: restore the folder from a backup, "
-            "or use another workdir to start again"
-        )
-    return None
+        raise CheckpointError(f"no checkpoint in {manager.directory} is intact: {REMEDY}")
+    return None, damaged
 
 
-def _restore(manager: ocp.CheckpointManager, step: int, like: TrainState) -> Restored:
-    meta = _read_meta(manager, step)
-    wanted = flatten(like)
-    _check_same_model(meta["leaves"], wanted, f"{manager.directory}/{step}")
-    try:
-        args = ocp.args.StandardRestore(flax.traverse_util.unflatten_dict(wanted, sep="/"))
-        tree = manager.restore(step, args=ocp.args.Composite(state=args)).state
-    except Exception as error:
-        raise _DamagedError(_first_line(error)) from error
+def _restore(manager: ocp.CheckpointManager, step: int, like: TrainState, log: Log) -> Restored:
+    """One checkpoint; what cannot be read is tried again before it counts as such."""
+    where = epath.Path(manager.directory) / str(step)
+    workdirs.ignore_late_callbacks()
+    for pause in (*RETRY_PAUSES_S, None):
+        try:
+            return _read(manager, step, like)
+        except (CheckpointError, _DamagedError):
+            raise
+        except Exception as error:
+            reason = workdirs.unreadable(where, error)
+            if reason is None:
+                raise _DamagedError(workdirs.first_line(error)) from error
+            if pause is None:
+                raise StorageError(
+                    f"{where} cannot be read ({reason}); nothing was moved: see to the storage, "
+                    "then run the same command again"
+                ) from error
+            log(f"{where} cannot be read ({reason}); trying again in {pause:.0f} s")
+            time.sleep(pause)
+    raise AssertionError("unreachable")
+
+
+def _read(manager: ocp.CheckpointManager, step: int, like: TrainState) -> Restored:
+    meta = {"step": step, **_read_meta(manager, step)}
+    wanted, where = flatten(like), f"{manager.directory}/{step}"
+    _check_leaves(meta.get("leaves"), where)
+    _check_same_model(meta["leaves"], wanted, where)
+    args = ocp.args.StandardRestore(flax.traverse_util.unflatten_dict(wanted, sep="/"))
+    tree = manager.restore(step, args=ocp.args.Composite(state=args)).state
     flat = flax.traverse_util.flatten_dict(tree, sep="/")
     for name, leaf in flat.items():
         if _describe(_host(leaf)) != meta["leaves"][name]:
@@ -261,14 +327,22 @@ def _restore(manager: ocp.CheckpointManager, step: int, like: TrainState) -> Res
 
 
 def _read_meta(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
-    try:
-        meta = dict(manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta)
-        written = meta.pop("checksum")
-    except Exception as error:
-        raise _DamagedError(_first_line(error)) from error
-    if _checksum(meta) != written:
+    meta = dict(manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta)
+    written = meta.pop("checksum")
+    if workdirs.checksum(meta) != written:
         raise _DamagedError("its description has another checksum than when it was written")
     return meta
+
+
+def _check_leaves(leaves: Any, where: str) -> None:
+    """A description that is intact, but not as this version writes it."""
+    if not isinstance(leaves, Mapping) or not all(
+        isinstance(x, list) and len(x) == 3 for x in leaves.values()
+    ):
+        raise CheckpointError(
+            f"{where} was written by another version of dyntoken (its description has no list of arrays with "
+            "checksums): go on with that version, or start from its weights (init.path) in another workdir"
+        )
 
 
 def _check_same_model(saved: Mapping[str, Any], wanted: Mapping[str, Any], where: str) -> None:
@@ -293,13 +367,9 @@ def _describe(value: np.ndarray) -> list[Any]:
     return [list(value.shape), str(value.dtype), zlib.crc32(value.reshape(-1).view(np.uint8))]
 
 
-def _checksum(meta: Mapping[str, Any]) -> int:
-    return zlib.crc32(json.dumps(meta, sort_keys=True).encode())
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0][:200]
+def _numbered(folder: epath.Path) -> list[str]:
+    """The steps that have a folder there."""
+    return [entry.name for entry in folder.iterdir() if entry.name.isdigit()] if folder.is_dir() else []
 
 
 def _barrier(name: str) -> None:

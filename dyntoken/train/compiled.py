@@ -10,6 +10,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+from jax.sharding import Mesh
 
 from dyntoken.train.plan import Plan, build
 from dyntoken.train.report import duration
@@ -78,14 +79,25 @@ class Programs:
 
 def compile_step(plan: Plan, model: nn.Module, log: Log) -> jax.stages.Compiled:
     """A train step, and a line about it."""
+    log(
+        f"compiling the training step for {spell_devices(plan.mesh)}: seconds for a small model, minutes for others"
+    )
     began = time.monotonic()
     compiled = plan.train_step_for(model)
     memory = peak(compiled.memory_analysis()) / 2**20
     log(
         f"compiled in {duration(time.monotonic() - began)}: {plan.total_steps} steps of "
-        f"{plan.settings.batch} images on {plan.mesh.size} device(s), {memory:.0f} MiB each"
+        f"{plan.settings.batch} images, {memory:.0f} MiB a device"
     )
     return compiled
+
+
+def spell_devices(mesh: Mesh) -> str:
+    """What a run computes on; a CPU's cores are one device or several (`main.use_all_cores`)."""
+    first, count = mesh.devices.flat[0], mesh.size
+    if first.platform != "cpu":
+        return f"{count} x {first.device_kind}"
+    return "the CPU" if count == 1 else f"{count} devices, which are the cores of the CPU"
 
 
 def peak(memory: Any) -> int:

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
 
-from dyntoken import data
-from dyntoken.data.plan import parse_split
+from dyntoken import data, schema
+from dyntoken.data.plan import parse_split, same_classes
 from dyntoken.registry import UnknownNameError, suggest
-from dyntoken.train.fields import check_keywords, fill
+from dyntoken.schema import Section
 
 if TYPE_CHECKING:
     from dyntoken.train.settings import DataSettings
 
 MAIN = ""  # the label of the set that `config.data` names
+EVAL_OWN = ("split", "size", "shards", "process", "data_dir")  # of `data.eval_batches`, set by the trainer
+READING = Section(lambda given, around: schema.keywords(data.eval_batches, but=(*EVAL_OWN, "batch")))
+SOURCE = Section(lambda given, around: _of_source(given, str(around.get("name", ""))))
+
+
+def _of_source(given: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The options of a data set; any of one that may not exist, which is said where it is opened."""
+    sure = name in data.SOURCES or name.startswith("folder:")
+    return {**({} if sure else dict.fromkeys(given, Any)), **data.source_options(name)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,10 +39,10 @@ class EvalSettings:
     """
 
     name: str
-    split: Any = "test"
+    split: str | Sequence[str] = "test"
     data_dir: str | None = None
-    eval: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    eval: Annotated[Mapping[str, Any], READING] = dataclasses.field(default_factory=dict)
+    options: Annotated[Mapping[str, Any], SOURCE] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,21 +53,11 @@ class EvalSet:
     arguments: Mapping[str, Any]
 
 
-def read_evals(given: Mapping[str, Any] | None) -> dict[str, EvalSettings]:
-    """Checks `config.evals`, label -> entry.
-
-    Raises:
-      UnknownNameError: for a key that nothing reads.
-      ValueError: for a label that is no prefix of a metric, or an entry without name.
-    """
-    entries = {}
-    for label, entry in (given or {}).items():
+def check_labels(labels: Iterable[str]) -> None:
+    """Raises ValueError for a label of `config.evals` that is no prefix of a metric."""
+    for label in labels:
         if not label or "/" in label or label == "ema":
             raise ValueError(f"config.evals has the label {label!r}: use a word without '/', not 'ema'")
-        entries[label] = fill(EvalSettings, entry, f"config.evals.{label}")
-        own = ("split", "size", "shards", "process", "data_dir", "batch")
-        check_keywords(f"config.evals.{label}.eval", data.eval_batches, entries[label].eval, own=own)
-    return entries
 
 
 def open_sets(
@@ -69,7 +68,7 @@ def open_sets(
     Args:
       chosen: the section `config.data`.
       info: of its data set.
-      entries: from `read_evals`.
+      entries: `config.evals`.
 
     Raises:
       ValueError: a set of other classes or channels, or no such split.
@@ -89,6 +88,10 @@ def open_sets(
                     f"config.evals.{label}: {entry.name} has {here} {what}, the model is trained on {there} "
                     f"({chosen.name}): name a set of the same classes"
                 )
+        if other := same_classes(found, info):
+            raise ValueError(
+                f"config.evals.{label}: {other}: name a set of the same classes in the same order"
+            )
         own = {"name": entry.name, "split": entry.split, "data_dir": where}
         sets[label] = EvalSet(found, {**own, **reading, **entry.eval, **entry.options})
     for one in sets.values():

@@ -7,6 +7,7 @@ alone would wait for the others within the first collective.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import shutil
@@ -19,6 +20,8 @@ import jax
 import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
+
+from dyntoken import paths
 
 T = TypeVar("T")
 PROBE_BYTES = 2**20
@@ -131,13 +134,22 @@ def check_workdir(workdir: epath.Path, *, need: int) -> None:
 
 def _probe(path: epath.Path, need: int) -> None:
     workdir = path.parent
+    if str(workdir).startswith("gs://"):
+        try:
+            importlib.import_module("google.cloud.storage")
+        except ImportError as error:  # Orbax would say so when it deletes the first old checkpoint
+            raise WorkdirError(
+                f"the workdir {workdir} needs google-cloud-storage: `pip install google-cloud-storage`"
+            ) from error
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         path.write_bytes(bytes(PROBE_BYTES))
         local = os.path.isdir(workdir)
         free = shutil.disk_usage(workdir).free if local else need
-    except OSError as error:
-        reason = error.strerror or str(error)
+    except Exception as error:  # a storage service raises errors of its own
+        if not isinstance(error, OSError) and not paths.is_uri(workdir):
+            raise
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise WorkdirError(
             f"cannot write to the workdir {workdir}: {reason}; free space there or give another --workdir"
         ) from error

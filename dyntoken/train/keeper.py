@@ -8,11 +8,15 @@ from typing import Any
 
 from dyntoken.train import hosts
 from dyntoken.train.plan import Plan
+from dyntoken.train.report import finite
 from dyntoken.weights import workdirs
 
 
 class Keeper:
     """Decides by the run's own record of evaluations, the same on every process.
+
+    Each checkpoint carries the scores so far, with its checksum: a record that
+    is lost or damaged does not cost the best one.
 
     Orbax's `BestN` is not used: it ranks by a metrics file of each checkpoint
     that has no checksum (one flipped bit there and no checkpoint is found any
@@ -33,11 +37,21 @@ class Keeper:
         """
         return any(period > 0 and step % period == 0 for period in self._periods)
 
-    def read(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Takes over what process 0 finds in the record of the run."""
-        found = {str(step): score for step, score in workdirs.scores(rows, self._metric).items()}
-        agreed = json.loads(hosts.of_first(json.dumps(found)))
+    def read(self, rows: Iterable[Mapping[str, Any]], kept: Mapping[str, Any] | None = None) -> None:
+        """Takes over what process 0 finds in the record of the run, and `meta` of the checkpoint it goes on from."""
+        found = workdirs.kept_scores({"scores": kept or {}}, self._metric) | workdirs.scores(
+            rows, self._metric
+        )
+        agreed = json.loads(hosts.of_first(json.dumps({str(step): score for step, score in found.items()})))
         self._scores = {int(step): score for step, score in agreed.items()}
+
+    @property
+    def meta(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        if not self._scores:
+            return {}
+        values = {str(step): finite(score) for step, score in self._scores.items()}
+        return {"scores": {"metric": self._metric, "values": values}}
 
     def note(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Takes an evaluation."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import signal
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -17,16 +18,17 @@ import jax
 import numpy as np
 from etils import epath
 
-from dyntoken import data
-from dyntoken.train import hosts
+from dyntoken import data, interrupt, paths
+from dyntoken.train import hosts, identity
 from dyntoken.train import mesh as meshes
 from dyntoken.train.checkpoint import Checkpoints
 from dyntoken.train.compiled import Programs, state_bytes
-from dyntoken.train.evaluation import check_sets, measure
+from dyntoken.train.evaluation import average_warning, check_finite, check_sets, measure
 from dyntoken.train.keeper import Keeper
+from dyntoken.train.lock import Lock
 from dyntoken.train.plan import Plan, build
 from dyntoken.train.report import Report, Value, silent
-from dyntoken.train.start import beginning, facts, load_teacher, start, write_config
+from dyntoken.train.start import beginning, facts, load_teacher, move_aside, start, write_config
 from dyntoken.train.state import TrainState
 from dyntoken.train.stop import Stop
 from dyntoken.train.tracing import Tracer, Window
@@ -49,6 +51,7 @@ class Result:
       plan: what was run.
       workdir: folder of the run.
       finished: False if a signal stopped it; rerun to go on.
+      signum: of that signal; 0 if it finished.
     """
 
     state: TrainState
@@ -57,46 +60,59 @@ class Result:
     plan: Plan
     workdir: epath.Path
     finished: bool
+    signum: int = 0
 
 
-def run(config: Mapping[str, Any], workdir: str | epath.PathLike, *, log: Log = print) -> Result:
+def run(
+    config: Mapping[str, Any], workdir: str | epath.PathLike, *, restart: bool = False, log: Log = print
+) -> Result:
     """Trains, evaluates and checkpoints; resumes by itself.
 
     Args:
       config: see `plan.Settings`.
       workdir: folder of the run, made if absent; may be on `gs://`.
+      restart: start anew; what is in the workdir is moved to `<workdir>/old/N`.
       log: takes one line of text.
 
     Raises:
       TrainError: when the loss or the gradient stops being finite, and
         `config.rewind` allows no (further) rewind.
-      ValueError: for what does not fit together, before anything is written.
+      ValueError: for what does not fit together, before anything is written; for a last evaluation that is
+        not finite.
       CheckpointError: when the workdir holds another run, or only damaged files.
+      LockedError: when another run writes to the workdir.
+      StorageError: when a checkpoint cannot be read, or the disk is full.
       WorkdirError: when nothing, or no checkpoint, can be written to the workdir.
       HostError: when the processes differ in data, config, weights or workdir.
       ImportError: when `config.tensorboard` lacks its library.
     """
     log = log if jax.process_index() == 0 else silent
     plan = hosts.agree(lambda: build(config), facts)
-    workdir = epath.Path(workdir).expanduser().absolute()
+    workdir = hosts.agree(lambda: paths.resolve(workdir))
     hosts.check_workdir(workdir, need=state_bytes(plan))
     with contextlib.ExitStack() as stack:
-        session = _Session(plan, workdir, log, stack)
-        state = session.state
+        lock = Lock(workdir, log)
+        hosts.agree(lambda: stack.enter_context(lock) if jax.process_index() == 0 else None)
+        if restart:
+            hosts.agree(lambda: move_aside(workdir, log))
+        session = _Session(plan, workdir, lock, log, stack)
+        state, stopped = session.state, False
         if int(state.step) < plan.total_steps:
             state, stopped = session.train(state)
-            if stopped:
-                log(f"stopped by a signal after step {int(state.step)}: run the same command again to go on")
-                return Result(state, {}, plan.model, plan, workdir, finished=False)
+        if not session.save_last(state) or stopped:
+            again = interrupt.go_on() or ": run the same command again to go on"
+            log(f"stopped by a signal after step {int(state.step)}, which is saved{again}")
+            signum = session.stop.signum or signal.SIGTERM  # of several processes, to another one
+            return Result(state, {}, plan.model, plan, workdir, finished=False, signum=signum)
         return Result(state, session.finish(state), plan.model, plan, workdir, finished=True)
 
 
 class _Session:
     """One life of a run, from its start or restart to its end or interruption."""
 
-    def __init__(self, plan: Plan, workdir: epath.Path, log: Log, stack: contextlib.ExitStack):
+    def __init__(self, plan: Plan, workdir: epath.Path, lock: Lock, log: Log, stack: contextlib.ExitStack):
         settings = plan.settings
-        self.plan, self.workdir, self.log = plan, workdir, log
+        self.plan, self.workdir, self.lock, self.log = plan, workdir, lock, log
         self.keeper = Keeper(plan)
         self.report = hosts.agree(
             lambda: Report(
@@ -113,18 +129,20 @@ class _Session:
             workdir, keep=settings.keep_checkpoints, also=self.keeper.choose, log=log
         )
         stack.callback(self.checkpoints.close)
-        self.stop = stack.enter_context(Stop())
+        self.stop = Stop()
+        identity.check(workdir, plan)
         begun = start(plan, self.checkpoints, log)
         self.state, self.clock, self.rewinds = begun.state, begun.clock, begun.rewinds
         self.first = int(begun.state.step)
         self.finished_before = begun.same and self.first >= plan.total_steps
-        self._take_up(self.first)
+        self._take_up(self.first, begun.meta)
         write_config(workdir, plan)
 
-    def _take_up(self, step: int) -> None:
-        """Makes the records those of a run that is at this step."""
+    def _take_up(self, step: int, meta: Mapping[str, Any]) -> None:
+        """Makes the records those of a run that is at this step, with `meta` of its checkpoint."""
         self.report.resume(step)
-        self.keeper.read(self.report.rows())
+        self.keeper.read(self.report.rows(), meta.get("scores"))
+        self.watch = Watch(meta.get("sums"))
 
     def train(self, state: TrainState) -> tuple[TrainState, bool]:
         """Takes the steps that are left; returns the last state and whether a signal stopped it.
@@ -153,11 +171,11 @@ class _Session:
         self, programs: Programs, teacher: Any, state: TrainState, batches: Batches
     ) -> tuple[TrainState, bool]:
         plan, settings, total, first = self.plan, self.plan.settings, self.plan.total_steps, int(state.step)
-        watch, metrics = Watch(), None
+        watch, metrics = self.watch, None
         tracer = Tracer(Window.of(settings.profile), self.workdir, self.log)
         train_step = programs.at(first)
         self.clock.start(first)
-        with data.prefetch(batches) as batches, contextlib.closing(tracer):
+        with data.prefetch(batches) as batches, contextlib.closing(tracer), self.stop:
             for step in range(first + 1, total + 1):
                 if not programs.ready(step - 1):
                     with self.clock:
@@ -184,36 +202,50 @@ class _Session:
                     return state, True
         return state, False
 
+    def save_last(self, state: TrainState) -> bool:
+        """Saves before the last evaluation: a run killed during that only evaluates when run again.
+
+        Returns whether to go on: False where a signal came meanwhile.
+        """
+        with self.stop:
+            self._save(state)
+            self.checkpoints.wait()
+        return not self.stop.asked
+
     def finish(self, state: TrainState) -> dict[str, Value]:
         """The last evaluation, unless an earlier session made it."""
-        # Saved before it: a run killed during it only evaluates when run again.
-        self._save(state)
-        self.checkpoints.wait()
         step = int(state.step)
         final = self.report.evaluated(step) if self.finished_before else None
         if final is None:
-            return self._evaluate(step, state)
-        self.log(f"nothing to do: the run in {self.workdir} finished at step {step}")
+            final = self._evaluate(step, state)
+        else:
+            self.log(f"nothing to do: the run in {self.workdir} finished at step {step}")
+        check_finite(final)
         return final
 
     def _evaluate(self, step: int, state: TrainState) -> dict[str, Value]:
         metrics = measure(self.plan, state.variables, state.ema)
         self.report.evaluation(step, metrics)
+        average_warning(self.plan, step, self.log)
         self.keeper.note(step, metrics)
         return metrics
 
     def _save(self, state: TrainState) -> None:
-        settings = self.plan.settings
-        self.checkpoints.save(state, seconds=self.clock.seconds, config=settings.plain, **self.rewinds.meta)
+        hosts.agree(self.lock.check)
+        self.report.flush()
+        facts = {"config": self.plan.settings.plain, "run": identity.describe(self.plan)}
+        meta = {**facts, **self.rewinds.meta, **self.keeper.meta, **self.watch.meta}
+        self.checkpoints.save(state, seconds=self.clock.seconds, **meta)
 
     def _go_back(self, bad: NotFiniteError) -> TrainState:
         """The state of the last planned checkpoint, or of the beginning."""
-        self.rewinds.check(bad)
+        self.rewinds.check(bad, self.checkpoints.newest)
         self.checkpoints.wait()
         found = self.checkpoints.restore(self.plan.abstract_state, among=self.keeper.planned)
         state = beginning(self.plan, self.log).state if found is None else found.state
+        meta = {} if found is None else found.meta
         step = int(state.step)
         self.checkpoints.forget(step)
         self.log(self.rewinds.add(step, bad))
-        self._take_up(step)
+        self._take_up(step, meta)
         return state

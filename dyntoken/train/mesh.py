@@ -23,6 +23,8 @@ Tree = Any
 def data_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh with the one axis `"data"` over the given devices, by default over all."""
     devices = jax.devices() if devices is None else list(devices)
+    if not devices:
+        raise ValueError("devices=[] leaves nothing to run on: name at least one, or None for all")
     return jax.make_mesh((len(devices),), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
 
 

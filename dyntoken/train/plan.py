@@ -18,12 +18,12 @@ import optax
 from jax.sharding import Mesh
 
 from dyntoken import data, losses, mix, optim
-from dyntoken.data.plan import check_size, check_topology
+from dyntoken.data.plan import check_eval_batch, check_size, check_topology
 from dyntoken.eval.classify import make_eval_step
 from dyntoken.train import mesh as meshes
 from dyntoken.train.evalsets import MAIN, EvalSet, check_metric, open_sets
 from dyntoken.train.roles import make_model, make_teacher
-from dyntoken.train.settings import Settings, check_lengths, read
+from dyntoken.train.settings import MOST_STEPS, Settings, check_lengths, read
 from dyntoken.train.shrink import Shrink, Stage, stages
 from dyntoken.train.state import TrainState, create_state, init_variables
 from dyntoken.train.step import joined, make_gradient, make_update, refuse_batch_norm
@@ -103,7 +103,7 @@ class Plan:
             teacher=self.teacher,
             accumulate=settings.accumulate,
         )
-        update = make_update(self.tx, specs=settings.losses, ema=settings.ema)
+        update = make_update(self.tx, specs=settings.losses, ema=settings.ema, ema_warmup=settings.ema_warmup)
         if settings.shard == "none":
             step = meshes.data_parallel(joined(gradient, update), self.mesh, replicated=2, donate=(0,))
         else:
@@ -170,6 +170,7 @@ class Plan:
             seed=self.settings.seed,
             start_step=start_step + skipped,
             augment=chosen.augment,
+            balance=chosen.balance,
             data_dir=chosen.data_dir,
             **chosen.options,
             **self._reading(),
@@ -191,12 +192,19 @@ class Plan:
         }
 
 
-def build(config: Mapping[str, Any] | Settings, *, devices: Sequence[jax.Device] | None = None) -> Plan:
+def build(
+    config: Mapping[str, Any] | Settings,
+    *,
+    devices: Sequence[jax.Device] | None = None,
+    training: bool = True,
+) -> Plan:
     """A plan from a config; reads neither images nor weights.
 
     Args:
       config: see `Settings`.
       devices: to run on, by default all.
+      training: False for a plan that evaluates: how long the run is, and what does
+        not fit into it, means nothing then.
 
     Raises:
       UnknownNameError: for anything that has no such name, with the nearest.
@@ -208,18 +216,23 @@ def build(config: Mapping[str, Any] | Settings, *, devices: Sequence[jax.Device]
     meshes.check_batch(settings.batch, mesh, multiple=2 if mixes else 1, slices=settings.accumulate)
     chosen = settings.data
     meshes.check_batch(chosen.eval.get("batch", settings.batch), mesh)
-    for rows in (settings.batch, chosen.eval.get("batch", settings.batch)):
-        check_topology(rows, chosen.shards, (jax.process_index(), jax.process_count()))
+    process = jax.process_index(), jax.process_count()
+    check_topology(settings.batch, chosen.shards, process)
+    check_eval_batch(chosen.eval.get("batch", settings.batch), process)
     info = data.info(chosen.name, chosen.data_dir, **chosen.options)
     eval_sets = open_sets(chosen, info, settings.evals)
     check_metric(settings.best_metric, eval_sets, ema=settings.ema > 0)
-    per_epoch = data.steps_per_epoch(
-        chosen.name, chosen.split, settings.batch, chosen.data_dir, **chosen.options
-    )
-    total = settings.steps if settings.steps > 0 else max(1, round(settings.epochs * per_epoch))
+    eval_every, per_epoch, total = 0, 1, MOST_STEPS  # nothing is too long for that
+    if training:
+        per_epoch = data.steps_per_epoch(
+            chosen.name, chosen.split, settings.batch, chosen.data_dir, **chosen.options
+        )
+        total = settings.steps if settings.steps > 0 else max(1, round(settings.epochs * per_epoch))
+        eval_every = settings.eval_steps or round(settings.eval_epochs * per_epoch)
+        check_lengths(settings, total=total, eval_every=eval_every)
     shape = (*check_size(chosen.size, info.image_shape), info.channels)
     model = make_model(settings.model, info, shape, "config.model")
-    shrink = Shrink.of(settings.keep_schedule)
+    shrink = Shrink.of(settings.keep_schedule) if training else None
     parts = stages(model, shrink, steps_per_epoch=per_epoch, total_steps=total)
     losses.check(settings.losses, len(getattr(model, "exits", ())))
     teacher = make_teacher(settings, info, shape)
@@ -228,8 +241,6 @@ def build(config: Mapping[str, Any] | Settings, *, devices: Sequence[jax.Device]
     tx, lr_fn = optim.make(
         variables["params"], total_steps=total, steps_per_epoch=per_epoch, **settings.optim
     )
-    eval_every = settings.eval_steps or round(settings.eval_epochs * per_epoch)
-    check_lengths(settings, total=total, eval_every=eval_every)
     return Plan(
         settings=settings,
         mesh=mesh,

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
 from etils import epath
 
+from dyntoken import paths
 from dyntoken.analysis import learning, plot
 from dyntoken.train.board import Board
 from dyntoken.train.clock import Clock
@@ -17,6 +19,7 @@ from dyntoken.weights import workdirs
 
 Log = Callable[[str], None]
 Value = float | list[float]  # a list has one entry per exit
+FLUSH_S = 30.0
 
 
 class Report:
@@ -50,22 +53,29 @@ class Report:
         self._writes = jax.process_index() == 0
         self._board = Board(workdir) if board and self._writes else None
         self._draws = curves and self._writes
+        self._pending: list[str] = []
+        self._flushed = time.monotonic()
 
     def resume(self, step: int) -> None:
         """Forgets what a killed session wrote after `step`: those steps are run again."""
         if self._board is not None:
             self._board.resume(step)
+        self.flush()
         if not self._writes or not self._path.exists():
             return
-        rows = [row for row in self.rows() if row["step"] <= step]
-        atomic_write(self._path, "".join(json.dumps(row) + "\n" for row in rows))
+        self._rewrite([row for row in workdirs.read_rows(self._path, self._log) if row["step"] <= step])
 
     def rows(self) -> list[dict[str, Any]]:
         """All that was written; a half-written last line is left out."""
+        self.flush()
         return workdirs.read_rows(self._path)
+
+    def _rewrite(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        atomic_write(self._path, "".join(map(_line, rows)))
 
     def close(self) -> None:
         """Writes what is pending."""
+        self.flush()
         if self._board is not None:
             self._board.close()
 
@@ -83,8 +93,11 @@ class Report:
         )
 
     def evaluation(self, step: int, metrics: Mapping[str, Value]) -> None:
-        """Reports an evaluation; keys may carry the prefix `ema/`."""
+        """Reports an evaluation, in the place of an earlier one at this step; keys may carry the prefix `ema/`."""
+        if self._writes and self.evaluated(step) is not None:
+            self._rewrite(row for row in self.rows() if (row["step"], row["kind"]) != (step, "eval"))
         self._write(step, "eval", metrics)
+        self.flush()
         values = "  ".join(
             f"{name} {spell(value, '.2f', 100)}%" if "top" in name else f"{name} {spell(value, '.6g')}"
             for name, value in metrics.items()
@@ -111,10 +124,36 @@ class Report:
 
     def _write(self, step: int, kind: str, values: Mapping[str, Value]) -> None:
         if self._writes:
-            with self._path.open("a") as file:
-                file.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
+            self._pending.append(_line({"step": step, "kind": kind, **values}))
+            # Nothing can be appended to an object of a storage service: it is written anew, so not at every row.
+            if not paths.is_uri(self._path) or time.monotonic() > self._flushed + FLUSH_S:
+                self.flush()
             if self._board is not None:
                 self._board.add(step, kind, values)
+
+    def flush(self) -> None:
+        """Writes the rows that are pending: those of a checkpoint must be there before it is."""
+        if not self._pending:
+            return
+        text = "".join(self._pending)
+        if paths.is_uri(self._path):
+            before = self._path.read_text() if self._path.exists() else ""
+            atomic_write(self._path, before + text)
+        else:
+            with self._path.open("a") as file:
+                file.write(text)
+        self._pending, self._flushed = [], time.monotonic()
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    return json.dumps({name: finite(value) for name, value in row.items()}) + "\n"
+
+
+def finite(value: Any) -> Any:
+    """A number (or numbers) as JSON can hold it: None for what is not finite."""
+    if isinstance(value, list):
+        return [finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def spell(value: Value, form: str, scale: float = 1) -> str:
@@ -124,6 +163,9 @@ def spell(value: Value, form: str, scale: float = 1) -> str:
 
 def atomic_write(path: epath.Path, text: str) -> None:
     """Replaces a file as a whole: a reader sees the old text or the new one."""
+    if paths.is_uri(path):  # as every write to a storage service
+        path.write_text(text)
+        return
     draft = path.parent / (path.name + ".new")
     draft.write_text(text)
     draft.replace(path)

@@ -38,12 +38,13 @@ class Rewinds:
         """What a checkpoint keeps."""
         return {"rewinds": self.done} if self.done else {}
 
-    def check(self, bad: NotFiniteError) -> None:
-        """Raises `TrainError` if the run may not go back (again)."""
+    def check(self, bad: NotFiniteError, saved: int | None) -> None:
+        """Raises `TrainError` if the run may not go back (again); `saved` is the step of the last checkpoint."""
         if len(self.done) < self._allowed:
             return
         spent = f"; it went back {len(self.done)} times already (config.rewind)" if self.done else ""
-        raise TrainError(f"{bad}; nothing after step {bad.step - 1} was saved{spent}. {REMEDY}") from bad
+        last = "nothing was saved" if saved is None else f"nothing after step {saved} was saved"
+        raise TrainError(f"{bad}; {last}{spent}. {REMEDY}") from bad
 
     def add(self, back: int, bad: NotFiniteError) -> str:
         """Notes a rewind; returns what to say about it."""

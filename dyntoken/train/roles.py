@@ -34,7 +34,10 @@ def make_model(
         raise ValueError(f"{what}.name is missing: see dyntoken.list_models()")
     size = shape[0] if shape[0] == shape[1] else shape[:2]
     facts = {"num_classes": info.num_classes, "img_size": size, "in_chans": shape[2]}
-    model = models.create_model(options.pop("name"), **{**facts, **options})
+    try:
+        model = models.create_model(options.pop("name"), **{**facts, **options})
+    except ValueError as error:
+        raise type(error)(f"{what}: {error}") from error
     if model.input_shape != shape or model.num_classes != info.num_classes:
         raise ValueError(
             f"{what} takes images {model.input_shape} of {model.num_classes} classes, but the data set "

@@ -6,16 +6,54 @@ import dataclasses
 import functools
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from dyntoken import data, losses, mix, optim, weights
-from dyntoken.registry import UnknownNameError, load_plugins, suggest
+import ml_collections
+
+from dyntoken import data, losses, mix, models, optim, schema, weights
+from dyntoken.registry import load_plugins
+from dyntoken.schema import Count, Natural, NonNegative, Positive, Rate, Section, Seed, Size, within
 from dyntoken.train import mesh as meshes
-from dyntoken.train.evalsets import EvalSettings, read_evals
-from dyntoken.train.fields import check_keywords, fill
+from dyntoken.train.evalsets import EVAL_OWN, SOURCE, EvalSettings, check_labels
 from dyntoken.train.shrink import Shrink
 from dyntoken.train.tracing import Window
 from dyntoken.weights import workdirs
+
+MOST_STEPS = 2**31 - 1  # the optimizer counts in int32
+
+
+def _of_model(given: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of a model's section; any, while it names no model.
+
+    `create_model` says best what a dense model does not take.
+    """
+    if not given.get("name"):
+        return {**dict.fromkeys(given, Any), **own}
+    told = dict.fromkeys(models.OF_METHODS & set(given), Any)
+    return {**told, **models.keywords(str(given["name"])), **own}
+
+
+# What reads the sections that are no dataclass: a key of theirs is an argument there.
+MODEL = Section(lambda given, around: _of_model(given, {"name": str}))
+TEACHER = Section(lambda given, around: _of_model(given, {"name": str | None, "weights": str | None}))
+AUGMENT = Section(lambda given, around: schema.fields(data.AugmentOptions))
+READING = Section(lambda given, around: schema.keywords(data.eval_batches, but=EVAL_OWN))
+LOSS = Section(lambda given, around: {key: Annotated[dict, _of_loss(key)] for key in given})
+MIX = Section(lambda given, around: schema.keywords(mix.mix, but=("num_classes",)))
+OPTIM = Section(lambda given, around: schema.keywords(optim.make, but=("total_steps", "steps_per_epoch")))
+INIT = Section(
+    lambda given, around: {
+        "path": str | None,
+        **schema.keywords(weights.load_weights, but=("return_report",)),
+        "seed": Seed,
+    }
+)
+SHRINK = Section(lambda given, around: schema.fields(Shrink))
+WINDOW = Section(lambda given, around: schema.fields(Window))
+
+
+def _of_loss(key: str) -> Section:
+    return Section(lambda given, around: losses.keywords(key))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +67,8 @@ class DataSettings:
       shards: virtual shards of the data, the same on any number of devices.
       data_dir: where TFDS data lies.
       augment: see `data.AugmentOptions`; None changes nothing.
+      balance: an epoch of training has every class equally often; for folders
+        and sets in memory.
       eval: further arguments of `data.eval_batches` (`crop_pct`,
         `interpolation`; `batch` if not the training one).
       options: of the source.
@@ -36,16 +76,17 @@ class DataSettings:
     """
 
     name: str
-    split: Any = "train"
-    eval_split: Any = "test"
-    size: Any = None
-    shards: int = 8
+    split: str | Sequence[str] = "train"
+    eval_split: str | Sequence[str] = "test"
+    size: Size | None = None
+    shards: Count = 8
     data_dir: str | None = None
-    augment: Mapping[str, Any] | None = None
-    eval: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    augment: Annotated[Mapping[str, Any] | None, AUGMENT] = None
+    balance: bool = False
+    eval: Annotated[Mapping[str, Any], READING] = dataclasses.field(default_factory=dict)
+    options: Annotated[Mapping[str, Any], SOURCE] = dataclasses.field(default_factory=dict)
     mean: Sequence[float] | None = None
-    std: Sequence[float] | None = None
+    std: Sequence[Positive] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +111,8 @@ class Settings:
       mix: keywords of `dyntoken.mix.mix`.
       optim: keywords of `dyntoken.optim.make`.
       ema: decay of the weight average, 0 for none.
+      ema_warmup: the decay rises to `ema` with the steps, so that the average
+        forgets the start of the run soon; False: `ema` from the first step on.
       teacher: `name`, `weights` and keywords of `create_model`; no name, no teacher.
       init: `path` and keywords of `load_weights`; no path, a fresh start.
       resume: workdir of another run to go on from.
@@ -92,32 +135,33 @@ class Settings:
       plugins: modules that are imported first; they register what other keys name.
     """
 
-    model: Mapping[str, Any]
+    model: Annotated[Mapping[str, Any], MODEL]
     data: DataSettings
-    losses: Mapping[str, Mapping[str, Any]]
-    batch: int
-    accumulate: int = 1
-    shard: str = "none"
-    keep_schedule: Mapping[str, int] | None = None
-    epochs: float = 0.0
-    steps: int = 0
-    seed: int = 0
-    mix: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    optim: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    ema: float = 0.0
-    teacher: Mapping[str, Any] | None = None
-    init: Mapping[str, Any] | None = None
+    losses: Annotated[Mapping[str, Any], LOSS]
+    batch: Count
+    accumulate: Count = 1
+    shard: Literal[tuple(meshes.SHARDS)] = "none"
+    keep_schedule: Annotated[Mapping[str, Any] | None, SHRINK] = None
+    epochs: NonNegative = 0.0
+    steps: Annotated[int, within(f"[0, {MOST_STEPS}]")] = 0
+    seed: Seed = 0
+    mix: Annotated[Mapping[str, Any], MIX] = dataclasses.field(default_factory=dict)
+    optim: Annotated[Mapping[str, Any], OPTIM] = dataclasses.field(default_factory=dict)
+    ema: Rate = 0.0
+    ema_warmup: bool = True
+    teacher: Annotated[Mapping[str, Any] | None, TEACHER] = None
+    init: Annotated[Mapping[str, Any] | None, INIT] = None
     resume: str | None = None
-    log_steps: int = 50
-    eval_steps: int = 0
-    eval_epochs: float = 0.0
-    checkpoint_steps: int = 0
-    keep_checkpoints: int = 2
-    keep_best: int = 0
+    log_steps: Count = 50
+    eval_steps: Natural = 0
+    eval_epochs: NonNegative = 0.0
+    checkpoint_steps: Natural = 0
+    keep_checkpoints: Count = 2
+    keep_best: Natural = 0
     best_metric: str = workdirs.DEFAULT_METRIC
-    rewind: int = 0
+    rewind: Natural = 0
     evals: Mapping[str, EvalSettings] = dataclasses.field(default_factory=dict)
-    profile: Mapping[str, int] | None = None
+    profile: Annotated[Mapping[str, Any] | None, WINDOW] = None
     tensorboard: bool = False
     curves: bool = True
     compare: bool = False
@@ -130,49 +174,76 @@ class Settings:
 
 
 def read(config: Mapping[str, Any]) -> Settings:
-    """Checks the keys of a config.
+    """Checks the keys of a config: their names, types and ranges.
 
     Args:
       config: a `ConfigDict` or nested mapping.
 
     Raises:
       UnknownNameError: for a key that nothing reads, with the nearest ones.
-      ValueError: for a missing key or a value out of range.
+      ValueError: for a missing key or a value of another type or out of range.
     """
-    given = dict(config.to_dict() if hasattr(config, "to_dict") else config)
-    given["plugins"] = load_plugins(given.get("plugins") or ())
-    given["data"] = fill(DataSettings, given.get("data", {}), "config.data")
-    given["evals"] = read_evals(given.get("evals"))
-    settings = fill(Settings, given, "config")
-    check_keywords("config.mix", mix.mix, settings.mix, own=("num_classes",))
-    check_keywords("config.optim", optim.make, settings.optim, own=("total_steps", "steps_per_epoch"))
-    init = {k: v for k, v in (settings.init or {}).items() if k != "path"}
-    check_keywords("config.init", weights.load_weights, init, own=("return_report",), also=("path",))
-    eval_own = ("split", "size", "shards", "process", "data_dir")
-    check_keywords("config.data.eval", data.eval_batches, settings.data.eval, own=eval_own)
+    plugins(config)
+    settings = schema.check(Settings, config, "config")
+    check_labels(settings.evals)
     data.AugmentOptions.of(settings.data.augment)
     losses.parse(settings.losses)
-    if not 0 <= settings.ema < 1:
-        raise ValueError(f"config.ema is {settings.ema}: a decay lies in [0, 1)")
-    if settings.steps <= 0 and settings.epochs <= 0:
-        raise ValueError("the run has no length: set config.epochs (or config.steps) above 0")
-    for name in ("log_steps", "accumulate"):
-        if getattr(settings, name) < 1:
-            raise ValueError(f"config.{name} is {getattr(settings, name)}: it must be at least 1")
-    if settings.shard not in meshes.SHARDS:
-        raise UnknownNameError(
-            f"config.shard is {settings.shard!r}: {suggest(settings.shard, meshes.SHARDS)}"
-        )
-    for name in ("keep_best", "rewind"):
-        if getattr(settings, name) < 0:
-            raise ValueError(f"config.{name} is {getattr(settings, name)}: it must be 0 (off) or more")
-    Window.of(settings.profile)
-    Shrink.of(settings.keep_schedule)
     return settings
 
 
+def plugins(config: Mapping[str, Any]) -> None:
+    """Imports `config.plugins`: what other keys may be depends on what these modules register.
+
+    Raises:
+      ImportError: a module that is not there, or one that it imports.
+      ValueError: no names of modules.
+    """
+    load_plugins(schema.check(Sequence[str], config.get("plugins") or (), "config.plugins"))
+
+
+def override(config: ml_collections.ConfigDict, changes: Sequence[tuple[str, str]]) -> None:
+    """Sets keys of a recipe as a command line spells them.
+
+    What the recipe computes from a key (the learning rate from the batch) follows it.
+
+    Args:
+      config: of a recipe; changed in place.
+      changes: full name without `config.` and text, `("optim.lr", "1e-3")`.
+
+    Raises:
+      UnknownNameError, ValueError: as `read`.
+    """
+    plain = config.to_dict()
+    for name, text in changes:
+        *parents, last = name.split(".")
+        node = plain
+        for parent in parents:
+            if not isinstance(node.get(parent), dict):
+                node[parent] = {}
+            node = node[parent]
+        node[last] = schema.Text(text)
+    settings = read(plain)
+    with config.unlocked(), config.ignore_type():
+        for name, _ in changes:
+            *parents, last = name.split(".")
+            node, value = config, settings
+            for parent in parents:
+                if node.get(parent) is None:
+                    node[parent] = ml_collections.ConfigDict()
+                node, value = node[parent], _of(value, parent)
+            node[last] = _of(value, last)
+
+
+def _of(section: Any, name: str) -> Any:
+    return section[name] if isinstance(section, Mapping) else getattr(section, name)
+
+
 def check_lengths(settings: Settings, *, total: int, eval_every: int) -> None:
-    """Raises ValueError for what a run of `total` steps never does."""
+    """Raises ValueError for what a run of `total` steps never does, and for a run without length."""
+    if settings.steps <= 0 and settings.epochs <= 0:
+        raise ValueError("the run has no length: set config.epochs (or config.steps) above 0")
+    if total > MOST_STEPS:
+        raise ValueError(f"the run has {total} steps, more than {MOST_STEPS}: lower config.epochs")
     window = Window.of(settings.profile)
     if window is not None and window.start > total:
         raise ValueError(f"config.profile.start is {window.start}, but the run has {total} steps")

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import flax.linen as nn
 
-from dyntoken import schedules
+from dyntoken import schedules, schema
 from dyntoken.models import Model
 from dyntoken.reducers import METHODS
-from dyntoken.train.fields import fill
+from dyntoken.schema import Natural, within
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,14 +28,14 @@ class Shrink:
       levels: number of rates, the first and the last included.
     """
 
-    start_epoch: int = 0
-    end_epoch: int = 0
-    levels: int = 5
+    start_epoch: Natural = 0
+    end_epoch: Natural = 0
+    levels: Annotated[int, within("[2, inf)")] = 5
 
     @classmethod
     def of(cls, given: Mapping[str, Any] | None) -> Shrink | None:
         """From the section of the config; None if it asks for nothing."""
-        found = fill(cls, given or {}, "config.keep_schedule")
+        found = schema.check(cls, given or {}, "config.keep_schedule")
         return found if found.end_epoch else None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import zlib
 from collections.abc import Callable, Mapping
@@ -11,8 +12,8 @@ from typing import Any
 import jax
 from etils import epath
 
-from dyntoken import weights
-from dyntoken.train import hosts
+from dyntoken import paths, weights
+from dyntoken.train import hosts, identity
 from dyntoken.train import mesh as meshes
 from dyntoken.train.checkpoint import Checkpoints, Restored, restore_from
 from dyntoken.train.clock import Clock
@@ -20,9 +21,12 @@ from dyntoken.train.plan import Plan
 from dyntoken.train.report import atomic_write
 from dyntoken.train.rewind import Rewinds
 from dyntoken.train.state import TrainState
+from dyntoken.weights import runs
 
 Tree = Any
 Log = Callable[[str], None]
+EVALUATED = ("model", "data", "evals")  # sections of a config on which an evaluation depends
+OLD = "old"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,13 +37,15 @@ class Start:
       state: after the last step that counts.
       clock: with the time that it took.
       rewinds: those on the way there.
-      same: whether this very config made it.
+      same: whether this very config made it, as far as an evaluation goes.
+      meta: of its checkpoint in this workdir, {} without one.
     """
 
     state: TrainState
     clock: Clock
     rewinds: Rewinds
     same: bool
+    meta: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def start(plan: Plan, checkpoints: Checkpoints, log: Log) -> Start:
@@ -47,14 +53,20 @@ def start(plan: Plan, checkpoints: Checkpoints, log: Log) -> Start:
     found = checkpoints.restore(plan.abstract_state)
     if found is None:
         return beginning(plan, log)
-    log(f"resuming at step {found.step} of {plan.total_steps}")
-    return _from(found, plan, log)
+    if found.step > plan.total_steps:
+        log(
+            f"the run is at step {found.step} already, this config ends at {plan.total_steps}: nothing to train"
+        )
+    else:
+        log(f"resuming at step {found.step} of {plan.total_steps}")
+    return dataclasses.replace(_from(found, plan, log), meta=found.meta)
 
 
 def beginning(plan: Plan, log: Log) -> Start:
     """Where a run without checkpoints starts: `config.resume`, `config.init` or fresh variables."""
     settings = plan.settings
     if settings.resume:
+        identity.check(settings.resume, plan)
         found = restore_from(settings.resume, plan.abstract_state, log=log)
         log(f"going on from step {found.step} of {settings.resume}")
         return _from(found, plan, log)
@@ -65,16 +77,19 @@ def beginning(plan: Plan, log: Log) -> Start:
 def _from(found: Restored, plan: Plan, log: Log) -> Start:
     same = _compare(found, plan.settings.plain, log)
     rewinds = Rewinds(plan.settings.rewind, found.meta.get("rewinds", ()))
-    return Start(found.state, Clock(found.meta["seconds"]), rewinds, same)
+    return Start(found.state, Clock(found.meta.get("seconds", 0.0)), rewinds, same)
 
 
 def _compare(found: Restored, config: Mapping[str, Any], log: Log) -> bool:
+    if not isinstance(found.meta.get("config"), Mapping):
+        log("the checkpoint was written by another version, which did not keep the config: not compared")
+        return False
     before, now = flat(found.meta["config"]), flat(config)
     changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
     if changed:
         shown = ", ".join(f"{key} {before.get(key)} -> {now.get(key)}" for key in changed[:6])
         log(f"the config differs from the checkpoint's: {shown}" + (", ..." if len(changed) > 6 else ""))
-    return not changed
+    return not any(key.split(".")[0] in EVALUATED for key in changed)
 
 
 def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
@@ -98,19 +113,38 @@ def facts(plan: Plan) -> dict[str, Any]:
     return facts | {"the number of classes": info.num_classes, "the checksum of the class names": names}
 
 
+def move_aside(workdir: epath.Path, log: Log) -> None:
+    """Moves what a run has left in a workdir to `<workdir>/old/N`, a workdir of its own."""
+    if jax.process_index() != 0:
+        return
+    left = [e for e in workdir.iterdir() if e.name != OLD and not e.name.startswith(("lock-", ".probe-"))]
+    if not left:
+        return
+    old = workdir / OLD
+    taken = [int(entry.name) for entry in old.iterdir() if entry.name.isdigit()] if old.is_dir() else []
+    target = old / str(max(taken, default=0) + 1)
+    for entry in left:
+        paths.move(entry, target / entry.name)
+    log(f"starting anew: the old run is in {target}; leave --restart out to go on with the new one")
+
+
 def write_config(workdir: epath.Path, plan: Plan) -> None:
     """Writes what `open_workdir` and a later `--mode=eval` read."""
     if jax.process_index() == 0:
         atomic_write(workdir / "config.json", json.dumps(plan.settings.plain, indent=2) + "\n")
 
 
-def load_init(plan: Plan, log: Log) -> Tree:
-    """The variables that `config.init` names."""
+load_for_training = functools.partial(weights.load_weights, return_report=True)
+
+
+def load_init(plan: Plan, log: Log, load: Callable[..., Any] = load_for_training) -> Tree:
+    """The variables that `config.init` names; `load` as `load_weights` that returns its report."""
     options = dict(plan.settings.init)
     path = options.pop("path")
-    variables, report = hosts.agree(
-        lambda: weights.load_weights(plan.model, path, return_report=True, **options), _checksum
-    )
+    if options.get("head", "keep") == "keep":
+        remedy = "give init.head=reset for a fresh classifier"
+        identity.check_classes(runs.of_workdir(path, options.get("step", "newest")), plan, path, remedy)
+    variables, report = hosts.agree(lambda: load(plan.model, path, **options), _checksum)
     log(f"initial weights: {report}")
     return variables
 
@@ -120,6 +154,7 @@ def load_teacher(plan: Plan, log: Log) -> Tree:
     if plan.teacher is None:
         return {}
     path = plan.settings.teacher["weights"]
+    identity.check_classes(runs.of_workdir(path), plan, f"the teacher in {path}", "name another teacher")
     variables, report = hosts.agree(
         lambda: weights.load_weights(plan.teacher, path, return_report=True), _checksum
     )

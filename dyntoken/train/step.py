@@ -56,6 +56,7 @@ def make_train_step(
     augment: Augment,
     seed: int,
     ema: float = 0.0,
+    ema_warmup: bool = True,
     teacher: nn.Module | None = None,
     accumulate: int = 1,
     axis: str = "data",
@@ -64,11 +65,11 @@ def make_train_step(
 
     Args:
       model, specs, augment, seed, teacher, accumulate, axis: see `make_gradient`.
-      tx, ema: see `make_update`.
+      tx, ema, ema_warmup: see `make_update`.
     """
     options = {"specs": specs, "augment": augment, "seed": seed, "teacher": teacher}
     gradient = make_gradient(model, **options, accumulate=accumulate, axis=axis)
-    return joined(gradient, make_update(tx, specs=specs, ema=ema))
+    return joined(gradient, make_update(tx, specs=specs, ema=ema, ema_warmup=ema_warmup))
 
 
 def joined(gradient: Gradient, update: Update) -> TrainStep:
@@ -176,13 +177,16 @@ def make_gradient(
     return gradient
 
 
-def make_update(tx: optax.GradientTransformation, *, specs: losses.Specs, ema: float = 0.0) -> Update:
+def make_update(
+    tx: optax.GradientTransformation, *, specs: losses.Specs, ema: float = 0.0, ema_warmup: bool = True
+) -> Update:
     """Builds `(state, found) -> (state, metrics)`.
 
     Args:
       tx: the optimizer, clipping included.
       specs: the loss list.
       ema: decay of the moving average of the variables; 0 for none.
+      ema_warmup: the decay rises to it from 0.1, see `schedules.ema_decay`.
 
     Metrics are (sum, count): each loss unweighted (of a model with exits also
     `..._per_exit`, with sums `[exits]`), `loss` (the weighted total), `grad_norm`
@@ -194,7 +198,9 @@ def make_update(tx: optax.GradientTransformation, *, specs: losses.Specs, ema: f
         params = optax.apply_updates(state.params, updates)
         average = state.ema
         if ema:
-            average = optim.ema(average, {"params": params, **found.extra}, ema)
+            average = optim.ema(
+                average, {"params": params, **found.extra}, ema, state.step if ema_warmup else None
+            )
         pairs = {name: (found.sums[name], found.counts[name]) for name in found.sums}
         norms = {"grad_norm": optax.tree.norm(found.grads), "update_norm": optax.tree.norm(updates)}
         ones = {name: (value, jnp.ones(())) for name, value in {"loss": found.total, **norms}.items()}

@@ -11,7 +11,8 @@ from typing import Any
 import jax
 from etils import epath
 
-from dyntoken.train.fields import fill
+from dyntoken import schema
+from dyntoken.schema import Count, Natural
 
 FOLDER = "profile"
 
@@ -26,8 +27,8 @@ class Window:
       steps: how many.
     """
 
-    start: int
-    steps: int = 5
+    start: Count = 20
+    steps: Natural = 5
 
     @classmethod
     def of(cls, given: Mapping[str, Any] | None) -> Window | None:
@@ -35,16 +36,11 @@ class Window:
 
         Raises:
           UnknownNameError: for another key.
-          ValueError: for a missing or negative one.
+          ValueError: for a value out of range.
         """
         if not given:
             return None
-        window = fill(cls, given, "config.profile")
-        if window.steps < 0 or window.start < 1:
-            raise ValueError(
-                f"config.profile is start={window.start}, steps={window.steps}: steps count from 1, and 0 "
-                "steps trace nothing"
-            )
+        window = schema.check(cls, given, "config.profile")
         return window if window.steps else None
 
     def __contains__(self, step: int) -> bool:

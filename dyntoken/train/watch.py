@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -25,11 +25,21 @@ class NotFiniteError(Exception):
 
 
 class Watch:
-    """Collects metrics one step behind the device and stops at what is not finite."""
+    """Collects metrics one step behind the device and stops at what is not finite.
 
-    def __init__(self) -> None:
+    Args:
+      sums: of a checkpoint between two reports.
+    """
+
+    def __init__(self, sums: Mapping[str, Sequence[Any]] | None = None) -> None:
         self._waiting: tuple[int, Mapping[str, Any]] | None = None
-        self._sums: dict[str, tuple[np.ndarray, float]] = {}
+        self._sums = {name: (np.asarray(total), count) for name, (total, count) in (sums or {}).items()}
+
+    @property
+    def meta(self) -> dict[str, Any]:
+        """What a checkpoint keeps, so that the next report is of all its steps."""
+        sums = {name: [np.asarray(total).tolist(), count] for name, (total, count) in self._sums.items()}
+        return {"sums": sums} if sums else {}
 
     def add(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Takes the metrics of a step that may still run; looks at those before.

@@ -10,7 +10,8 @@ from typing import Any
 import jax
 from etils import epath
 
-from dyntoken import data
+from dyntoken import data, paths
+from dyntoken.train import identity
 from dyntoken.train import mesh as meshes
 from dyntoken.train.checkpoint import CheckpointError, restore_from
 from dyntoken.train.plan import Plan, build
@@ -58,17 +59,18 @@ def open_workdir(
       ValueError: no run there, no intact checkpoint, no such split, or no
         average in the checkpoint.
     """
-    workdir = epath.Path(workdir).expanduser().absolute()
+    workdir = paths.resolve(workdir)
     path = workdir / "config.json"
     if not path.exists():
         raise ValueError(f"no run in {workdir} (it has no config.json): give the workdir of a training run")
     config = json.loads(path.read_text())
     if split is not None:
         config["data"]["eval_split"] = split
-    plan = build(config)
+    plan = build(config, training=False)
     if ema and plan.settings.ema <= 0:
         raise ValueError(f"the run in {workdir} keeps no weight average: leave --ema out")
     try:
+        identity.check(workdir, plan)
         found = restore_from(workdir, plan.abstract_state, log=log)
     except CheckpointError as error:
         raise ValueError(str(error)) from error

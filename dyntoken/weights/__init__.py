@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,7 +20,8 @@ import numpy as np
 from dyntoken.cascade import Cascade
 from dyntoken.models import Model
 from dyntoken.nn.sites import added
-from dyntoken.weights import dense_start, files, keys, positions, references
+from dyntoken.ops import resample
+from dyntoken.weights import dense_start, files, keys, layouts, placing, positions, references, runs
 from dyntoken.weights.files import WeightsError
 from dyntoken.weights.reference_dvt import StoredExits, stored_exits
 
@@ -63,8 +64,10 @@ class Report:
 
     def __str__(self) -> str:
         lines = [f"{self.origin}: {len(self.loaded)} arrays loaded"]
-        for what in ("missing", "unexpected", "resized"):
-            names = getattr(self, what)
+        new = tuple(path for path in self.missing if added(path) or "/reuse_" in f"/{path}")
+        missing = tuple(path for path in self.missing if path not in new)
+        parts = {"new with the method, freshly initialised": new, "missing": missing}
+        for what, names in {**parts, "unexpected": self.unexpected, "resized": self.resized}.items():
             if names:
                 more = f", and {len(names) - 6} more" if len(names) > 6 else ""
                 lines.append(f"  {len(names)} {what}: {', '.join(names[:6])}{more}")
@@ -79,7 +82,9 @@ def load_weights(
     prefer: str = "ema",
     step: int | str = "newest",
     strict: bool = False,
+    unexpected: str = "error",
     resize: str | None = None,
+    in_chans: str = "keep",
     head: str = "keep",
     source_grid: tuple[int, int] | None = None,
     seed: int = 0,
@@ -98,9 +103,15 @@ def load_weights(
       step: of a workdir: "newest", "best" (by the run's `best_metric` among the
         checkpoints that were evaluated) or the number of a step.
       strict: missing or unexpected arrays are an error.
+      unexpected: "error" refuses arrays that the model has no place for and that
+        change what it computes (LayerScale, register tokens, further blocks; not
+        other heads, buffers or predictors); "ignore" leaves them out.
       resize: how a position embedding of another grid is resized: "bicubic"
-        (DeiT, EViT, TPS) or "bilinear" (DynamicViT, PVT); by default as the
-        backbone's official code does.
+        (DeiT, EViT, TPS), "bilinear" (DynamicViT, PVT) or "timm" (bicubic with
+        antialias, as timm does for every model); by default as the backbone's
+        official code does.
+      in_chans: "keep", or "adapt" to sum or repeat the stem's kernel for images
+        of another number of channels, as timm does.
       head: "keep", or "reset" to leave the classifier freshly initialised.
       source_grid: (rows, columns) of the source's patches if they are no square.
       seed: of what is freshly initialised.
@@ -112,38 +123,52 @@ def load_weights(
     Raises:
       WeightsError: unreadable source, weights of another model or shape.
     """
-    if head not in ("keep", "reset"):
-        raise WeightsError(f"head={head!r}: choose 'keep' or 'reset'")
-    bundle = files.read(source, prefer, step)
+    placing.check_choice("head", head, ("keep", "reset"))
+    placing.check_choice("unexpected", unexpected, ("error", "ignore"))
+    placing.check_choice("in_chans", in_chans, ("keep", "adapt"))
+    placing.check_choice("resize", resize, (None, *resample.METHODS))
+    bundle = layouts.from_flax_vit(files.read(source, prefer, step))
     shapes = shapes_of(model)
-    found, unexpected = _sort_for(model, bundle)
+    if not bundle.own:
+        dense = [dense_start.dense_of(model, 0)] if isinstance(model, Cascade) else []
+        bundle = layouts.without_prefix(bundle, [reference_keys(m) for m in (model, *dense)], prefer)
+    found, left = _sort_for(model, bundle)
     spread = dense_start.applies(model, found)
     if spread:
-        found, unexpected = dense_start.spread(model, functools.partial(_sort_for, bundle=bundle), shapes)
+        found, left = dense_start.spread(model, functools.partial(_sort_for, bundle=bundle), shapes)
     if head == "reset":
-        found = {path: value for path, value in found.items() if not _of_head(path)}
-    _check_kinship(found, shapes, bundle.origin)
+        found = {path: value for path, value in found.items() if not placing.of_head(path)}
+    _check_kinship(found, shapes, bundle)
     missing = tuple(path for path in shapes if path not in found)
-    fresh = functools.cache(lambda: _initialised(model, seed))
+    fresh = functools.partial(_initialised, model, seed)
     resized = positions.fit_all(model, found, shapes, bundle, resize, source_grid, fresh)
-    _check_shapes(found, shapes, bundle.origin)
-    notes = _notes(model, bundle, missing)
+    average = bundle.metadata.get("average") if prefer == "ema" else None
+    notes = [*bundle.notes, *_notes(model, bundle, missing), *([average] if average else [])]
+    for path, old in placing.other_channels(found, shapes, model.input_shape[2]).items():
+        if in_chans == "adapt":
+            found[path] = placing.adapted(found[path], model.input_shape[2], bundle.origin)
+            notes.append(f"{path}: from {old} to {model.input_shape[2]} channels")
+    if unexpected == "error":
+        placing.refuse(model, placing.changing(left, head), bundle.tensors, bundle.origin)
+    placing.check_shapes(found, shapes, bundle.origin, model.input_shape[2])
     if spread:
         notes.append("weights of a dense model: every exit starts from them, the reuse between exits fresh")
     report = Report(
         tuple(p for p in shapes if p in found),
         missing,
-        unexpected,
+        left,
         tuple(resized),
         tuple(notes),
         bundle.origin,
     )
-    if strict and (missing or unexpected):
-        raise WeightsError(f"strict: the weights do not fit exactly\n{report}")
+    if strict and (missing or left):
+        raise WeightsError(f"strict: the weights do not fit exactly: {'; '.join(str(report).splitlines())}")
     surprising = [path for path in missing if not added(path)]  # a dense checkpoint has no others
-    if not return_report and ((surprising and head == "keep") or unexpected or resized):
+    telling = left or resized or average or bundle.notes
+    if not return_report and ((surprising and head == "keep") or telling):
         _log.warning("%s", report)
-    variables = _variables({path: found[path] if path in found else fresh()[path] for path in shapes})
+    found.update(fresh(missing) if missing else {})
+    variables = _variables({path: found[path] for path in shapes})
     return (variables, report) if return_report else variables
 
 
@@ -162,10 +187,7 @@ def save_weights(
     tensors = {key: np.asarray(value) for key, value in flat_variables(variables).items()}
     about = {"format": FORMAT, **metadata}
     if model is not None:
-        body = model.plain()
-        about = {"model": "_".join(filter(None, (model.method, model.arch))), **about}
-        if not isinstance(model, Cascade):  # whose exits have a grid each
-            about["grid"] = "x".join(str(n) for n in body.grid)
+        about = {"model": "_".join(filter(None, (model.method, model.arch))), **about, **runs.grids(model)}
     files.write_safetensors(path, tensors, about)
 
 
@@ -198,15 +220,21 @@ def import_reference(
     key_map = keys.key_map(shapes, family_of(reference.model), grid_only=reference.grid_only)
     origin = f"{repository} {cls}"
     arrays = {key: np.asarray(value) for key, value in tensors.items() if not keys.is_buffer(key)}
-    found, unexpected = _sort(files.Bundle(arrays, {}, origin, own=False), key_map)
+    bundle = layouts.without_prefix(files.Bundle(arrays, {}, origin, own=False), [key_map], "params")
+    found, unexpected = _sort(bundle, key_map)
     missing = [key_map.by_path[path].key for path in shapes if path not in found]
     if missing or unexpected:
         raise WeightsError(
             f"{origin}: the state dict does not fit the constructor arguments; "
-            f"missing: {', '.join(missing) or 'none'}; left over: {', '.join(unexpected) or 'none'}"
+            f"missing: {_listed(missing)}; left over: {_listed(unexpected)}"
         )
-    _check_shapes(found, shapes, origin)
+    placing.check_shapes(found, shapes, origin, reference.model.input_shape[2])
     return reference.model, _variables(found)
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f", and {len(names) - 6} more" if len(names) > 6 else ""
+    return f"{', '.join(names[:6]) or 'none'}{more}"
 
 
 def reference_keys(model: Model, *, no_embed_class: bool = False) -> keys.KeyMap:
@@ -296,42 +324,19 @@ def _sort(bundle: files.Bundle, key_map: keys.KeyMap) -> tuple[dict[str, np.ndar
     return found, tuple(unexpected)
 
 
-def _of_head(path: str) -> bool:
-    """Whether a parameter belongs to a classifier; a cascade has one per exit."""
-    return path.startswith(("head/", "aux_head/")) or "/head/" in path
-
-
 def _check_kinship(
-    found: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]], origin: str
+    found: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]], bundle: files.Bundle
 ) -> None:
     """Refuses weights that have little to do with the model."""
-    own = [path for path in shapes if not added(path) and not _of_head(path)]
+    own = [path for path in shapes if not added(path) and not placing.of_head(path)]
     matched = sum(path in found for path in own)
     if matched * 2 < len(own):
+        layout = layouts.recognised(bundle.tensors)
         raise WeightsError(
-            f"{origin}: weights of another model: they hold {matched} of its {len(own)} backbone arrays; "
-            "check the model's name, or convert the file first"
+            f"{bundle.origin}: weights of another model: they hold {matched} of its {len(own)} backbone arrays; "
+            + (f"their keys are in {layout}; " if layout else "")
+            + "give this model's weights in timm's keys, its official repository's or ours, or name another model"
         )
-
-
-def _check_shapes(
-    found: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]], origin: str
-) -> None:
-    wrong = [path for path, value in found.items() if tuple(value.shape) != tuple(shapes[path])]
-    if not wrong:
-        return
-    path = wrong[0]
-    listed = ", ".join(f"{p} {list(found[p].shape)} (model: {list(shapes[p])})" for p in wrong[:4])
-    listed += f", and {len(wrong) - 4} more" if len(wrong) > 4 else ""
-    if all(_of_head(p) for p in wrong):
-        kernel = next((p for p in wrong if p.endswith("kernel")), path)
-        classes = found[kernel].shape[-1]
-        remedy = f"pass head='reset' for a new classifier, or create the model with num_classes={classes}"
-    else:
-        remedy = (
-            "create the model with the sizes of the weights (its name, img_size, patch_size, in_chans, width)"
-        )
-    raise WeightsError(f"{origin}: weights of another shape: {listed}; {remedy}")
 
 
 def _notes(model: Model, bundle: files.Bundle, missing: tuple[str, ...]) -> list[str]:
@@ -352,6 +357,11 @@ def _notes(model: Model, bundle: files.Bundle, missing: tuple[str, ...]) -> list
     return notes
 
 
-def _initialised(model: Model, seed: int) -> dict[str, Any]:
-    images = jnp.zeros((1, *model.input_shape), jnp.float32)
-    return _flat(jax.jit(model.init)(jax.random.key(seed), images))
+def _initialised(model: Model, seed: int, paths: Sequence[str]) -> dict[str, Any]:
+    """What `init` gives at some paths; the compiler drops all else, the forward pass included."""
+
+    def init(key: Any) -> dict[str, Any]:
+        flat = _flat(model.init(key, jnp.zeros((1, *model.input_shape), jnp.float32)))
+        return {path: flat[path] for path in paths}
+
+    return jax.jit(init)(jax.random.key(seed))

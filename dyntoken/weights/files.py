@@ -1,16 +1,16 @@
 """Weight files as flat dicts of numpy arrays: safetensors, npz, orbax, torch, the hub.
 
-Nothing here unpickles: `.npz` is read with `allow_pickle=False`, `.pth` only by
-torch with `weights_only=True`.
+Nothing here unpickles: `.npz` is read with `allow_pickle=False`; `.pth`: see `torch_files`.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import io
 import json
+import math
 import zipfile
+import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,11 +20,16 @@ import safetensors
 import safetensors.numpy
 from etils import epath
 
+from dyntoken import paths
+from dyntoken.weights.errors import WeightsError, damaged, first_line, printable
+from dyntoken.weights.torch_files import Unreadable, read_torch
+
 # Names under which the public repositories wrap a state dict: DeiT, DynamicViT and EViT "model" (and its
 # average "model_ema"), TPS "net", DVT "model_state_dict"; our own checkpoints "params" and "ema".
 DVT_STATE = "model_state_dict"
 PARAMS_KEYS = ("params", "model", "net", "state_dict", "module", DVT_STATE)
 EMA_KEYS = ("ema", "model_ema", "state_dict_ema", "net_ema")
+DINO_KEYS = ("teacher", "student")
 PREFERENCES = ("ema", "params")
 # What DVT's checkpoints hold beside their weights; see `reference_dvt.stored_exits`.
 DVT_RESULTS = ("flops", "anytime_classification", "dynamic_threshold", "budgeted_batch_classification")
@@ -35,11 +40,12 @@ SAFETENSORS_TYPES = {
     **{f"U{bits}": np.dtype(f"uint{bits}") for bits in (8, 16, 32, 64)},
     "BF16": np.dtype(jnp.bfloat16),
     "BOOL": np.dtype(bool),
+    # The float8 of torch, which the numpy interface of safetensors does not know.
+    **{
+        f"F8_{kind.upper()}": np.dtype(getattr(jnp, f"float8_{kind}{more}"))
+        for kind, more in (("e4m3", "fn"), ("e5m2", ""), ("e8m0", "fnu"), ("e4m3fnuz", ""), ("e5m2fnuz", ""))
+    },
 }
-
-
-class WeightsError(ValueError):
-    """A weight source that cannot be read or does not fit; one line with the remedy."""
 
 
 @dataclasses.dataclass
@@ -51,12 +57,14 @@ class Bundle:
       metadata: strings stored beside them (safetensors header), else empty.
       origin: the source, for messages.
       own: whether keys are paths of our tree ("backbone/trunk/blocks_0/...").
+      notes: what the reader of a report should know.
     """
 
     tensors: dict[str, np.ndarray]
     metadata: dict[str, str]
     origin: str
     own: bool
+    notes: tuple[str, ...] = ()
 
 
 def read(source: Any, prefer: str = "ema", step: int | str = "newest") -> Bundle:
@@ -83,14 +91,14 @@ def read_tree(source: Any, step: int | str = "newest") -> tuple[Any, dict[str, s
 
     Arguments and errors as `read`. Leaves are arrays; of a torch file also plain numbers, strings and lists.
     """
-    if step != "newest" and (isinstance(source, Mapping) or not epath.Path(source).is_dir()):
+    if step != "newest" and (isinstance(source, Mapping) or not _place(str(source)).is_dir()):
         raise WeightsError(f"step={step!r} chooses among the checkpoints of a workdir, not in a weight file")
     if isinstance(source, Mapping):
         return source, {}, "the given mapping"
     name = str(source)
     if name.startswith("hf:"):
         name = fetch_hub(name)
-    path = shipped(name) if name.startswith("pretrained:") else epath.Path(name)
+    path = shipped(name) if name.startswith("pretrained:") else _place(name)
     if not path.exists():
         raise WeightsError(
             f"{name}: no such weight file or directory; put the weights there, or name others (a public "
@@ -99,13 +107,20 @@ def read_tree(source: Any, step: int | str = "newest") -> tuple[Any, dict[str, s
     if path.is_dir():
         from dyntoken.weights import orbax
 
-        return orbax.read(path, step), {}, name
+        return orbax.read(path, step), orbax.describe(path, step), name
     reader = READERS.get(path.suffix.lower())
     if reader is None:
         raise WeightsError(
             f"{name}: unknown weight format {path.suffix!r}; known: {', '.join(READERS)}, orbax directory"
         )
     return (*reader(path), name)
+
+
+def _place(name: str) -> epath.Path:
+    try:
+        return paths.resolve(name)
+    except paths.PathError as error:
+        raise WeightsError(str(error)) from error
 
 
 def shipped(name: str) -> epath.Path:
@@ -134,16 +149,31 @@ def read_safetensors(path: epath.Path) -> tuple[dict[str, np.ndarray], dict[str,
     return tensors, header.get("__metadata__") or {}
 
 
-def _array(entry: Mapping[str, Any]) -> np.ndarray:
+def _array(entry: Mapping[str, Any]) -> np.ndarray | Unreadable:
+    if entry["dtype"] not in SAFETENSORS_TYPES:
+        return Unreadable(f"of type {entry['dtype']}")
     return np.frombuffer(entry["data"], SAFETENSORS_TYPES[entry["dtype"]]).reshape(entry["shape"])
 
 
 def read_npz(path: epath.Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """All arrays of an `.npz` file; object arrays (pickles) are refused."""
+    data = path.read_bytes()
+    if data.startswith(np.lib.format.MAGIC_PREFIX):
+        raise WeightsError(f"{path}: one array (.npy), named .npz; write np.savez(PATH, **arrays)")
     try:
-        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as archive:
-            return {key: archive[key] for key in archive.files}, {}
-    except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, zipfile.LargeZipFile) as error:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            return {
+                info.filename.removesuffix(".npy"): _member(archive, info) for info in archive.infolist()
+            }, {}
+    except (
+        ValueError,
+        OSError,
+        EOFError,
+        KeyError,
+        zipfile.BadZipFile,
+        zlib.error,
+        NotImplementedError,
+    ) as error:
         if "allow_pickle" in str(error):
             raise WeightsError(
                 f"{path}: holds pickled objects, which can run code and are never loaded; save plain arrays"
@@ -151,35 +181,19 @@ def read_npz(path: epath.Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         raise damaged(path, "npz", error) from error
 
 
-def read_torch(path: epath.Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """The nested dict of a torch checkpoint, tensors as numpy arrays; numbers, strings and lists as they are.
-
-    Only with torch installed, and only with `weights_only=True`; the argument
-    namespace that DeiT-style trainers store beside the weights is admitted.
-    """
-    try:
-        import torch
-    except ImportError as error:
-        raise WeightsError(
-            f"{path}: reading a torch checkpoint needs torch; install it with "
-            "`pip install 'dyntoken[torch]'`, or convert the file to .safetensors where torch is installed"
-        ) from error
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            tree = torch.load(io.BytesIO(path.read_bytes()), map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many types for a damaged or unsafe file
-        raise damaged(path, "torch", error) from error
-
-    def convert(node: Any) -> Any:
-        if isinstance(node, torch.Tensor):
-            return (node.float() if node.dtype == torch.bfloat16 else node).numpy()
-        if isinstance(node, Mapping):
-            return {str(key): convert(value) for key, value in node.items()}
-        if isinstance(node, (list, tuple)):
-            return [convert(value) for value in node]
-        return node if isinstance(node, (int, float, str)) else None
-
-    return convert(tree), {}
+def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
+    """One array; a shape of more bytes than there are is refused before numpy makes room for it."""
+    data = archive.read(info)
+    head = io.BytesIO(data)
+    read = {1: np.lib.format.read_array_header_1_0}.get(
+        np.lib.format.read_magic(head)[0], np.lib.format.read_array_header_2_0
+    )
+    shape, _, dtype = read(head)
+    if not dtype.hasobject and math.prod(shape) * dtype.itemsize > len(data) - head.tell():
+        raise ValueError(f"{info.filename} claims shape {list(shape)} in {len(data)} bytes")
+    array = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
+    # numpy writes JAX's bfloat16 as two bytes without a meaning.
+    return array.view(jnp.bfloat16) if array.dtype == np.dtype("V2") else array
 
 
 READERS = {
@@ -189,6 +203,7 @@ READERS = {
     ".pt": read_torch,
     ".bin": read_torch,
     ".tar": read_torch,
+    ".ckpt": read_torch,
 }
 
 
@@ -204,7 +219,7 @@ def fetch_hub(source: str) -> str:
         import huggingface_hub
     except ImportError as error:
         raise WeightsError(
-            f"{source}: needs huggingface_hub; install it with `pip install 'dyntoken[hub]'`, "
+            f"{source}: needs huggingface_hub; `pip install huggingface_hub`, "
             "or download the file and give its path"
         ) from error
     try:
@@ -212,7 +227,7 @@ def fetch_hub(source: str) -> str:
             repo_id="/".join(parts[:2]), filename="/".join(parts[2:]) or "model.safetensors"
         )
     except Exception as error:  # network, missing repository, missing file, missing permission
-        raise WeightsError(f"{source}: could not be downloaded ({_first_line(error)})") from error
+        raise WeightsError(f"{source}: could not be downloaded ({first_line(error)})") from error
 
 
 def write_safetensors(path: Any, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
@@ -245,6 +260,8 @@ def flatten(tree: Mapping[str, Any], prefix: str = "", separator: str = "/") -> 
             flat.update(flatten(value, name, separator))
         elif hasattr(value, "shape") and hasattr(value, "dtype"):
             flat[name] = np.asarray(value)
+        elif isinstance(value, Unreadable):
+            flat[name] = value
     return flat
 
 
@@ -264,13 +281,18 @@ def _bundle(tree: Mapping[str, Any], metadata: Mapping[str, str], origin: str, p
     """Unwraps, flattens and normalises the tree of a source."""
     if not isinstance(tree, Mapping):
         raise WeightsError(f"{origin}: holds {type(tree).__name__}, not a dict of arrays")
-    params, stats = _unwrap(_regroup(tree), prefer)
+    params, stats = _unwrap(_regroup(tree), prefer, origin)
     flat = flatten(params)
     flat.update(flatten(stats, "batch_stats"))
     if not flat:
         raise WeightsError(f"{origin}: holds no arrays")
-    flat = {key.removeprefix("module."): _float32(value) for key, value in flat.items()}
-    return Bundle(flat, dict(metadata), origin, own=any("/" in key for key in flat))
+    for key, value in flat.items():
+        if isinstance(value, Unreadable) or np.iscomplexobj(value):
+            what = value.what if isinstance(value, Unreadable) else "complex"
+            raise WeightsError(f"{origin}: {key} is {what}, which is not read: save it dense, in float32")
+    bare = {printable(key.removeprefix("module.")): _float32(value) for key, value in flat.items()}
+    notes = ("prefix 'module.' taken off",) if bare.keys() != flat.keys() else ()
+    return Bundle(bare, dict(metadata), origin, any("/" in key for key in flat), notes)
 
 
 def is_wrapped(tree: Mapping[str, Any]) -> bool:
@@ -292,16 +314,30 @@ def _regroup(tree: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _unwrap(
-    tree: Mapping[str, Any], prefer: str, stats: Mapping[str, Any] | None = None
+    tree: Mapping[str, Any], prefer: str, origin: str, stats: Mapping[str, Any] | None = None
 ) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
     """The innermost parameters and the batch statistics that belong to them."""
     stats = tree["batch_stats"] if isinstance(tree.get("batch_stats"), Mapping) else stats
-    for key in (*EMA_KEYS, *PARAMS_KEYS) if prefer == "ema" else (*PARAMS_KEYS, *EMA_KEYS):
+    wrappers = ((*EMA_KEYS, *PARAMS_KEYS), (*PARAMS_KEYS, *EMA_KEYS))[prefer == "params"]
+    # DINO's two networks come last: a teacher beside a "model" is another model.
+    for key in (*wrappers, *DINO_KEYS[:: 1 if prefer == "ema" else -1]):
         inner = tree.get(key)
         if isinstance(inner, Mapping) and inner:
-            return _unwrap(inner, prefer, stats)
+            return _unwrap(inner, prefer, origin, stats)
+    unknown = [key for key, value in tree.items() if _is_state_dict(value)]
+    if len(unknown) > 1:
+        raise WeightsError(
+            f"{origin}: holds several state dicts ({', '.join(unknown)}): give one as a mapping"
+        )
+    if unknown:
+        return _unwrap(tree[unknown[0]], prefer, origin, stats)
     others = ("batch_stats", *DVT_RESULTS)
     return {key: value for key, value in tree.items() if key not in others}, stats or {}
+
+
+def _is_state_dict(value: Any) -> bool:
+    """Whether a value is a torch state dict; our own trees nest where it has dots."""
+    return isinstance(value, Mapping) and any("." in str(k) and hasattr(v, "shape") for k, v in value.items())
 
 
 def _float32(value: np.ndarray) -> np.ndarray:
@@ -313,15 +349,3 @@ def _float32(value: np.ndarray) -> np.ndarray:
     ):
         return value.astype(np.float32) if value.dtype == np.float64 else value
     return value.astype(np.float32)
-
-
-def damaged(path: Any, kind: str, error: Exception) -> WeightsError:
-    """The error for a file that cannot be read."""
-    return WeightsError(
-        f"{path}: truncated or damaged {kind} file ({_first_line(error)}); copy or download it again"
-    )
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip().splitlines()
-    return (text[0] if text else type(error).__name__)[:160]

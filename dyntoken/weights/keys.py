@@ -35,11 +35,12 @@ BUFFERS = re.compile(
 
 # (pattern of our path, replacement): first match wins, applied before the leaf is renamed.
 VIT_RULES = (
-    (r"^backbone/(cls_token|dist_token|pos_embed)$", r"\1"),
+    (r"^backbone/(cls_token|dist_token|reg_token|pos_embed)$", r"\1"),
     (r"^backbone/patch_embed/proj/", r"patch_embed/proj/"),
     (r"^backbone/trunk/blocks_(\d+)/", r"blocks/\1/"),
     (r"^backbone/trunk/reducer_(\d+)/predictor/(in|out)_conv_(\d+)/", r"score_predictor/\1/\2_conv/\3/"),
-    (r"^backbone/norm/", r"norm/"),
+    (r"^backbone/(norm|norm_pre)/", r"\1/"),
+    (r"^head/norm/", r"fc_norm/"),
     (r"^head/cls/", r"head/"),
     (r"^head/dist/", r"head_dist/"),
     (r"^head/pre_logits/", r"pre_logits/fc/"),
@@ -84,6 +85,7 @@ CVT_RULES = (
     *VIT_RULES,
 )
 SWIN_RULES = (
+    (r"^backbone/absolute_pos_embed$", "absolute_pos_embed"),
     (r"^backbone/patch_embed_norm/", r"patch_embed/norm/"),
     (r"^backbone/merge_(\d+)/", r"layers/\1/downsample/"),
     (r"^backbone/stage_(\d+)/blocks_(\d+)/fastmlp_(\d)/", r"layers/\1/blocks/\2/fastmlp/fc1/\3/"),

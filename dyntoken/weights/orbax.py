@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 import zlib
 from collections.abc import Mapping
 from typing import Any
@@ -12,7 +13,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from dyntoken.weights import files, workdirs
+from dyntoken import paths
+from dyntoken.weights import files, runs, workdirs
 
 
 def read(path: Any, step: int | str = "newest") -> dict[str, Any]:
@@ -29,8 +31,9 @@ def read(path: Any, step: int | str = "newest") -> dict[str, Any]:
     Raises:
       WeightsError: no finished checkpoint, or an unreadable one.
     """
-    directory = _step_folder(epath.Path(path).absolute(), step)
+    directory = step_folder(paths.resolve(path), step)
     item = directory / "state" if (directory / "state").exists() else directory
+    workdirs.ignore_late_callbacks()
     handler = ocp.StandardCheckpointHandler()
     try:
         metadata = handler.metadata(item)
@@ -38,35 +41,53 @@ def read(path: Any, step: int | str = "newest") -> dict[str, Any]:
             lambda leaf: np.zeros(leaf.shape, leaf.dtype), getattr(metadata, "tree", metadata)
         )
         state = handler.restore(item, args=ocp.args.StandardRestore(target))
-        _verify(directory, state)
+        unverified = _verify(directory, state)
     except files.WeightsError:
         raise
     except Exception as error:  # orbax raises whatever the storage layer raised
+        reason = workdirs.unreadable(directory, error)
+        if reason is not None:
+            raise files.WeightsError(f"{directory} cannot be read ({reason}): see to the storage") from error
         raise files.damaged(directory, "orbax", error) from error
     finally:
         handler.close()
+    if unverified:
+        warnings.warn(unverified, stacklevel=2)
     trees = {key: state[key] for key in ("params", "ema", "batch_stats") if state.get(key)}
     if "batch_stats" not in trees and state.get("extra"):
         trees["batch_stats"] = state["extra"].get("batch_stats", {})
     return trees if "params" in trees else {"params": state}
 
 
-def _verify(directory: epath.Path, state: Mapping[str, Any]) -> None:
-    """Compares each array with the checksum that the trainer wrote; orbax itself keeps none."""
-    path = directory / "meta" / "metadata"
-    if not path.exists():
-        return
-    written = json.loads(path.read_text()).get("leaves", {})
-    for name, value in files.flatten(state).items():
+def describe(path: Any, step: int | str = "newest") -> dict[str, str]:
+    """What the same checkpoint says of its run, see `runs.strings`; arguments as `read`."""
+    return runs.strings(runs.describe(step_folder(paths.resolve(path), step)))
+
+
+def _verify(directory: epath.Path, state: Mapping[str, Any]) -> str | None:
+    """Compares each array with the checksum that the trainer wrote (orbax itself keeps none); says what has none."""
+    if not (directory / "state").exists():
+        return None  # not from a trainer of ours
+    path = directory / workdirs.META
+    meta = json.loads(path.read_text()) if path.exists() else {}
+    written = meta.get("leaves") or {}
+    arrays = files.flatten(state)
+    for name, value in arrays.items():
         found = zlib.crc32(np.ascontiguousarray(value).reshape(-1).view(np.uint8))
         if name in written and found != written[name][2]:
             raise files.WeightsError(
                 f"{directory}: damaged checkpoint ({name} has another checksum than when it was written); "
                 "give the directory of an older step"
             )
+    without = sum(name not in written for name in arrays)
+    if not without:
+        return None
+    many = "nothing" if without == len(arrays) else f"{len(arrays) - without} of {len(arrays)} arrays"
+    return f"{path} is missing or without checksums: {many} verified"
 
 
-def _step_folder(path: epath.Path, step: int | str) -> epath.Path:
+def step_folder(path: epath.Path, step: int | str) -> epath.Path:
+    """The folder of one checkpoint, arguments and errors as `read`."""
     root = path / workdirs.CHECKPOINTS if (path / workdirs.CHECKPOINTS).is_dir() else path
     if (root / "state").exists() or (root / "_METADATA").exists():
         return root

@@ -22,7 +22,7 @@ def fit_all(
     bundle: Bundle,
     method: str | None,
     source_grid: Grid | None,
-    fresh: Callable[[], Mapping[str, Any]],
+    fresh: Callable[[tuple[str, ...]], Mapping[str, Any]],
 ) -> list[str]:
     """Brings a source's position embeddings and relative biases to the model's sizes.
 
@@ -31,9 +31,9 @@ def fit_all(
       found: arrays by the model's paths; those that do not fit are replaced.
       shapes: of the model, by path.
       bundle: the source.
-      method: "bicubic", "bilinear", or None for what the backbone's official code does.
+      method: see `load_weights`; None for what the backbone's official code does.
       source_grid: see `load_weights`.
-      fresh: returns freshly initialised arrays by path.
+      fresh: returns the freshly initialised arrays of some paths.
 
     Returns:
       "path: old shape -> new shape" of each that was resized.
@@ -57,14 +57,15 @@ def _fitted(
     want: tuple[int, ...],
     method: str | None,
     source_grid: Grid | None,
-    fresh: Callable[[], Mapping[str, Any]],
+    fresh: Callable[[tuple[str, ...]], Mapping[str, Any]],
 ) -> np.ndarray:
     """The source's position embedding on the model's grid; `value` itself if it fits."""
     exit_, nested, _ = path.partition("/backbone/")
     body = model.plain(int(exit_.removeprefix("exit_"))) if nested else model.plain()
     prefix, grid = body.positions_of(path)
-    if source_grid is None and "x" in bundle.metadata.get("grid", ""):
-        rows, columns = bundle.metadata["grid"].split("x")
+    stored = bundle.metadata.get(f"grid/{exit_}") or bundle.metadata.get("grid", "")
+    if source_grid is None and "x" in stored:
+        rows, columns = stored.split("x")
         source_grid = (int(rows), int(columns))
     if source_grid is not None:  # that of the final tokens; those of earlier stages are finer
         source_grid = tuple(n * g // f for n, g, f in zip(source_grid, grid, body.grid, strict=True))
@@ -72,8 +73,8 @@ def _fitted(
         return value  # reported with the other wrong shapes
     if value.shape == want and source_grid in (None, tuple(grid)):
         return value
-    tokens = {key.rsplit("/", 1)[-1] for key in bundle.tensors}
-    first = sum(token in tokens for token in ("cls_token", "dist_token"))
+    tokens = {key.rsplit("/", 1)[-1]: array for key, array in bundle.tensors.items()}
+    first = sum(tokens[name].shape[1] for name in ("cls_token", "dist_token", "reg_token") if name in tokens)
     return fit(
         value,
         prefix=prefix,
@@ -82,9 +83,14 @@ def _fitted(
         source_grid=source_grid,
         bare=not bundle.own,
         method=method or body.resize,
-        fresh=lambda: fresh()[path],
+        fresh=lambda: fresh((path,))[path],
         origin=bundle.origin,
     )
+
+
+def spell(grid: Grid) -> str:
+    """A grid as it stands in a file's metadata, "16x32"."""
+    return "x".join(map(str, grid))
 
 
 def fit(
@@ -111,7 +117,7 @@ def fit(
       source_prefix: prefix tokens of the source.
       source_grid: its grid where known; else its patches are taken as the
         model's grid if the number fits, or as a square.
-      method: "bicubic" or "bilinear".
+      method: "bicubic", "bilinear" or "timm".
       origin: the source, for messages.
       bare: it may lack the prefix rows altogether (DeiT-III, TPS's
         `no_embed_class`): then those are zero.

@@ -30,6 +30,7 @@ FIELDS = {
     "DEPTH": "depths",
     "MLP_RATIO": "mlp_ratios",
     "DROP_RATE": "dropout",
+    "ATTN_DROP_RATE": "attn_dropout",
     "DROP_PATH_RATE": "drop_path",
     "QKV_BIAS": "qkv_bias",
     "CLS_TOKEN": "class_tokens",
@@ -37,7 +38,7 @@ FIELDS = {
     "STRIDE_KV": "kv_strides",
     "PADDING_KV": "kv_paddings",
 }
-FIXED = {"QKV_PROJ_METHOD": "dw_bn", "ATTN_DROP_RATE": 0.0, "STRIDE_Q": 1}
+FIXED = {"QKV_PROJ_METHOD": "dw_bn", "STRIDE_Q": 1}
 UNREAD = ("INIT", "POS_EMBED")  # its code reads the first for fresh parameters only, the second never
 
 

@@ -45,7 +45,8 @@ def lvvit(constructor: Mapping[str, Any]) -> Reference:
     mix = arguments.flag("mix_token")
     if mix and not arguments.flag("return_dense"):
         raise WeightsError("LV_ViT(mix_token=True) needs return_dense=True")
-    return _create(None, {**_fields(arguments), "mix_token": mix})
+    fields = {**_fields(arguments, drops=True), "mix_token": mix}
+    return _create(None, {**fields, "attn_dropout": arguments.number("attn_drop_rate")})
 
 
 def dynamicvit(constructor: Mapping[str, Any]) -> Reference:
@@ -78,10 +79,10 @@ def _needs_dense(arguments: Arguments) -> None:
         )
 
 
-def _fields(arguments: Arguments) -> dict[str, Any]:
-    arguments.only(
-        hybrid_backbone=(None,), head_dim=(None,), attn_drop_rate=(0,), drop_path_decay=tuple(DECAYS)
-    )
+def _fields(arguments: Arguments, drops: bool = False) -> dict[str, Any]:
+    arguments.only(hybrid_backbone=(None,), head_dim=(None,), drop_path_decay=tuple(DECAYS))
+    if not drops:
+        arguments.only(attn_drop_rate=(0,))
     order, scale = arguments["order"], arguments["qk_scale"]
     if order is not None and set(order) != {"tr"}:
         raise WeightsError(

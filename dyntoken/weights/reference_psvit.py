@@ -43,7 +43,7 @@ def psvit(constructor: Mapping[str, Any]) -> Reference:
     second (the builders use 64, 64, 256, 64; in Ti 64, 64, 192, 64).
     """
     arguments = Arguments("PSViT", constructor, PSVIT)
-    arguments.only(downsample_ratio=(4,), attn_drop_rate=(0,), stem_layer=(None,))
+    arguments.only(downsample_ratio=(4,), stem_layer=(None,))
     width, iterations = int(arguments["embed_dim"]), int(arguments["num_iters"])
     depth, scale = int(arguments["depth"]) - iterations, arguments["qk_scale"]
     if depth < 1:
@@ -63,6 +63,7 @@ def psvit(constructor: Mapping[str, Any]) -> Reference:
         qkv_bias=arguments.flag("qkv_bias"),
         qk_scale=float(scale) if scale else None,
         dropout=arguments.number("drop_rate"),
+        attn_dropout=arguments.number("attn_drop_rate"),
         drop_path=arguments.number("drop_path_rate"),
         norm_eps=arguments.epsilon(1e-5),
         gamma=arguments.number("offset_gamma"),

@@ -32,7 +32,7 @@ PVT = {
 def pvt(constructor: Mapping[str, Any]) -> Reference:
     """`PyramidVisionTransformer`; `norm_layer_eps` is short for `norm_layer="LayerNorm(eps=...)"`."""
     arguments = Arguments("PyramidVisionTransformer", constructor, PVT)
-    arguments.only(attn_drop_rate=(0,), num_stages=(4,))  # its last norm is that of a fourth stage
+    arguments.only(num_stages=(4,))  # its last norm is that of a fourth stage
     eps, scale = arguments["norm_layer_eps"], arguments["qk_scale"]
     model = create_model(
         "pvt_small",  # every field that the size stands for is overridden
@@ -48,6 +48,7 @@ def pvt(constructor: Mapping[str, Any]) -> Reference:
         qkv_bias=arguments.flag("qkv_bias"),
         qk_scale=float(scale) if scale else None,
         dropout=arguments.number("drop_rate"),
+        attn_dropout=arguments.number("attn_drop_rate"),
         drop_path=arguments.number("drop_path_rate"),
         norm_eps=arguments.epsilon(1e-5) if eps is None else float(eps),
     )

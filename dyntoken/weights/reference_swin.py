@@ -72,19 +72,18 @@ def _official(cls: str, defaults: Mapping[str, Any], constructor: Mapping[str, A
 
 
 def _official_fields(arguments: Arguments) -> dict[str, Any]:
-    arguments.only(ape=(False,))
     scale = arguments["qk_scale"]
     return {
         **_fields(arguments),
         "qk_scale": float(scale) if scale else None,
         "dropout": arguments.number("drop_rate"),
         "patch_norm": arguments.flag("patch_norm"),
+        "position": arguments.flag("ape"),
         "remat": arguments.flag("use_checkpoint"),
     }
 
 
 def _fields(arguments: Arguments) -> dict[str, Any]:
-    arguments.only(attn_drop_rate=(0,))
     return {
         "img_size": arguments.size("img_size"),
         "patch_size": arguments.size("patch_size"),
@@ -97,6 +96,7 @@ def _fields(arguments: Arguments) -> dict[str, Any]:
         "mlp_ratio": arguments.number("mlp_ratio"),
         "qkv_bias": arguments.flag("qkv_bias"),
         "drop_path": arguments.number("drop_path_rate"),
+        "attn_dropout": arguments.number("attn_drop_rate"),
         "norm_eps": arguments.epsilon(1e-5),
     }
 

@@ -30,7 +30,7 @@ T2T = {
 def t2t(constructor: Mapping[str, Any]) -> Reference:
     """`T2T_ViT`, with performer or transformer modules."""
     arguments = Arguments("T2T_ViT", constructor, T2T)
-    arguments.only(tokens_type=("performer", "transformer"), attn_drop_rate=(0,))
+    arguments.only(tokens_type=("performer", "transformer"))
     scale = arguments["qk_scale"]
     model = create_model(
         "t2t_vit_14",  # every field that the size stands for is overridden
@@ -45,6 +45,7 @@ def t2t(constructor: Mapping[str, Any]) -> Reference:
         qkv_bias=arguments.flag("qkv_bias"),
         qk_scale=float(scale) if scale else None,
         dropout=arguments.number("drop_rate"),
+        attn_dropout=arguments.number("attn_drop_rate"),
         drop_path=arguments.number("drop_path_rate"),
         norm_eps=arguments.epsilon(1e-5),
         token_dim=int(arguments["token_dim"]),

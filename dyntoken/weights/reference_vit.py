@@ -82,41 +82,71 @@ TIMM = {
     "attn_layer": None,
 }
 
-# Values that this library implements, where there are no others.
+# Values that this library implements, where there are not all.
 TIMM_ONLY = {
-    **dict.fromkeys(("qk_norm", "scale_attn_norm", "scale_mlp_norm", "pre_norm"), (False,)),
-    **dict.fromkeys(("pool_include_prefix", "dynamic_img_size", "dynamic_img_pad"), (False,)),
-    **dict.fromkeys(("proj_bias", "final_norm"), (True,)),
-    **dict.fromkeys(("reg_tokens", "patch_drop_rate", "drop_rate", "attn_drop_rate"), (0,)),
+    # Further norms inside attention and MLP; no published model has them.
+    **dict.fromkeys(("scale_attn_norm", "scale_mlp_norm"), (False,)),
+    # Dropping patches is what a reduction method does (random scores); dropout before the classifier is none of ours.
+    **dict.fromkeys(("patch_drop_rate", "drop_rate"), (0,)),
+    # Code: which class computes a part.
     "embed_layer": (None, "PatchEmbed"),
     "embed_norm_layer": (None,),
     "block_fn": (None, "Block"),
-    "mlp_layer": (None, "Mlp"),
+    "mlp_layer": (None, "Mlp", "SwiGLUPacked"),
     "attn_layer": (None, "Attention"),
+    "pos_embed": ("learn", "none", ""),
+    "global_pool": ("token", "avg"),
 }
+ACTIVATIONS = {
+    "gelu": "gelu",
+    "gelutanh": "gelu_tanh",
+    "quickgelu": "quick_gelu",
+    "relu": "relu",
+    "silu": "silu",
+}
+
+
+def activation(arguments: Arguments) -> str:
+    """`act_layer` as our `activation`: timm's name or a class's, "nn.SiLU"."""
+    name = str(arguments["act_layer"] or "gelu").rsplit(".", 1)[-1].lower().replace("_", "")
+    if name not in ACTIVATIONS:
+        arguments.only(act_layer=tuple(ACTIVATIONS.values()))
+    return ACTIVATIONS[name]
 
 
 def timm_vit(constructor: Mapping[str, Any], cls: str = "VisionTransformer") -> Reference:
     """timm's `VisionTransformer` (huggingface/pytorch-image-models), DeiT's own names."""
     arguments = Arguments(cls, constructor, TIMM)
-    arguments.only(global_pool=("token", "avg"), pos_embed=("learn",), act_layer=GELU, **TIMM_ONLY)
-    arguments.only(pos_drop_rate=(arguments["proj_drop_rate"],))
-    # weight_init and fix_init only concern fresh parameters.
+    arguments.only(**TIMM_ONLY)
+    # weight_init and fix_init only concern fresh parameters, dynamic_img_size and dynamic_img_pad other
+    # sizes than img_size, for which ours is built.
     mean = arguments["global_pool"] == "avg"
-    if arguments["fc_norm"] not in ((False,) if mean else (None, False)):
-        raise WeightsError(
-            f"{cls}(global_pool={arguments['global_pool']!r}, fc_norm={arguments['fc_norm']!r}) normalises "
-            "after pooling, which is not implemented; only fc_norm=False can be imported"
-        )
+    token, registers = arguments.flag("class_token"), int(arguments["reg_tokens"] or 0)
+    if not mean and not token:
+        raise WeightsError(f"{cls}(global_pool='token') needs class_token=True")
+    # The norm comes after pooling where it pools patches, unless told otherwise.
+    after = mean if arguments["fc_norm"] is None else arguments.flag("fc_norm")
+    final = arguments.flag("final_norm")
     scale = arguments["init_values"]
+    packed = arguments["mlp_layer"] == "SwiGLUPacked"
+    if packed and activation(arguments) != "silu":
+        raise WeightsError(f"{cls}(mlp_layer='SwiGLUPacked') needs act_layer='silu'")
     fields = {
         **_fields(arguments),
         "norm_eps": arguments.epsilon(1e-6),
-        "class_token": arguments.flag("class_token"),
+        "class_token": token,
+        "registers": registers,
         "dropout": arguments.number("proj_drop_rate"),
+        "pos_dropout": arguments.number("pos_drop_rate"),
+        "attn_dropout": arguments.number("attn_drop_rate"),
         "layer_scale": None if scale is None else float(scale),
-        "pool": "mean" if mean else "token",
+        "pool": ("all" if arguments.flag("pool_include_prefix") else "mean") if mean else "token",
+        "position": arguments["pos_embed"] == "learn",
+        "final_norm": final and not after,
+        "fc_norm": final and after,
+        "activation": "swiglu" if packed else activation(arguments),
         "distilled": cls == "VisionTransformerDistilled",
+        **{name: arguments.flag(name) for name in ("proj_bias", "qk_norm", "pre_norm")},
     }
     return _create(None, fields, arguments.flag("no_embed_class"))
 
@@ -216,7 +246,7 @@ def tps(constructor: Mapping[str, Any]) -> Reference:
     or text such as "TPSModule(temperature=1)".
     """
     arguments = Arguments("DynamicVit", constructor, TPS)
-    arguments.only(act_layer=GELU, **TPS_ONLY)
+    arguments.only(**TPS_ONLY)
     # The class stores the other arguments (init_scale, momentum, ...) without using them.
     scale = arguments["qk_scale"]
     fields = {
@@ -224,6 +254,7 @@ def tps(constructor: Mapping[str, Any]) -> Reference:
         "norm_eps": arguments.epsilon(1e-5),
         "qk_scale": float(scale) if scale else None,
         "drop_path_rule": "constant",
+        "activation": activation(arguments),
     }
     grid_only = arguments.flag("no_embed_class")
     at, ratio = arguments["prune_loc"] or (), arguments["keep_ratio"]
@@ -278,7 +309,7 @@ EVIT = {
 def evit(constructor: Mapping[str, Any], composed: bool = False) -> Reference:
     """`EViT` of youweiliang/evit; blocks whose `keep_rate` is below 1 are the sites."""
     arguments = Arguments("EViT", constructor, EVIT)
-    arguments.only(attn_drop_rate=(0,), embed_layer=("PatchEmbed", None), act_layer=GELU)
+    arguments.only(embed_layer=("PatchEmbed", None))
     rates = per_block(arguments["keep_rate"], int(arguments["depth"]))
     size, distilled = arguments["representation_size"], arguments.flag("distilled")
     fields = {
@@ -286,6 +317,8 @@ def evit(constructor: Mapping[str, Any], composed: bool = False) -> Reference:
         "norm_eps": arguments.epsilon(1e-6),
         "representation_size": int(size) if size and not distilled else None,
         "dropout": arguments.number("drop_rate"),
+        "attn_dropout": arguments.number("attn_drop_rate"),
+        "activation": activation(arguments),
         "distilled": distilled,
     }
     fused = arguments.flag("fuse_token")

@@ -2,19 +2,26 @@
 
 A run records its evaluations in `metrics.jsonl`; which checkpoint is the best
 follows from there, so that the last evaluation counts, too, which comes after
-the last checkpoint.
+the last checkpoint. The others are in the description of each later checkpoint
+as well: a record that is lost or damaged loses the last one only.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+import sys
+import zlib
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import jax
 from etils import epath
 
+from dyntoken import paths
+
 CHECKPOINTS, METRICS, CONFIG = "checkpoints", "metrics.jsonl", "config.json"
+META = "meta/metadata"  # of a checkpoint
 DEFAULT_METRIC = "top1"
 
 
@@ -22,19 +29,44 @@ class NoCheckpointError(ValueError):
     """No such checkpoint; one line with those there are."""
 
 
-def read_rows(path: epath.Path) -> list[dict[str, Any]]:
-    """The objects of a `metrics.jsonl`; [] without one, and without a half-written last line."""
+def read_rows(path: epath.Path, log: Callable[[str], None] = lambda line: None) -> list[dict[str, Any]]:
+    """The objects of a `metrics.jsonl`; [] without one, and without a half-written last line.
+
+    Other lines that are no rows are left out, and `log` is told once how many.
+    """
     if not path.exists():
         return []
-    return [row for row in map(_parse, path.read_text().splitlines()) if row is not None]
+    lines = path.read_bytes().split(b"\n")
+    rows = [_parse(line) for line in lines if line.strip()]
+    bad = sum(row is None for row in rows) - bool(lines[-1].strip() and _parse(lines[-1]) is None)
+    if bad:
+        log(f"{bad} damaged line(s) in {path}: left out")
+    return [row for row in rows if row is not None]
 
 
-def _parse(line: str) -> dict[str, Any] | None:
+def _parse(line: bytes) -> dict[str, Any] | None:
     try:
-        row = json.loads(line)
-    except json.JSONDecodeError:
+        row = json.loads(line.decode())
+    except (ValueError, RecursionError):  # also what is not UTF-8
         return None
-    return row if isinstance(row, dict) and "step" in row and "kind" in row else None
+    if not isinstance(row, dict) or type(row.get("step")) is not int or not isinstance(row.get("kind"), str):
+        return None
+    return row
+
+
+def checksum(meta: Mapping[str, Any]) -> int:
+    """CRC-32 of the description of a checkpoint."""
+    return zlib.crc32(json.dumps(meta, sort_keys=True).encode())
+
+
+def read_meta(step_folder: epath.Path) -> dict[str, Any]:
+    """The description of a checkpoint, {} if it is absent or not what was written."""
+    try:
+        meta = json.loads((step_folder / META).read_text())
+        written = meta.pop("checksum")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+    return meta if checksum(meta) == written else {}
 
 
 def score(metric: str, metrics: Mapping[str, Any]) -> float | None:
@@ -43,7 +75,7 @@ def score(metric: str, metrics: Mapping[str, Any]) -> float | None:
     None if the evaluation has no such metric.
     """
     value = metrics.get(metric)
-    if value is None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     value = -float(value) if metric.rsplit("/", 1)[-1] == "loss" else float(value)
     return -math.inf if math.isnan(value) else value
@@ -60,13 +92,19 @@ def by_rank(scored: Mapping[int, float]) -> list[int]:
     return sorted(scored, key=lambda step: (scored[step], step), reverse=True)
 
 
-def candidates(workdir: epath.Path, steps: Iterable[int], which: int | str = "newest") -> list[int]:
+def candidates(
+    workdir: epath.Path,
+    steps: Iterable[int],
+    which: int | str = "newest",
+    log: Callable[[str], None] = lambda line: None,
+) -> list[int]:
     """The checkpoints to try, in order.
 
     Args:
       workdir: folder of the run.
       steps: of the checkpoints there are.
       which: "newest"; "best", by the run's `best_metric`; or a step.
+      log: takes one line of text.
 
     Raises:
       NoCheckpointError: no such step, or no evaluation of any checkpoint.
@@ -81,10 +119,11 @@ def candidates(workdir: epath.Path, steps: Iterable[int], which: int | str = "ne
         if int(which) not in steps:
             raise NoCheckpointError(f"{workdir} has no checkpoint of step {which}; it has: {listed}")
         return [int(which)]
-    config = workdir / CONFIG
-    given = json.loads(config.read_text()) if config.exists() else {}
-    metric = given.get("best_metric", DEFAULT_METRIC)
-    found = scores(read_rows(workdir / METRICS), metric)
+    metas = [read_meta(workdir / CHECKPOINTS / str(step)) for step in steps]
+    metric = _best_metric(workdir, metas)
+    found = scores(read_rows(workdir / METRICS, log), metric)
+    for meta in metas:  # the newest first
+        found = kept_scores(meta, metric) | found
     ranked = by_rank({step: found[step] for step in steps if step in found})
     if not ranked:
         raise NoCheckpointError(
@@ -92,3 +131,70 @@ def candidates(workdir: epath.Path, steps: Iterable[int], which: int | str = "ne
             "keep_best > 0 saves where it evaluates; or give a step"
         )
     return ranked
+
+
+def _best_metric(workdir: epath.Path, metas: Iterable[Mapping[str, Any]]) -> str:
+    """What the run ranks by: of its config.json, else of its newest checkpoint."""
+    try:
+        given = json.loads((workdir / CONFIG).read_text())["best_metric"]
+    except (OSError, ValueError, LookupError, TypeError):
+        given = None
+    if isinstance(given, str):
+        return given
+    return next((meta["scores"]["metric"] for meta in metas if "scores" in meta), DEFAULT_METRIC)
+
+
+def kept_scores(meta: Mapping[str, Any], metric: str) -> dict[int, float]:
+    """Step -> `score` of the evaluations before a checkpoint, if they are of this metric."""
+    kept = meta.get("scores", {})
+    values = kept.get("values", {}) if kept.get("metric") == metric else {}
+    return {int(step): -math.inf if value is None else value for step, value in values.items()}
+
+
+def unreadable(where: epath.Path, error: Exception) -> str | None:
+    """Why a checkpoint could not be read; None if it can be, and is not what was written.
+
+    TensorStore raises a ValueError for both, and words it as the storage did.
+    So all of its files are read here.
+
+    Args:
+      where: folder of the step.
+      error: what reading it raised.
+    """
+    missing = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+    if isinstance(error, (OSError, MemoryError, jax.errors.JaxRuntimeError)) and not isinstance(
+        error, missing
+    ):
+        return first_line(error)
+    try:
+        for file in paths.walk(where):
+            with file.open("rb") as stream:
+                while stream.read(2**24):
+                    pass
+    except missing:  # a part of it is gone
+        return None
+    except Exception as failed:  # of whatever library reads this kind of storage
+        return first_line(failed)
+    signs = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "UNAUTHENTICATED", "PERMISSION_DENIED")
+    return first_line(error) if str(error).startswith(signs) else None
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, cut to one line."""
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:200]
+
+
+def ignore_late_callbacks() -> None:
+    """After a read that failed, TensorStore's threads answer to an event loop that Orbax has closed:
+    dozens of lines of stack trace around our one."""
+    before = sys.unraisablehook
+    if getattr(before, "quiet", False):
+        return
+
+    def hook(event: Any) -> None:
+        if str(event.exc_value) != "Event loop is closed":
+            before(event)
+
+    hook.quiet = True
+    sys.unraisablehook = hook

@@ -132,5 +132,5 @@ def test_save_writes_a_picture_of_the_figures_size(tmp_path):
 
 def test_matplotlib_is_asked_for_by_name(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'dyntoken\[viz\]'"):
+    with pytest.raises(ModuleNotFoundError, match=r"pip install matplotlib"):
         draw.picture(np.zeros((6, 6)), [reduction(CARRIER, [4, 0, 8])])

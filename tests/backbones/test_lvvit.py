@@ -152,7 +152,7 @@ def test_sites_and_crops_are_the_published_ones():
             r"img_size \(18, 18\) is not divisible by patch_size \(4, 4\).*\(16, 16\)",
         ),
         ("lvvit_s", {"patch_size": 1}, "patch_size 1 must be even"),
-        ("lvvit_s", {"stem": "resnet"}, "stem must be one of conv, patch"),
+        ("lvvit_s", {"stem": "resnet"}, "stem is 'resnet': known: conv, patch"),
         ("lvvit_s", {"mix_token": True, "aux_weight": None}, "mix_token=True needs the auxiliary head"),
         ("multiexit_lvvit_s", {"mix_token": True}, "unknown option 'mix_token'"),
         ("dvt_lvvit_s", {}, "cascade needs a backbone whose token grid can be chosen"),

@@ -122,8 +122,8 @@ def test_published_sizes(name, count, gmacs):
     ("options", "message"),
     [
         ({"img_size": 18}, r"img_size \(18, 18\) is not divisible by 4; the nearest that fits is \(16, 16\)"),
-        ({"iterations": 0}, "iterations=0 and points=3 must be at least 1"),
-        ({"stem_channels": (4, 4)}, "stem_channels are four numbers"),
+        ({"iterations": 0}, "iterations is 0: give a whole number of at least 1"),
+        ({"stem_channels": (4, 4)}, "stem_channels is .4, 4.: give 4 values"),
         ({"class_token": False}, "pool='token' needs a class token"),
     ],
 )

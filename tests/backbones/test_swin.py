@@ -122,5 +122,5 @@ def test_errors():
         _small(heads=(1,))
     with pytest.raises(ValueError, match="width 8 of a stage is not divisible by its 3 heads"):
         _small(heads=(3, 3))
-    with pytest.raises(weights.WeightsError, match="ape=True"):
-        weights.import_reference("microsoft/Swin-Transformer", "SwinTransformer", {"ape": True}, {})
+    with pytest.raises(weights.WeightsError, match="head_dim=16"):
+        weights.import_reference("timm", "SwinTransformer", {"head_dim": 16}, {})

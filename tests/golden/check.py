@@ -35,6 +35,7 @@ KINDS = {
     "dvt_deit": "dvt",
     "dvt_t2t": "dvt",
     "pos_embed_resize": "resize",
+    "pth_containers": "containers",
     "schedules": "schedules",
     "schedules_backbones": "schedules",
     "flops": "flops",

@@ -76,8 +76,8 @@ class Tiled(Isotropic):
     patch_size: int = 4
 
     @property
-    def prefix_names(self):
-        return ()
+    def prefix_rows(self):
+        return {}
 
     @property
     def grid(self):

@@ -12,7 +12,7 @@ import pytest
 import dyntoken
 from dyntoken import train
 from dyntoken.registry import load_plugins
-from dyntoken.tools import flops
+from dyntoken.tools import bench, flops
 from tests.train.tiny import tiny_config
 
 GUIDE = (pathlib.Path(__file__).resolve().parents[2] / "docs" / "adding_a_method.md").read_text()
@@ -35,10 +35,15 @@ def forget():
 
 
 def test_the_commands_know_its_names(module, capsys):
-    commands = re.findall(r"python -m dyntoken\.tools\.flops (.*)\n", GUIDE)
-    assert commands
-    for command in commands:
-        assert flops.main([*command.split(), *ARGUMENTS, "--at=1", "--img_size=16", "--json"]) == 0
+    commands = re.findall(r"python -m dyntoken\.tools\.(\w+) (.*)\n", GUIDE)
+    assert {tool for tool, _ in commands} == {"flops", "bench"}
+    for tool, command in commands:
+        words = [*command.split(), *ARGUMENTS, "--at=1", "--img_size=16", "--json"]
+        if tool == "bench":
+            assert bench.main([*words, "--set=stem_width=4", "--batch=2", "--pairs=1"]) == 0
+            assert command.split()[0] in capsys.readouterr().out
+            continue
+        assert flops.main(words) == 0
         assert len(json.loads(capsys.readouterr().out)["tokens"]) == 2
 
 

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 import dyntoken
-from dyntoken import optim, train, weights
+from dyntoken import losses, main, optim, train, weights
 from dyntoken.analysis import macs
 from dyntoken.backbones import BACKBONES
 from dyntoken.nn.sites import added
@@ -22,6 +22,8 @@ from dyntoken.ops import fuse
 from dyntoken.reducers import METHODS, SCORERS
 from dyntoken.registry import UnknownNameError, load_plugins
 from dyntoken.tools import bench, flops, pairings, show
+from dyntoken.train import settings
+from dyntoken.weights import runs
 from tests.plugins.conftest import PLUGIN
 from tests.train.tiny import tiny_config
 
@@ -101,6 +103,8 @@ def test_the_others_train_too(name, options, tmp_path):
     config.model.update(options)
     result = train.run(config, str(tmp_path))
     assert result.finished and min(_moved(result, config).values()) > 0
+    found = dyntoken.load_run(tmp_path).model
+    assert name.startswith(found.method) and found.sites()[0].reducer.make is METHODS[found.method].make
 
 
 def test_the_gradient_of_a_learnt_scorer_is_not_zero():
@@ -309,6 +313,63 @@ def test_what_a_rule_does_must_be_what_it_declares(rules, error):
     model = dyntoken.create_model(f"{method}_{DEIT}", **SMALL, at=(1,), keep=(10,), **rules)
     with pytest.raises(ValueError, match=error):
         jax.eval_shape(lambda: model.init(jax.random.key(0), _images()))
+
+
+@pytest.mark.parametrize(
+    ("word", "says"),
+    [
+        ("--config.losses.sharpness.powr=2", "did you mean config.losses.sharpness.power?"),
+        ("--config.model.powr=2", "did you mean config.model.power?"),
+        ("--config.data.options.trian=2", "did you mean config.data.options.train?"),
+        ("--config.plugins=no.such.module", "plugin 'no.such.module' does not import"),
+    ],
+)
+def test_the_command_line_imports_plugins_before_it_reads_other_keys(word, says):
+    words = [
+        f"--config.plugins={PLUGIN}",
+        "--config.model.name=longrows_tall_tiny",
+        "--config.data.name=stripes",
+    ]
+    given = ["--config=configs/tps_deit.py:demo", *words, word]
+    done = subprocess.run([sys.executable, "-m", "dyntoken.main", *given], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and says in done.stderr
+
+
+def test_the_command_line_sets_options_of_mine():
+    config = _config(f"longrows_{DEIT}", losses={"ce": {}, "sharpness": {}})
+    words = ["--config.model.power=1", "--config.losses.sharpness.power=3", "--config.data.options.train=48"]
+    settings.override(config, main.split_changes(["program", *words])[0])
+    assert config.model.power == 1 and config.losses.sharpness.power == 3 and config.data.options.train == 48
+    with pytest.raises(ValueError, match=r"config\.model\.power is 'fast'"):
+        settings.override(config, [("model.power", "fast")])
+
+
+class Curved:
+    """A loss that is no plain function."""
+
+    def __call__(self, output, batch, *, power: "NoSuchType" = 1, form: "3" = None):  # noqa: F821
+        return output.logits.sum() * power, jnp.float32(1)
+
+
+@pytest.mark.parametrize(
+    ("name", "loss"),
+    [
+        ("curved", Curved()),
+        ("curved_method", Curved().__call__),
+        ("curved_part", functools.partial(Curved())),
+    ],
+)
+def test_options_of_mine_need_no_annotation_that_can_be_read(name, loss):
+    dyntoken.register_loss(name, loss)
+    assert losses.parse({name: {"power": (1, "a"), "form": {}}})[0].options == {"power": (1, "a"), "form": {}}
+    with pytest.raises(UnknownNameError, match="power"):
+        losses.parse({name: {"powr": 1}})
+
+
+def test_a_run_of_a_plugin_that_is_not_imported_names_it():
+    meta = {"config": {"plugins": ["my_methods"]}, "run": {"model": {"name": "gone_deit_tiny_patch16_224"}}}
+    with pytest.raises(UnknownNameError, match="my_methods"):
+        runs.model_of(meta)
 
 
 def test_an_unknown_rule_lists_those_of_mine():

@@ -15,7 +15,21 @@ PROGRAMS = {"flops": flops, "bench": bench, "show": show, "convert": convert, "b
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [("0.7", 0.7), ("0.7,0.5,0.3", (0.7, 0.5, 0.3)), ("137,96,67", (137, 96, 67)), ("12", 12), ("1.0", 1.0)],
+    [
+        *(
+            ("0.7", 0.7),
+            ("0.7,0.5,0.3", (0.7, 0.5, 0.3)),
+            ("137,96,67", (137, 96, 67)),
+            ("12", 12),
+            ("1.0", 1.0),
+        ),
+        *(
+            ("137-96-67", (137, 96, 67)),
+            ("(0.7, 0.5)", (0.7, 0.5)),
+            ("0.7-1e-1", (0.7, 0.1)),
+            ("[12]", (12,)),
+        ),
+    ],
 )
 def test_keep_reads_rates_and_counts(text, value):
     got = cli.keep(text)
@@ -26,10 +40,12 @@ def test_keep_reads_rates_and_counts(text, value):
 
 
 def test_other_options():
-    assert cli.ints("3,6,9") == (3, 6, 9)
+    assert cli.ints("3,6,9") == cli.ints("3-6-9") == cli.ints("(3, 6, 9)") == (3, 6, 9) and cli.ints("3") == (
+        3,
+    )
+    assert cli.floats("-1,0.5") == (-1.0, 0.5)
     assert (cli.size("224"), cli.size("224x320"), cli.size("224,320")) == (224, (224, 320), (224, 320))
-    assert cli.assignment("num_classes=10") == ("num_classes", 10)
-    assert cli.assignment("form=mask") == ("form", "mask")
+    assert cli.assignment("num_classes=10") == ("num_classes", "10")  # text: the keyword's type reads it
     assert cli.assignment("pool=") == ("pool", "")
 
 
@@ -101,9 +117,9 @@ def test_bad_input_is_one_line_and_status_1(name, argv, message, capsys):
     ("name", "argv", "message"),
     [
         ("flops", [], "the following arguments are required: NAME"),
-        ("flops", ["deit_tiny_patch16_224", "--keep=x"], "argument --keep: 'x' is no number"),
+        ("flops", ["deit_tiny_patch16_224", "--keep=x"], "argument --keep: 'x': give a number"),
         ("flops", ["deit_tiny_patch16_224", "--kep=1"], "unrecognized arguments: --kep=1"),
-        ("bench", ["dtps_deit_tiny_patch16_224", "--batch=0"], "'0' is no whole number of at least 1"),
+        ("bench", ["dtps_deit_tiny_patch16_224", "--batch=0"], "'0': give a whole number of at least 1"),
         ("show", ["dtps_vit_mini_patch4_28", "x.png"], "required: --weights"),
         ("convert", ["a", "b"], "required: --model"),
     ],

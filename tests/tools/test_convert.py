@@ -61,3 +61,21 @@ def test_what_does_not_fit_is_refused_unless_partial(ours, tmp_path, capsys):
     assert not target.exists()
     assert convert.main([*argv, "--partial"]) == 0
     assert not any("reducer" in key for key in load_file(target))
+
+
+def test_what_has_no_place_says_which_model_takes_it(ours, tmp_path, capsys):
+    """LayerScale in a file, none in the model: an error with the remedy, or left out with --partial."""
+    model = dyntoken.create_model(NAME, **OPTIONS, layer_scale=0.1)
+    save_weights(tmp_path / "scaled.safetensors", timing.random_variables(model), model=model)
+    target = tmp_path / "out.safetensors"
+    assert run(tmp_path / "scaled.safetensors", target) == 1
+    error = capsys.readouterr().err
+    assert "layer_scale=" in error and error.count("\n") == 1 and not target.exists()
+    assert run(tmp_path / "scaled.safetensors", target, "--set", "layer_scale=0.1") == 0
+    assert run(tmp_path / "scaled.safetensors", target, "--partial") == 0
+
+
+def test_an_absent_file_is_not_sent_to_the_command_that_was_run(tmp_path, capsys):
+    assert run(tmp_path / "absent.pth", tmp_path / "out.safetensors") == 1
+    error = capsys.readouterr().err
+    assert "absent.pth" in error and "tools.convert IN OUT" not in error

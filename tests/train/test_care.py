@@ -124,7 +124,10 @@ def _both(result):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"evals": {"v2": {"nme": "fake"}}}, r"unknown option 'nme' of config.evals.v2: did you mean name"),
+        (
+            {"evals": {"v2": {"nme": "fake"}}},
+            r"unknown option 'nme' of config.evals.v2: did you mean config.evals.v2.name",
+        ),
         ({"evals": {"v2": {"split": "test"}}}, r"config.evals.v2.name is missing"),
         ({"evals": {"ema": {"name": "fake"}}}, r"label 'ema': use a word"),
         ({"evals": {"v2": {"name": "fake", "eval": {"batch": 4}}}}, r"unknown option 'batch'"),
@@ -136,7 +139,7 @@ def _both(result):
         ({"keep_best": -1}, r"config.keep_best is -1"),
         ({"rewind": -1}, r"config.rewind is -1"),
         ({"profile": {"begin": 3}}, r"unknown option 'begin' of config.profile"),
-        ({"profile": {"start": 0, "steps": 2}}, r"config.profile is start=0"),
+        ({"profile": {"start": 0, "steps": 2}}, r"config.profile.start is 0"),
         ({"profile": {"start": 7, "steps": 2}}, r"config.profile.start is 7, but the run has 6 steps"),
         ({"keep_best": 1}, r"config.keep_best is 1, .* only at its end: set config.eval_epochs"),
     ],

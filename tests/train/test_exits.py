@@ -91,7 +91,7 @@ def test_crash_and_rerun_equal_no_crash(tmp_path):
     [
         ({"losses__ce__weights": (1, 1, 1)}, r"loss 'ce' has 3 weights for 2 terms: give one for each exit"),
         ({"losses__token_distill": {}}, r"'token_distill' compares the final tokens of one network"),
-        ({"losses__keep_ratio__weights": (1, 1)}, r"unknown option 'weights' of loss 'keep_ratio'"),
+        ({"losses__keep_ratio__weights": (1, 1)}, r"unknown option 'weights' of config.losses.keep_ratio"),
         (
             {"model": {"name": DENSE, **SMALL}, "losses__exit_kl": {}},
             r"'exit_kl' needs a model with at least",

@@ -125,6 +125,19 @@ def test_two_processes_train_and_evaluate_as_one(tmp_path, alone):
     assert not list((tmp_path / "run").glob(".probe*"))
 
 
+@pytest.mark.slow
+def test_two_processes_give_the_same_bits_twice(tmp_path):
+    found = []
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        with pair(tmp_path / name) as (processes, outputs):
+            finish(processes, outputs)
+        state = train.run(config(), tmp_path / name / "run", log=[].append).state
+        found.append((rows(tmp_path / name / "run"), jax.device_get(state)))
+    assert found[0][0] == found[1][0]
+    jax.tree.map(np.testing.assert_array_equal, found[0][1], found[1][1])
+
+
 def wait_for_checkpoint(workdir, processes, outputs, step, said="step 4/6"):
     deadline = time.monotonic() + LIMIT_S
     while not ((workdir / "checkpoints" / str(step)).exists() and said in outputs[0].read_text()):
@@ -235,7 +248,7 @@ def test_two_processes_rewind_and_keep_the_best_as_one(tmp_path, monkeypatch):
 def test_a_notice_to_one_process_stops_both(tmp_path, alone):
     with pair(tmp_path) as (processes, outputs):
         deadline = time.monotonic() + LIMIT_S
-        while "Gloo" not in outputs[1].read_text():  # connected, so it listens
+        while not (tmp_path / "run" / "config.json").exists():  # connected, so it listens
             assert processes[1].poll() is None and time.monotonic() < deadline
             time.sleep(0.1)
         processes[1].send_signal(signal.SIGTERM)

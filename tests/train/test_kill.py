@@ -44,14 +44,18 @@ def kill_after(process: subprocess.Popen, workdir: pathlib.Path, step: int, dela
     kill_when(process, workdir, lambda: last_step(workdir) >= step, delay)
 
 
-def kill_when(
-    process: subprocess.Popen, workdir: pathlib.Path, reached: Callable[[], bool], delay: float
-) -> None:
+def wait_for(process: subprocess.Popen, workdir: pathlib.Path, reached: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 600
     while not reached():
         assert process.poll() is None, (workdir.parent / "output.txt").read_text()
         assert time.monotonic() < deadline
         time.sleep(0.001)
+
+
+def kill_when(
+    process: subprocess.Popen, workdir: pathlib.Path, reached: Callable[[], bool], delay: float
+) -> None:
+    wait_for(process, workdir, reached)
     time.sleep(delay)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
@@ -106,30 +110,44 @@ def resumptions(workdir: pathlib.Path) -> list[int]:
     return [int(line.split()[3]) for line in lines if line.startswith("resuming at step")]
 
 
+MOMENTS = {
+    "train": 4,
+    "save": 4,
+    "start": 2,
+    "restore": 3,
+    "evaluate": 2,
+    "twice": 2,
+    "SIGTERM": 3,
+    "SIGINT": 3,
+}
+
+
 @pytest.mark.slow
-def test_killed_twenty_times(tmp_path):
-    """While starting, training, evaluating, saving and in the last evaluation: the end is the same."""
+def test_killed_twenty_five_times(tmp_path):
+    """While starting, training, saving, restoring, evaluating and in the last evaluation: the end is the same."""
     draw, workdir, last = random.Random(1), tmp_path / "killed", series_config().steps
-    moments = ["train"] * 8 + ["save"] * 6 + ["start"] * 2 + ["evaluate"] * 2
+    moments = [moment for moment, times in MOMENTS.items() for _ in range(times)]
     draw.shuffle(moments)
-    hits = {"save": 0, "evaluate": 0, "end": 0}
+    hits = dict.fromkeys(("save", "evaluate", "restore", "end"), 0)
     (tmp_path / "output.txt").touch()
     for moment in [*moments, "end", "end"]:
-        newest, seen = max(finished(workdir), default=0), len(resumptions(workdir))
-        process = start(workdir, "series")
-        _kill(process, moment, workdir, last, draw, hits)
-        went_on = resumptions(workdir)[seen:]
-        # From the newest complete checkpoint, unless it was killed before that.
-        assert went_on in ([], [newest]), moment
-    print(f"{len(moments) + 2} kills, {hits} in the act, resumed at {resumptions(workdir)}")
-    assert hits["save"] >= 2 and hits["evaluate"] >= 1 and hits["end"] >= 1
+        for part in ["train", "start"] if moment == "twice" else [moment]:
+            newest, seen = max(finished(workdir), default=0), len(resumptions(workdir))
+            process = start(workdir, "series")
+            _kill(process, part, workdir, last, draw, hits)
+            went_on = resumptions(workdir)[seen:]
+            # From the newest complete checkpoint, unless it was killed before that.
+            assert went_on in ([], [newest]), moment
+    print(f"{len(moments) + 4} kills, {hits} in the act, resumed at {resumptions(workdir)}")
+    assert hits["save"] >= 2 and hits["evaluate"] >= 1 and hits["restore"] >= 1 and hits["end"] >= 1
+    assert "Traceback" not in (tmp_path / "output.txt").read_text()
 
     killed = train.run(series_config(), workdir, log=lambda line: None)
     straight = train.run(series_config(), tmp_path / "straight", log=lambda line: None)
     jax.tree.map(np.testing.assert_array_equal, killed.state, straight.state)
     assert killed.metrics == straight.metrics
     assert rows(workdir) == rows(tmp_path / "straight")
-    assert finished(workdir) == finished(tmp_path / "straight")
+    assert finished(workdir)[-1] == finished(tmp_path / "straight")[-1]
 
 
 def _kill(
@@ -145,10 +163,16 @@ def _kill(
     elif moment == "save":
         kill_when(process, workdir, lambda: bool(unfinished(workdir) - partial), draw.uniform(0, 0.02))
         hits["save"] += bool(unfinished(workdir) - partial)
+    elif moment == "restore":
+        restores = _restores(workdir)
+        kill_when(process, workdir, lambda: _restores(workdir) > restores, draw.uniform(0, 0.1))
+        hits["restore"] += len(resumptions(workdir)) == sessions
     elif moment == "evaluate":
         step = (trained // 100 + 1) * 100
         kill_when(process, workdir, lambda: _trained(workdir) >= step, draw.uniform(0.02, 0.1))
         hits["evaluate"] += not _evaluated(workdir, step)
+    elif moment in ("SIGTERM", "SIGINT"):
+        _stop(process, workdir, trained + draw.choice((0, 2, 9)), signal.Signals[moment], draw)
     else:
 
         def evaluating() -> bool:
@@ -156,6 +180,27 @@ def _kill(
 
         kill_when(process, workdir, evaluating, draw.uniform(0, 0.5))
         hits["end"] += not _evaluated(workdir, last)
+
+
+def _stop(
+    process: subprocess.Popen, workdir: pathlib.Path, step: int, signum: int, draw: random.Random
+) -> None:
+    """A signal that asks: once training, the step it stops at is saved; before, it ends at once."""
+    if step == _trained(workdir):
+        time.sleep(draw.uniform(1.0, 5.0))
+    else:
+        wait_for(process, workdir, lambda: _trained(workdir) >= step)
+    process.send_signal(signum)
+    assert process.wait(300) == 128 + signum
+    if (
+        _trained(workdir) >= step > 0
+        and "stopped" in (workdir.parent / "output.txt").read_text().splitlines()[-1]
+    ):
+        assert max(finished(workdir)) == _trained(workdir)
+
+
+def _restores(workdir: pathlib.Path) -> int:
+    return (workdir.parent / "output.txt").read_text().splitlines().count("restoring")
 
 
 def _trained(workdir: pathlib.Path) -> int:

@@ -212,10 +212,34 @@ def test_evaluate_initial_weights(straight, tmp_path):
     result, _, _ = straight
     weights = tmp_path / "dense.safetensors"
     dyntoken.save_weights(weights, result.state.variables, model=result.model)
-    found = train.evaluate(tiny_config(init={"path": str(weights)}), tmp_path, log=Log())
+    named = tiny_config(init={"path": str(weights)})
+    found = train.evaluate(named, log=Log())
     assert found["top1"] == result.metrics["top1"] and "step" not in found
-    with pytest.raises(ValueError, match=r"no checkpoint in .* and config\.init\.path is empty"):
-        train.evaluate(tiny_config(), tmp_path, log=Log())
+    for config, workdir, step, message in (
+        (named, tmp_path, "newest", f"no checkpoint in {tmp_path}"),  # never the start of a run for the run
+        (named, tmp_path / "absent", "newest", "--workdir of a run"),
+        (tiny_config(), None, "newest", "--config.init.path=WEIGHTS"),
+        (named, None, "best", "--step=best"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train.evaluate(config, workdir, step=step, log=Log())
+    assert not (tmp_path / "absent").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"model__name": DTPS, "model__depth": 2, "model__at": (1,)}, "blocks_1/"),  # and a fresh predictor
+        ({"init__head": "reset"}, "head/"),
+        ({"model__depth": 2}, "blocks_1/"),
+    ],
+)
+def test_weights_that_leave_anything_fresh_are_not_evaluated(straight, tmp_path, changes, named):
+    result, _, _ = straight
+    weights = tmp_path / "dense.safetensors"
+    dyntoken.save_weights(weights, result.state.variables, model=result.model)
+    with pytest.raises(ValueError, match=named):
+        train.evaluate(tiny_config(init__path=str(weights), **changes), log=Log())
 
 
 def test_dry_run_needs_no_weights(tmp_path):
@@ -238,26 +262,35 @@ def test_dry_run_needs_no_weights(tmp_path):
     ("overrides", "message"),
     [
         ({"leraning_rate": 1}, r"unknown option 'leraning_rate' of config: "),
-        ({"epoch": 1}, r"unknown option 'epoch' of config: did you mean epochs"),
-        ({"optim__warmup": 1}, r"unknown option 'warmup' of config.optim: did you mean warmup_"),
+        ({"epoch": 1}, r"unknown option 'epoch' of config: did you mean config.epochs"),
+        ({"optim__warmup": 1}, r"unknown option 'warmup' of config.optim: did you mean config.optim.warmup_"),
         ({"mix__mixp": 1}, r"unknown option 'mixp' of config.mix: did you mean .*mixup"),
         ({"mix__num_classes": 1}, r"unknown option 'num_classes' of config.mix"),
         ({"data__eval_split": "validation"}, r"has no split 'validation'"),
         ({"data__eval__batch": 6}, r"batch of 6 does not divide over 4 devices"),
         ({"data__splt": "train"}, r"unknown option 'splt' of config.data: did you mean .*split"),
-        ({"data__eval__crop": 1}, r"unknown option 'crop' of config.data.eval: did you mean crop_pct"),
-        ({"data__augment__flipp": 1}, r"unknown option 'flipp' of augment: did you mean flip"),
+        (
+            {"data__eval__crop": 1},
+            r"unknown option 'crop' of config.data.eval: did you mean config.data.eval.crop_pct",
+        ),
+        (
+            {"data__augment__flipp": 1},
+            r"unknown option 'flipp' of config.data.augment: did you mean config.data.augment.flip",
+        ),
         ({"data__options__trian": 1}, r"trian.*train"),
         ({"data__name": "fakes"}, r"fakes"),
-        ({"model__widht": 1}, r"unknown option 'widht' of deit_tiny_patch8_16: did you mean width"),
+        ({"model__widht": 1}, r"unknown option 'widht' of config.model: did you mean config.model.width"),
         ({"model__name": "dpts_deit_tiny_patch8_16"}, r"did you mean dtps"),
         ({"model__keep": 0.5}, r"is dense and takes no 'keep'"),
         ({"model__num_classes": 3}, r"config.model takes images .* of 3 classes.* of 7"),
         ({"losses__ec": {}}, r"unknown loss 'ec'"),
-        ({"losses__ce__wieght": 1}, r"unknown option 'wieght' of loss 'ce': did you mean weight"),
+        (
+            {"losses__ce__wieght": 1},
+            r"unknown option 'wieght' of config.losses.ce: did you mean config.losses.ce.weight",
+        ),
         ({"losses__logit_kl": {}}, r"'logit_kl' needs a teacher: set config.teacher.name"),
         ({"teacher": {"name": "deit_tiny_patch8_16", "weights": "x"}}, r"no loss reads it"),
-        ({"init__pth": "x"}, r"unknown option 'pth' of config.init: did you mean path"),
+        ({"init__pth": "x"}, r"unknown option 'pth' of config.init: did you mean config.init.path"),
         ({"init__path": "absent.npz"}, r"absent.npz"),
         ({"batch": 20}, r"batch of 20 does not divide over 4 devices in groups of 2"),
         ({"batch": 24, "data__shards": 5}, r"24 .*5 .*shards"),
@@ -265,8 +298,8 @@ def test_dry_run_needs_no_weights(tmp_path):
         ({"steps": 0}, r"no length: set config.epochs"),
         ({"ema": 1.0}, r"config.ema is 1.0"),
         ({"log_steps": 0}, r"config.log_steps is 0"),
-        ({"keep_checkpoints": 0}, r"keep_checkpoints must be at least 1"),
-        ({"optim__name": "adam"}, r"unknown optimizer 'adam': did you mean adamw"),
+        ({"keep_checkpoints": 0}, r"config.keep_checkpoints is 0"),
+        ({"optim__name": "adam"}, r"config.optim.name is 'adam': did you mean adamw"),
     ],
 )
 def test_errors_say_what_to_do(tmp_path, overrides, message):

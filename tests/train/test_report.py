@@ -198,11 +198,11 @@ def test_a_picture_at_every_evaluation_if_there_is_matplotlib(tmp_path, monkeypa
     assert first.startswith(b"\x89PNG") and (tmp_path / "curves.png").read_bytes() != first
 
     def absent(name):
-        raise ModuleNotFoundError("drawing needs matplotlib: pip install dyntoken[viz]")
+        raise ModuleNotFoundError("drawing needs matplotlib: pip install matplotlib")
 
     monkeypatch.setattr(learning, "matplotlib", absent)
     reports.evaluation(5, {"top1": 0.5})
     reports.evaluation(6, {"top1": 0.5})
     assert [line for line in lines if "matplotlib" in line] == [
-        "no curves.png: drawing needs matplotlib: pip install dyntoken[viz]"
+        "no curves.png: drawing needs matplotlib: pip install matplotlib"
     ]

@@ -141,7 +141,7 @@ def test_batch_norm_refuses_slices():
 
 
 def test_settings_are_checked():
-    with pytest.raises(ValueError, match="accumulate is 0: it must be at least 1"):
+    with pytest.raises(ValueError, match=r"config\.accumulate is 0: give a whole number of at least 1"):
         read(tiny_config(accumulate=0))
     with pytest.raises(UnknownNameError, match=r"shard is 'param': did you mean params"):
         read(tiny_config(shard="param"))

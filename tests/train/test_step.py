@@ -155,7 +155,7 @@ def test_the_average_follows_the_parameters():
     state, teacher, batch = inputs(mesh)
     before = jax.device_get(state)
     after = jax.device_get(step(state, teacher, batch)[0])
-    expected = jax.tree.map(lambda e, p: 0.9 * e + 0.1 * p, before.ema, after.variables)
+    expected = jax.tree.map(lambda e, p: 0.1 * e + 0.9 * p, before.ema, after.variables)
     chex.assert_trees_all_close(after.ema, expected, atol=1e-7)
     assert int(after.step) == 1
 

@@ -56,13 +56,20 @@ def series_config() -> ml_collections.ConfigDict:
 
 
 def main() -> None:
+    from dyntoken import interrupt
+
+    interrupt.install()
     import jax
 
     jax.config.update("jax_num_cpu_devices", 4)
     from dyntoken import train
+    from dyntoken.train.checkpoint import Checkpoints
 
+    restore = Checkpoints.restore
+    Checkpoints.restore = lambda *args, **more: (print("restoring"), restore(*args, **more))[1]
     series = sys.argv[2:] == ["series"]
-    train.run(series_config() if series else long_config(*map(int, sys.argv[2:])), sys.argv[1])
+    result = train.run(series_config() if series else long_config(*map(int, sys.argv[2:])), sys.argv[1])
+    sys.exit(0 if result.finished else 128 + result.signum)
 
 
 if __name__ == "__main__":

@@ -106,7 +106,7 @@ def test_torch_file_without_torch_says_what_to_install(tmp_path, without):
     path = tmp_path / "deit.pth"
     path.write_bytes(pickle.dumps({"x": _Trap()}))
     without("torch")
-    with pytest.raises(WeightsError, match=r"pip install 'dyntoken\[torch\]'"):
+    with pytest.raises(WeightsError, match=r"pip install torch"):
         files.read(path)
     assert not _Trap.fired
 
@@ -126,7 +126,7 @@ def test_torch_file_is_read_without_unpickling(tmp_path):
 
 def test_hub_source_without_its_package_says_what_to_install(without):
     without("huggingface_hub")
-    with pytest.raises(WeightsError, match=r"pip install 'dyntoken\[hub\]'"):
+    with pytest.raises(WeightsError, match=r"pip install huggingface_hub"):
         files.read("hf:timm/deit_tiny_patch16_224.fb_in1k")
 
 
@@ -174,7 +174,13 @@ def test_nest_is_the_inverse_of_flatten():
 def _save(workdir, step, value, checksums=None):
     state = {"params": {"a": np.full(2, value, np.float32)}, "step": np.int32(step)}
     state["ema"] = {"params": {"a": np.full(2, value + 0.5, np.float32)}}
-    leaves = {name: [[2], "float32", value] for name, value in (checksums or {}).items()}
+    arrays = {
+        "params/a": state["params"]["a"],
+        "ema/params/a": state["ema"]["params"]["a"],
+        "step": state["step"],
+    }
+    right = {name: zlib.crc32(array.tobytes()) for name, array in arrays.items()}
+    leaves = {name: [[2], "float32", value] for name, value in (right | (checksums or {})).items()}
     items = ocp.args.Composite(
         state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave({"step": step, "leaves": leaves})
     )

@@ -57,9 +57,10 @@ def test_unknown_repository_class_and_argument():
 @pytest.mark.parametrize(
     ("repository", "cls", "argument"),
     [
-        ("timm", "VisionTransformer", {"qk_norm": True}),
-        ("timm", "VisionTransformer", {"reg_tokens": 4}),
-        ("timm", "VisionTransformer", {"global_pool": "avg"}),
+        ("timm", "VisionTransformer", {"scale_attn_norm": True}),
+        ("timm", "VisionTransformer", {"global_pool": "map"}),
+        ("timm", "VisionTransformer", {"act_layer": "mish"}),
+        ("timm", "VisionTransformer", {"global_pool": "token", "class_token": False}),
         ("timm", "VisionTransformer", {"norm_layer": "RmsNorm"}),
         ("raoyongming/DynamicViT", "VisionTransformerTeacher", {"hybrid_backbone": "resnet"}),
         ("megvii-research/TPS-CVPR2023", "DynamicVit", {"block_layers": "Layer_scale_init_Block"}),

@@ -1,0 +1,140 @@
+"""Ctrl-C and SIGTERM of a program: one line and exit code 128 + signal, whatever it is doing.
+
+A handler in Python runs when the main thread comes back to Python, so not while XLA compiles, and an
+exception out of it in the middle of an import ends as a dump of C frames. Here the signal's number goes by
+a pipe to a thread, which ends the process, unless somebody has asked to be told first (`listening`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import shlex
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+WORDS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
+PATIENCE_S = 3.0  # of a user who pressed Ctrl-C and sees nothing happen
+_installed = False
+_listener: Callable[[int], None] | None = None
+_farewells: list[Callable[[str], None]] = []
+
+
+def is_program() -> bool:
+    """Whether this process is `python -m dyntoken.NAME`."""
+    words = sys.orig_argv
+    return any(a == "-m" and b.startswith("dyntoken.") for a, b in itertools.pairwise(words))
+
+
+def install() -> None:
+    """Takes over SIGINT and SIGTERM of this process; for programs, and before their slow imports."""
+    global _installed
+    if _installed or os.name != "posix":
+        return
+    _installed = True
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+
+    def handle(signum: int, frame: object) -> None:
+        other = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+        if other != write:  # of an event loop that runs in this thread; the number went there
+            signal.set_wakeup_fd(other)
+            os.write(write, bytes([signum]))
+
+    for signum in SIGNALS:
+        if signal.getsignal(signum) is not signal.SIG_IGN:  # nohup, and shells in the background
+            signal.signal(signum, handle)
+    threading.Thread(target=_listen, args=(read,), daemon=True).start()
+
+
+def _listen(read: int) -> None:
+    while True:
+        signum = os.read(read, 1)[0]
+        if signum in SIGNALS and not _tell(signum):
+            end(signum)
+
+
+def _tell(signum: int) -> bool:
+    """Hands the signal to the listener, once."""
+    global _listener
+    told, _listener = _listener, None
+    if told is None:
+        return False
+    told(signum)
+    return True
+
+
+def end(signum: int) -> None:
+    """Ends this process at once, in one line."""
+    line = f"{WORDS[signum]}{go_on()}"
+    for farewell in _farewells:
+        with contextlib.suppress(Exception):
+            farewell(WORDS[signum])
+    flush = threading.Thread(target=sys.stdout.flush, daemon=True)  # a reader that hangs must not hold us
+    flush.start()
+    flush.join(1.0)
+    print(line, file=sys.stderr, flush=True)
+    os._exit(128 + signum)
+
+
+def before_end(farewell: Callable[[str], None]) -> None:
+    """Has a function called with "interrupted" or "terminated" before that ends the process."""
+    _farewells.append(farewell)
+
+
+def go_on() -> str:
+    """How to go on with a training, `"; to go on: COMMAND"`; empty for what starts anew anyway."""
+    words = sys.orig_argv
+    if not is_program() or "dyntoken.main" not in words:
+        return ""
+    if {"--mode=eval", "--dry_run", "--dry_run=true"} & set(words):
+        return ""
+    return f"; to go on: python {shlex.join(words[1:])}"
+
+
+@contextlib.contextmanager
+def listening(asked: Callable[[int], None]) -> Iterator[None]:
+    """While it is entered, the first signal calls `asked(signum)`; the second one ends the process.
+
+    Outside of a program (a notebook) the second Ctrl-C raises KeyboardInterrupt. Does nothing outside of
+    the main thread.
+    """
+    global _listener
+    if _installed:
+        _listener = lambda signum: (asked(signum), _reassure())  # noqa: E731
+        try:
+            yield
+        finally:
+            _listener = None
+        return
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {signum: signal.getsignal(signum) for signum in SIGNALS}
+
+    def handle(signum: int, frame: object) -> None:
+        signal.signal(signum, before[signum])
+        asked(signum)
+
+    for signum, handler in before.items():
+        # None: set from C, as jax does with SIGTERM where there are several processes.
+        if handler not in (None, signal.SIG_IGN):
+            signal.signal(signum, handle)
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            if handler is not None:
+                signal.signal(signum, handler)
+
+
+def _reassure() -> None:
+    line = "stopping after this step, then saving (a second Ctrl-C ends at once)"
+    timer = threading.Timer(PATIENCE_S, lambda: print(line, file=sys.stderr, flush=True))
+    timer.daemon = True
+    timer.start()

@@ -1,0 +1,72 @@
+"""`load_run`: a trained run as a thing to predict with, from its workdir alone."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from etils import epath
+
+from dyntoken.preprocessing import Preprocess
+from dyntoken.weights import WeightsError, load_weights, orbax, runs
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What a workdir holds for those who predict.
+
+    Attributes:
+      model: module; `model.apply(variables, preprocess(images))` returns an `Output`.
+      variables: of the checkpoint.
+      preprocess: uint8 `[B, H, W, C]` to the model's input, as the run's evaluation does it.
+      class_names: one per class, `()` where the data set names none.
+      step: of the checkpoint.
+    """
+
+    model: Any
+    variables: dict[str, Any]
+    preprocess: Preprocess
+    class_names: tuple[str, ...]
+    step: int
+
+    def name(self, number: int) -> str:
+        """The name of a class, "class 3" where there is none."""
+        return self.class_names[number] if number < len(self.class_names) else f"class {number}"
+
+
+def load_run(workdir: str | epath.PathLike, *, step: int | str = "newest", prefer: str = "ema") -> Run:
+    """Opens a run; needs neither its recipe nor its data.
+
+    Args:
+      workdir: folder of a training run.
+      step: "newest", "best" (by the run's `best_metric`) or the number of a step.
+      prefer: "ema" takes the weight average where the run keeps one, or "params".
+
+    Raises:
+      WeightsError: no run there, no such step, or a damaged checkpoint.
+      ValueError: a model that this version cannot build.
+    """
+    path = epath.Path(workdir).expanduser()
+    if not path.is_dir():
+        raise WeightsError(f"no run in {workdir}: give the workdir of a training run")
+    directory = orbax.step_folder(path, step)
+    meta = runs.describe(directory)
+    if not meta:
+        raise WeightsError(f"{directory} has no description of its run (or a damaged one): give another step")
+    if "run" not in meta:
+        meta = {**meta, "run": _rebuilt(meta.get("config", {}))}
+    about = meta["run"]
+    model = runs.model_of(meta)
+    height, width, channels = about["image_shape"]
+    reading = {key: about[key] for key in ("crop_pct", "interpolation") if key in about}
+    preprocess = Preprocess((height, width), channels, tuple(about["mean"]), tuple(about["std"]), **reading)
+    variables = load_weights(model, directory, prefer=prefer, strict=True)
+    return Run(model, variables, preprocess, tuple(about["class_names"]), int(meta["step"]))
+
+
+def _rebuilt(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The description of a run whose checkpoints have none; it needs the data set."""
+    from dyntoken.train import identity, plan
+
+    return identity.describe(plan.build(config))

@@ -1,0 +1,33 @@
+"""The error of a weight source that cannot be read or does not fit."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+
+
+class WeightsError(ValueError):
+    """A weight source that cannot be read or does not fit; one line with the remedy."""
+
+    def __init__(self, message: str):
+        super().__init__(printable(message))
+
+
+def printable(text: str) -> str:
+    """`text` without terminal escapes and on one line; names out of a file may hold either."""
+    return re.sub(r"[^\S ]+|[\x00-\x1f\x7f-\x9f]", " ", ESCAPES.sub("", text))
+
+
+def damaged(path: Any, kind: str, error: Exception | str) -> WeightsError:
+    """The error for a file that cannot be read."""
+    return WeightsError(
+        f"{path}: truncated or damaged {kind} file ({first_line(error)}); copy or download it again"
+    )
+
+
+def first_line(error: Exception | str) -> str:
+    """What an error says, at most 160 characters of it."""
+    text = printable(str(error).strip().split("\n")[0])
+    return text[:160] or type(error).__name__

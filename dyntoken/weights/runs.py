@@ -1,0 +1,89 @@
+"""What a checkpoint says of the run that made it: classes, model, preprocessing, average."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from etils import epath
+
+from dyntoken import paths, schedules
+from dyntoken.cascade import Cascade
+from dyntoken.models import create_model
+from dyntoken.registry import UnknownNameError
+from dyntoken.weights import positions, workdirs
+
+
+def describe(directory: epath.Path) -> dict[str, Any]:
+    """The description beside the arrays of one checkpoint; {} where there is none that can be trusted.
+
+    Its key "run" holds `class_names`, `model` (keywords of `create_model`), `image_shape`,
+    `mean`, `std` and what `Preprocess` takes besides; checkpoints from before it was
+    written have "config" alone.
+
+    Args:
+      directory: `<workdir>/checkpoints/<step>`.
+    """
+    return workdirs.read_meta(directory)
+
+
+def of_workdir(path: Any, step: int | str = "newest") -> dict[str, Any]:
+    """`describe` of one checkpoint of a workdir; {} of whatever is none."""
+    path = paths.resolve(path)
+    if not path.is_dir():
+        return {}
+    from dyntoken.weights import orbax
+
+    try:
+        return describe(orbax.step_folder(path, step))
+    except (OSError, ValueError):
+        return {}
+
+
+def class_names(meta: Mapping[str, Any]) -> list[str]:
+    """Of the run, [] where its data set or its checkpoint names none."""
+    return list(meta.get("run", {}).get("class_names", ()))
+
+
+def model_of(meta: Mapping[str, Any]) -> Any:
+    """The model of the run, by `create_model`; None where the description lacks its images' size.
+
+    Raises:
+      ValueError: a model that this version cannot build.
+    """
+    config = meta.get("config") or {}
+    section = meta.get("run", {}).get("model")
+    if section is None and config.get("model", {}).get("name") and config.get("data", {}).get("size"):
+        section = {"img_size": config["data"]["size"], **config["model"]}
+    try:
+        return None if section is None else create_model(**section)
+    except UnknownNameError as error:
+        if not (modules := ", ".join(config.get("plugins") or ())):
+            raise
+        raise UnknownNameError(f"{error} The run has plugins: import {modules} first, or --plugins") from None
+
+
+def grids(model: Any) -> dict[str, str]:
+    """The patches of a model as metadata, `{"grid": "16x32"}`, of a cascade one entry per exit."""
+    if not isinstance(model, Cascade):
+        return {"grid": positions.spell(model.plain().grid)}
+    return {f"grid/exit_{index}": positions.spell(grid) for index, grid in enumerate(model.grids)}
+
+
+def grids_of(meta: Mapping[str, Any]) -> dict[str, str]:
+    """`grids` of the run's model, {} where it is not known."""
+    try:
+        model = model_of(meta)
+    except (TypeError, ValueError):
+        return {}
+    return {} if model is None else grids(model)
+
+
+def strings(meta: Mapping[str, Any]) -> dict[str, str]:
+    """What a `files.Bundle` keeps of a description: `grids`, and "average", a warning."""
+    found = grids_of(meta)
+    config = meta.get("config") or {}
+    warning = schedules.ema_warning(
+        int(meta.get("step", 0)), config.get("ema") or 0.0, warmup=config.get("ema_warmup", False)
+    )
+    return found | ({"average": warning} if warning else {})

@@ -1,0 +1,71 @@
+"""What a run on `gs://` is made of, in a process of its own (`gs://` cannot be taken back).
+
+python -m tests.faults.bucket_run FOLDER PORT train|evaluate|restart|parts
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+from tests.faults import bucket
+from tests.train.tiny import tiny_config
+
+WORKDIR = "gs://bucket/runs/one"
+CONFIG = tiny_config(steps=60, checkpoint_steps=3, eval_steps=20, keep_best=1, ema=0.9, log_steps=2)
+
+
+def parts() -> None:
+    """Checkpoints, lock, record and moving aside, without a training."""
+    import jax
+    from etils import epath
+
+    from dyntoken.train import lock, report, start
+    from dyntoken.train import mesh as meshes
+    from dyntoken.train.checkpoint import Checkpoints
+    from tests.train.test_checkpoint import make_state
+
+    workdir, mesh = epath.Path("gs://bucket/parts"), meshes.data_mesh(jax.devices()[:1])
+    with lock.Lock(workdir):
+        checkpoints = Checkpoints(workdir, keep=2)
+        for step in (1, 2, 3):
+            checkpoints.save(make_state(step, mesh))
+        checkpoints.wait()
+        damaged = workdir / "checkpoints" / "3" / "meta" / "metadata"
+        damaged.write_text(damaged.read_text()[:50])
+        found = checkpoints.restore(meshes.replicated_like(make_state(0, mesh), mesh))
+        checkpoints.close()
+        record = report.Report(workdir, total=2, batch=1)
+        record.evaluation(1, {"top1": 0.5})
+        record.evaluation(2, {"top1": 0.6})
+        record.resume(1)
+        record.close()
+        start.move_aside(workdir, print)
+        names = sorted(path.name for path in workdir.iterdir())
+        old = sorted(str(path.relative_to(workdir)) for path in (workdir / "old" / "1").iterdir())
+        text = (workdir / "old" / "1" / "metrics.jsonl").read_text()
+    print(json.dumps({"step": found.step, "names": names, "old": old, "rows": text.count("step")}))
+
+
+def main(folder: str, port: str, what: str) -> None:
+    import jax
+
+    jax.config.update("jax_num_cpu_devices", 4)
+    bucket.install(folder, int(port))
+    import dyntoken
+    from dyntoken import train
+    from dyntoken.train.workdir import open_workdir
+
+    if what == "parts":
+        parts()
+    elif what == "evaluate":
+        best = train.evaluate(CONFIG, WORKDIR, step="best")
+        opened = open_workdir(WORKDIR)
+        dyntoken.load_weights(opened.plan.model, WORKDIR)
+        print(json.dumps({"best": best["step"], "opened": opened.step}))
+    else:
+        train.run(CONFIG, WORKDIR, restart=what == "restart")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,130 @@
+"""Ctrl-C and SIGTERM at any moment of a program: one line, exit code 128 + signal, nothing lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+RECIPE = """
+from tests.train.tiny import tiny_config
+
+
+def get_config(arg=None):
+    return tiny_config(steps=100000, checkpoint_steps=50000, eval_steps=50000)
+"""
+
+
+class Program:
+    """A program of the package in a process of its own, and what it has said."""
+
+    def __init__(self, folder: pathlib.Path, *words: str):
+        self.out, self.err = folder / "out.txt", folder / "err.txt"
+        env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+        with self.out.open("w") as out, self.err.open("w") as err:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", *words], cwd=folder, env=env, stdout=out, stderr=err
+            )
+
+    def wait_for(self, text: str) -> None:
+        deadline = time.monotonic() + 240
+        while text not in self.out.read_text():
+            assert self.process.poll() is None, self.err.read_text()
+            assert time.monotonic() < deadline, self.out.read_text()
+            time.sleep(0.02)
+
+    def stop(self, *signums: int) -> tuple[int, list[str]]:
+        """Sends signals; (exit code, lines on stderr)."""
+        for signum in signums:
+            self.process.send_signal(signum)
+            time.sleep(0.3)
+        try:
+            code = self.process.wait(60)
+        finally:
+            self.process.kill()
+        return code, self.err.read_text().splitlines()
+
+
+def training(tmp_path, *more: str) -> Program:
+    (tmp_path / "recipe.py").write_text(RECIPE)
+    return Program(tmp_path, "dyntoken.main", "--config=recipe.py", "--workdir=run", *more)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_while_training_it_saves_and_says_how_to_go_on(tmp_path, signum):
+    program = training(tmp_path)
+    program.wait_for("step 3/")
+    code, errors = program.stop(signum)
+    said = program.out.read_text().splitlines()[-1]
+    assert (code, errors) == (128 + signum, [])
+    assert "-m dyntoken.main --config=recipe.py --workdir=run" in said
+    last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])["step"]
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [str(last)]
+    assert f"step {last}" in said
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("moment", ["import", "compile"])
+def test_before_the_first_step_it_ends_at_once(tmp_path, moment, signum):
+    program = training(tmp_path)
+    program.wait_for("starting" if moment == "import" else "compiling")
+    began = time.monotonic()
+    code, errors = program.stop(signum)
+    assert code == 128 + signum and len(errors) == 1 and time.monotonic() - began < 5
+    assert "-m dyntoken.main --config=recipe.py --workdir=run" in errors[0]
+
+
+def test_the_second_one_ends_at_once(tmp_path):
+    slow = "import time; import dyntoken.train.loop as loop; loop._Session._save = lambda *a: time.sleep(60)"
+    (tmp_path / "slow.py").write_text(slow)
+    (tmp_path / "recipe.py").write_text(f"exec(open({str(tmp_path / 'slow.py')!r}).read())\n{RECIPE}")
+    program = Program(tmp_path, "dyntoken.main", "--config=recipe.py", "--workdir=run")
+    program.wait_for("step 3/")
+    began = time.monotonic()
+    code, errors = program.stop(signal.SIGINT, signal.SIGINT)
+    assert code == 130 and len(errors) == 1 and time.monotonic() - began < 10
+
+
+@pytest.mark.parametrize("delay", [0.5, 1.5])
+@pytest.mark.parametrize("tool", [["flops", "deit_small_patch16_224"], ["pairings"]])
+def test_a_tool_ends_in_one_line(tmp_path, tool, delay):
+    name, *words = tool
+    program = Program(tmp_path, f"dyntoken.tools.{name}", *words)
+    time.sleep(delay)
+    code, errors = program.stop(signal.SIGINT)
+    assert code == 130 and len(errors) == 1 and "interrupted" in errors[0]
+
+
+def test_an_event_loop_does_not_swallow_a_signal(tmp_path):
+    """Orbax runs one in the main thread, which has the signals' numbers sent to itself meanwhile."""
+    (tmp_path / "program.py").write_text(
+        "import os, signal, time; from dyntoken import interrupt; interrupt.install()\n"
+        "mine = os.pipe()[1]; os.set_blocking(mine, False); signal.set_wakeup_fd(mine)\n"
+        "print('ready', flush=True); time.sleep(60)"
+    )
+    program = Program(tmp_path, "program")
+    program.wait_for("ready")
+    assert program.stop(signal.SIGTERM) == (143, ["terminated"])
+
+
+def test_a_notebook_keeps_its_handlers(tmp_path):
+    from dyntoken import train
+    from tests.train.tiny import tiny_config
+
+    before = [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)]
+
+    def log(line: str) -> None:
+        if line.startswith("step 2/"):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    result = train.run(tiny_config(), tmp_path, log=log)
+    assert not result.finished and result.signum == signal.SIGINT and int(result.state.step) == 3
+    assert [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)] == before
+    assert train.run(tiny_config(), tmp_path, log=[].append).finished
