@@ -49,6 +49,7 @@ KINDS = {float: schema.Keep, tuple: tuple[int | float, ...], int: int, str: str,
 def base():
     """All keys a run reads (`dyntoken.train.plan.Settings`), with their defaults."""
     c = ml_collections.ConfigDict()
+    c.plugins = ()  # modules with methods, backbones, losses or data of your own, imported first
     c.seed = 0
     c.batch = 1024  # images per step, over all devices
     c.accumulate = 1  # slices of a device's images, one after the other: less memory, the same step

@@ -229,7 +229,12 @@ def keys(config) -> list[tuple[str, str]]:
     from dyntoken.train import settings
 
     config = {} if config is None else config.to_dict()
-    return [(key, schema.describe(kind)) for key, kind in schema.leaves(settings.Settings, config, "config")]
+    try:
+        settings.plugins(config)
+        found = list(schema.leaves(settings.Settings, config, "config"))
+    except USER_ERRORS as error:
+        fail(error)
+    return [(key, schema.describe(kind)) for key, kind in found]
 
 
 def usage(argv: list[str]) -> None:

@@ -168,7 +168,7 @@ def list_models(pattern: str = "*") -> list[str]:
 
     Any patch size and resolution can be asked for besides those listed.
     """
-    listed = names.LISTED
+    listed = names.listed()
     reduced = [f"{m}_{n}" for n in listed for m, reason in pairings(n).items() if reason is None]
     cascades = [f"{names.CASCADE}_{n}" for n in names.CASCADES]
     cascades += [f"{names.CASCADE}_{m}_{n}" for m in reducers.METHODS for n in names.REDUCED_CASCADES]
@@ -197,18 +197,18 @@ def split_name(name: str) -> tuple[str | None, str]:
     Raises:
       UnknownNameError: with the nearest names.
     """
-    first, _, rest = name.partition("_")
-    inner, _, arch = rest.partition("_")
-    if first == names.CASCADE and names.parse(arch) is not None and names.parse(rest) is None:
-        if inner not in reducers.METHODS:
-            raise UnknownNameError(f"unknown method {inner!r}: {suggest(inner, reducers.METHODS)}")
-        return f"{first}_{inner}", arch
-    methods = (None, names.CASCADE, names.MULTIEXIT, *reducers.METHODS)
-    for method, arch in ((None, name), (first, rest)):
-        if method in methods and names.parse(arch) is not None:
+    if names.parse(name) is not None:
+        return None, name
+    cascaded = f"{names.CASCADE}_"
+    methods = (names.CASCADE, names.MULTIEXIT, *reducers.METHODS)
+    for method in (*methods, *(cascaded + inner for inner in reducers.METHODS)):
+        arch = name.removeprefix(f"{method}_")
+        if arch != name and names.parse(arch) is not None:
             return method, arch
-    if names.parse(rest) is not None:
-        raise UnknownNameError(f"unknown method {first!r}: {suggest(first, methods[1:])}")
+    wrong, _, arch = name.removeprefix(cascaded).partition("_")
+    if names.parse(arch) is not None:
+        known = reducers.METHODS if name.startswith(cascaded) else methods
+        raise UnknownNameError(f"unknown method {wrong!r}: {suggest(wrong, known)}")
     if os.path.isdir(name) or "://" in name:
         raise UnknownNameError(
             f"{name} is a folder, no model's name: dyntoken.load_run({name!r}) opens a run"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 
@@ -144,7 +144,7 @@ def _convnext(found: re.Match[str]) -> Arch:
     return Arch("convnext", {**fields, "img_size": 224, "in_chans": 3})
 
 
-FAMILIES = (
+FAMILIES = [
     Family(
         rf"(?:deit|vit)_({'|'.join(VIT)})(_distilled)?(?:_patch(\d+)_(\d+))?",
         _vit,
@@ -181,12 +181,30 @@ FAMILIES = (
         (*(f"swin_{s}_patch4_window7_224" for s in SWIN), "swin_base_patch4_window12_384"),
     ),
     Family(rf"convnext_({'|'.join(CONVNEXT)})", _convnext, tuple(f"convnext_{size}" for size in CONVNEXT)),
-)
+]
 CASCADE = "dvt"  # prefix of a cascade over any of these
 CASCADES = (*(f"deit_{s}" for s in ("tiny", "small", "base")), *(f"t2t_vit_{n}" for n in T2T))
 MULTIEXIT = "multiexit"  # prefix of a dense model with classifiers after some of its blocks
 REDUCED_CASCADES = ("deit_tiny", "deit_small", "t2t_vit_12", "t2t_vit_14")  # listed with each method
-LISTED = tuple(name for family in FAMILIES for name in family.listed)
+
+
+def listed() -> tuple[str, ...]:
+    """The names without a method that `list_models` shows."""
+    return tuple(name for family in FAMILIES for name in family.listed)
+
+
+def register(archs: Mapping[str, Arch]) -> None:
+    """Adds a family of whole names.
+
+    Raises:
+      ValueError: a name that stands for an architecture already, or is no word.
+    """
+    for name in archs:
+        if not re.fullmatch(r"[A-Za-z][\w.]*", name):
+            raise ValueError(f"model {name!r}: a name is one word of letters, digits, dots and underscores")
+        if parse(name) is not None:
+            raise ValueError(f"model {name!r} is registered already: choose another name")
+    FAMILIES.append(Family("|".join(map(re.escape, archs)), lambda found: archs[found[0]], tuple(archs)))
 
 
 def parse(name: str) -> Arch | None:

@@ -13,12 +13,13 @@ import jax.numpy as jnp
 import optax
 
 from dyntoken import schedules, schema
+from dyntoken.nn.sites import ADDED
 from dyntoken.registry import UnknownNameError, suggest
 from dyntoken.schema import Natural, NonNegative, Pattern, Positive, Rate
 
 DECAYS = ("not_1d", "all")
 NO_DECAY = (r"cls_token$", r"dist_token$", r"pos_embed$")
-NEW_PARAMS = (r"predictor", r"fast_?(path|mlp)")
+NEW_PARAMS = (ADDED,)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +69,8 @@ def groups(
       backbone_lr_scale: factor on the rate of everything but `new_params`.
       backbone_freeze_epochs: epochs during which the backbone's rate is 0.
       steps_per_epoch: what turns those epochs into `Group.freeze_steps`.
-      new_params: parameters that are no part of the pretrained backbone.
+      new_params: parameters that are no part of the pretrained backbone; by
+        default what the method adds.
       frozen: parameters that are never updated.
 
     Returns:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import importlib
-from collections.abc import Iterable, Iterator, Mapping
+import inspect
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 
@@ -26,10 +27,12 @@ class UnknownNameError(KeyError, ValueError):
 
 
 class Table(Mapping[str, Any]):
-    """A read-only mapping from a name to `"module:Object"` or to any object.
+    """A mapping from a name to `"module:Object"` or to any object.
 
     Strings of that form are imported when they are looked up, so that a table
-    costs nothing at import time. An unknown name raises `UnknownNameError`.
+    costs nothing at import time. An unknown name raises `UnknownNameError`. Rows
+    are only ever added (`register`): a compiled program knows them by name, and
+    would go on with the old one.
     """
 
     def __init__(self, kind: str, rows: Mapping[str, Any]):
@@ -54,9 +57,51 @@ class Table(Mapping[str, Any]):
     def __contains__(self, name: object) -> bool:
         return name in self._rows
 
+    def register(self, name: str, row: Any) -> None:
+        """Adds a row.
+
+        Raises:
+          ValueError: the name is no identifier, or stands in the table already.
+        """
+        if not isinstance(name, str) or not name.isidentifier():
+            raise ValueError(f"{self.kind} {name!r}: a name is one word of letters, digits and underscores")
+        if name in self._rows:
+            raise ValueError(f"{self.kind} {name!r} is registered already: choose another name")
+        self._rows[name] = row
+
     def match(self, pattern: str = "*") -> list[str]:
         """Sorted names that match an `fnmatch` pattern."""
         return sorted(fnmatch.filter(self._rows, pattern))
+
+
+def check_call(what: str, fn: Any, *args: Any, **options: Any) -> None:
+    """Raises ValueError unless `fn` is a function that may be called with such arguments."""
+    if not callable(fn):
+        raise ValueError(f"{what} must be a function, got {fn!r}")
+    try:
+        inspect.signature(fn).bind(*args, **options)
+    except TypeError as error:
+        takes = ", ".join([*map(str, args), *(f"{name}=" for name in options)])
+        raise ValueError(f"{what} is called with ({takes}), which it does not take: {error}") from error
+
+
+def load_plugins(modules: str | Sequence[str]) -> tuple[str, ...]:
+    """Imports modules that register rows of their own.
+
+    Args:
+      modules: names as of `import`, in one text with commas between or in a sequence.
+
+    Raises:
+      ImportError: a module that is not there, or one that it imports.
+    """
+    names = modules.split(",") if isinstance(modules, str) else modules
+    names = tuple(name.strip() for name in names if name.strip())
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise ImportError(f"plugin {name!r} does not import: {error}") from error
+    return names
 
 
 def check_options(what: str, given: Iterable[str], known: Iterable[str]) -> None:

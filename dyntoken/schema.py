@@ -119,7 +119,7 @@ def keywords(fn: Callable[..., Any], but: Sequence[str] = ()) -> dict[str, Any]:
 def _hints(source: Any) -> Mapping[str, Any]:
     try:
         return typing.get_type_hints(source, include_extras=True)
-    except NameError:  # somebody's own function, whose types are there for type checkers only
+    except Exception:  # somebody's own function: its types are for type checkers, or it is no plain function
         return {}
 
 

@@ -151,12 +151,15 @@ class Attended:
         each patch row (softmax over all rows, prefix columns left out, not
         renormalised), or None without a class token.
       keys: `[B, heads, prefix + N, head_dim]`.
+      probs: `[B, heads, prefix + N, prefix + N]` float32 (query, key), softmax over
+        the rows alive.
       logits: `[B, heads, prefix + N, prefix + N]` float32 (query, key), scaled,
         before the softmax and any mask; a bias that was added is included.
     """
 
     cls: Array | None = None
     keys: Array | None = None
+    probs: Array | None = None
     logits: Array | None = None
 
 

@@ -21,6 +21,10 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
 
+from dyntoken.registry import load_plugins  # noqa: E402
+
 jax.config.update("jax_numpy_rank_promotion", "raise")
 hypothesis.settings.register_profile("dyntoken", max_examples=25, deadline=None, derandomize=True)
 hypothesis.settings.load_profile("dyntoken")
+# The product tests take whatever is registered: methods and backbones of your own, too.
+load_plugins(os.environ.get("DYNTOKEN_PLUGINS", ""))

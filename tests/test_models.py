@@ -11,17 +11,18 @@ from jax.sharding import AxisType, Mesh, PartitionSpec
 
 import dyntoken
 from dyntoken.ops import select
-from dyntoken.reducers import METHODS
+from dyntoken.reducers import FUSERS, METHODS, SCORERS
 from dyntoken.registry import UnknownNameError
 
 SMALL = {"img_size": 16, "patch_size": 4, "width": 16, "depth": 3, "heads": 2, "num_classes": 5}
 AT, KEEP = (1, 2), 0.6
 RNGS = {"policy": 1, "dropout": 2}
+USED = {rule for row in METHODS.values() for _, rule in row.options}
 COMBINATIONS = [
     *METHODS,
-    "dtps+mean",
+    *(f"dtps+{fuse}" for fuse in FUSERS if fuse not in USED),
+    *(f"dynamicvit+{score}" for score in SCORERS if score not in USED),
     "etps+one_token",
-    "dynamicvit+random",
     "evit+shuffled",
     "dtps+distilled",
 ]
@@ -31,9 +32,9 @@ COMBINATIONS = [
 def _model(case, form="auto"):
     method, _, change = case.partition("+")
     changed = {}
-    if change in ("mean", "one_token"):
+    if change in FUSERS:
         changed["fuse"] = change
-    elif change in ("random", "shuffled"):
+    elif change in SCORERS or change == "shuffled":
         changed["score"] = change
     base = "deit_tiny_distilled_patch16_224" if change == "distilled" else "deit_tiny_patch16_224"
     return dyntoken.create_model(f"{method}_{base}", **SMALL, at=AT, keep=KEEP, form=form, **changed)
@@ -83,19 +84,19 @@ def _imposed(case, gathered):
         kept = np.take_along_axis(
             places, np.asarray(r.keep), axis=1
         )  # cells, or -s for the slot of stage s - 1
-        n = cells + (stage if model.sites()[0].reducer.options and _fused(model) else 0)
+        n = cells + (stage if _declared(model).adds_row else 0)
         mask = np.zeros((len(kept), n), np.float32)
         rows = np.where(kept >= 0, kept, cells - kept - 2)
         np.put_along_axis(mask, rows, 1.0, axis=1)
         decisions.append(jnp.asarray(mask))
         places = kept
-        if _fused(model):
+        if _declared(model).adds_row:
             places = np.concatenate([places, np.full((len(kept), 1), -2 - stage)], axis=1)
     return decisions
 
 
-def _fused(model):
-    return dict(model.sites()[0].reducer.options)["fuse"] == "one_token"
+def _declared(model):
+    return model.sites()[0].reducer(parent=None)
 
 
 @pytest.mark.parametrize("case", COMBINATIONS)
@@ -127,10 +128,11 @@ def test_tokens_keep_their_address(case):
         for row, cell in enumerate(place[b]):
             if cell >= 0:
                 assert carrier[b, cell] == row  # a kept patch carries itself
-    merges = not {"drop"} & {dict(_model(case).sites()[0].reducer.options)["fuse"]}
+    declared = _declared(_model(case))
+    merges = declared.merges or declared.adds_row
     assert ((carrier >= 0).sum(axis=1) == cells).all() == merges
     for r in out.reductions:
-        assert r.place.shape[1] == r.count and r.keep.shape[1] == r.count - int(_fused(_model(case)))
+        assert r.place.shape[1] == r.count and r.keep.shape[1] == r.count - int(declared.adds_row)
 
 
 @pytest.mark.parametrize("case", COMBINATIONS)

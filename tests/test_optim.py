@@ -231,7 +231,7 @@ def test_clip_by_the_global_norm():
 
 
 def test_frozen_backbone_gathers_moments_then_moves_slowly():
-    params = {"trunk": weight(1.0), "predictor": weight(1.0), "pos_embed": jnp.ones((1, 1, 1))}
+    params = {"trunk": weight(1.0), "reducer_0": weight(1.0), "pos_embed": jnp.ones((1, 1, 1))}
     grads = [jax.tree.map(jnp.ones_like, params)] * 3
     history, state = train(
         params,
@@ -241,7 +241,7 @@ def test_frozen_backbone_gathers_moments_then_moves_slowly():
         backbone_freeze_epochs=2,
         frozen=("pos_embed",),
     )
-    moved = [[float(h[k]["kernel"][0, 0]) for k in ("trunk", "predictor")] for h in history]
+    moved = [[float(h[k]["kernel"][0, 0]) for k in ("trunk", "reducer_0")] for h in history]
     # a constant gradient has direction 1 at every step, if the moments saw all of them
     np.testing.assert_allclose(moved, [[1.0, 0.9], [1.0, 0.8], [0.999, 0.7]], atol=1e-5)
     assert float(history[-1]["pos_embed"][0, 0, 0]) == 1.0

@@ -18,16 +18,15 @@ import jax.numpy as jnp
 from jax.interpreters import partial_eval
 
 from dyntoken.analysis.jaxpr import Operation, operations
+from dyntoken.nn.sites import REDUCER, added
 from dyntoken.nn.trunk import Spec
 from dyntoken.ops import backend
 
 RESIZE = "resize"  # the named scope whose work stands on its own line
 BLOCK = re.compile(r"blocks_\d+")
-REDUCER = re.compile(r"reducer_\d+")
 EXIT = re.compile(r"exit_\d+")
 STAGE = re.compile(r"stage_\d+")
 REUSE = re.compile(r"reuse_\d+")
-FAST = re.compile(r"fast_?(path|mlp).*")  # the cheap path of a block, beside its own layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -270,7 +269,7 @@ def _blocks(ops: Sequence[Operation], params: Mapping[str, int]) -> tuple[Block,
             held.setdefault(block, []).append(op)
     blocks = []
     for name, own in held.items():
-        rows = [op.rows for op in own if op.rows and _name_of(op, FAST) is None] or [0]
+        rows = [op.rows for op in own if op.rows and not added("/".join(op.path))] or [0]
         size = sum(n for path, n in params.items() if _within(path, name))
         blocks.append(Block(name, rows[0], rows[-1], sum(map(_macs, own), Macs()), size))
     return tuple(blocks)

@@ -1,6 +1,16 @@
 """Backbone families, one file and one line each."""
 
-from dyntoken.registry import Table
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+
+from dyntoken import names
+from dyntoken.nn.sites import Sites
+from dyntoken.registry import Table, check_options
 
 BACKBONES = Table(
     "backbone",
@@ -15,3 +25,39 @@ BACKBONES = Table(
         "swin": "dyntoken.backbones.swin:Swin",
     },
 )
+
+
+def register_backbone(
+    name: str,
+    make: type[nn.Module],
+    models: Mapping[str, Mapping[str, Any]],
+    *,
+    num_classes: int = 1000,
+    crop_pct: float = 0.875,
+) -> None:
+    """Adds a backbone and the names of its models.
+
+    Args:
+      name: of the family.
+      make: a subclass of one in `BACKBONES`, of `isotropic.Isotropic` (a stem
+        before blocks of one width), `pyramid.Pyramid` or `hierarchical.Hierarchical`.
+        One that extends another reads its public checkpoints.
+      models: name of a model (without a method) -> fields of `make`.
+      num_classes, crop_pct: see `names.Arch`.
+
+    Raises:
+      UnknownNameError: no such field.
+      ValueError: a name that is taken, or no backbone.
+    """
+    if not (isinstance(make, type) and issubclass(make, Sites) and issubclass(make, nn.Module)):
+        raise ValueError(f"backbone {name!r} must subclass Isotropic, Pyramid or Hierarchical, got {make!r}")
+    fields = {field.name: field.default for field in dataclasses.fields(make)}
+    archs = {}
+    for model, options in models.items():
+        check_options(f"model {model!r}", options, fields.keys() - {"sites", "parent", "name"})
+        shape = {key: fields[key] for key in ("img_size", "in_chans")}
+        archs[model] = names.Arch(name, {**shape, **options}, num_classes, crop_pct)
+    if name in BACKBONES:
+        BACKBONES.register(name, make)  # says so
+    names.register(archs)
+    BACKBONES.register(name, make)

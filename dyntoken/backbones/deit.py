@@ -107,11 +107,9 @@ class ViT(Isotropic):
         tokens = super().embed(images, context)
         return tokens.replace(x=self.norm_pre(tokens.x)) if self.pre_norm else tokens
 
-    def refuse(self, *, score: str, fuse: str, at: tuple[int, ...]) -> str | None:
-        """Why a method makes no sense here; see `Sites.refuse`."""
-        if score == "class_attention" and not self.class_token:
-            return "it ranks patches by the class token, and there is none"
-        return super().refuse(score=score, fuse=fuse, at=at)
+    def shows(self, at: int) -> frozenset[str]:
+        """Fields of `Attended`: registers alone are rows before the patches, but no class token."""
+        return super().shows(at) - ({"cls"} if not self.class_token else set())
 
     def stem_rows(self, images: Array, context: Context) -> Array:
         """`[B, H, W, Cin]` to `[B, N, width]`."""

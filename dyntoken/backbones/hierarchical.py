@@ -208,18 +208,19 @@ class Hierarchical(Sites, nn.Module):
             )
         return rates
 
-    def refuse(self, *, score: str, fuse: str, at: tuple[int, ...]) -> str | None:
+    def refuse(self, reducer: Any, at: tuple[int, ...]) -> str | None:
         """Only methods that drop fit: here what they drop takes the cheap path."""
         if len(self.depths) <= SPARSE:
             return f"sites lie in the third stage, and it has {len(self.depths)}"
-        if score == "class_attention":
-            return "it ranks patches by the class token, and there is none"
-        if fuse != "drop":
+        reason = super().refuse(reducer, at)
+        if reason is None and reducer.where == "inside":
+            return "its sites lie inside a block, and there they lie before one"
+        if reason is None and (reducer.adds_row or reducer.merges):
             return (
                 "all cells stay on the grid, those that are not kept on a cheaper path, so there is "
                 "nothing to fuse or merge"
             )
-        return None
+        return reason
 
     def make_stages(self, blocks: Sequence[Sequence[Spec]]) -> list[Stage]:
         """The stages from their blocks' recipes; called in `setup`."""

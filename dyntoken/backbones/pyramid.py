@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from dyntoken.backbones.isotropic import check_images
 from dyntoken.nn.remat import Remat, check_policy
-from dyntoken.nn.sites import Sites
+from dyntoken.nn.sites import Sites, listed
 from dyntoken.nn.stages import Stage
 from dyntoken.nn.trunk import Context, Site, Spec
 from dyntoken.ops import sample
@@ -136,12 +136,6 @@ class Pyramid(Sites, nn.Module):
 
     # Where sites may lie
 
-    def sites_of(self, score: str) -> tuple[int, ...]:
-        """Every stage; for class attention those that have a class token."""
-        if score == "class_attention" and any(self.prefixes):
-            return tuple(stage for stage, count in enumerate(self.prefixes) if count)
-        return self.default_sites
-
     def site_grid(self, at: int) -> tuple[int, int]:
         """(rows, columns) of a stage."""
         return self.grids[at]
@@ -155,20 +149,15 @@ class Pyramid(Sites, nn.Module):
         stage = int(path.rpartition("stage_")[2].partition("/")[0])
         return self.prefixes[stage], self.grids[stage]
 
-    def refuse(self, *, score: str, fuse: str, at: tuple[int, ...]) -> str | None:
-        """Class attention outside of a stage with a class token; a fused token in a stage with maps."""
-        able = self.sites_of(score)
-        if score == "class_attention":
-            if not any(self.prefixes):
-                return "it ranks patches by the class token, and there is none"
-            if not set(at) <= set(able):
-                return f"it ranks patches by the class token, and that joins at stage {_listed(able)}"
-        if fuse == "one_token":
+    def refuse(self, reducer: Any, at: tuple[int, ...]) -> str | None:
+        """What needs more than a stage shows; a fused token in a stage with maps."""
+        reason = super().refuse(reducer, at)
+        if reason is None and reducer.adds_row:
             free = [s for s in range(self.depth) if s == self.depth - 1 and not self.convolves(s)]
             if not set(at) <= set(free):
-                where = f"only stage {_listed(free)} needs none" if free else "every stage needs one"
+                where = f"only stage {listed(free)} needs none" if free else "every stage needs one"
                 return f"its fused token has no cell on a map, and {where}"
-        return None
+        return reason
 
     # Running
 
@@ -270,8 +259,3 @@ class Pyramid(Sites, nn.Module):
 def _at(value: Any, stage: int) -> Any:
     """What one value, or one per stage, is in a stage."""
     return value[stage] if isinstance(value, tuple) else value
-
-
-def _listed(stages: tuple[int, ...] | list[int]) -> str:
-    """`3 (at=(3,))`."""
-    return f"{' and '.join(map(str, stages))} (at={tuple(stages)})"

@@ -43,7 +43,7 @@ from dyntoken.data.augment import AugmentOptions
 from dyntoken.data.errors import DataError, MissingDataError
 from dyntoken.data.plan import DataInfo, EvalPlan, TrainPlan, check_size, count_rows, parse_split
 from dyntoken.data.prefetching import Prefetch, prefetch
-from dyntoken.data.sources import SOURCES, open_source, source_options
+from dyntoken.data.sources import SOURCES, open_source, register_data, source_options
 from dyntoken.schema import Count, Interpolation, Size, within
 
 __all__ = [
@@ -57,6 +57,7 @@ __all__ = [
     "eval_batches",
     "info",
     "prefetch",
+    "register_data",
     "source_options",
     "steps_per_epoch",
     "train_batches",

@@ -8,7 +8,7 @@ from typing import Any
 from dyntoken import paths, schema
 from dyntoken.data.arrays import Source
 from dyntoken.data.errors import DataError
-from dyntoken.registry import Table, UnknownNameError
+from dyntoken.registry import Table, UnknownNameError, check_call
 
 _TFDS = "dyntoken.data.tfds_source:open_tfds"
 
@@ -27,6 +27,21 @@ SOURCES = Table(
         "i_naturalist2019": _TFDS,
     },
 )
+
+
+def register_data(name: str, opener: Callable[..., Source]) -> None:
+    """Adds a data set.
+
+    Args:
+      name: of the set.
+      opener: `opener(name, data_dir, *, **options) -> Source`; reads no image. Of
+        rows that can be read at random it returns an `arrays.ArraySource`.
+
+    Raises:
+      ValueError: a name that is taken, or a function of other arguments.
+    """
+    check_call(f"data set {name!r}", opener, "name", "data_dir")
+    SOURCES.register(name, opener)
 
 
 def open_source(name: str, data_dir: str | None = None, **options: Any) -> Source:

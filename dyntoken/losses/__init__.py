@@ -26,7 +26,8 @@ one line in `LOSSES`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -34,7 +35,7 @@ import jax.numpy as jnp
 
 from dyntoken import schema
 from dyntoken.losses import distill
-from dyntoken.registry import Table, UnknownNameError
+from dyntoken.registry import Table, UnknownNameError, check_call, suggest
 from dyntoken.schema import NonNegative
 from dyntoken.types import Array, Output
 
@@ -51,6 +52,7 @@ LOSSES = Table(
     },
 )
 
+NEEDS = ("teacher", "features", "dense")
 Specs = Sequence[tuple[str, Mapping[str, Any]]] | Mapping[str, Mapping[str, Any]]
 
 
@@ -113,6 +115,40 @@ def parse(specs: Specs) -> tuple[Spec, ...]:
     return tuple(parsed.values())
 
 
+def register_loss(
+    name: str,
+    fn: Callable[..., tuple[Array, Array]],
+    *,
+    needs: Sequence[str] = (),
+    exits: str | None = None,
+) -> None:
+    """Adds a loss, a key of `config.losses`.
+
+    Args:
+      name: of the loss.
+      fn: `fn(output, batch, **options) -> (sum, count)`; its options are keyword-only.
+      needs: what it reads besides logits: "teacher", "features", "dense".
+      exits: what it makes of a model with exits, see `common.exits`.
+
+    Raises:
+      ValueError: a name that is taken, a function of other arguments, or an
+        unknown need or mark.
+    """
+    check_call(f"loss {name!r}", fn, "output", "batch")
+    for need in needs:
+        if need not in NEEDS:
+            raise UnknownNameError(f"loss {name!r}: unknown need {need!r}: {suggest(need, NEEDS)}")
+    if exits not in (None, "each", "earlier", "none"):
+        raise ValueError(f"loss {name!r}: exits must be 'each', 'earlier', 'none' or None, got {exits!r}")
+
+    @functools.wraps(fn)
+    def marked(output: Output, batch: Mapping[str, Any], **options: Any) -> tuple[Array, Array]:
+        return fn(output, batch, **options)
+
+    marked.needs, marked.exits = frozenset(needs), exits
+    LOSSES.register(name, marked)
+
+
 def keywords(key: str) -> dict[str, Any]:
     """The options of a line of a loss list: name -> annotation, see `schema`.
 
@@ -155,7 +191,7 @@ def weights(specs: Specs) -> dict[str, float]:
 
 
 def needs(specs: Specs) -> frozenset[str]:
-    """What the losses want beside logits: a subset of {"teacher", "features", "dense"}.
+    """What the losses want beside logits: a subset of `NEEDS`.
 
     `"teacher"`: `batch["teacher"]`. `"features"`: `Output.tokens` of student
     and teacher, i.e. `record=("features",)`; `"dense"`: `Output.dense` likewise.
@@ -220,6 +256,7 @@ __all__ = [
     "metrics",
     "needs",
     "parse",
+    "register_loss",
     "total",
     "weights",
 ]

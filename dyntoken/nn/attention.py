@@ -89,7 +89,8 @@ class Attention(nn.Module):
             p = layers.drop(p, self.attn_dropout, draws, *path, 0)
             y = jnp.einsum("bhqk,bhkd->bhqd", p.astype(v.dtype), v)
             cls = attend.class_attention(p, prefix) if prefix and observe else None
-            seen = Attended(cls=cls, keys=k if observe else None, logits=logits if relate else None)
+            shown = {"cls": cls, "keys": k, "probs": p} if observe else {}
+            seen = Attended(**shown, logits=logits if relate else None)
         y = jnp.swapaxes(y, 1, 2).reshape(batch, rows, width)
         y = layers.dense(width, name="proj", dtype=self.dtype, use_bias=self.proj_bias)(y)
         return layers.drop(y, self.dropout, draws, *path), seen if observe or relate else None

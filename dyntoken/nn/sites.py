@@ -1,6 +1,24 @@
-"""What a backbone says about the sites where tokens can be reduced."""
+"""What a backbone says about the sites where tokens can be reduced, and what a method adds there."""
 
 from __future__ import annotations
+
+import re
+from typing import Any
+
+# Fields of `Attended` that a reducer may need: what it ranks patches by; if there is none; if elsewhere.
+NEEDS = {
+    "cls": ("the class token", "there is none", "that joins at"),
+    "keys": ("their attention keys", "no key there is that of one patch", "they have some only at"),
+    "probs": ("the attention between them", "none is shown there", "it is shown only at"),
+}
+REDUCER = re.compile(r"reducer_\d+")  # what trunks and stages call them
+# What a method adds to a dense backbone: its reducers, and the fast paths beside the layers of blocks.
+ADDED = rf"(^|/)({REDUCER.pattern}|fast_?(path|mlp)[^/]*)(/|$)"
+
+
+def added(path: str) -> bool:
+    """Whether a method adds the module or parameter of this path ("/" between names)."""
+    return re.search(ADDED, path) is not None
 
 
 class Sites:
@@ -20,9 +38,10 @@ class Sites:
     site_noun = "block"
     resize = "bicubic"
 
-    def sites_of(self, score: str) -> tuple[int, ...]:
-        """Where a method with this scorer reduces unless told otherwise."""
-        return self.default_sites
+    def sites_of(self, reducer: Any) -> tuple[int, ...]:
+        """Where a method reduces unless told otherwise: of the default sites those that show what it needs."""
+        able = tuple(at for at in self.default_sites if self.shows(at).issuperset(reducer.needs))
+        return able or self.default_sites
 
     def site_grid(self, at: int) -> tuple[int, int]:
         """(rows, columns) of the patches whose number the keep rate of a site refers to."""
@@ -34,19 +53,29 @@ class Sites:
 
     def shows(self, at: int) -> frozenset[str]:
         """Fields of `Attended` that a site inside a block sees."""
-        return frozenset({"keys", "cls"} if self.prefix else {"keys"})
+        return frozenset({"keys", "probs", "cls"} if self.prefix else {"keys", "probs"})
 
     def positions_of(self, path: str) -> tuple[int, tuple[int, int]]:
         """(prefix rows, grid) of a position embedding, by its path in the tree of variables."""
         return self.prefix, self.grid
 
-    def refuse(self, *, score: str, fuse: str, at: tuple[int, ...]) -> str | None:
+    def refuse(self, reducer: Any, at: tuple[int, ...]) -> str | None:
         """Why a method makes no sense here, as the end of a sentence; None if it does.
 
         Args:
-          score, fuse: rows of `reducers.score.SCORERS` and `ops.fuse.FUSERS`.
+          reducer: what it declares (`reducers.Reducer`): `needs`, `adds_row`, `merges`.
           at: the sites.
         """
-        if score == "class_attention" and not self.prefix:
-            return "it ranks patches by the class token, and there is none"
+        for need in reducer.needs:
+            what, absent, elsewhere = NEEDS[need]
+            able = [site for site in range(self.depth) if need in self.shows(site)]
+            if not able:
+                return f"it ranks patches by {what}, and {absent}"
+            if not set(at) <= set(able):
+                return f"it ranks patches by {what}, and {elsewhere} {self.site_noun} {listed(able)}"
         return None
+
+
+def listed(sites: list[int]) -> str:
+    """`2 and 3 (at=(2, 3))`."""
+    return f"{' and '.join(map(str, sites))} (at={tuple(sites)})"

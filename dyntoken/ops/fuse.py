@@ -10,7 +10,6 @@ what reaches the predictor).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -159,11 +158,3 @@ def squeeze(
     else:  # the reference multiplies inside and outside: same value, another gradient of the decision
         share = jnp.exp(similarity * weight) * weight
     return Fused(_absorb(targets, sources, host, share, math.e), host=host)
-
-
-FUSERS: dict[str, Callable[..., Fused]] = {
-    "drop": drop,
-    "one_token": one_token,
-    "mean": mean,
-    "squeeze": squeeze,
-}

@@ -3,14 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
-from dyntoken.ops.fuse import FUSERS
+from dyntoken import names
 from dyntoken.reducers.base import Reducer, ScoreSelectFuse
-from dyntoken.reducers.score import SCORERS
+from dyntoken.reducers.fuse import FUSERS, register_fuser
+from dyntoken.reducers.score import SCORERS, VARIANTS, Scores, check_declared, register_scorer
 from dyntoken.registry import Table, UnknownNameError, check_options, suggest
 
-__all__ = ["METHODS", "Method", "Reducer", "ScoreSelectFuse", "make_reducer", "method"]
+__all__ = [
+    "FUSERS",
+    "METHODS",
+    "SCORERS",
+    "Method",
+    "Reducer",
+    "ScoreSelectFuse",
+    "Scores",
+    "make_reducer",
+    "method",
+    "register_fuser",
+    "register_method",
+    "register_scorer",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,30 +35,42 @@ class Method:
     Attributes:
       make: the reducer class.
       options: its fields.
-      inside: the site is between attention and MLP, else before the block.
-      relative: a keep rate refers to the current tokens and rounds up (EViT),
-        else to the first patch count and rounds down (DynamicViT).
+      published: where its sites lie as published, see `Reducer.where`; another
+        scorer leaves them there, if it can work there.
       source: paper and repository it follows.
     """
 
     make: type[Reducer]
     options: tuple[tuple[str, Any], ...]
-    inside: bool
-    relative: bool
+    published: str
     source: str
 
+    @classmethod
+    def of(cls, make: type[Reducer], source: str, **options: Any) -> Method:
+        """The row of a reducer class with these fields."""
+        return cls(make, tuple(sorted(options.items())), make(keep=1, parent=None, **options).where, source)
+
+    @functools.cached_property
+    def plain(self) -> Reducer:
+        """The reducer as a free-standing module, to read what it declares."""
+        return self.make(keep=1, parent=None, **dict(self.options))
+
     @property
-    def fused(self) -> bool:
-        """Whether each site appends one fused token."""
-        return dict(self.options).get("fuse") == "one_token"
+    def inside(self) -> bool:
+        """Whether sites lie between attention and MLP, else before the block."""
+        return "inside" in (self.published, self.plain.where)
+
+    @property
+    def relative(self) -> bool:
+        """Whether a keep rate refers to the current tokens and rounds up (EViT).
+
+        Else it refers to the first patch count and rounds down (DynamicViT).
+        """
+        return self.published == "inside"
 
 
-def _row(score: str, fuse: str, source: str, **more: Any) -> Method:
-    early = score == "class_attention"
-    options = {"score": score, "fuse": fuse, **more}
-    return Method(
-        ScoreSelectFuse, tuple(sorted(options.items())), inside=early, relative=early, source=source
-    )
+def _row(score: str, fuse: str, source: str) -> Method:
+    return Method.of(ScoreSelectFuse, source, score=score, fuse=fuse)
 
 
 METHODS = Table(
@@ -62,23 +89,54 @@ def method(name: str, /, **options: Any) -> Method:
     """A row of `METHODS` with some options replaced.
 
     `score="shuffled"` keeps the method's own scorer and permutes its scores.
-    Class-attention scores move the site inside the block.
+    Scores that need a block's attention move the site inside the block.
 
     Raises:
       UnknownNameError: unknown method, option, scorer or fusing rule.
     """
     row = METHODS[name]
-    fields = {f.name for f in dataclasses.fields(row.make)} - {"keep", "current", "ratio", "form", "stage"}
-    check_options(f"method {name!r}", options, fields - {"parent", "name"})
-    if options.get("score") == "shuffled":
-        options = {**options, "score": dict(row.options)["score"], "shuffle": True}
-    merged = {**dict(row.options), **options}
-    for kind, table in (("score", SCORERS), ("fuse", FUSERS)):
-        if kind in merged and merged[kind] not in table:
-            known = [*table, *(["shuffled"] if kind == "score" else [])]
-            raise UnknownNameError(f"unknown {kind} {merged[kind]!r}: {suggest(str(merged[kind]), known)}")
-    inside = row.inside or merged.get("score") == "class_attention"
-    return dataclasses.replace(row, options=tuple(sorted(merged.items())), inside=inside)
+    check_options(f"method {name!r}", options, _fields(row.make))
+    own = dict(row.options)
+    if issubclass(row.make, ScoreSelectFuse):
+        if options.get("score") in VARIANTS:
+            options = {**options, "score": own["score"], **VARIANTS[options["score"]]}
+        for kind, known in (("score", [*SCORERS, *VARIANTS]), ("fuse", FUSERS)):
+            if kind in options and options[kind] not in known:
+                wrong = options[kind]
+                raise UnknownNameError(f"unknown {kind} {wrong!r}: {suggest(str(wrong), known)}")
+    return dataclasses.replace(row, options=tuple(sorted({**own, **options}.items())))
+
+
+def register_method(
+    name: str, make: type[Reducer] = ScoreSelectFuse, /, *, source: str = "", **options: Any
+) -> None:
+    """Adds a method, the first part of a model's name: a choice of rules, or a `Reducer` of its own.
+
+    Args:
+      name: of the method.
+      make: the reducer class; what it declares decides where its sites lie.
+      source: paper and repository it follows.
+      **options: its fields, as `score` and `fuse`.
+
+    Raises:
+      UnknownNameError: no such field, scorer or fusing rule.
+      ValueError: a name that is taken, no reducer class, or declarations that
+        contradict each other.
+    """
+    if not (isinstance(make, type) and issubclass(make, Reducer)):
+        raise ValueError(f"method {name!r} must be a subclass of dyntoken.Reducer, got {make!r}")
+    check_options(f"method {name!r}", options, _fields(make))
+    if name.partition("_")[0] in (names.CASCADE, names.MULTIEXIT):
+        raise ValueError(f"method {name!r}: names of models with exits begin like this, choose another name")
+    row = Method.of(make, source, **options)
+    check_declared(f"method {name!r}", row.plain.needs, row.published)
+    METHODS.register(name, row)
+
+
+def _fields(make: type[Reducer]) -> set[str]:
+    """Fields of a reducer that its sites do not decide."""
+    decided = {"keep", "current", "ratio", "form", "stage", "parent", "name"}
+    return {field.name for field in dataclasses.fields(make)} - decided
 
 
 def make_reducer(preset: str, /, *, keep: int, form: str = "auto", **options: Any) -> Reducer:

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 
 from dyntoken.ops import fuse as fusing
 from dyntoken.ops import sample, select
-from dyntoken.reducers.score import SCORERS, Scores, shuffled
+from dyntoken.reducers.fuse import FUSERS
+from dyntoken.reducers.score import SCORERS, Scores, shares, shuffled
 from dyntoken.schema import Positive
 from dyntoken.types import Attended, Reduction, Tokens
 
@@ -21,12 +22,29 @@ Form = Literal["auto", "mask", "gather"]
 FORMS = typing.get_args(Form)
 
 
+class _Seen:
+    """The fields of `Attended` that a reducer declares to need; any other is an error of one line."""
+
+    def __init__(self, reader: str, fields: dict[str, Array | None]):
+        for name, value in fields.items():
+            if value is None:
+                raise ValueError(f"{reader} needs {name!r} of its block's attention, and sees none")
+        self.__dict__.update(fields, _reader=reader)
+
+    def __getattr__(self, name: str):
+        raise ValueError(
+            f"{self._reader} reads {name!r} of its block's attention, which it does not declare: needs={name!r}"
+        )
+
+
 class Reducer(nn.Module):
     """The contract of a reduction site: `(tokens, seen, train) -> (tokens, Reduction)`.
 
     A method that is no composition (ToMe) subclasses this and implements
     `reduce`, which returns the tokens and a `Reduction` with its `remap`;
-    `__call__` then brings `carrier` and `size` up to date.
+    `__call__` then brings `carrier` and `size` up to date. Besides it declares, as
+    class attributes, what everything else goes by: `learns`, `needs` and `where` as
+    `register_scorer` says them, `adds_row` and `merges` as `register_fuser` does.
 
     Attributes:
       keep: static number of rows that stay (prefix and fused rows not counted).
@@ -37,6 +55,7 @@ class Reducer(nn.Module):
         shrink to `keep`), or "auto": gather in evaluation; in training mask for
         methods that learn their decision, gather for the others.
       stage: number of the site, which keys its random draws.
+      predictor_eps: LayerNorm epsilon of what it learns, which the backbone says.
     """
 
     keep: int
@@ -44,11 +63,14 @@ class Reducer(nn.Module):
     ratio: float | None = None
     form: Form = "auto"
     stage: int = 0
+    predictor_eps: float = 1e-5
 
-    @property
-    def learns(self) -> bool:
-        """Whether the decision itself is trained (Gumbel straight-through)."""
-        return False
+    learns = False
+    needs = ()
+    where = "before"
+    adds_row = False
+    merges = False
+    title = property(lambda self: type(self).__name__)  # what messages call it
 
     def resolved(self, train: bool) -> str:
         """The form in force: "mask" or "gather"."""
@@ -59,7 +81,7 @@ class Reducer(nn.Module):
         return "mask" if train and self.learns else "gather"
 
     def reduce(self, tokens, seen, train, *, draws, noise, decision) -> tuple[Tokens, Reduction]:
-        """The method itself; `Reduction.carrier` may be left None."""
+        """The method itself; `carrier`, `ratio`, `count` and `grid` of the `Reduction` are filled in."""
         raise NotImplementedError(f"{type(self).__name__} does not implement reduce()")
 
     def __call__(
@@ -75,28 +97,38 @@ class Reducer(nn.Module):
         """Reduces `tokens`.
 
         Args:
-          seen: what the attention layer of this block showed (`inside` sites).
+          seen: what the attention layer of this block showed (`inside` sites);
+            `reduce` gets the fields that are declared as `needs`.
           draws: randomness of scorers and Gumbel noise.
           noise: `[B, n, 2]`, replaces the Gumbel draws.
           decision: `[B, n]` 0/1, imposed in place of the site's own choice.
         """
+        seen = _Seen(self.title, {need: getattr(seen, need, None) for need in self.needs})
+        fused = int(self.adds_row and self.keep < (self.current or tokens.count))
+        rows = (self.keep if self.resolved(train) == "gather" else tokens.count) + fused
         tokens, reduction = self.reduce(tokens, seen, train, draws=draws, noise=noise, decision=decision)
+        if tokens.count != rows:
+            raise ValueError(
+                f"{self.title} leaves {tokens.count} rows, not {rows}: keep={self.keep} and "
+                f"adds_row={self.adds_row}, as it declares"
+            )
         carrier = select.compose(tokens.carrier, reduction.remap)
         tokens = tokens.replace(carrier=carrier, size=select.sizes(carrier, tokens.count))
-        return tokens, reduction.replace(carrier=carrier)
+        ratio = self.keep / tokens.initial if self.ratio is None else self.ratio
+        static = {"ratio": ratio, "count": self.keep + fused, "grid": tokens.grid}
+        return tokens, reduction.replace(carrier=carrier, **static)
 
 
 class ScoreSelectFuse(Reducer):
     """Scores the patches, keeps the best, and fuses the rest by rule.
 
     Attributes:
-      score: row of `SCORERS`: "predictor", "class_attention", "random".
-      fuse: row of `ops.fuse.FUSERS`: "drop", "one_token", "mean", "squeeze".
+      score: row of `SCORERS`.
+      fuse: row of `FUSERS`.
       shuffle: permutes the scores within each image (robustness study of TPS).
-      temperature: of the similarity in "mean" and "squeeze".
+      temperature: of the similarity by which rules that merge choose a host.
       tau: temperature of the Gumbel-softmax.
-      similarity: "cosine", or "dot" for the plain inner product ("squeeze").
-      predictor_eps: LayerNorm epsilon of the predictor, which the backbone says.
+      similarity: "cosine", or "dot" for the plain inner product.
     """
 
     score: str = "predictor"
@@ -105,16 +137,22 @@ class ScoreSelectFuse(Reducer):
     temperature: Positive = 1.0
     tau: Positive = 1.0
     similarity: Literal["cosine", "dot"] = "cosine"
-    predictor_eps: float = 1e-5
 
-    @property
-    def learns(self) -> bool:
-        return self.score == "predictor"
+    scorer = property(lambda self: SCORERS[self.score])
+    fuser = property(lambda self: FUSERS[self.fuse])
+    learns = property(lambda self: self.scorer.learns)
+    needs = property(lambda self: self.scorer.needs)
+    where = property(lambda self: self.scorer.where)
+    adds_row = property(lambda self: self.fuser.adds_row)
+    merges = property(lambda self: self.fuser.merges)
+    title = property(lambda self: f"score={self.score!r} with fuse={self.fuse!r}")
 
     @nn.compact
     def reduce(self, tokens, seen, train, *, draws, noise, decision) -> tuple[Tokens, Reduction]:
-        options = {"eps": self.predictor_eps} if self.learns else {}
-        scores = SCORERS[self.score](tokens, seen, draws, self.stage, **options)
+        scores = self.scorer.fn(tokens, seen, draws, self.stage, eps=self.predictor_eps)
+        self._check(scores)
+        if scores.importance is None:
+            scores = scores.replace(importance=shares(jnp.ones(tokens.place.shape), tokens))
         if self.shuffle:
             scores = shuffled(scores, tokens, draws, self.stage)
         chex.assert_shape(scores.rank, tokens.place.shape)
@@ -124,12 +162,26 @@ class ScoreSelectFuse(Reducer):
             return self._gather(tokens, scores, decision)
         return self._mask(tokens, scores, train, draws, noise, decision)
 
+    def _check(self, scores: Scores) -> None:
+        """Raises ValueError where a scorer does not do what it declares: nothing would train it."""
+        if self.learns and scores.log_probs is None:
+            raise ValueError(f"score={self.score!r} learns, but returns no log_probs to sample from")
+        if self.is_initializing() and not self.learns and self.variables.get("params"):
+            raise ValueError(
+                f"score={self.score!r} makes parameters, but top-k has no gradient: register it with "
+                "learns=True, which samples its log_probs in training"
+            )
+
     def _absorb(self, targets: Array, sources: Array, **roles: Array | bool | None) -> fusing.Fused:
         if self.similarity not in ("cosine", "dot"):
             raise ValueError(f"similarity must be cosine or dot, got {self.similarity!r}")
-        rule = fusing.FUSERS[self.fuse]
         options = {"temperature": self.temperature, "normalize": self.similarity == "cosine"}
-        return rule(targets, sources, **options, **roles)
+        options |= {"allowed": None, "weight": None, "same": False, **roles}
+        fused = self.fuser.fn(targets, sources, **options)
+        for what, result in (("adds_row", fused.extra), ("merges", fused.host)):
+            if getattr(self, what) == (result is None):
+                raise ValueError(f"fuse={self.fuse!r} declares {what}={result is None}, and does otherwise")
+        return fused
 
     def _gather(self, tokens: Tokens, scores: Scores, decision: Array | None) -> tuple[Tokens, Reduction]:
         """Rows really shrink: top-k with a static count."""
@@ -152,9 +204,8 @@ class ScoreSelectFuse(Reducer):
             kept = jnp.concatenate([kept, extra], axis=1)
             place = jnp.concatenate([place, jnp.full_like(place[:, :1], -1)], axis=1)
             remap = jnp.where(remap < 0, self.keep, remap)
-        reduction = self._record(
-            tokens, scores, keep, (inverse >= 0).astype(jnp.float32), place, host, remap, extra
-        )
+        now = (inverse >= 0).astype(jnp.float32)
+        reduction = Reduction(scores.rank, now, place, host, remap, scores.log_probs, keep)
         x = jnp.concatenate([tokens.x[:, : tokens.prefix], kept], axis=1)
         return tokens.replace(x=x, place=place), reduction
 
@@ -193,9 +244,7 @@ class ScoreSelectFuse(Reducer):
             place = jnp.concatenate([place, jnp.full_like(place[:, :1], -1)], axis=1)
             remap = jnp.where((gone > 0.5) & (remap < 0), tokens.count, remap)
             alive_after = jnp.concatenate([now, jnp.ones_like(now[:, :1])], axis=1)
-        else:
-            extra = None
-        reduction = self._record(tokens, scores, keep, now, place, host, remap, extra)
+        reduction = Reduction(scores.rank, now, place, host, remap, scores.log_probs, keep)
         x = jnp.concatenate([tokens.x[:, : tokens.prefix], kept], axis=1)
         return tokens.replace(x=x, place=place, alive=alive_after), reduction
 
@@ -209,20 +258,6 @@ class ScoreSelectFuse(Reducer):
             noise = draws.gumbel(scores.log_probs.shape[1:], self.stage, 0)
         chex.assert_shape(noise, scores.log_probs.shape)
         return sample.gumbel_softmax(scores.log_probs, noise, temperature=self.tau)[..., 0]
-
-    def _record(self, tokens, scores, keep, decision, place, host, remap, extra) -> Reduction:
-        return Reduction(
-            scores=scores.rank,
-            log_probs=scores.log_probs,
-            decision=decision,
-            keep=keep,
-            place=place,
-            host=host,
-            remap=remap,
-            ratio=self.keep / tokens.initial if self.ratio is None else self.ratio,
-            count=self.keep + int(extra is not None),
-            grid=tokens.grid,
-        )
 
 
 def _place_at(base: Array, rows: Array, values: Array) -> Array:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable, Sequence
+
 import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
 
 from dyntoken.nn import layers
+from dyntoken.nn.sites import NEEDS
 from dyntoken.ops import sample
+from dyntoken.registry import Table, UnknownNameError, check_call, suggest
 from dyntoken.types import Attended, Tokens
 
 Array = jax.Array
@@ -21,12 +26,12 @@ class Scores:
     Attributes:
       rank: `[B, n]` float32; the selection keeps the largest.
       importance: `[B, n]` float32, non-negative shares that sum to at most 1
-        over the rows alive; weights of the fused token.
+        over the rows alive, weights of a fused token; None for equal shares.
       log_probs: `[B, n, 2]` (keep, drop) of a learnt decision, else None.
     """
 
     rank: Array
-    importance: Array
+    importance: Array | None = None
     log_probs: Array | None = None
 
 
@@ -70,24 +75,23 @@ def predictor(
     """DynamicViT and dTPS: a small network on the residual stream. Has parameters."""
     log_probs = Predictor(eps, name="predictor")(tokens.patches, tokens.alive)
     keep = jnp.exp(log_probs[..., 0])
-    return Scores(rank=log_probs[..., 0], importance=_shares(keep, tokens), log_probs=log_probs)
+    return Scores(rank=log_probs[..., 0], importance=shares(keep, tokens), log_probs=log_probs)
 
 
-def class_attention(tokens: Tokens, seen: Attended | None, draws: sample.Draws | None, stage: int) -> Scores:
+def class_attention(
+    tokens: Tokens, seen: Attended, draws: sample.Draws | None, stage: int, **_: object
+) -> Scores:
     """EViT and eTPS: the class token's attention in the same block."""
-    if seen is None or seen.cls is None:
-        raise ValueError(
-            "class-attention scores need a class token and a site inside a block; "
-            "score='predictor' and score='random' work without"
-        )
     return Scores(rank=seen.cls, importance=seen.cls)
 
 
-def random(tokens: Tokens, seen: Attended | None, draws: sample.Draws | None, stage: int) -> Scores:
+def random(
+    tokens: Tokens, seen: Attended | None, draws: sample.Draws | None, stage: int, **_: object
+) -> Scores:
     """Uniform scores: the control of every robustness study."""
     draws = draws if draws is not None else _fixed(tokens)
     scores = draws.uniform((tokens.count,), stage, 1)
-    return Scores(rank=scores, importance=_shares(scores, tokens))
+    return Scores(rank=scores, importance=shares(scores, tokens))
 
 
 def shuffled(scores: Scores, tokens: Tokens, draws: sample.Draws | None, stage: int) -> Scores:
@@ -103,7 +107,8 @@ def shuffled(scores: Scores, tokens: Tokens, draws: sample.Draws | None, stage: 
     return jax.tree.map(permute, scores)
 
 
-def _shares(weight: Array, tokens: Tokens) -> Array:
+def shares(weight: Array, tokens: Tokens) -> Array:
+    """`weight [B, n]` of each row, over the sum of those alive."""
     weight = weight if tokens.alive is None else weight * tokens.alive
     total = weight.sum(axis=1, keepdims=True)
     return weight / jnp.where(total > 0, total, 1.0)
@@ -114,4 +119,80 @@ def _fixed(tokens: Tokens) -> sample.Draws:
     return sample.Draws(jax.random.key(0), jnp.arange(tokens.x.shape[0], dtype=jnp.int32))
 
 
-SCORERS = {"predictor": predictor, "class_attention": class_attention, "random": random}
+@dataclasses.dataclass(frozen=True)
+class Scorer:
+    """A row of `SCORERS`.
+
+    Attributes:
+      fn: see `register_scorer`.
+      learns: its decision is trained: training samples it, in the mask form.
+      needs: fields of `Attended` that it reads.
+      where: "before" a block (the rows are enough for it, so it works in one as
+        well) or "inside", between attention and MLP.
+    """
+
+    fn: Callable[..., Scores]
+    learns: bool = False
+    needs: tuple[str, ...] = ()
+    where: str = "before"
+
+
+SCORERS = Table(
+    "score",
+    {
+        "predictor": Scorer(predictor, learns=True),
+        "class_attention": Scorer(class_attention, needs=("cls",), where="inside"),
+        "random": Scorer(random),
+    },
+)
+# Values of `score=` that are no row: they keep the method's own scorer and set these options.
+VARIANTS = {"shuffled": {"shuffle": True}}
+
+
+def register_scorer(
+    name: str,
+    fn: Callable[..., Scores],
+    *,
+    learns: bool = False,
+    needs: str | Sequence[str] | None = None,
+    where: str | None = None,
+) -> None:
+    """Adds a scoring rule: a value of `score=`.
+
+    Args:
+      name: of the rule.
+      fn: `fn(tokens, seen, draws, stage, **options) -> dyntoken.Scores`; `tokens`
+        a `Tokens`, `seen` the fields of `Attended` that it needs, `draws` and
+        `stage` for randomness. `options` holds `eps`, the LayerNorm epsilon that
+        the backbone says.
+      learns: `fn` builds linen modules (it runs in a compact method) and returns
+        `log_probs`, which the training samples.
+      needs: fields of `Attended` that it reads: "cls" (class attention), "keys",
+        "probs".
+      where: "before" a block or "inside", by default inside if it needs anything.
+
+    Raises:
+      ValueError: a name that is taken, a function of other arguments, or
+        declarations that contradict each other.
+    """
+    what = f"score {name!r}"
+    if name in VARIANTS:
+        raise ValueError(f"{what} is registered already: choose another name")
+    check_call(what, fn, "tokens", "seen", "draws", "stage", eps=1e-5)
+    needs = (needs,) if isinstance(needs, str) else tuple(needs or ())
+    where = where or ("inside" if needs else "before")
+    check_declared(what, needs, where)
+    SCORERS.register(name, Scorer(fn, learns, needs, where))
+
+
+def check_declared(what: str, needs: Sequence[str], where: str) -> None:
+    """Raises ValueError for needs that no attention meets, or not at that place."""
+    if isinstance(needs, str):
+        raise ValueError(f"{what}: needs is a tuple, as ({needs!r},)")
+    for field in needs:
+        if field not in NEEDS:
+            raise UnknownNameError(f"{what}: unknown need {field!r}: {suggest(field, NEEDS)}")
+    if where not in ("before", "inside"):
+        raise ValueError(f"{what}: where must be 'before' or 'inside' a block, got {where!r}")
+    if needs and where == "before":
+        raise ValueError(f"{what} reads {needs[0]!r} of its block's attention: where must be 'inside'")

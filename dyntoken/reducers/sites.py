@@ -5,14 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
 from dyntoken import reducers
 from dyntoken.nn.trunk import Site, Spec
 from dyntoken.ops import select
-from dyntoken.reducers import score as scoring
-from dyntoken.types import Attended, Tokens
 
 
 def make_sites(
@@ -55,19 +50,17 @@ def make_sites(
 
 def refusal(body: Any, row: reducers.Method, at: tuple[int, ...] | None = None) -> str | None:
     """Why a backbone refuses a method, or None if it takes it; at its default sites unless given."""
-    score, fuse = (dict(row.options).get(key, "") for key in ("score", "fuse"))
-    return body.refuse(score=score, fuse=fuse, at=default_sites(body, row) if at is None else at)
+    return body.refuse(row.plain, default_sites(body, row) if at is None else at)
 
 
 def default_sites(body: Any, row: reducers.Method) -> tuple[int, ...]:
     """Where a method reduces in a backbone unless told otherwise."""
-    return body.sites_of(dict(row.options).get("score", ""))
+    return body.sites_of(row.plain)
 
 
 def _check_pairing(body: Any, method: str, row: reducers.Method, at: tuple[int, ...], arch: str) -> None:
     reason = refusal(body, row, at)
     if reason is None:
-        _check_score(body, method, row, at, arch)
         return
     working = [name for name in reducers.METHODS if refusal(body, reducers.METHODS[name], at) is None]
     verb = "works" if len(working) == 1 else "work"
@@ -75,41 +68,11 @@ def _check_pairing(body: Any, method: str, row: reducers.Method, at: tuple[int, 
     raise ValueError(f"method {method!r} at {at} makes no sense in {arch}: {reason}; {instead}")
 
 
-def _check_score(body: Any, method: str, row: reducers.Method, at: tuple[int, ...], arch: str) -> None:
-    """Raises ValueError for somebody's own scorer that reads what its sites do not see, found by tracing it."""
-    score = dict(row.options).get("score")
-    if (
-        score is None or getattr(scoring.SCORERS[score], "__module__", "") == scoring.__name__
-    ):  # ours: `refusal` says
-        return
-    for site in at:
-        shown = body.shows(site) if row.inside else frozenset()
-        rows, columns = body.site_grid(site)
-        prefix, count = int("cls" in shown), rows * columns
-
-        def trace(prefix=prefix, count=count, shown=shown, grid=(rows, columns)):
-            tokens = Tokens.start(jnp.zeros((1, prefix + count, 64)), prefix=prefix, grid=grid)
-            cls = jnp.zeros((1, count)) if "cls" in shown else None
-            keys = jnp.zeros((1, 2, prefix + count, 32)) if "keys" in shown else None
-            reducer = row.make(keep=1, form="gather", parent=None, **dict(row.options))
-            return reducer.init(jax.random.key(0), tokens, Attended(cls, keys) if row.inside else None)
-
-        try:
-            jax.eval_shape(trace)
-        except (AttributeError, TypeError) as error:
-            place = f"{'inside' if row.inside else 'before'} {body.site_noun} {site}"
-            instead = "another scorer fits" if row.inside else "evit, topk and etps look inside a block"
-            raise ValueError(
-                f"score {score!r} with method {method!r} makes no sense in {arch}: a site {place} sees "
-                f"{' and '.join(sorted(shown)) or 'no attention'} ({error}); {instead}"
-            ) from error
-
-
 def _counts(
     body: Any, row: reducers.Method, keep: Any, at: tuple[int, ...]
 ) -> tuple[tuple[int, int, float], ...]:
     """Per site: rows before it, rows that stay, target ratio."""
-    rule = {"relative": row.relative, "fused": row.fused}
+    rule = {"relative": row.relative, "fused": row.plain.adds_row}
     keep = body.site_rates(keep, len(at)) if isinstance(keep, float) else keep
     cells = [rows * columns for rows, columns in map(body.site_grid, at)]
     if not body.nested:
@@ -119,5 +82,5 @@ def _counts(
     found, current = [], cells[0]
     for kept, ratio in select.keep_counts(keep, len(at), cells[0], **rule):
         found.append((current, kept, ratio))
-        current = kept + int(row.fused and kept < current)
+        current = kept + int(row.plain.adds_row and kept < current)
     return tuple(found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ import jax
 
 from dyntoken.analysis import macs, timing
 from dyntoken.models import Model, create_model, split_name
+from dyntoken.reducers import METHODS
 from dyntoken.tools import bench_exits, bench_input, cli
 
 TEXT = """\
@@ -87,7 +89,7 @@ def _models(args: argparse.Namespace) -> dict[str, Model]:
     if other == args.name:
         raise ValueError(f"{args.name} is dense: name a second model with --vs")
     given = {**cli.overrides(args), "dtype": args.dtype}
-    reducing = ("keep", "at", "form", "fuse", "score", "shuffle", "temperature", "tau", "similarity")
+    reducing = {"at", *(f.name for row in METHODS.values() for f in dataclasses.fields(row.make))}
     shared = {key: value for key, value in given.items() if key not in reducing}
     return {other: create_model(other, **shared), args.name: create_model(args.name, **given)}
 

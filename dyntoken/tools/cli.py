@@ -10,6 +10,8 @@ from typing import Any
 
 from dyntoken import schema
 from dyntoken.models import Model, create_model
+from dyntoken.reducers import FUSERS
+from dyntoken.registry import load_plugins
 
 Main = Callable[[Sequence[str] | None], int]
 USER_ERRORS = (ValueError, OSError, ImportError)
@@ -25,6 +27,12 @@ class Parser(argparse.ArgumentParser):
             epilog=f"examples:\n{examples}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
+        )
+        self.add_argument(
+            "--plugins",
+            type=plugins,
+            metavar="MODULE,...",
+            help="modules to import first, which register methods, backbones, losses or data of their own",
         )
 
     def error(self, message: str) -> Any:
@@ -75,7 +83,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--at", type=ints, help="blocks that reduce, counted from 0 (3,6,9 or 3-6-9)")
     group.add_argument("--img_size", type=size, help="pixels, 224 or HEIGHTxWIDTH")
-    group.add_argument("--fuse", help="what becomes of dropped tokens: drop, one_token, mean, squeeze")
+    group.add_argument("--fuse", help=f"what becomes of dropped tokens: {', '.join(FUSERS)}, ...")
     group.add_argument(
         "--set",
         action="append",
@@ -96,6 +104,14 @@ def overrides(args: argparse.Namespace) -> dict[str, Any]:
 def build(args: argparse.Namespace, **more: Any) -> Model:
     """The model that NAME and its options describe."""
     return create_model(args.name, **{**overrides(args), **more})
+
+
+def plugins(text: str) -> tuple[str, ...]:
+    """Imports `a.b,c.d`; the rows they register are known from then on."""
+    try:
+        return load_plugins(text)
+    except (ImportError, ValueError) as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def typed(kind: Any) -> Callable[[str], Any]:

@@ -16,6 +16,7 @@ from etils import epath
 from dyntoken import data, train
 from dyntoken.analysis import macs, timing
 from dyntoken.models import create_model, split_name
+from dyntoken.reducers import ScoreSelectFuse
 from dyntoken.tools import budget, cli
 
 Log = Callable[[str], None]
@@ -124,7 +125,7 @@ def _dense_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _drop_config(config: Mapping[str, Any]) -> dict[str, Any]:
     drop = copy.deepcopy(dict(config))
-    drop["model"]["fuse"] = "drop"
+    drop["model"]["fuse"] = ScoreSelectFuse.fuse  # its default: what is dropped leaves no trace
     return drop
 
 

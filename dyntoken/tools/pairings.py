@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from dyntoken import names, reducers
+from dyntoken.backbones import BACKBONES
 from dyntoken.models import create_model
 from dyntoken.tools import cli
 
@@ -17,7 +18,6 @@ below. The columns after the methods are a cascade and a model with exits by dep
 EXAMPLES = """\
   python -m dyntoken.tools.pairings
   python -m dyntoken.tools.pairings --json"""
-PREFIXES = (*reducers.METHODS, names.CASCADE, names.MULTIEXIT)
 
 
 @cli.program
@@ -40,11 +40,13 @@ def pairings() -> dict[str, dict[str, str]]:
 
 
 def _row(arch: str) -> dict[str, str]:
-    usual = _sites(f"{next(iter(reducers.METHODS))}_{arch}")
+    known = names.parse(arch)
+    body = BACKBONES[known.backbone](**known.options, parent=None)
+    usual, pool = body.default_sites, {} if body.prefix else {"pool": "mean"}
     row = {}
-    for prefix in PREFIXES:
+    for prefix in _prefixes():
         try:
-            model = create_model(f"{prefix}_{arch}")
+            model = create_model(f"{prefix}_{arch}", **pool)
         except ValueError as error:
             row[prefix] = f"no: {error}"
             continue
@@ -53,14 +55,14 @@ def _row(arch: str) -> dict[str, str]:
     return row
 
 
-def _sites(name: str) -> tuple[int, ...]:
-    return create_model(name).at
+def _prefixes() -> tuple[str, ...]:
+    return (*reducers.METHODS, names.CASCADE, names.MULTIEXIT)
 
 
 def markdown(found: dict[str, dict[str, str]]) -> str:
     """The table and, below it, the reasons, each once; `create_model` adds what works instead."""
     reasons: list[str] = []
-    lines = [f"| | {' | '.join(PREFIXES)} |", f"|---|{'---|' * len(PREFIXES)}"]
+    lines = [f"| | {' | '.join(_prefixes())} |", f"|---|{'---|' * len(_prefixes())}"]
     for arch, row in found.items():
         cells = [_cell(text, reasons) for text in row.values()]
         lines.append(f"| `{arch}` | {' | '.join(cells)} |")

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 import ml_collections
 
 from dyntoken import data, losses, mix, models, optim, schema, weights
+from dyntoken.registry import load_plugins
 from dyntoken.schema import Count, Natural, NonNegative, Positive, Rate, Section, Seed, Size, within
 from dyntoken.train import mesh as meshes
 from dyntoken.train.evalsets import EVAL_OWN, SOURCE, EvalSettings, check_labels
@@ -131,6 +132,7 @@ class Settings:
       tensorboard: also write `WORKDIR/tensorboard`; needs the extra of that name.
       curves: draw `WORKDIR/curves.png` at every evaluation, if matplotlib is there.
       compare: the command line ends a training run with `tools.compare`.
+      plugins: modules that are imported first; they register what other keys name.
     """
 
     model: Annotated[Mapping[str, Any], MODEL]
@@ -163,6 +165,7 @@ class Settings:
     tensorboard: bool = False
     curves: bool = True
     compare: bool = False
+    plugins: Sequence[str] = ()
 
     @functools.cached_property
     def plain(self) -> dict[str, Any]:
@@ -180,11 +183,22 @@ def read(config: Mapping[str, Any]) -> Settings:
       UnknownNameError: for a key that nothing reads, with the nearest ones.
       ValueError: for a missing key or a value of another type or out of range.
     """
+    plugins(config)
     settings = schema.check(Settings, config, "config")
     check_labels(settings.evals)
     data.AugmentOptions.of(settings.data.augment)
     losses.parse(settings.losses)
     return settings
+
+
+def plugins(config: Mapping[str, Any]) -> None:
+    """Imports `config.plugins`: what other keys may be depends on what these modules register.
+
+    Raises:
+      ImportError: a module that is not there, or one that it imports.
+      ValueError: no names of modules.
+    """
+    load_plugins(schema.check(Sequence[str], config.get("plugins") or (), "config.plugins"))
 
 
 def override(config: ml_collections.ConfigDict, changes: Sequence[tuple[str, str]]) -> None:

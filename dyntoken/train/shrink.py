@@ -10,6 +10,7 @@ import flax.linen as nn
 
 from dyntoken import schedules, schema
 from dyntoken.models import Model
+from dyntoken.reducers import METHODS
 from dyntoken.schema import Natural, within
 
 
@@ -89,10 +90,11 @@ def _check(model: nn.Module) -> None:
             "config.keep_schedule needs a model that drops tokens at one depth-wise set of sites, as "
             f"evit_deit_small_patch16_224; {getattr(model, 'arch', type(model).__name__)} has no keep rate of its own"
         )
-    if any(dict(site.reducer.options).get("score") == "predictor" for site in model.sites()):
+    if any(site.reducer(parent=None).learns for site in model.sites()):
+        others = [other for other, row in METHODS.items() if not row.plain.learns]
         raise ValueError(
             f"config.keep_schedule does not fit {name}: its predictor learns which share to keep (loss "
-            "keep_ratio). Choose a method without one (evit, topk, etps), or clear keep_schedule.end_epoch"
+            f"keep_ratio). Choose a method without one ({', '.join(others)}), or clear keep_schedule.end_epoch"
         )
     if not isinstance(model.keep, float):
         raise ValueError(

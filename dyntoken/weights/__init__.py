@@ -19,6 +19,7 @@ import numpy as np
 
 from dyntoken.cascade import Cascade
 from dyntoken.models import Model
+from dyntoken.nn.sites import added
 from dyntoken.ops import resample
 from dyntoken.weights import dense_start, files, keys, layouts, placing, positions, references, runs
 from dyntoken.weights.files import WeightsError
@@ -38,8 +39,6 @@ __all__ = [
 ]
 
 FORMAT = "dyntoken"
-# Parameters that a dense checkpoint cannot have; they start fresh without a warning.
-NEW = ("/reducer_", "/fast_path_", "/fastmlp_")
 _log = logging.getLogger(__name__)
 
 
@@ -65,7 +64,7 @@ class Report:
 
     def __str__(self) -> str:
         lines = [f"{self.origin}: {len(self.loaded)} arrays loaded"]
-        new = tuple(path for path in self.missing if any(part in f"/{path}" for part in (*NEW, "/reuse_")))
+        new = tuple(path for path in self.missing if added(path) or "/reuse_" in f"/{path}")
         missing = tuple(path for path in self.missing if path not in new)
         parts = {"new with the method, freshly initialised": new, "missing": missing}
         for what, names in {**parts, "unexpected": self.unexpected, "resized": self.resized}.items():
@@ -164,7 +163,7 @@ def load_weights(
     )
     if strict and (missing or left):
         raise WeightsError(f"strict: the weights do not fit exactly: {'; '.join(str(report).splitlines())}")
-    surprising = [path for path in missing if not any(part in path for part in NEW)]
+    surprising = [path for path in missing if not added(path)]  # a dense checkpoint has no others
     telling = left or resized or average or bundle.notes
     if not return_report and ((surprising and head == "keep") or telling):
         _log.warning("%s", report)
@@ -259,10 +258,11 @@ def with_image_size(model: Model, size: tuple[int, int]) -> Model:
 
 def family_of(model: Model) -> str:
     """Row of `keys.RULES` for a model's backbone."""
+    for cls in model.backbone.make.__mro__:  # a subclass has the keys of what it extends
+        if cls.__name__ in keys.FAMILIES:
+            return keys.FAMILIES[cls.__name__]
     name = model.backbone.make.__name__
-    if name not in keys.FAMILIES:
-        raise WeightsError(f"{model.arch}: no public key names are known for backbone {name}")
-    return keys.FAMILIES[name]
+    raise WeightsError(f"{model.arch}: no public key names are known for backbone {name}")
 
 
 def shapes_of(model: Model) -> dict[str, tuple[int, ...]]:
@@ -328,7 +328,7 @@ def _check_kinship(
     found: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]], bundle: files.Bundle
 ) -> None:
     """Refuses weights that have little to do with the model."""
-    own = [path for path in shapes if not any(part in path for part in NEW) and not placing.of_head(path)]
+    own = [path for path in shapes if not added(path) and not placing.of_head(path)]
     matched = sum(path in found for path in own)
     if matched * 2 < len(own):
         layout = layouts.recognised(bundle.tensors)
@@ -349,7 +349,7 @@ def _notes(model: Model, bundle: files.Bundle, missing: tuple[str, ...]) -> list
         )
     if distilled and "dist_token" not in leaves:
         notes.append("plain weights in a distilled model: distillation token and head start fresh")
-    fresh = sum(any(part in path for part in NEW) for path in missing)
+    fresh = sum(map(added, missing))
     if fresh:
         notes.append(
             f"{fresh} arrays of the reduction method start fresh, as when fine-tuning from a dense model"

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from dyntoken.nn.sites import added
 from dyntoken.registry import Table
 
 # Leaf names of linen layers as torch spells them.
@@ -304,6 +305,8 @@ def reference_key(path: str, rules: Iterable[tuple[str, str]]) -> str:
         if count:
             *parents, leaf = name.split("/")
             return ".".join([*parents, LEAVES.get(leaf, leaf)])
+    if added(path):  # by a method that no reference has
+        return path
     raise ValueError(
         f"no key rule for parameter {path}: this model has no counterpart in the reference's format"
     )

@@ -270,7 +270,7 @@ def tps(constructor: Mapping[str, Any]) -> Reference:
 
 
 def tps_options(module: Any) -> dict[str, Any] | None:
-    """`TPSModule` arguments as options of our "squeeze"; None for no module.
+    """`TPSModule` arguments as options of dTPS; None for no module.
 
     Raises:
       WeightsError: not a `TPSModule`, or arguments it does not have.

@@ -10,6 +10,7 @@ from etils import epath
 from dyntoken import paths, schedules
 from dyntoken.cascade import Cascade
 from dyntoken.models import create_model
+from dyntoken.registry import UnknownNameError
 from dyntoken.weights import positions, workdirs
 
 
@@ -54,7 +55,12 @@ def model_of(meta: Mapping[str, Any]) -> Any:
     section = meta.get("run", {}).get("model")
     if section is None and config.get("model", {}).get("name") and config.get("data", {}).get("size"):
         section = {"img_size": config["data"]["size"], **config["model"]}
-    return None if section is None else create_model(**section)
+    try:
+        return None if section is None else create_model(**section)
+    except UnknownNameError as error:
+        if not (modules := ", ".join(config.get("plugins") or ())):
+            raise
+        raise UnknownNameError(f"{error} The run has plugins: import {modules} first, or --plugins") from None
 
 
 def grids(model: Any) -> dict[str, str]:

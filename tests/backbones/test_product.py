@@ -1,9 +1,11 @@
 """Every method, in both forms, in each isotropic backbone besides DeiT (tests/test_models.py) and T2T.
 
-The default run takes one learnt method (which changes tokens before a block) in LV-ViT and one of class
-attention (inside a block, with a fused row) in PS-ViT; the rest of the product is marked slow.
+Backbones that are registered besides are taken as well. The default run takes one learnt method (which changes
+tokens before a block) in LV-ViT and one of class attention (inside a block, with a fused row) in PS-ViT; the rest of
+the product is marked slow.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -12,7 +14,9 @@ import numpy as np
 import pytest
 
 import dyntoken
-from dyntoken.reducers import METHODS
+from dyntoken import backbones, names
+from dyntoken.backbones.isotropic import Isotropic
+from dyntoken.models import pairings
 
 SHARED = {"width": 16, "heads": 2, "num_classes": 5, "img_size": 16, "at": (1,), "keep": 0.6, "depth": 2}
 BACKBONES = {
@@ -20,17 +24,28 @@ BACKBONES = {
     # A small gamma: random weights would throw the points off the map.
     "psvit_b_4": {"iterations": 2, "gamma": 0.1, "stem_channels": (4, 4, 8, 4)},
 }
+COVERED = {"vit", "t2t"} | {names.parse(name).backbone for name in BACKBONES}
+for first in (family.listed[0] for family in names.FAMILIES):
+    arch = names.parse(first)
+    make = backbones.BACKBONES[arch.backbone]
+    if arch.backbone not in COVERED and issubclass(make, Isotropic):
+        fields = {field.name for field in dataclasses.fields(make)}
+        BACKBONES[first] = {
+            **{key: 4 for key in ("patch_size", "stem_width") if key in fields},
+            "pool": "token" if make(**arch.options, parent=None).prefix else "mean",
+        }
 IMAGES = np.random.default_rng(7).normal(size=(4, 16, 16, 3)).astype(np.float32)
 
 
 def _cases(*quick):
-    names = [f"{method}_{backbone}" for backbone in BACKBONES for method in METHODS]
-    return [n if n.startswith(quick) else pytest.param(n, marks=pytest.mark.slow) for n in names]
+    cases = [f"{m}_{b}" for b in BACKBONES for m, reason in pairings(b).items() if reason is None]
+    return [n if n.startswith(quick) else pytest.param(n, marks=pytest.mark.slow) for n in cases]
 
 
 @functools.cache
 def _model(name, form="auto"):
-    return dyntoken.create_model(name, **SHARED, **BACKBONES[name.partition("_")[2]], form=form)
+    backbone = next(backbone for backbone in BACKBONES if name.endswith(f"_{backbone}"))
+    return dyntoken.create_model(name, **SHARED, **BACKBONES[backbone], form=form)
 
 
 @functools.cache
@@ -39,7 +54,7 @@ def _variables(name):
     rng = np.random.default_rng(0)
     shapes = jax.eval_shape(lambda: _model(name).init(jax.random.key(0), IMAGES[:1]))
     tree = jax.tree.map(lambda s: jnp.asarray(rng.normal(s.ndim == 1, 0.15, s.shape), s.dtype), shapes)
-    return {**tree, "batch_stats": jax.tree.map(jnp.abs, tree["batch_stats"])}
+    return {**tree, "batch_stats": jax.tree.map(jnp.abs, tree.get("batch_stats", {}))}
 
 
 @pytest.mark.parametrize("name", _cases("dtps_lvvit", "evit_psvit"))
@@ -65,7 +80,7 @@ def test_training_reaches_every_parameter_and_every_statistic(name):
         )
         loss = (jax.nn.log_softmax(out.logits) ** 2).sum()
         loss += sum((r.decision.mean() - 0.5) ** 2 for r in out.reductions)
-        return loss + (0.0 if out.dense is None else (out.dense**2).mean()), new["batch_stats"]
+        return loss + (0.0 if out.dense is None else (out.dense**2).mean()), new.get("batch_stats", {})
 
     grads, stats = jax.jit(train)(_variables(name)["params"], _variables(name)["batch_stats"])
     for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
