@@ -66,7 +66,8 @@ def every_key():
     seen = set()
     for model in MODELS:
         for key, kind in schema.leaves(settings.Settings, recipe(model), "config"):
-            if key not in seen and key.rpartition(".")[2] not in ("name", "plugins"):  # these say what is there
+            # A name or a plugin says what there is: no sample would be one.
+            if key not in seen and key.rpartition(".")[2] not in ("name", "plugins"):
                 seen.add(key)
                 yield pytest.param(model, key, kind, id=key)
 
