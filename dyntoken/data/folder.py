@@ -101,10 +101,12 @@ def _splits(top: _Folder) -> dict[str, _Folder]:
         raise DataError(f"{where} holds no class folder: it needs {_FORMS}")
     if named and (len(flat) < len(full) or {*flat} <= {f.name for f in named}):
         if flat:
+            stray = next(folder for folder in full if folder.images)
             raise DataError(
                 f"{where}: {named[0].name!r} looks like a split, but images lie in {_spell(flat)} itself and not "
-                f"in class folders: sort them into {flat[0]}/CLASS/, or move that folder elsewhere; is "
-                f"{named[0].name!r} a class, put the class folders into DIR/train/"
+                f"in class folders ({len(stray.images)} in {stray.name}, the first {stray.images[0]!r}): sort "
+                f"them into {flat[0]}/CLASS/, or move that folder elsewhere; is {named[0].name!r} a class, put "
+                "the class folders into DIR/train/"
             )
         return {f.name: f for f in top.folders if f in full or (f in named and f.folders)} or {"train": top}
     if full and not flat:  # two floors of folders, none of which is called as splits are
@@ -173,9 +175,9 @@ def _split(name: str, split: _Folder, known: Sequence[str], top: Any) -> Split:
                 f"{where} has a class {folder.name!r} that the others lack: {suggest(folder.name, known)}"
             )
         if not folder.all_images:
-            found = ", ".join(f"{count} {suffix}" for suffix, count in folder.suffixes().items()) or "nothing"
+            found = ", ".join(f"{count} {suffix}" for suffix, count in folder.suffixes().items()) or "no file"
             raise DataError(
-                f"{where}: class {folder.name!r} is empty ({found} in {folder.path}, but no image: "
+                f"{where}: class {folder.name!r} holds no image ({found} in {folder.path}; images end in "
                 f"{', '.join(SUFFIXES)}): fill or remove that folder"
             )
         paths += [os.fsencode(f"{folder.path}/{image}") for image in folder.all_images]
@@ -271,8 +273,10 @@ def open_folder(
       DataError: a bad number of channels, or no folder given.
     """
     root = name.partition(":")[2]
-    if not root or channels not in (1, 3):
-        raise DataError(f"data set {name!r} with channels={channels}: give folder:DIR, and 1 or 3 channels")
+    if not root:
+        raise DataError("data set 'folder:' names no folder: give folder:DIR")
+    if channels not in (1, 3):
+        raise DataError(f"data set {name!r}: data.options.channels is {channels}: give 1 or 3")
     if data_dir:
         root = paths.join(data_dir, root)
     if paths.is_uri(root):

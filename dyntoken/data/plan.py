@@ -175,7 +175,7 @@ def check_topology(batch: int, shards: int, process: Sequence[int]) -> None:
         low = batch // shards * shards
         nearest = f"{low} or {low + shards}" if low else f"{shards}"
         raise DataError(
-            f"batch {batch} is not divisible by the {shards} data shards: use {nearest}, or set shards"
+            f"batch {batch} is not divisible by the {shards} data shards: use {nearest}, or set data.shards"
         )
 
 
@@ -199,7 +199,8 @@ class TrainPlan:
             raise DataError(f"start_step is {self.start_step}; it must be 0 or more")
         if self.steps_per_epoch < 1:
             raise DataError(
-                f"batch {self.batch} is larger than the split ({self.count} images): use a smaller one"
+                f"batch {self.batch} is larger than the split ({self.count} images): use at most "
+                f"{max(self.count // self.shards, 1) * self.shards}"
             )
         if self.augment.repeats > self.shards:
             raise DataError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from dyntoken import paths, schema
+from dyntoken import schema
 from dyntoken.data.arrays import Source
 from dyntoken.data.errors import DataError
 from dyntoken.registry import Table, UnknownNameError, check_call
@@ -57,7 +57,9 @@ def open_source(name: str, data_dir: str | None = None, **options: Any) -> Sourc
         raise
     except ValueError as error:
         raise DataError(str(error)) from None
-    if data_dir and paths.is_uri(data_dir):
+    if data_dir and "://" in data_dir:
+        from dyntoken import paths  # which imports more than the sets that ship need
+
         paths.resolve(data_dir)  # a kind that is not read, or no answer
     return _opener(name)(name, data_dir, **options)
 

@@ -345,5 +345,6 @@ def open_tfds(name: str, data_dir: str | None, *, max_corrupt: Natural = MAX_COR
       UnknownNameError: the name is not of that form.
     """
     if not _NAME.match(name):
-        raise UnknownNameError(f"data set {name!r} is not of the form name, name:1.0.0 or name/config")
+        hint = f"; a folder of pictures is written folder:{name}" if os.path.isdir(name) else ""
+        raise UnknownNameError(f"data set {name!r} is not of the form name, name:1.0.0 or name/config{hint}")
     return TfdsSource(name, data_dir or default_data_dir(), max_corrupt)

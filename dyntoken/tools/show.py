@@ -22,13 +22,15 @@ from dyntoken.data.decode import read_image
 from dyntoken.data.resample import resize_centre
 from dyntoken.models import Model
 from dyntoken.preprocessing import preprocess
+from dyntoken.runs import Run, load_run
 from dyntoken.tools import cli, colour, sheets, show_augment
 from dyntoken.weights import runs
 from dyntoken.weights.whole import load_whole
 
 TEXT = """\
 Draws for each IMAGE which patches stay as tokens at every stage and, where the
-method fuses, which kept patch absorbed which. One PNG per image.
+method fuses, which kept patch absorbed which. One PNG per image. In the place of
+NAME and --weights, the workdir of a run says both.
 
 IMAGE is a picture file, or data:INDEX for a picture of a data set's test split
 (fashion_mnist_mini:7).
@@ -37,6 +39,7 @@ IMAGE is a picture file, or data:INDEX for a picture of a data set's test split
 exits: show --exits --help. --augment CONFIG draws what training sees under a
 recipe: show --augment --help."""
 EXAMPLES = """\
+  python -m dyntoken.tools.show runs/mine cat.jpg
   python -m dyntoken.tools.show dtps_vit_mini_patch4_28 --weights=runs/demo fashion_mnist_mini:7
   python -m dyntoken.tools.show evit_deit_small_patch16_224 --weights=evit.pth cat.jpg dog.jpg --out=kept
   python -m dyntoken.tools.show --exits --workdir=runs/dvt_demo
@@ -70,7 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if cli.chooses(argv, "--augment"):
         return show_augment.main(argv)
     args = _parser().parse_args(argv)
-    model = cli.build(args)
+    run = _run(args)
+    model = cli.build(args) if run is None else run.model
     if not model.sites():
         raise ValueError(f"{args.name} is dense and keeps every token: name a method, e.g. dtps_{args.name}")
     trained = _trained_on(args.weights) if args.data is None else None
@@ -79,10 +83,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if told:
         print(f"note: {told}", file=sys.stderr)
     paths = _targets(args.out, [picture.stem for picture in pictures])
-    variables, _ = load_whole(model, args.weights)
-    run = jax.jit(lambda variables, images: model.apply(variables, images))
+    variables = load_whole(model, args.weights)[0] if run is None else run.variables
+    apply = jax.jit(lambda variables, images: model.apply(variables, images))
     for picture, path in zip(pictures, paths, strict=True):
-        out = run(variables, normalised(picture, model)[None])
+        out = apply(variables, normalised(picture, model)[None])
         for suffix, logits, reductions, at in views(model, out):
             title = _title(args.name + suffix, picture, logits)
             target = path.with_stem(path.stem + suffix.replace(", ", "_").replace(" ", "_"))
@@ -93,13 +97,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _run(args: Any) -> Run | None:
+    """The run whose workdir stands in the place of a model's name, if one does."""
+    if not Path(args.name).is_dir():
+        if args.weights is None:
+            raise ValueError(f"which weights of {args.name}? give --weights, or a workdir in place of NAME")
+        return None
+    if args.weights is not None or cli.overrides(args):
+        raise ValueError(
+            f"{args.name} is a run, which says what its model and weights are: leave the options out"
+        )
+    args.weights, args.name = args.name, Path(args.name).resolve().name
+    return load_run(args.weights)
+
+
 def _parser() -> cli.Parser:
     parser = cli.Parser("show", TEXT, EXAMPLES)
     cli.add_model(parser)
     parser.add_argument("image", metavar="IMAGE", nargs="+", help="picture file, or data set:index")
     parser.add_argument(
         "--weights",
-        required=True,
         help=".safetensors, .npz, .pth, a workdir, pretrained:NAME, or hf:org/name",
     )
     parser.add_argument(

@@ -7,6 +7,7 @@ every random draw is keyed by the global position of its row.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -28,7 +29,7 @@ def data_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
     return jax.make_mesh((len(devices),), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
 
 
-def check_batch(batch: int, mesh: Mesh, *, multiple: int = 1, slices: int = 1) -> None:
+def check_batch(batch: int, mesh: Mesh, *, multiple: int = 1, slices: int = 1, shards: int = 1) -> None:
     """Raises ValueError unless every device gets the same number of rows.
 
     Args:
@@ -37,16 +38,18 @@ def check_batch(batch: int, mesh: Mesh, *, multiple: int = 1, slices: int = 1) -
       multiple: what the rows of one slice must divide by; 2 where mixup pairs
         neighbouring rows.
       slices: of the rows of one device, see `config.accumulate`.
+      shards: of the data, which a batch must divide by as well; what is proposed does.
     """
     unit = mesh.size * multiple * slices
     if batch > 0 and batch % unit == 0:
         return
+    unit = math.lcm(unit, shards)
     lower, upper = batch // unit * unit, (batch // unit + 1) * unit
     near = f"{lower} or {upper}" if lower > 0 else f"{upper}"
     why = ["mixup pairs neighbours"] * (multiple > 1) + [f"accumulate={slices}"] * (slices > 1)
     pairs = f" in groups of {multiple * slices} ({', '.join(why)})" if why else ""
     raise ValueError(
-        f"a batch of {batch} does not divide over {mesh.size} devices{pairs}: set batch to {near}, "
+        f"a batch of {batch} does not divide over {mesh.size} device(s){pairs}: set batch to {near}, "
         "or use another number of devices"
     )
 

@@ -213,7 +213,13 @@ def build(
     settings = config if isinstance(config, Settings) else read(config)
     mesh = meshes.data_mesh(devices)
     mixes = max(settings.mix.get("mixup", 1), settings.mix.get("cutmix", 1)) > 0
-    meshes.check_batch(settings.batch, mesh, multiple=2 if mixes else 1, slices=settings.accumulate)
+    meshes.check_batch(
+        settings.batch,
+        mesh,
+        multiple=2 if mixes else 1,
+        slices=settings.accumulate,
+        shards=settings.data.shards,
+    )
     chosen = settings.data
     meshes.check_batch(chosen.eval.get("batch", settings.batch), mesh)
     process = jax.process_index(), jax.process_count()

@@ -183,6 +183,8 @@ def read(config: Mapping[str, Any]) -> Settings:
       UnknownNameError: for a key that nothing reads, with the nearest ones.
       ValueError: for a missing key or a value of another type or out of range.
     """
+    if isinstance(config, str):
+        raise ValueError(f"config is the text {config!r}: give dyntoken.config.load({config!r})")
     plugins(config)
     settings = schema.check(Settings, config, "config")
     check_labels(settings.evals)

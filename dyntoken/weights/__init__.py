@@ -139,6 +139,7 @@ def load_weights(
     if head == "reset":
         found = {path: value for path, value in found.items() if not placing.of_head(path)}
     _check_kinship(found, shapes, bundle)
+    placing.check_blocks(found, shapes, bundle.origin)
     missing = tuple(path for path in shapes if path not in found)
     fresh = functools.partial(_initialised, model, seed)
     resized = positions.fit_all(model, found, shapes, bundle, resize, source_grid, fresh)

@@ -77,13 +77,20 @@ def _verify(directory: epath.Path, state: Mapping[str, Any]) -> str | None:
         if name in written and found != written[name][2]:
             raise files.WeightsError(
                 f"{directory}: damaged checkpoint ({name} has another checksum than when it was written); "
-                "give the directory of an older step"
+                f"{_older(directory)}"
             )
     without = sum(name not in written for name in arrays)
     if not without:
         return None
     many = "nothing" if without == len(arrays) else f"{len(arrays) - without} of {len(arrays)} arrays"
     return f"{path} is missing or without checksums: {many} verified"
+
+
+def _older(directory: epath.Path) -> str:
+    """What to do about a damaged checkpoint."""
+    steps = [int(entry.name) for entry in directory.parent.iterdir() if entry.name.isdigit()]
+    older = [step for step in steps if directory.name.isdigit() and step < int(directory.name)]
+    return f"give step={max(older)}, the one before" if older else "there is no older one"
 
 
 def step_folder(path: epath.Path, step: int | str) -> epath.Path:

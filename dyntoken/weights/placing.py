@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -45,6 +45,17 @@ def changing(unexpected: Sequence[str], head: str) -> list[str]:
         for key, name in dotted.items()
         if not HARMLESS.search(name) and not (head == "reset" and OF_HEAD.search(name))
     ]
+
+
+def check_blocks(found: Collection[str], shapes: Collection[str], origin: str) -> None:
+    """Raises `WeightsError` where some blocks are there and others are not: weights of another depth."""
+    blocks = {hit[0] for path in shapes if (hit := re.match(r".*?blocks_\d+/", path))}
+    absent = sorted(block for block in blocks if not any(path.startswith(block) for path in found))
+    if absent and len(absent) < len(blocks):
+        raise WeightsError(
+            f"{origin}: weights of another depth: they hold {len(blocks) - len(absent)} of the model's "
+            f"{len(blocks)} blocks ({absent[0].rstrip('/')} is missing); create the model as deep as they are"
+        )
 
 
 def remedy(model: Any, left: Sequence[str], tensors: Mapping[str, np.ndarray]) -> str:

@@ -140,6 +140,9 @@ def read_torch(path: epath.Path) -> tuple[dict[str, Any], dict[str, str]]:
             "or convert the file to .safetensors where torch is installed"
         ) from error
     data = path.read_bytes()
+    if not data.startswith((ZIP, b"\x80")):  # a zip archive, or the pickle of torch before 1.6
+        what = f"starts with {data[:8]!r}" if data else "is empty"
+        raise damaged(path, "torch", f"no torch file: it {what}")
     if data.startswith(ZIP):
         _check_archive(path, data)
     pairs = [(value, name) for name, value in STAND_INS.items()]
