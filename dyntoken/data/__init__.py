@@ -191,5 +191,5 @@ def steps_per_epoch(
     """
     count = count_rows(parse_split(name, split, info(name, data_dir, **options).splits))
     if count < batch:
-        raise DataError(f"batch {batch} is larger than the split ({count} images): use a smaller one")
+        raise DataError(f"batch {batch} is larger than the split ({count} images): use at most {count}")
     return count // batch

@@ -15,6 +15,7 @@ from etils import epath
 
 from dyntoken import paths
 from dyntoken.weights import files, runs, workdirs
+from dyntoken.weights.errors import first_line
 
 
 def read(path: Any, step: int | str = "newest") -> dict[str, Any]:
@@ -48,7 +49,7 @@ def read(path: Any, step: int | str = "newest") -> dict[str, Any]:
         reason = workdirs.unreadable(directory, error)
         if reason is not None:
             raise files.WeightsError(f"{directory} cannot be read ({reason}): see to the storage") from error
-        raise files.damaged(directory, "orbax", error) from error
+        raise _damaged(directory, first_line(error)) from error
     finally:
         handler.close()
     if unverified:
@@ -75,10 +76,7 @@ def _verify(directory: epath.Path, state: Mapping[str, Any]) -> str | None:
     for name, value in arrays.items():
         found = zlib.crc32(np.ascontiguousarray(value).reshape(-1).view(np.uint8))
         if name in written and found != written[name][2]:
-            raise files.WeightsError(
-                f"{directory}: damaged checkpoint ({name} has another checksum than when it was written); "
-                f"{_older(directory)}"
-            )
+            raise _damaged(directory, f"{name} has another checksum than when it was written")
     without = sum(name not in written for name in arrays)
     if not without:
         return None
@@ -86,11 +84,12 @@ def _verify(directory: epath.Path, state: Mapping[str, Any]) -> str | None:
     return f"{path} is missing or without checksums: {many} verified"
 
 
-def _older(directory: epath.Path) -> str:
-    """What to do about a damaged checkpoint."""
+def _damaged(directory: epath.Path, why: str) -> files.WeightsError:
+    """The error for a checkpoint that is not what was written."""
     steps = [int(entry.name) for entry in directory.parent.iterdir() if entry.name.isdigit()]
     older = [step for step in steps if directory.name.isdigit() and step < int(directory.name)]
-    return f"give step={max(older)}, the one before" if older else "there is no older one"
+    remedy = f"give step={max(older)}, the one before" if older else "there is none before it"
+    return files.WeightsError(f"{directory}: damaged checkpoint ({why}); {remedy}")
 
 
 def step_folder(path: epath.Path, step: int | str) -> epath.Path:
