@@ -49,7 +49,7 @@ def check_batch(batch: int, mesh: Mesh, *, multiple: int = 1, slices: int = 1, s
     why = ["mixup pairs neighbours"] * (multiple > 1) + [f"accumulate={slices}"] * (slices > 1)
     pairs = f" in groups of {multiple * slices} ({', '.join(why)})" if why else ""
     raise ValueError(
-        f"a batch of {batch} does not divide over {mesh.size} device(s){pairs}: set batch to {near}, "
+        f"a batch of {batch} does not divide over {mesh.size} device{'s' * (mesh.size > 1)}{pairs}: set batch to {near}, "
         "or use another number of devices"
     )
 

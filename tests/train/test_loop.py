@@ -229,9 +229,9 @@ def test_evaluate_initial_weights(straight, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"model__name": DTPS, "model__depth": 2, "model__at": (1,)}, "blocks_1/"),  # and a fresh predictor
+        ({"model__name": DTPS, "model__depth": 2, "model__at": (1,)}, "blocks_1"),  # and a fresh predictor
         ({"init__head": "reset"}, "head/"),
-        ({"model__depth": 2}, "blocks_1/"),
+        ({"model__depth": 2}, "blocks_1"),
     ],
 )
 def test_weights_that_leave_anything_fresh_are_not_evaluated(straight, tmp_path, changes, named):
