@@ -72,8 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return sheets.main(argv)
     if cli.chooses(argv, "--augment"):
         return show_augment.main(argv)
-    args = _parser().parse_args(argv)
-    run = _run(args)
+    args = (parser := _parser()).parse_args(argv)
+    run = _run(args, parser)
     model = cli.build(args) if run is None else run.model
     if not model.sites():
         raise ValueError(f"{args.name} is dense and keeps every token: name a method, e.g. dtps_{args.name}")
@@ -97,11 +97,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _run(args: Any) -> Run | None:
+def _run(args: Any, parser: cli.Parser) -> Run | None:
     """The run whose workdir stands in the place of a model's name, if one does."""
     if not Path(args.name).is_dir():
         if args.weights is None:
-            raise ValueError(f"which weights of {args.name}? give --weights, or a workdir in place of NAME")
+            parser.error(f"which weights of {args.name}? give --weights, or a run's workdir in place of NAME")
         return None
     if args.weights is not None or cli.overrides(args):
         raise ValueError(

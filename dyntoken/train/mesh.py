@@ -48,8 +48,9 @@ def check_batch(batch: int, mesh: Mesh, *, multiple: int = 1, slices: int = 1, s
     near = f"{lower} or {upper}" if lower > 0 else f"{upper}"
     why = ["mixup pairs neighbours"] * (multiple > 1) + [f"accumulate={slices}"] * (slices > 1)
     pairs = f" in groups of {multiple * slices} ({', '.join(why)})" if why else ""
+    over = f"{mesh.size} device{'s' * (mesh.size > 1)}{pairs}"
     raise ValueError(
-        f"a batch of {batch} does not divide over {mesh.size} device{'s' * (mesh.size > 1)}{pairs}: set batch to {near}, "
+        f"a batch of {batch} does not divide over {over}: set batch to {near}, "
         "or use another number of devices"
     )
 

@@ -159,7 +159,7 @@ def test_steps_per_epoch():
         ({"augment": {"interpolation": "bicubik"}}, "did you mean bicubic"),
         ({"augment": {"scale": (0.5, 0.1)}}, "augment.scale"),
         ({"augment": {"flip": 2}}, "augment.flip"),
-        ({"augment": {"flipp": 0.5}}, "unknown option 'flipp' of augment: did you mean flip"),
+        ({"augment": {"flipp": 0.5}}, "unknown option 'flipp' of augment: did you mean augment.flip"),
         ({"num_classes": 3}, "unknown option 'num_classes' of data set"),
     ],
 )

@@ -162,7 +162,7 @@ def test_an_empty_class_is_refused(split, left, tmp_path):
         (tmp_path / split / "dog" / file).write_bytes(b"x")
     with pytest.raises(data.DataError) as error:
         data.info(name)
-    for word in ("'dog' is empty", "2 .heic" if left else "nothing", "remove that folder"):
+    for word in ("'dog' holds no image", "2 .heic" if left else "no file", "remove that folder"):
         assert word in str(error.value)
 
 

@@ -207,3 +207,12 @@ def test_a_run_from_before_it_was_described_opens_too(trained, tmp_path):
     del meta["run"], meta["checksum"]
     path.write_text(json.dumps({**meta, "checksum": workdirs.checksum(meta)}))
     assert dyntoken.load_run(copy).class_names == CLASSES
+
+
+def test_show_takes_a_run_for_model_and_weights(trained, tmp_path, capsys):
+    workdir, root = trained
+    picture = next((root / "val" / "leaf").glob("*.png"))
+    assert show.main([str(workdir), str(picture), f"--out={tmp_path / 'kept.png'}"]) == 0
+    assert (tmp_path / "kept.png").exists() and "kept" in capsys.readouterr().out
+    assert show.main([str(workdir), str(picture), "--weights=w.npz"]) == 1
+    assert "leave the options out" in capsys.readouterr().err

@@ -120,7 +120,7 @@ def test_bad_input_is_one_line_and_status_1(name, argv, message, capsys):
         ("flops", ["deit_tiny_patch16_224", "--keep=x"], "argument --keep: 'x': give a number"),
         ("flops", ["deit_tiny_patch16_224", "--kep=1"], "unrecognized arguments: --kep=1"),
         ("bench", ["dtps_deit_tiny_patch16_224", "--batch=0"], "'0': give a whole number of at least 1"),
-        ("show", ["dtps_vit_mini_patch4_28", "x.png"], "required: --weights"),
+        ("show", ["dtps_vit_mini_patch4_28", "x.png"], "give --weights"),
         ("convert", ["a", "b"], "required: --model"),
     ],
 )
