@@ -207,14 +207,15 @@ def test_grids_and_image_sizes(name, exits):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"exits": 14}, r"exits=14: give the token grid of each exit"),
-        ({"exits": ("7-10",)}, "give the token grid of each exit"),
-        ({"depth": (2, 3)}, "depth=.2, 3.: the exits of a cascade share one backbone"),
-        ({"heads": (1, 2)}, "heads=.1, 2.: the exits of a cascade share one backbone"),
-        ({"feature_source": "first"}, "unknown feature_source 'first': choose last or layer"),
-        ({"relation_source": "first"}, "choose all or layer or last"),
-        ({"relation_resize": "naive"}, "unknown relation_resize 'naive': choose grid or flat"),
-        ({"relation_chunks": 0}, "relation_chunks must be a whole number from 1"),
+        ({"exits": 14}, r"does not give \(14, 14\) patches"),  # one number is one exit
+        ({"exits": 14.5}, "exits is 14.5: give a sequence"),
+        ({"exits": ("7-10",)}, "exits is .*: give a sequence"),
+        ({"depth": (2, 3)}, "depth is .2, 3.: give a whole number"),
+        ({"heads": (1, 2)}, "heads is .1, 2.: give a whole number"),
+        ({"feature_source": "first"}, "feature_source is 'first': known: last, layer"),
+        ({"relation_source": "first"}, "relation_source is 'first': known: all, last, layer"),
+        ({"relation_resize": "naive"}, "relation_resize is 'naive': known: flat, grid"),
+        ({"relation_chunks": 0}, "relation_chunks is 0: give a whole number of at least 1"),
         ({"feature_reuse": False, "feature_norm": False}, "feature_norm says how feature_reuse works"),
         ({"relation_reuse": False, "relation_chunks": 2}, "relation_chunks says how relation_reuse works"),
         (

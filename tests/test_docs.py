@@ -149,7 +149,9 @@ def test_a_command_parses(command, monkeypatch):
             program.main(words)
         names = vars(read.value.args[0])
         for name in {names.get("name"), names.get("vs")} - {None}:
-            if not names.get("workdir"):
+            if not names.get("workdir") and not name.startswith(
+                "runs/"
+            ):  # a run's workdir stands for its model
                 dyntoken.create_model(name)
         for recipe in filter(None, (names.get(key) for key in ("config", "input", "augment"))):
             recipes.load(recipe)
