@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from dyntoken import names, reducers, schema
 from dyntoken.backbones import BACKBONES
 from dyntoken.backbones.isotropic import Isotropic
-from dyntoken.cascade import Cascade
+from dyntoken.cascade import Cascade, checks
 from dyntoken.heads import ClassHead, Pool, check_pool, with_dense
 from dyntoken.multiexit import MultiExit, default_exits
 from dyntoken.nn import draws, layers
@@ -250,6 +250,8 @@ def create_model(name: str, **overrides: Any) -> Model | Cascade | MultiExit:
     other = f"{first}_dtps_{arch_name}" if first == names.CASCADE else f"dtps_{arch_name}"
     if method != names.MULTIEXIT:
         _refuse_sites(name, overrides, reducer or None if first == names.CASCADE else method, other)
+    if first == names.CASCADE:
+        checks.one_backbone(overrides)
     overrides = schema.check(keywords(name), overrides, owner=name)
     if method == names.MULTIEXIT:
         return _multiexit(arch_name, overrides)

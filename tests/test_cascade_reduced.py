@@ -207,7 +207,7 @@ def test_keep_and_at_per_exit():
         ("dvt_dtps_deit_tiny", {"at": (0, 2)}, "exit 0: at=.* between 0 and 1"),
         ("dvt_dtps_deit_tiny", {"dropped": "mean"}, "dropped is 'mean': known: host, zero"),
         ("dvt_dtps_deit_tiny", {"fuse": "sqeeze"}, "unknown fuse 'sqeeze'.*squeeze"),
-        ("dvt_dtps_deit_tiny", {"depth": (2, 3)}, "depth is .2, 3.: give a whole number"),
+        ("dvt_dtps_deit_tiny", {"depth": (2, 3)}, "the exits of a cascade share one backbone"),
         ("dvt_evit_deit_tiny", {"class_token": False, "pool": "mean"}, "dynamicvit, dtps work there"),
         ("dvt_dtsp_deit_tiny", {}, "unknown method 'dtsp'.*dtps"),
         ("dvt_deit_tiny", {}, "dvt_deit_tiny is dense and takes no 'keep'.*dvt_dtps_deit_tiny"),

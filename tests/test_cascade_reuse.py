@@ -210,8 +210,8 @@ def test_grids_and_image_sizes(name, exits):
         ({"exits": 14}, r"does not give \(14, 14\) patches"),  # one number is one exit
         ({"exits": 14.5}, "exits is 14.5: give a sequence"),
         ({"exits": ("7-10",)}, "exits is .*: give a sequence"),
-        ({"depth": (2, 3)}, "depth is .2, 3.: give a whole number"),
-        ({"heads": (1, 2)}, "heads is .1, 2.: give a whole number"),
+        ({"depth": (2, 3)}, "depth=.2, 3.: the exits of a cascade share one backbone"),
+        ({"heads": (1, 2)}, "heads=.1, 2.: the exits of a cascade share one backbone"),
         ({"feature_source": "first"}, "feature_source is 'first': known: last, layer"),
         ({"relation_source": "first"}, "relation_source is 'first': known: all, last, layer"),
         ({"relation_resize": "naive"}, "relation_resize is 'naive': known: flat, grid"),

@@ -181,7 +181,6 @@ def test_without_matplotlib_the_tables_are_written_all_the_same(workdir, monkeyp
         (["--ema"], "keeps no weight average"),
         (["--split=tset"], "has no split 'tset'"),
         (["--gmacs=1e-9"], "budget 1e-09 is below the first exit, which every image pays"),
-        (["--gmacs=nan"], "none of them NaN"),
         (["--points=1"], "points must be at least 2"),
         (["--published"], "this run is on fake: leave --published out"),
     ],
@@ -192,6 +191,13 @@ def test_bad_input_is_one_line_and_status_1(workdir, argv, message, capsys):
     assert captured.out == ""
     assert captured.err.startswith("python -m dyntoken.tools.budget: error: ")
     assert message in captured.err and captured.err.count("\n") == 1
+
+
+def test_a_budget_that_is_no_number_is_one_line_and_status_2(workdir, capsys):
+    with pytest.raises(SystemExit) as stop:
+        budget.main([f"--workdir={workdir}", "--gmacs=nan"])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and "--gmacs: 'nan'" in error and error.count("\n") == 1
 
 
 def test_a_model_without_exits_and_a_run_without_checkpoint(tmp_path, capsys):
