@@ -69,7 +69,7 @@ def test_training_in_mask_form_has_no_ideal(known_times, capsys, name, masked):
 def test_the_real_thing_prints_a_table(capsys):
     assert bench.main(["topk_vit_mini_patch4_28", "--keep=5", "--at=0", *TINY]) == 0
     text = capsys.readouterr().out
-    assert text.startswith("evaluation, batch 2, float32, ")
+    assert text.startswith("evaluation, random weights, batch 2, float32, ")
     assert "vit_mini_patch4_28 " in text and "% of ideal" in text
     assert "(quartiles " in text and "of 1 pairs" in text
 
@@ -129,7 +129,7 @@ def test_forced_shares_against_all_exits(monkeypatch, capsys):
     assert got["share_of_ideal"] == pytest.approx(1.5 / got["gmac_ratio"])
     assert calls["ratio"] == pytest.approx(0.75)
     text = bench_exits.report(got)
-    assert text.startswith("dvt_vit_mini, 75 / 25 % leave at each exit, batch 2, float32, ")
+    assert text.startswith("dvt_vit_mini, 75 / 25 % leave at each exit, random weights, batch 2, float32, ")
     assert "streaming is 1.50 times as fast as all exits (1 pairs)" in text
 
 
