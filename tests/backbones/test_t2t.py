@@ -68,6 +68,7 @@ def test_performer_features_are_fixed_orthogonal_rows():
     np.testing.assert_allclose(w @ w.T, 4 * np.eye(4), atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:images hold values beyond 50")
 def test_performer_stays_finite_in_bfloat16():
     model = dyntoken.create_model("t2t_vit_7", **TINY, dtype="bfloat16")
     out = jax.jit(lambda v: model.apply(v, 30 * IMAGES, record=("embed",)))(_variables("t2t_vit_7"))

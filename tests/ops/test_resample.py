@@ -34,5 +34,5 @@ def test_resize_of_a_non_square_grid_keeps_constants_and_shape():
 def test_errors():
     with pytest.raises(ValueError, match="do not fill a grid"):
         resample.resize_grid(jnp.zeros((1, 5, 2)), (2, 2), (3, 3))
-    with pytest.raises(ValueError, match="choose bicubic or bilinear"):
+    with pytest.raises(ValueError, match="choose bicubic, bilinear, timm"):
         resample.resize_grid(jnp.zeros((1, 4, 2)), (2, 2), (3, 3), "nearest")

@@ -182,7 +182,7 @@ def test_the_board_holds_every_point_once(tmp_path, now):
 def test_a_board_without_its_library(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
     with pytest.raises(
-        ImportError, match=r"needs tensorboardX: install it with .*dyntoken\[tensorboard\]"
+        ImportError, match=r"needs tensorboardX: install it with .*pip install tensorboardX"
     ) as e:
         Report(epath.Path(tmp_path), total=4, batch=32, board=True)
     assert "\n" not in str(e.value)
