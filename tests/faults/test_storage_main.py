@@ -33,7 +33,7 @@ def test_weights_that_hold_nan(trained, tmp_path):
     trees["params"]["backbone"]["cls_token"] = np.full_like(trees["params"]["backbone"]["cls_token"], np.nan)
     path = tmp_path / "bad.npz"
     files.write_npz(path, files.flatten(trees["params"]))
-    options = ("--workdir=other", "--mode=eval", f"--config.init.path={path}")
+    options = ("--mode=eval", f"--config.init.path={path}")
     done = _program(RECIPE, *options, cwd=tmp_path)
     assert "not finite" in one_line(done) and "loss" in done.stderr and "NaN" not in done.stdout
 
