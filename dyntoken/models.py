@@ -250,9 +250,10 @@ def create_model(name: str, **overrides: Any) -> Model | Cascade | MultiExit:
     other = f"{first}_dtps_{arch_name}" if first == names.CASCADE else f"dtps_{arch_name}"
     if method != names.MULTIEXIT:
         _refuse_sites(name, overrides, reducer or None if first == names.CASCADE else method, other)
+    known = keywords(name)  # refuses a backbone of which no cascade can be made, before its values
     if first == names.CASCADE:
         checks.one_backbone(overrides)
-    overrides = schema.check(keywords(name), overrides, owner=name)
+    overrides = schema.check(known, overrides, owner=name)
     if method == names.MULTIEXIT:
         return _multiexit(arch_name, overrides)
     if first == names.CASCADE:
