@@ -14,7 +14,7 @@ from dyntoken.backbones.staged_regrown import RegrownStages
 from dyntoken.nn import layers
 from dyntoken.nn.batchnorm import BatchNorm
 from dyntoken.nn.spatial import Map, SpatialBlock
-from dyntoken.nn.trunk import Spec
+from dyntoken.nn.spec import Spec
 from dyntoken.ops import attend, sample, select
 from dyntoken.schema import Count, Natural, Positive
 from dyntoken.types import Attended

@@ -13,7 +13,8 @@ from dyntoken.nn import layers
 from dyntoken.nn.block import Block
 from dyntoken.nn.reduction_sites import ReductionSites
 from dyntoken.nn.remat import Remat, check_policy
-from dyntoken.nn.trunk import Context, Site, Spec, Trunk
+from dyntoken.nn.spec import Site, Spec
+from dyntoken.nn.trunk import Context, Trunk
 from dyntoken.schema import Count, Positive, Rate, Size
 from dyntoken.types import DType, Reduction, Tokens
 

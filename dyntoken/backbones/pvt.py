@@ -12,7 +12,7 @@ from dyntoken.backbones.isotropic import pair
 from dyntoken.backbones.staged_regrown import RegrownStages
 from dyntoken.nn import layers
 from dyntoken.nn.spatial import Map, SpatialBlock
-from dyntoken.nn.trunk import Spec
+from dyntoken.nn.spec import Spec
 from dyntoken.ops import attend, sample
 from dyntoken.schema import Count, Positive
 from dyntoken.types import Attended

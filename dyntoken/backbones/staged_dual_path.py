@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +14,8 @@ from dyntoken.backbones.isotropic import check_images, pair
 from dyntoken.nn.dual_path import Route, Streams
 from dyntoken.nn.reduction_sites import ReductionSites
 from dyntoken.nn.remat import Remat, check_policy, rematerialised
-from dyntoken.nn.trunk import Context, Site, Spec
+from dyntoken.nn.spec import Site, Spec
+from dyntoken.nn.trunk import Context
 from dyntoken.schema import Count, Rate, Size
 from dyntoken.types import DType, Reduction, Tokens
 
@@ -47,7 +49,7 @@ class DualPathStage(nn.Module):
         first = self.sites[0].at if self.sites else len(self.blocks)
         for index, spec in enumerate(self.blocks):
             make = rematerialised(spec.make, self.remat)
-            setattr(self, f"blocks_{index}", Spec(make, spec.options)(fast=index >= first))
+            setattr(self, f"blocks_{index}", dataclasses.replace(spec, make=make)(fast=index >= first))
         for number, site in enumerate(self.sites):
             reducer = site.reducer(stage=number, predictor_eps=self.predictor_eps)
             setattr(self, f"reducer_{number}", reducer)

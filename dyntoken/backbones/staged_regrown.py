@@ -13,7 +13,8 @@ from dyntoken.backbones.isotropic import check_images
 from dyntoken.nn.reduction_sites import ReductionSites, listed
 from dyntoken.nn.remat import Remat, check_policy
 from dyntoken.nn.spatial import RegrownStage
-from dyntoken.nn.trunk import Context, Site, Spec
+from dyntoken.nn.spec import Site, Spec
+from dyntoken.nn.trunk import Context
 from dyntoken.ops import sample
 from dyntoken.schema import Count, Positive, Rate, Size
 from dyntoken.types import DType, Reduction, Tokens
@@ -184,10 +185,7 @@ class RegrownStages(ReductionSites, nn.Module):
         )
 
     def _block(self, number: int, index: int, site: Site | None) -> Spec:
-        spec = self.block(number)
-        return Spec.of(
-            spec.make,
-            **dict(spec.options),
+        return self.block(number).with_(
             layer=sum(self.depths[:number]) + index,
             width=self.widths[number],
             heads=self.heads[number],

@@ -12,7 +12,8 @@ from dyntoken.backbones.isotropic import pair
 from dyntoken.backbones.staged_dual_path import DualPathStages
 from dyntoken.nn import layers
 from dyntoken.nn.dual_path import Route, Streams, branch
-from dyntoken.nn.trunk import Context, Spec
+from dyntoken.nn.spec import Spec
+from dyntoken.nn.trunk import Context
 from dyntoken.ops import attend, sample, select, windows
 from dyntoken.schema import Count, Positive, Rate
 

@@ -17,7 +17,8 @@ import jax.numpy as jnp
 
 from dyntoken.nn import layers
 from dyntoken.nn.block import ATTENTION, ATTENTION_PATH, Block, LayerArgs
-from dyntoken.nn.trunk import Context, Site, Spec, Trunk
+from dyntoken.nn.spec import Site, Spec
+from dyntoken.nn.trunk import Context, Trunk
 from dyntoken.ops import attend, sample, select
 from dyntoken.types import Attended, Reduction, Tokens
 

@@ -14,44 +14,11 @@ import jax.numpy as jnp
 from dyntoken.nn import scan
 from dyntoken.nn.block import Block
 from dyntoken.nn.remat import rematerialised
+from dyntoken.nn.spec import Site, Spec
 from dyntoken.ops import sample, select
 from dyntoken.types import Attended, Reduction, Tokens
 
 Array = jax.Array
-
-
-@dataclasses.dataclass(frozen=True)
-class Spec:
-    """A module to be built later: hashable, equal by value.
-
-    Linen adopts a module instance where it is first used, so a trunk gets the
-    recipe and builds the module itself.
-    """
-
-    make: Callable[..., Any]
-    options: tuple[tuple[str, Any], ...] = ()
-
-    @classmethod
-    def of(cls, make: Callable[..., Any], **options: Any) -> Spec:
-        return cls(make, tuple(sorted(options.items())))
-
-    def __call__(self, **more: Any) -> Any:
-        return self.make(**{**dict(self.options), **more})
-
-
-@dataclasses.dataclass(frozen=True)
-class Site:
-    """Where a reducer sits.
-
-    Attributes:
-      at: 0-based block index.
-      reducer: recipe of the reducer.
-      inside: between attention and MLP of that block, else before it.
-    """
-
-    at: int
-    reducer: Spec
-    inside: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +80,7 @@ class Trunk(nn.Module):
     def setup(self) -> None:
         for index, spec in enumerate(self.blocks):
             make = _rematerialised(spec.make, self.remat)
-            setattr(self, f"blocks_{index}", Spec(make, spec.options)())
+            setattr(self, f"blocks_{index}", dataclasses.replace(spec, make=make)())
         for stage, site in enumerate(self.sites):
             setattr(self, f"reducer_{stage}", site.reducer(stage=stage))
 

@@ -343,7 +343,7 @@ def _check_kinship(
 def _notes(model: Model, bundle: files.Bundle, missing: tuple[str, ...]) -> list[str]:
     notes = []
     leaves = {key.rsplit("/", 1)[-1] for key in bundle.tensors}
-    distilled = dict(model.backbone.options).get("distilled", False)
+    distilled = model.backbone.get("distilled", False)
     if "dist_token" in leaves and not distilled:
         notes.append(
             "distilled weights in a plain model: distillation token and head left out, class head used"
