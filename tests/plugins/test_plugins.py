@@ -17,6 +17,7 @@ import dyntoken
 from dyntoken import losses, main, optim, train, weights
 from dyntoken.analysis import macs
 from dyntoken.backbones import BACKBONES
+from dyntoken.backbones.isotropic import Isotropic
 from dyntoken.nn.reduction_sites import added
 from dyntoken.ops import fuse
 from dyntoken.reducers import METHODS, SCORERS
@@ -249,6 +250,10 @@ def _layer(tokens, seen, draws, stage, **_):
         (lambda: dyntoken.register_method("x", Greedy), "needs is a tuple"),
         (lambda: dyntoken.register_method("dvt_x", score="random"), "another name"),
         (lambda: dyntoken.register_backbone("x", dict, {}), "must subclass"),
+        (
+            lambda: dyntoken.register_backbone("x", Isotropic, {}),
+            "does not define grid, setup_stem, stem_rows",
+        ),
         (
             lambda: dyntoken.register_backbone("x", _vit(), {"xvit": {"widht": 8}}),
             "unknown option 'widht'.*width",
