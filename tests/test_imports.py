@@ -44,6 +44,7 @@ ALLOWED = {
     "tools": CORE
     | {
         "config",
+        "interrupt",
         "paths",
         "losses",
         "weights",
