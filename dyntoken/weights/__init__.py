@@ -253,8 +253,7 @@ def export_reference(
 
 def with_image_size(model: Model, size: tuple[int, int]) -> Model:
     """`model` for images of another (height, width); `load_weights` fits its position embedding."""
-    options = {**dict(model.backbone.options), "img_size": tuple(int(n) for n in size)}
-    return model.clone(backbone=dataclasses.replace(model.backbone, options=tuple(sorted(options.items()))))
+    return model.clone(backbone=model.backbone.with_(img_size=tuple(int(n) for n in size)))
 
 
 def family_of(model: Model) -> str:
