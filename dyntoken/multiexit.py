@@ -1,9 +1,7 @@
 """Adaptive depth: one network with a classifier after several of its blocks.
 
-The multi-exit idea of MSDNet (Huang et al. 2018, arXiv 1703.09844, section 4) on a
-vision transformer: an image that is easy leaves after a few blocks. It is the
-baseline for cascades that adapt the number of tokens instead (`cascade`), under
-the same exit rules, thresholds and runner.
+MSDNet's multi-exit idea (Huang et al. 2018, arXiv 1703.09844, section 4) on a vision
+transformer, the baseline for cascades that adapt the number of tokens (`cascade`).
 """
 
 from __future__ import annotations

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import fnmatch
 import importlib
 import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -68,10 +67,6 @@ class Table(Mapping[str, Any]):
         if name in self._rows:
             raise ValueError(f"{self.kind} {name!r} is registered already: choose another name")
         self._rows[name] = row
-
-    def match(self, pattern: str = "*") -> list[str]:
-        """Sorted names that match an `fnmatch` pattern."""
-        return sorted(fnmatch.filter(self._rows, pattern))
 
 
 def check_call(what: str, fn: Any, *args: Any, **options: Any) -> None:

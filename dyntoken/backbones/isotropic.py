@@ -109,10 +109,7 @@ class Isotropic(ReductionSites, nn.Module):
         check_policy(self.remat)
 
     def positions(self) -> Array | None:
-        """The position embedding `[1, prefix + N, width]`; called once, in `setup`.
-
-        None: the stem's rows know where they are; nothing is added to them.
-        """
+        """The position embedding `[1, prefix + N, width]`, or None; called once, in `setup`."""
         rows = self.prefix + self.grid[0] * self.grid[1]
         return self.param("pos_embed", layers.trunc_normal(), (1, rows, self.width))
 
@@ -157,11 +154,7 @@ class Isotropic(ReductionSites, nn.Module):
     def __call__(
         self, images: Array, context: Context
     ) -> tuple[Tokens, tuple[Reduction, ...], dict[str, Any]]:
-        """Runs stem, trunk and final norm.
-
-        Returns:
-          Normalised tokens, one `Reduction` per site, records by name.
-        """
+        """Runs stem, trunk and final norm; returns tokens, one `Reduction` per site, records by name."""
         tokens = self.embed(images, context)
         chex.assert_shape(tokens.x, (images.shape[0], self.prefix + tokens.initial, self.width))
         embed = {"embed": tokens.x} if "embed" in context.record else {}

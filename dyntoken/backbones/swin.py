@@ -26,11 +26,10 @@ ATTENTION, MLP, ATTENTION_PATH, MLP_PATH, FAST, FAST_PATH = range(6)
 class WindowAttention(nn.Module):
     """Self-attention inside the squares of a grid, with a bias per relative position.
 
-    Attributes:
+    Attributes (besides those of `nn.attention.Attention`):
       grid: (rows, columns) of cells.
       window: side of a square.
       shift: rows and columns that the squares are moved by.
-      heads, qkv_bias, qk_scale, dropout, dtype, attn_dropout: see `nn.attention.Attention`.
     """
 
     grid: tuple[int, int]
@@ -79,15 +78,9 @@ class SwinBlock(nn.Module):
     The fast path is one linear layer after a norm in place of `mlp(norm2(.))`,
     `fastmlp` of raoyongming/DynamicViT; both paths share the attention.
 
-    Attributes:
-      layer: number of the block, which keys its random draws.
-      width: channels.
-      grid: (rows, columns) of cells.
-      window, shift: see `WindowAttention`.
-      heads, mlp_ratio, qkv_bias, qk_scale, dropout, drop_path, norm_eps: see `nn.block.Block`.
+    Attributes (besides those of `nn.block.Block`):
+      grid, window, shift: see `WindowAttention`.
       fast: whether it has a fast path.
-      dtype: compute type.
-      attn_dropout: on the attention weights.
     """
 
     layer: int
@@ -188,11 +181,8 @@ class Swin(DualPathStages):
       width: channels of the first stage; they double from stage to stage.
       heads: attention heads per stage.
       window: side of a window, in cells.
-      mlp_ratio, qkv_bias, qk_scale: as timm's.
-      dropout: after the patch embedding, attention projection and MLP.
-      norm_eps: LayerNorm epsilon.
+      mlp_ratio, qkv_bias, qk_scale, dropout, attn_dropout, norm_eps: see `isotropic.Isotropic`.
       patch_norm: a norm after the patch embedding.
-      attn_dropout: on the attention weights.
       position: adds a position embedding to the first stage's cells (officially `ape`).
     """
 
@@ -210,7 +200,6 @@ class Swin(DualPathStages):
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """Channels per stage."""
         return tuple(self.width * 2**stage for stage in range(len(self.depths)))
 
     @property
@@ -219,7 +208,6 @@ class Swin(DualPathStages):
         return 1 if self.depth < 12 else 2
 
     def check(self) -> None:
-        """Raises ValueError for fields that do not fit together."""
         super().check()
         if len(self.heads) != len(self.depths):
             raise ValueError(f"heads={self.heads} needs one entry for each of depths={self.depths}")

@@ -77,7 +77,6 @@ class ViT(Isotropic):
         return {name: count for name, count in rows.items() if count}
 
     def check(self) -> None:
-        """Raises ValueError for fields that do not fit together."""
         super().check()
         if self.distilled and not self.class_token:
             raise ValueError("a distilled model needs its class token")
@@ -109,5 +108,4 @@ class ViT(Isotropic):
         return super().shows(at) - ({"cls"} if not self.class_token else set())
 
     def stem_rows(self, images: Array, context: Context) -> Array:
-        """`[B, H, W, Cin]` to `[B, N, width]`."""
         return self.patch_embed(images).reshape(images.shape[0], -1, self.width)

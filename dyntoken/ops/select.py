@@ -117,11 +117,6 @@ def lookup(table: Array, rows: Array) -> Array:
     return jnp.where(rows >= 0, found, -1).astype(jnp.int32)
 
 
-def compose(carrier: Array, remap: Array) -> Array:
-    """Carriers after a reduction: `[B, N0]` from `carrier [B, N0]` and `remap [B, n]`."""
-    return lookup(remap, carrier)
-
-
 def sizes(carrier: Array, n: int) -> Array:
     """How many original patches each of n rows stands for, `[B, n]` float32."""
     return (carrier[:, :, None] == jnp.arange(n)[None, None, :]).sum(axis=1, dtype=jnp.float32)
