@@ -103,16 +103,16 @@ class MultiExit(Classifier):
         state = self.body.embed(images, context)
         embed = state.x
         for index in range(last + 1):
-            state, _, found = self.body.trunk(state, context, self._blocks(index))
+            state, _, records = self.body.trunk(state, context, self._blocks(index))
             result, seen = self._classify(index, state)
             logits.append(result)
             features.append(seen)
-            blocks.extend(found.get("blocks", ()))
-        records = {"embed": embed, "blocks": tuple(blocks)}
+            blocks.extend(records.get("blocks", ()))
+        kept = {"embed": embed, "blocks": tuple(blocks)}
         return Output(
             logits=jnp.stack(logits),
             tokens=tuple(features) if "features" in record else None,
-            records={what: records[what] for what in record if what in records},
+            records={what: kept[what] for what in record if what in kept},
         )
 
     def step(

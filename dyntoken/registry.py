@@ -100,7 +100,7 @@ def load_plugins(modules: str | Sequence[str]) -> tuple[str, ...]:
 
 
 def check_options(what: str, given: Iterable[str], known: Iterable[str]) -> None:
-    """Raises `UnknownNameError` for the first option nobody would read."""
+    """Raises `UnknownNameError` for the first option that is not known."""
     known = set(known)
     for name in given:
         if name not in known:

@@ -24,10 +24,10 @@ def float_type(value: Any) -> jnp.dtype:
     Raises:
       ValueError: none of float32, bfloat16 and float16.
     """
-    found = jnp.dtype(SHORT.get(value, value) if isinstance(value, str) else value)
-    if value is None or found.name not in SHORT.values():
+    dtype = jnp.dtype(SHORT.get(value, value) if isinstance(value, str) else value)
+    if value is None or dtype.name not in SHORT.values():
         raise ValueError(f"{value} is no compute type")
-    return found
+    return dtype
 
 
 DType = Annotated[Any, Rule(float_type, "float32 (fp32), bfloat16 (bf16) or float16 (fp16)")]

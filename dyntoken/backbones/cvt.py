@@ -196,11 +196,11 @@ class CvT(RegrownStages):
 
     @property
     def grids(self) -> tuple[tuple[int, int], ...]:
-        size, found = pair(self.img_size), []
+        size, grids = pair(self.img_size), []
         for options in zip(*(getattr(self, name) for name in self.embeds), strict=True):
             size = tuple(unfold.count(s, *options) for s in size)
-            found.append(size)
-        return tuple(found)
+            grids.append(size)
+        return tuple(grids)
 
     @property
     def prefixes(self) -> tuple[int, ...]:

@@ -241,10 +241,10 @@ class DualPathStages(ReductionSites, nn.Module):
         reductions: tuple[Reduction, ...] = ()
         for number, stage in enumerate(self.stages):
             x = self.downsample(number, x) if number else x
-            x, found, more = stage(x, context)
-            reductions += found
+            x, of_stage, more = stage(x, context)
+            reductions += of_stage
             records |= {what: records[what] + rows for what, rows in more.items()}
         tokens = Tokens.start(self.final_norm(x), prefix=1, grid=self.grid)
-        if self.sites:  # said outright, since the last decision is about cells too
+        if self.sites:  # written down, since the last decision is about cells too
             tokens = tokens.replace(alive=jnp.ones(tokens.place.shape, jnp.float32))
         return tokens, reductions, {what: v for what, v in records.items() if what in context.record}

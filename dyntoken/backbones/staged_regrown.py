@@ -197,12 +197,12 @@ class RegrownStages(ReductionSites, nn.Module):
         records: list[dict[str, Any]] = []
         for number in range(self.depth):
             stage = getattr(self, f"stage_{number}")
-            tokens, reduced, found = stage(x, self._context(context, number))
-            reductions.extend(reduced)
-            records.append(found)
+            tokens, of_stage, more = stage(x, self._context(context, number))
+            reductions.extend(of_stage)
+            records.append(more)
             if number < self.depth - 1:
                 x = stage.to_next_stage(tokens)
-        merged = {name: tuple(v for found in records for v in found[name]) for name in records[0]}
+        merged = {name: tuple(value for more in records for value in more[name]) for name in records[0]}
         if "embed" in merged:
             merged["embed"] = merged["embed"][0]
         return tokens.replace(x=self.norm(tokens.x), last=None), tuple(reductions), merged

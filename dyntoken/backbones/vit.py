@@ -29,7 +29,7 @@ class ViT(Isotropic):
         patches are powers of 2: with `tokens`, the next one).
       distilled: a distillation token beside the class token.
       class_token: False leaves the class token out (mean pooling only).
-      registers: rows after the class token that are no patches and that nobody reads.
+      registers: rows after the class token that are no patches and that no head reads.
       pre_norm: a norm before the first block, and no bias in the patch product (CLIP).
       position: False adds no position embedding.
     """

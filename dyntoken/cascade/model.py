@@ -1,4 +1,4 @@
-"""The cascade itself: exits, what travels between them, `upto` and `step`."""
+"""The cascade itself: exits, what one hands to the next, `upto` and `step`."""
 
 from __future__ import annotations
 
