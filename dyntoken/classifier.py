@@ -72,7 +72,6 @@ class Classifier(nn.Module):
     def validate(self) -> None:
         """Raises ValueError for fields that do not fit together."""
         body = self.plain()
-        body.check()
         self.sites()  # so that a bad value fails here, not inside a jitted step
         check_pool(self.pool, body.prefix if getattr(body, "class_token", True) else 0)
 

@@ -194,7 +194,7 @@ class Cascade(Classifier):
         self._check_exits()
         self._check_switches()
         for index in range(len(self.exits)):
-            self.plain(index).check()
+            self.plain(index)  # checks its fields
         super().validate()
 
     def _check_exits(self) -> None:

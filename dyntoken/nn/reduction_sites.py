@@ -28,14 +28,12 @@ class ReductionSites:
     `prefix` of its final tokens, and `default_sites`.
 
     Attributes:
-      required: what a subclass has to define.
       nested: a site sees what the one before it left. False: every site starts
         from a whole grid of its own.
       site_noun: what the positions of sites count.
       resize: how the official code resizes position embeddings.
     """
 
-    required = ()
     nested = True
     site_noun = "block"
     resize = "bicubic"
