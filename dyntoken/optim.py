@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from dyntoken import schedules, schema
-from dyntoken.nn.sites import ADDED
+from dyntoken.nn.reduction_sites import ADDED
 from dyntoken.schema import Natural, NonNegative, Pattern, Positive, Rate
 
 Decay = Literal["not_1d", "all"]
