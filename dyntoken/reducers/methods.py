@@ -179,7 +179,7 @@ def make_sites(
     return tuple(
         Site(
             index,
-            Spec(row.make, row.options).with_(keep=kept, current=current, ratio=ratio, form=form),
+            row.with_(keep=kept, current=current, ratio=ratio, form=form),
             row.inside,
         )
         for index, (current, kept, ratio) in zip(at, counts, strict=True)
