@@ -107,6 +107,8 @@ class ConvNeXt(Hierarchical):
       norm_eps: LayerNorm epsilon.
     """
 
+    naming = "convnext"
+
     depths: tuple[Count, ...] = (3, 3, 9, 3)
     widths: tuple[Count, ...] = (96, 192, 384, 768)
     kernel: Count = 7

@@ -195,6 +195,8 @@ class CvT(Pyramid):
       drop_path: one rate is that of the last stage, whose blocks it grows over.
     """
 
+    naming = "cvt"
+
     widths: tuple[Count, ...] = (64, 192, 384)
     depths: tuple[Count, ...] = (1, 2, 10)
     heads: tuple[Count, ...] = (1, 3, 6)

@@ -33,6 +33,8 @@ class ViT(Isotropic):
       position: False adds no position embedding.
     """
 
+    naming = "vit"
+
     patch_size: Size = 16
     tokens: Size | None = None
     stem: Literal["patch", "conv"] = "patch"

@@ -74,6 +74,8 @@ class LVViT(Isotropic):
         distillation refuses it (DynamicViT trains LV-ViT without).
     """
 
+    naming = "lvvit"
+
     mlp_ratio: Positive = 3.0
     qkv_bias: bool = False
     norm_eps: Positive = 1e-5

@@ -122,6 +122,8 @@ class PSViT(Isotropic):
       class_token: False leaves the class token out (use pool="mean").
     """
 
+    naming = "psvit"
+
     mlp_ratio: Positive = 3.0
     qkv_bias: bool = False
     norm_eps: Positive = 1e-5

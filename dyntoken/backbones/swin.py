@@ -200,6 +200,8 @@ class Swin(Hierarchical):
       position: adds a position embedding to the first stage's cells (officially `ape`).
     """
 
+    naming = "swin"
+
     width: Count = 96
     heads: tuple[Count, ...] = (3, 6, 12, 24)
     window: Count = 7

@@ -142,6 +142,8 @@ class T2T(Isotropic):
       token_dim: channels between the soft splits.
     """
 
+    naming = "t2t"
+
     mlp_ratio: Positive = 3.0
     qkv_bias: bool = False
     norm_eps: Positive = NORM_EPS

@@ -12,8 +12,7 @@ import numpy as np
 from etils import epath
 
 from dyntoken.tools import cli
-from dyntoken.weights import export_reference, files, load_weights, runs, save_weights
-from dyntoken.weights.buffers import with_buffers
+from dyntoken.weights import export_reference, files, load_weights, runs, save_weights, with_buffers
 
 TEXT = """\
 Converts a weight file. IN may be in timm's (DeiT's) keys, in those of

@@ -10,7 +10,7 @@ import pytest
 
 import dyntoken
 from dyntoken import weights
-from dyntoken.weights import references
+from dyntoken.weights import official
 
 SMALL = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 5}
 ACTIVATIONS = {
@@ -24,7 +24,7 @@ ACTIVATIONS = {
 
 def tensors_of(repository, cls, constructor):
     """A random state dict of an official class."""
-    reference = references.build(repository, cls, constructor)
+    reference = official.build(repository, cls, constructor)
     shapes = weights.shapes_of(reference.model)
     rng = np.random.default_rng(0)
     flat = {path: rng.normal(0, 0.3, shape).astype(np.float32) for path, shape in shapes.items()}
