@@ -12,9 +12,9 @@ import numpy as np
 from dyntoken.backbones.isotropic import Isotropic, pair
 from dyntoken.nn import layers
 from dyntoken.nn.batchnorm import BatchNorm
-from dyntoken.nn.block import Block
 from dyntoken.nn.remat import rematerialised
-from dyntoken.nn.trunk import Context, Spec
+from dyntoken.nn.spec import Spec
+from dyntoken.nn.trunk import Context
 from dyntoken.ops import bilinear, sample
 from dyntoken.schema import Count, Positive, Size
 from dyntoken.types import Tokens
@@ -77,21 +77,21 @@ class Sampling(nn.Module):
     """One step of progressive sampling (section 3.2): sample, attend, say where to look next.
 
     Attributes:
-      block: fields of its transformer block.
+      block: recipe of its transformer block.
       moves: whether it predicts offsets; the last step does not.
       offset_bias: bias of that prediction.
     """
 
-    block: tuple[tuple[str, Any], ...]
+    block: Spec
     moves: bool
     offset_bias: bool = True
 
     @nn.compact
     def __call__(self, sampled: Array, draws: sample.Draws | None, train: bool) -> tuple[Array, Array | None]:
         """`[B, P, width]` to `(rows [B, P, width], offsets [B, P, 2] float32 or None)`."""
-        block = Block(**dict(self.block), name="block")
+        block = self.block(name="block")
         tokens, _ = block.attend(Tokens.start(sampled, prefix=0), draws, train, False)
-        rows = block.feed(tokens, draws).x
+        rows = block.feed_forward(tokens, draws).x
         if not self.moves:
             return rows, None
         zeros = nn.initializers.zeros
@@ -165,10 +165,9 @@ class PSViT(Isotropic):
             moves = index < self.iterations - 1
             setattr(self, f"sampling_{index}", make(self._sampling_block(index), moves, self.offset_bias))
 
-    def _sampling_block(self, index: int) -> tuple[tuple[str, Any], ...]:
+    def _sampling_block(self, index: int) -> Spec:
         # Numbers past those of the trunk key the draws; the rate grows from the first iteration on.
-        options = dict(self._block(0).options)
-        return tuple({**options, "layer": self.depth + index, "drop_path": self._rate(index)}.items())
+        return self._block(0).with_(layer=self.depth + index, drop_path=self._rate(index))
 
     def _rate(self, index: int) -> float:
         """Stochastic depth of a block, counted over sampling steps and trunk."""
@@ -177,9 +176,7 @@ class PSViT(Isotropic):
         return self.drop_path * index / max(1, self.iterations + self.depth - 1)
 
     def _block(self, index: int) -> Spec:
-        spec = super()._block(index)
-        rate = self._rate(self.iterations + index)
-        return Spec.of(spec.make, **{**dict(spec.options), "drop_path": rate})
+        return super()._block(index).with_(drop_path=self._rate(self.iterations + index))
 
     def stem_rows(self, images: Array, context: Context) -> Array:
         """`[B, H, W, Cin]` to `[B, P, width]`."""

@@ -77,7 +77,7 @@ def as_json(name: str, model: Any, count: macs.Count) -> dict[str, Any]:
 
 def kept(model: Any) -> list[int]:
     """Patch tokens that stay at each site (fused tokens not counted)."""
-    return [dict(site.reducer.options)["keep"] for site in model.sites()]
+    return [site.reducer["keep"] for site in model.sites()]
 
 
 def report(name: str, model: Any, count: macs.Count) -> str:

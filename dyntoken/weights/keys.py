@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from dyntoken.nn.sites import added
+from dyntoken.nn.reduction_sites import added
 from dyntoken.ops import windows
 from dyntoken.registry import Table
 
@@ -167,10 +167,10 @@ def _window_buffers(body: Any, tensors: Mapping[str, np.ndarray]) -> dict[str, n
         side = body.window_of(stage)
         for index in range(depth):
             block, shift = f"layers.{stage}.blocks.{index}", body.shift_of(stage, index)
-            table = windows.offsets(side).reshape(side**2, side**2)
+            table = windows.relative_position_index(side).reshape(side**2, side**2)
             found[f"{block}.attn.relative_position_index"] = table.astype(np.int64)
             if shift:
-                found[f"{block}.attn_mask"] = windows.apart(body.grid_of(stage), side, shift)
+                found[f"{block}.attn_mask"] = windows.shift_mask(body.grid_of(stage), side, shift)
     return found
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from dyntoken.cascade import Cascade
 from dyntoken.models import Model
-from dyntoken.nn.sites import added
+from dyntoken.nn.reduction_sites import added
 from dyntoken.ops import resample
 from dyntoken.weights import files, from_dense, keys, layouts, placing, pos_embed, runs, trees
 from dyntoken.weights.errors import WeightsError
@@ -195,7 +195,7 @@ def _check_kinship(
 def _notes(model: Model, bundle: files.Bundle, missing: tuple[str, ...]) -> list[str]:
     notes = []
     leaves = {key.rsplit("/", 1)[-1] for key in bundle.tensors}
-    distilled = dict(model.backbone.options).get("distilled", False)
+    distilled = model.backbone.get("distilled", False)
     if "dist_token" in leaves and not distilled:
         notes.append(
             "distilled weights in a plain model: distillation token and head left out, class head used"

@@ -17,7 +17,7 @@ import dyntoken
 from dyntoken import losses, main, optim, train, weights
 from dyntoken.analysis import macs
 from dyntoken.backbones import BACKBONES
-from dyntoken.nn.sites import added
+from dyntoken.nn.reduction_sites import added
 from dyntoken.ops import fuse
 from dyntoken.reducers import METHODS, SCORERS
 from dyntoken.registry import UnknownNameError, load_plugins
@@ -166,7 +166,7 @@ def test_a_rule_moves_the_sites_of_a_method_and_exits_take_it():
         assert [site.inside for site in model.sites()] == [inside] * 9
     moved = _model("dtps", score="received")  # counted as dTPS still: r, r^2, r^3 of the first patches
     assert [site.inside for site in moved.sites()] == [True] * 3
-    assert [dict(site.reducer.options)["keep"] for site in moved.sites()] == [11, 7, 5]
+    assert [site.reducer["keep"] for site in moved.sites()] == [11, 7, 5]
 
 
 def test_what_is_refused_is_not_listed():

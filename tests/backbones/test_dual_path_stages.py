@@ -248,5 +248,5 @@ def test_default_sites_and_rates():
     for arch, at in expected.items():
         model = dyntoken.create_model(f"dynamicvit_{arch}")
         assert model.at == at
-        counts = [dict(site.reducer.options)["keep"] for site in model.sites()]
+        counts = [site.reducer["keep"] for site in model.sites()]
         assert counts == [137, 97, 58]  # int(196 * (0.7 - 0.2)) is 97 in double precision, as official
