@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,14 +15,14 @@ from dyntoken.backbones import BACKBONES
 from dyntoken.backbones.isotropic import Isotropic
 from dyntoken.cascade import Cascade
 from dyntoken.classifier import Classifier
-from dyntoken.heads import ClassHead, with_dense
+from dyntoken.heads import REPRESENTATIONS, AttentionPool, ClassHead, with_dense
 from dyntoken.multiexit import MultiExit, default_exits
 from dyntoken.nn import layers
 from dyntoken.nn.spec import Site, Spec
 from dyntoken.reducers.base import Form
 from dyntoken.reducers.methods import OF_SITE, make_sites
 from dyntoken.registry import UnknownNameError, suggest
-from dyntoken.schema import Count, Keep
+from dyntoken.schema import Count, Keep, Rate
 from dyntoken.types import Output
 
 Array = jax.Array
@@ -48,6 +48,7 @@ class Model(Classifier):
       form: "auto", "mask" or "gather".
       representation_size: see `heads.ClassHead`.
       fc_norm: a norm on the pooled features, with the backbone's epsilon.
+      representation_act, pool_prefix, head_dropout: see `heads.ClassHead` (`prefix_too`, `dropout`).
     """
 
     method: str | None = None
@@ -57,7 +58,11 @@ class Model(Classifier):
     form: Form = "auto"
     representation_size: Count | None = None
     fc_norm: bool = False
+    representation_act: Literal[tuple(REPRESENTATIONS)] = "tanh"
+    pool_prefix: bool = False
+    head_dropout: Rate = 0.0
 
+    maps = True
     RECORDS = ("features", "dense", "embed", "blocks", "stages")
 
     def sites(self) -> tuple[Site, ...]:
@@ -69,11 +74,26 @@ class Model(Classifier):
 
     def setup(self) -> None:
         self.body = self.backbone(sites=self.sites(), name="backbone")
-        distilled = self.backbone.get("distilled", False)
-        eps = self.plain().norm_eps if self.fc_norm else None
-        self.head = ClassHead(self.num_classes, self.pool, distilled, self.representation_size, eps)
+        body = self.plain()
+        self.head = ClassHead(
+            self.num_classes,
+            self.pool,
+            self.backbone.get("distilled", False),
+            self.representation_size,
+            body.norm_eps if self.fc_norm else None,
+            self.representation_act,
+            self.head_dropout,
+            self.pool_prefix,
+            self._attention_pool(body) if self.pool == "map" else None,
+        )
         if self.aux_weight is not None:
             self.aux_head = layers.dense(self.num_classes)
+
+    @staticmethod
+    def _attention_pool(body: Any) -> Spec:
+        act = "silu" if body.activation == "swiglu" else body.activation  # its MLP has no gate
+        options = {"heads": body.heads, "mlp_ratio": body.mlp_ratio, "norm_eps": body.norm_eps}
+        return Spec.of(AttentionPool, act=act, **options)
 
     @property
     def aux_weight(self) -> float | None:
@@ -113,7 +133,7 @@ class Model(Classifier):
                 raise ValueError(f"{what} has {len(given)} entries for {len(self.at)} sites")
         context = self._context(images, ids, train, noise=noise, decisions=decisions, record=tuple(record))
         tokens, reductions, records = self.body(images, context)
-        logits, heads = self.head(tokens)
+        logits, heads = self.head(tokens, context.dropout)
         dense = None
         if self.aux_weight is not None and ("dense" in record or not train):
             dense = self.aux_head(tokens.patches.astype(jnp.float32))

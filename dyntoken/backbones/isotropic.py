@@ -26,6 +26,11 @@ def pair(value: int | tuple[int, int]) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
 
 
+def at_stage(value: Any, stage: int) -> Any:
+    """What one value, or a tuple with one per stage, is in a stage."""
+    return value[stage] if isinstance(value, tuple) else value
+
+
 def check_images(images: Array, img_size: int | tuple[int, int], in_chans: int) -> None:
     """Raises ValueError unless `images` are `[B, *img_size, in_chans]`."""
     size = pair(img_size)
@@ -53,8 +58,10 @@ class Isotropic(ReductionSites, nn.Module):
       proj_bias: biases of attention projection and MLP.
       qk_norm: a LayerNorm per head on queries and keys.
       activation: of the MLPs: "gelu" (erf), "gelu_tanh", "quick_gelu", "relu", "silu" or "swiglu".
+      attn_norm, mlp_norm: a LayerNorm before the last product of a block's two branches.
+      head_dim: channels of a head, None for width / heads.
       final_norm: False hands on the last block's tokens as they are.
-      drop_path: stochastic depth of the last block.
+      drop_path: stochastic depth of the last block, or a tuple with that of each.
       drop_path_rule: "linear" from 0 (DeiT) or "constant" (TPS).
       layer_scale: initial LayerScale value, None for none.
       norm_eps: LayerNorm epsilon.
@@ -83,8 +90,11 @@ class Isotropic(ReductionSites, nn.Module):
     proj_bias: bool = True
     qk_norm: bool = False
     activation: Literal[tuple(layers.ACTIVATIONS)] = "gelu"
+    attn_norm: bool = False
+    mlp_norm: bool = False
+    head_dim: Count | None = None
     final_norm: bool = True
-    drop_path: Rate = 0.0
+    drop_path: Rate | tuple[Rate, ...] = 0.0
     drop_path_rule: Literal["linear", "constant"] = "linear"
     layer_scale: float | None = None
     norm_eps: Positive = 1e-6
@@ -117,9 +127,24 @@ class Isotropic(ReductionSites, nn.Module):
 
     def check(self) -> None:
         """Raises ValueError for fields that do not fit together."""
-        if self.width % self.heads:
+        if self.head_dim is None and self.width % self.heads:
             raise ValueError(f"width {self.width} is not divisible by {self.heads} heads")
+        if isinstance(self.drop_path, tuple) and len(self.drop_path) != self.path_count:
+            raise ValueError(f"drop_path={self.drop_path} needs one rate per block ({self.path_count})")
         check_policy(self.remat)
+
+    @property
+    def path_count(self) -> int:
+        """Number of blocks that stochastic depth is counted over."""
+        return self.depth
+
+    def path_rate(self, index: int) -> float:
+        """Stochastic depth of one of them."""
+        if isinstance(self.drop_path, tuple):
+            return self.drop_path[index]
+        if self.drop_path_rule == "constant":
+            return self.drop_path
+        return self.drop_path * index / max(1, self.path_count - 1)
 
     def setup_stem(self) -> None:
         """Builds the modules of the stem."""
@@ -152,7 +177,6 @@ class Isotropic(ReductionSites, nn.Module):
         return nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype)
 
     def _block(self, index: int) -> Spec:
-        linear = self.drop_path * index / max(1, self.depth - 1)
         return Spec.of(
             Block,
             layer=index,
@@ -162,7 +186,7 @@ class Isotropic(ReductionSites, nn.Module):
             qkv_bias=self.qkv_bias,
             qk_scale=self.qk_scale,
             dropout=self.dropout,
-            drop_path=linear if self.drop_path_rule == "linear" else self.drop_path,
+            drop_path=self.path_rate(index),
             layer_scale=self.layer_scale,
             norm_eps=self.norm_eps,
             skip_lam=self.skip_lam,
@@ -172,6 +196,9 @@ class Isotropic(ReductionSites, nn.Module):
             proj_bias=self.proj_bias,
             qk_norm=self.qk_norm,
             act=self.activation,
+            attn_norm=self.attn_norm,
+            mlp_norm=self.mlp_norm,
+            head_dim=self.head_dim,
         )
 
     def embed(self, images: Array, context: Context) -> Tokens:
@@ -196,7 +223,9 @@ class Isotropic(ReductionSites, nn.Module):
           Normalised tokens, one `Reduction` per site, records by name.
         """
         tokens = self.embed(images, context)
-        chex.assert_shape(tokens.x, (images.shape[0], self.prefix + tokens.initial, self.width))
+        chex.assert_shape(
+            tokens.x, (*tokens.place.shape[:1], self.prefix + tokens.place.shape[1], self.width)
+        )
         embed = {"embed": tokens.x} if "embed" in context.record else {}
         tokens, reductions, records = self.trunk(tokens, context)
         return tokens.replace(x=self.norm(tokens.x)), reductions, {**embed, **records}

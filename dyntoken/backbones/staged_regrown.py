@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dyntoken.backbones.isotropic import check_images
+from dyntoken.backbones.isotropic import at_stage, check_images
 from dyntoken.nn.reduction_sites import ReductionSites, listed
 from dyntoken.nn.remat import Remat, check_policy
 from dyntoken.nn.spatial import RegrownStage
@@ -178,7 +178,7 @@ class RegrownStages(ReductionSites, nn.Module):
             width=self.widths[number],
             prefix=self.prefixes[number],
             positions=self.positions,
-            dropout=_at(self.dropout, number),
+            dropout=at_stage(self.dropout, number),
             layer=sum(self.depths) + number,
             dropped=self.dropped,
             remat=self.remat,
@@ -190,9 +190,9 @@ class RegrownStages(ReductionSites, nn.Module):
             width=self.widths[number],
             heads=self.heads[number],
             mlp_ratio=self.mlp_ratios[number],
-            qkv_bias=_at(self.qkv_bias, number),
-            dropout=_at(self.dropout, number),
-            attn_dropout=_at(self.attn_dropout, number),
+            qkv_bias=at_stage(self.qkv_bias, number),
+            dropout=at_stage(self.dropout, number),
+            attn_dropout=at_stage(self.attn_dropout, number),
             drop_path=self.path_rate(number, index),
             norm_eps=self.norm_eps,
             reduced=site is not None and (index > 0 or not site.inside),
@@ -252,8 +252,3 @@ class RegrownStages(ReductionSites, nn.Module):
             noise=None if context.noise is None else (context.noise[index],),
             decisions=None if context.decisions is None else (context.decisions[index],),
         )
-
-
-def _at(value: Any, stage: int) -> Any:
-    """What one value, or one per stage, is in a stage."""
-    return value[stage] if isinstance(value, tuple) else value

@@ -77,7 +77,6 @@ class SpatialBlock(Block):
 
     reduced: bool = False
     dropped: str = "zero"
-    activation = staticmethod(layers.gelu)
 
     @property
     def convolves(self) -> bool:
@@ -93,7 +92,7 @@ class SpatialBlock(Block):
         self.attn = self.attention()
         self.norm2 = nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype)
         hidden = int(self.width * self.mlp_ratio)
-        self.mlp = layers.Mlp(hidden, self.dropout, self.dtype, self.width, self.activation)
+        self.mlp = layers.Mlp(hidden, self.dropout, self.dtype, self.width, layers.ACTIVATIONS[self.act])
 
     def attend(
         self,

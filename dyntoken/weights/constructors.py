@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from dyntoken.models import Model, create_model
+from dyntoken.nn import layers
 from dyntoken.registry import suggest
 from dyntoken.weights.errors import WeightsError
 
@@ -114,11 +115,6 @@ class Reference:
 # Converters
 
 
-def size(value: Any) -> int | tuple[int, int]:
-    """An int, or (height, width)."""
-    return ints(value) if isinstance(value, (list, tuple)) else int(value)
-
-
 def ints(value: Sequence[Any]) -> tuple[int, ...]:
     """One int per stage."""
     return tuple(int(v) for v in value)
@@ -142,6 +138,11 @@ def positive(value: Any) -> float | None:
 def optional(convert: Callable[[Any], Any], none: Any = None) -> Callable[[Any], Any]:
     """`convert`, where None means `none`."""
     return lambda value: none if value is None else convert(value)
+
+
+def per_stage(convert: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """One value, or one per stage (or block)."""
+    return lambda value: tuple(map(convert, value)) if isinstance(value, (list, tuple)) else convert(value)
 
 
 def epsilon(default: float) -> Callable[[Any], float]:
@@ -173,3 +174,47 @@ def called(text: Any, name: str) -> dict[str, str] | Any:
     if any(len(pair) != 2 for pair in pairs):
         raise ValueError("write its arguments as name=value")
     return {key.strip(): value.strip() for key, value in pairs}
+
+
+def activation(value: Any) -> str:
+    """`act_layer`: timm's name or a class's, "nn.SiLU"; None is GELU."""
+    name = str(value or "gelu").rsplit(".", 1)[-1].lower().replace("_", "")
+    names = {own.replace("_", ""): own for own in layers.ACTIVATIONS if own != "swiglu"} | {"swish": "silu"}
+    if name not in names:
+        raise ValueError(
+            f"{suggest(name, names)} (an activation with parameters, or given as code, is not read)"
+        )
+    return names[name]
+
+
+# Arguments of several classes
+
+CODE = "another one is code, which no table reads"
+IMAGES = {
+    "img_size": to("img_size", per_stage(int), 224),
+    "in_chans": to("in_chans", int, 3),
+    "num_classes": to("num_classes", int, 1000),
+}
+DROP_PATH = {"drop_path_rate": to("drop_path", float, 0.0)}
+DROPOUT = {"drop_rate": to("dropout", float, 0.0)}
+ATTN_DROPOUT = {"attn_drop_rate": to("attn_dropout", float, 0.0)}
+HEAD_DROPOUT = {"drop_rate": to("head_dropout", float, 0.0)}
+QK_SCALE = {"qk_scale": to("qk_scale", positive, None)}
+NORM = {"norm_layer": to("norm_eps", epsilon(1e-5), None)}
+ACTIVATION = {"act_layer": to("activation", activation, None)}
+USUAL = {**DROP_PATH, **DROPOUT, **ATTN_DROPOUT, **QK_SCALE, **NORM}
+
+
+def pruned(a: Values) -> dict[str, Any]:
+    """DynamicViT's sites."""
+    return {"method": "dynamicvit", **sites(a["pruning_loc"], a.get("token_ratio", a.get("sparse_ratio")))}
+
+
+def sites(at: Sequence[int] | None, ratios: Sequence[float] | None) -> dict[str, Any]:
+    """Where and how much DynamicViT and TPS prune; both take the ratios in the order of the blocks."""
+    if not at or not ratios:
+        raise ValueError("pruning_loc and its ratios are needed")
+    if len(ratios) < len(set(at)):
+        raise ValueError(f"{len(ratios)} keep ratios for {len(set(at))} prune locations")
+    at = tuple(sorted({int(index) for index in at}))
+    return {"at": at, "keep": tuple(float(ratio) for ratio in ratios[: len(at)])}

@@ -42,6 +42,7 @@ VIT_RULES = (
     (r"^backbone/trunk/reducer_(\d+)/predictor/(in|out)_conv_(\d+)/", r"score_predictor/\1/\2_conv/\3/"),
     (r"^backbone/(norm|norm_pre)/", r"\1/"),
     (r"^head/norm/", r"fc_norm/"),
+    (r"^head/attn_pool/", r"attn_pool/"),
     (r"^head/cls/", r"head/"),
     (r"^head/dist/", r"head_dist/"),
     (r"^head/pre_logits/", r"pre_logits/fc/"),
@@ -67,10 +68,10 @@ PSVIT_RULES = (
     *VIT_RULES,
 )
 PVT_RULES = (
-    # Its stages count from 1.
+    # Its stages count from 1; there are 4 in every published one.
     *(
         (rf"^backbone/stage_{i}/{ours}", theirs.format(i + 1))
-        for i in range(4)
+        for i in range(8)
         for ours, theirs in (
             ("pos_embed$", "pos_embed{}"),
             ("patch_embed/", "patch_embed{}/"),
@@ -98,7 +99,8 @@ SWIN_RULES = (
     *VIT_RULES,
 )
 CONVNEXT_RULES = (
-    (r"^backbone/stem_conv/", r"downsample_layers/0/0/"),
+    (r"^backbone/stem_conv(_0)?/", r"downsample_layers/0/0/"),
+    (r"^backbone/stem_conv_1/", r"downsample_layers/0/conv2/"),
     (r"^backbone/stem_norm/", r"downsample_layers/0/1/"),
     (r"^backbone/downsample_(\d+)_norm/", r"downsample_layers/\1/0/"),
     (r"^backbone/downsample_(\d+)_conv/", r"downsample_layers/\1/1/"),
@@ -121,8 +123,9 @@ CONVNEXT_ALIASES = (  # timm
     (r"^stages\.(\d+)\.downsample\.", r"downsample_layers.\1."),
     (r"^stages\.(\d+)\.blocks\.(\d+)\.conv_dw\.", r"stages.\1.\2.dwconv."),
     (r"^stages\.(\d+)\.blocks\.(\d+)\.mlp\.fc(\d)\.", r"stages.\1.\2.pwconv\3."),
-    (r"^stages\.(\d+)\.blocks\.(\d+)\.", r"stages.\1.\2."),
-    (r"^head\.norm\.", r"norm."),
+    (r"^stages\.(\d+)\.blocks\.(\d+)\.(?:mlp\.)?", r"stages.\1.\2."),
+    (r"^(?:head\.norm|norm_pre)\.", r"norm."),
+    (r"^head\.pre_logits\.", r"pre_logits."),
     (r"^head\.fc\.", r"head."),
 )
 
@@ -174,6 +177,16 @@ def _window_buffers(body: Any, tensors: Mapping[str, np.ndarray]) -> dict[str, n
     return found
 
 
+def _overlapping_stem(names: Iterable[str]) -> dict[str, str]:
+    """timm's ConvNeXt with two convolutions in its stem: which number is which depends on an activation between."""
+    hits = {name: hit for name in names if (hit := re.match(r"stem\.(\d)\.", name))}
+    numbers = sorted({hit[1] for hit in hits.values()})
+    if len(numbers) != 3:
+        return {}
+    parts = dict(zip(numbers, ("0", "conv2", "1"), strict=True))
+    return {name: f"downsample_layers.0.{parts[hit[1]]}.{name[hit.end() :]}" for name, hit in hits.items()}
+
+
 @dataclasses.dataclass(frozen=True)
 class Naming:
     """The keys of one family of checkpoints.
@@ -204,7 +217,9 @@ RULES = Table(
         "pvt": Naming(PVT_RULES),
         "cvt": Naming(CVT_RULES),
         "swin": Naming(SWIN_RULES, SWIN_ALIASES, respell=_merging_first, buffers=_window_buffers),
-        "convnext": Naming(CONVNEXT_RULES, CONVNEXT_ALIASES, pointwise="/predictor/"),
+        "convnext": Naming(
+            CONVNEXT_RULES, CONVNEXT_ALIASES, pointwise="/predictor/", respell=_overlapping_stem
+        ),
     },
 )
 
@@ -242,8 +257,10 @@ class Entry:
 
     def from_reference(self, value: np.ndarray) -> np.ndarray:
         """The reference's array in our layout."""
-        if self.layout == "linear" and value.ndim == 2:
-            return np.ascontiguousarray(value.T)
+        if self.layout == "linear" and (
+            value.ndim == 2 or value.shape[2:] == (1, 1)
+        ):  # also as a 1x1 convolution
+            return np.ascontiguousarray(value.reshape(value.shape[:2]).T)
         if self.layout == "pointwise" and value.ndim == 4:
             return np.ascontiguousarray(value[:, :, 0, 0].T)
         if self.layout == "conv" and value.ndim == 4:

@@ -7,7 +7,7 @@ import pytest
 
 import dyntoken
 from dyntoken import weights
-from dyntoken.weights import WeightsError, official
+from dyntoken.weights import WeightsError, official, official_isotropic
 from tests.golden.checkers.evit import call_sites
 
 SMALL = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 4, "num_heads": 2, "num_classes": 5}
@@ -58,9 +58,9 @@ def test_unknown_repository_class_and_argument():
 @pytest.mark.parametrize(
     ("repository", "cls", "argument"),
     [
-        ("timm", "VisionTransformer", {"scale_attn_norm": True}),
-        ("timm", "VisionTransformer", {"global_pool": "map"}),
-        ("timm", "VisionTransformer", {"act_layer": "mish"}),
+        ("timm", "VisionTransformer", {"attn_layer": "DiffAttention"}),
+        ("timm", "VisionTransformer", {"global_pool": "prr"}),
+        ("timm", "VisionTransformer", {"act_layer": "prelu"}),
         ("timm", "VisionTransformer", {"global_pool": "token", "class_token": False}),
         ("timm", "VisionTransformer", {"norm_layer": "RmsNorm"}),
         ("raoyongming/DynamicViT", "VisionTransformerTeacher", {"hybrid_backbone": "resnet"}),
@@ -109,7 +109,7 @@ def test_tps_defaults_are_the_class_own():
     ],
 )
 def test_squeezing_module(module, options):
-    assert official.tps_options(module) == options
+    assert official_isotropic.tps_options(module) == options
     reference = build("megvii-research/TPS-CVPR2023", "DynamicVit", prune_loc=[1], token_merge_module=module)
     assert reference.model.method == ("dynamicvit" if module is None else "dtps")
     assert dict(reference.model.method_options) == (options or {})

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from dyntoken import losses, weights
-from dyntoken.weights import official
+from dyntoken.weights import official_isotropic
 from tests.golden.case import Case
 from tests.golden.checkers import common
 from tests.golden.ledger import Ledger
@@ -77,7 +77,7 @@ def _clone(model: Any, sites: dict[str, Any]) -> Any:
 
 def _rates(case: Case) -> tuple[float, ...]:
     given = case.info["constructor"]
-    return official.per_block(given.get("keep_rate", (1,)), int(given.get("depth", 12)))
+    return official_isotropic.per_block(given.get("keep_rate", (1,)), int(given.get("depth", 12)))
 
 
 def _check_counts(case: Case, ledger: Ledger, variant: str, run: str, out: Any) -> None:
