@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dyntoken.backbones.isotropic import pair
+from dyntoken.backbones.sizes import pair
 from dyntoken.heads import Pool, check_pool
 from dyntoken.nn import images as guard
 from dyntoken.nn import rng

@@ -75,7 +75,7 @@ IMPORTS = {
         "config",
         "data",
         "eval",
-        "losses",
+        "interrupt",
         "mix",
         "models",
         "nn",

@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dyntoken.backbones.isotropic import at_stage, pair
+from dyntoken.backbones.sizes import of_stage, pair
 from dyntoken.backbones.staged_dual_path import DualPathStages
 from dyntoken.nn import layers
 from dyntoken.nn.dual_path import Route, Streams, branch
@@ -99,13 +99,17 @@ class ConvNeXtBlock(nn.Module):
         self, x: Array | Streams, draws: sample.Draws | None, route: Route | None
     ) -> Array | Streams:
         """Cells `[B, N, C]` in and out; `route` is None ahead of the first site."""
+
+        def path(y: Array, stream: int) -> Array:
+            return layers.drop_path(y, self.drop_path, draws, self.layer, stream)
+
         if isinstance(x, Streams):
             both = x.renewed(self._mix(x.mixed(route.mask)), route.mask)
-            slow = x.slow + self._path(self._slow(both.slow), draws, SLOW_PATH)
-            return Streams(slow, x.fast + self._path(self._fast(both.fast), draws, FAST_PATH))
+            slow = path(self._slow(both.slow), SLOW_PATH)
+            return Streams(x.slow + slow, x.fast + path(self._fast(both.fast), FAST_PATH))
         y = self._mix(x)
         y = self._slow(y) if route is None else branch(route, y, self._slow, self._fast)
-        return x + self._path(y, draws, SLOW_PATH)
+        return x + path(y, SLOW_PATH)
 
     def _mix(self, x: Array) -> Array:
         return self.dwconv(x.reshape(len(x), *self.grid, self.width)).reshape(x.shape)
@@ -116,11 +120,6 @@ class ConvNeXtBlock(nn.Module):
 
     def _fast(self, x: Array) -> Array:
         return _scaled(self.fast_path_1(self.fast_path_0(x)), self.fast_path_gamma)
-
-    def _path(self, y: Array, draws: sample.Draws | None, stream: int) -> Array:
-        if draws is None or self.drop_path == 0.0:
-            return y
-        return sample.drop_path(y, self.drop_path, draws, self.layer, stream)
 
 
 class ConvNeXt(DualPathStages):
@@ -185,20 +184,12 @@ class ConvNeXt(DualPathStages):
             first = _divisible(width // 2) if self.stem == "overlap_tiered" else width
             self.stem_conv_0 = self._conv(first, (3, 3), (2, 2), 1)
             self.stem_conv_1 = self._conv(width, (3, 3), (2, 2), 1)
-        self.stem_norm = self._norm()
+        self.stem_norm = self.make_norm()
         for number, width in enumerate(self.widths[1:], start=1):
-            setattr(self, f"downsample_{number}_norm", self._norm())
+            setattr(self, f"downsample_{number}_norm", self.make_norm())
             setattr(self, f"downsample_{number}_conv", self._conv(width, (2, 2)))
-        rates, layer, recipes = self.rates(), 0, []
-        for number, depth in enumerate(self.depths):
-            own = [self._block(layer + index, number, rates[number][index]) for index in range(depth)]
-            recipes.append(own)
-            layer += depth
-        self.stages = self.make_stages(recipes)
-        self.norm = self._norm()
-
-    def _norm(self) -> nn.LayerNorm:
-        return nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype)
+        self.stages = self.make_stages()
+        self.norm = self.make_norm()
 
     def _conv(
         self, width: int, side: tuple[int, int], stride: tuple[int, int] | None = None, padding: int = 0
@@ -207,21 +198,11 @@ class ConvNeXt(DualPathStages):
         options = {"use_bias": self.conv_bias, "kernel_init": init, "dtype": self.dtype}
         return nn.Conv(width, side, stride or side, padding, **options)
 
-    def _block(self, layer: int, stage: int, rate: float) -> Spec:
-        return Spec.of(
-            ConvNeXtBlock,
-            layer=layer,
-            width=self.widths[stage],
-            grid=self.grid_of(stage),
-            kernel=at_stage(self.kernel, stage),
-            act=self.activation,
-            grn=self.grn,
-            conv_bias=self.conv_bias,
-            drop_path=rate,
-            layer_scale=self.layer_scale,
-            norm_eps=self.norm_eps,
-            dtype=self.dtype,
-        )
+    def block(self, stage: int, index: int) -> Spec:
+        """A block of a stage."""
+        options = {"act": self.activation, "grn": self.grn, "conv_bias": self.conv_bias}
+        kernel = of_stage(self.kernel, stage)
+        return Spec.of(ConvNeXtBlock, kernel=kernel, layer_scale=self.layer_scale, **options)
 
     def embed(self, images: Array, context: Context) -> Array:
         """One convolution per patch, or two small ones, then a norm."""

@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dyntoken.backbones.isotropic import at_stage, pair
+from dyntoken.backbones.sizes import of_stage, pair
 from dyntoken.backbones.staged_regrown import RegrownStages
 from dyntoken.nn import layers
 from dyntoken.nn.batchnorm import BatchNorm
 from dyntoken.nn.spatial import Map, SpatialBlock
 from dyntoken.nn.spec import Spec
-from dyntoken.ops import attend, sample, select
+from dyntoken.ops import attend, sample, select, unfold
 from dyntoken.schema import Count, Natural, Positive
 from dyntoken.types import Attended
 
@@ -160,15 +160,10 @@ def key_weights(cells: int, kernel: int, stride: int, padding: int, method: str 
     """Weights `[cells, keys]` float32 of a linear interpolation between the centres of keys, along one axis."""
     if method == "linear":
         return np.eye(cells, dtype=np.float32)
-    keys = (_pooled if method == "avg" else _convolved)(cells, kernel, stride, padding)
+    keys = (_pooled if method == "avg" else unfold.count)(cells, kernel, stride, padding)
     at = (np.arange(cells) + padding - (kernel - 1) / 2) / stride
     at = np.clip(at, 0, keys - 1)
     return np.maximum(0.0, 1.0 - np.abs(at[:, None] - np.arange(keys)[None])).astype(np.float32)
-
-
-def _convolved(size: int, kernel: int, stride: int, padding: int) -> int:
-    """Outputs of a convolution along an axis."""
-    return (size + 2 * padding - kernel) // stride + 1
 
 
 def _pooled(size: int, kernel: int, stride: int, padding: int) -> int:
@@ -200,6 +195,7 @@ class CvTBlock(SpatialBlock):
     padding: int = 1
     frozen: bool = False
     method: str = "dw_bn"
+    act: str = "quick_gelu"
 
     def attention(self) -> nn.Module:
         """The attention layer."""
@@ -254,7 +250,7 @@ class CvT(RegrownStages):
         """(rows, columns) of patches of each stage."""
         size, found = pair(self.img_size), []
         for options in zip(*(getattr(self, name) for name in self.embeds), strict=True):
-            size = tuple(_convolved(s, *options) for s in size)
+            size = tuple(unfold.count(s, *options) for s in size)
             found.append(size)
         return tuple(found)
 
@@ -274,7 +270,7 @@ class CvT(RegrownStages):
             raise ValueError(f"kernels={self.kernels} must be odd, so that queries keep the map's size")
         keys = zip(self.grids, self.kernels, self.kv_strides, self.kv_paddings, strict=True)
         for (high, wide), *options in keys:
-            if min(high, wide) < 1 or _convolved(min(high, wide), *options) < 1:
+            if min(high, wide) < 1 or unfold.count(min(high, wide), *options) < 1:
                 raise ValueError(f"img_size {pair(self.img_size)} is too small: the maps are {self.grids}")
 
     def embed(self, stage: int) -> Spec:
@@ -287,7 +283,7 @@ class CvT(RegrownStages):
     def block(self, stage: int) -> Spec:
         """A block of a stage."""
         options = {"stride": self.kv_strides[stage], "padding": self.kv_paddings[stage]}
-        options |= {"method": at_stage(self.projection, stage), "act": self.activation}
+        options |= {"method": of_stage(self.projection, stage), "act": self.activation}
         return Spec.of(CvTBlock, kernel=self.kernels[stage], frozen=self.frozen_stats, **options)
 
     def path_rate(self, number: int, index: int) -> float:

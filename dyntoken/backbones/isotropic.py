@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from dyntoken.backbones.sizes import check_heads, check_images
 from dyntoken.nn import layers
 from dyntoken.nn.block import Block
 from dyntoken.nn.reduction_sites import ReductionSites
@@ -19,34 +20,19 @@ from dyntoken.schema import Count, Positive, Rate, Size
 from dyntoken.types import DType, Reduction, Tokens
 
 Array = jax.Array
-
-
-def pair(value: int | tuple[int, int]) -> tuple[int, int]:
-    """`n` or `(rows, columns)` to a pair."""
-    return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
-
-
-def at_stage(value: Any, stage: int) -> Any:
-    """What one value, or a tuple with one per stage, is in a stage."""
-    return value[stage] if isinstance(value, tuple) else value
-
-
-def check_images(images: Array, img_size: int | tuple[int, int], in_chans: int) -> None:
-    """Raises ValueError unless `images` are `[B, *img_size, in_chans]`."""
-    size = pair(img_size)
-    if images.ndim != 4 or images.shape[1:] != (*size, in_chans):
-        raise ValueError(
-            f"this model takes images [B, {size[0]}, {size[1]}, {in_chans}], got {images.shape}; "
-            "create_model(..., img_size=, in_chans=) builds it for others"
-        )
+# Fields that a block takes from its backbone as they are.
+OF_BLOCK = ("width", "heads", "mlp_ratio", "qkv_bias", "qk_scale", "dropout", "attn_dropout", "proj_bias")
+OF_BLOCK += ("qk_norm", "layer_scale", "norm_eps", "skip_lam", "dtype", "attn_norm", "mlp_norm", "head_dim")
 
 
 class Isotropic(ReductionSites, nn.Module):
     """A stem, then blocks of one width.
 
     Class (and other prefix) tokens come first, then one position embedding of
-    length prefix + N is added to all rows. A subclass gives the stem
-    (`setup_stem`, `stem_rows`), the `grid`, its prefix tokens and its positions.
+    length prefix + N is added to all rows. A subclass gives the (rows, columns)
+    of its `grid`, builds the modules of the stem in `setup_stem()` and runs them
+    in `stem_rows(images, context)`, which returns the patch rows `[B, N, width]`;
+    it may have other `prefix_rows` and `positions`.
 
     Attributes:
       img_size: pixels, `n` or `(height, width)`.
@@ -105,6 +91,8 @@ class Isotropic(ReductionSites, nn.Module):
     dtype: DType = jnp.float32
     sites: tuple[Site, ...] = ()
 
+    required = ("grid", "setup_stem", "stem_rows")
+
     @property
     def default_sites(self) -> tuple[int, ...]:
         """Three sites at the quarters of the depth: (3, 6, 9) of 12 blocks."""
@@ -120,15 +108,10 @@ class Isotropic(ReductionSites, nn.Module):
         """Rows that are no patches."""
         return sum(self.prefix_rows.values())
 
-    @property
-    def grid(self) -> tuple[int, int]:
-        """(rows, columns) of patches."""
-        raise NotImplementedError(f"{type(self).__name__} does not say its grid")
-
     def check(self) -> None:
         """Raises ValueError for fields that do not fit together."""
-        if self.head_dim is None and self.width % self.heads:
-            raise ValueError(f"width {self.width} is not divisible by {self.heads} heads")
+        if self.head_dim is None:
+            check_heads((self.width,), (self.heads,))
         if isinstance(self.drop_path, tuple) and len(self.drop_path) != self.path_count:
             raise ValueError(f"drop_path={self.drop_path} needs one rate per block ({self.path_count})")
         check_policy(self.remat)
@@ -145,14 +128,6 @@ class Isotropic(ReductionSites, nn.Module):
         if self.drop_path_rule == "constant":
             return self.drop_path
         return self.drop_path * index / max(1, self.path_count - 1)
-
-    def setup_stem(self) -> None:
-        """Builds the modules of the stem."""
-        raise NotImplementedError(f"{type(self).__name__} does not build a stem")
-
-    def stem_rows(self, images: Array, context: Context) -> Array:
-        """Images to patch rows `[B, N, width]`."""
-        raise NotImplementedError(f"{type(self).__name__} does not run a stem")
 
     def positions(self) -> Array | None:
         """The position embedding `[1, prefix + N, width]`; called once, in `setup`.
@@ -180,25 +155,10 @@ class Isotropic(ReductionSites, nn.Module):
         return Spec.of(
             Block,
             layer=index,
-            width=self.width,
-            heads=self.heads,
-            mlp_ratio=self.mlp_ratio,
-            qkv_bias=self.qkv_bias,
-            qk_scale=self.qk_scale,
-            dropout=self.dropout,
             drop_path=self.path_rate(index),
-            layer_scale=self.layer_scale,
-            norm_eps=self.norm_eps,
-            skip_lam=self.skip_lam,
             context=self.context if isinstance(self.context, int) else self.context[index],
-            dtype=self.dtype,
-            attn_dropout=self.attn_dropout,
-            proj_bias=self.proj_bias,
-            qk_norm=self.qk_norm,
             act=self.activation,
-            attn_norm=self.attn_norm,
-            mlp_norm=self.mlp_norm,
-            head_dim=self.head_dim,
+            **{name: getattr(self, name) for name in OF_BLOCK},
         )
 
     def embed(self, images: Array, context: Context) -> Tokens:

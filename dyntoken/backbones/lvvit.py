@@ -8,7 +8,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dyntoken.backbones.isotropic import Isotropic, pair
+from dyntoken.backbones.isotropic import Isotropic
+from dyntoken.backbones.sizes import check_multiple, pair
 from dyntoken.nn import layers
 from dyntoken.nn.batchnorm import BatchNorm
 from dyntoken.nn.spec import Spec
@@ -94,11 +95,7 @@ class LVViT(Isotropic):
     def grid(self) -> tuple[int, int]:
         """(rows, columns) of patches."""
         size, patch = pair(self.img_size), pair(self.patch_size)
-        if size[0] % patch[0] or size[1] % patch[1]:
-            near = tuple(max(p, round(s / p) * p) for s, p in zip(size, patch, strict=True))
-            raise ValueError(
-                f"img_size {size} is not divisible by patch_size {patch}; the nearest that fits is {near}"
-            )
+        check_multiple(size, patch, f"is not divisible by patch_size {patch}")
         return size[0] // patch[0], size[1] // patch[1]
 
     def check(self) -> None:

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dyntoken.backbones.isotropic import Isotropic, pair
+from dyntoken.backbones.isotropic import Isotropic
+from dyntoken.backbones.sizes import check_multiple, pair
 from dyntoken.nn import layers
 from dyntoken.nn.batchnorm import BatchNorm
 from dyntoken.nn.remat import rematerialised
@@ -150,10 +151,7 @@ class PSViT(Isotropic):
     def check(self) -> None:
         """Raises ValueError for fields that do not fit together."""
         super().check()
-        size = pair(self.img_size)
-        if any(s % STRIDE for s in size):
-            near = tuple(max(STRIDE, round(s / STRIDE) * STRIDE) for s in size)
-            raise ValueError(f"img_size {size} is not divisible by {STRIDE}; the nearest that fits is {near}")
+        check_multiple(self.img_size, STRIDE, f"is not divisible by {STRIDE}")
 
     def positions(self) -> None:
         """None: every row has the embedding of its point."""

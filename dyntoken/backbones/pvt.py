@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dyntoken.backbones.isotropic import pair
+from dyntoken.backbones.sizes import check_multiple, pair
 from dyntoken.backbones.staged_regrown import RegrownStages
 from dyntoken.nn import layers
 from dyntoken.nn.spatial import Map, SpatialBlock
@@ -155,12 +155,8 @@ class PVT(RegrownStages):
     def grids(self) -> tuple[tuple[int, int], ...]:
         """(rows, columns) of patches of each stage."""
         size, whole = pair(self.img_size), self.patch_size * 2 ** (self.depth - 1)
-        if any(s % whole or s < whole for s in size):
-            near = tuple(max(whole, round(s / whole) * whole) for s in size)
-            raise ValueError(
-                f"img_size {size} is not divisible by {whole} (patch_size {self.patch_size}, halved "
-                f"{self.depth - 1} times); the nearest that fits is {near}"
-            )
+        halved = f"(patch_size {self.patch_size}, halved {self.depth - 1} times)"
+        check_multiple(size, whole, f"is not divisible by {whole} {halved}")
         first = tuple(s // self.patch_size for s in size)
         return tuple((first[0] >> stage, first[1] >> stage) for stage in range(self.depth))
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dyntoken.backbones.isotropic import check_images, pair
+from dyntoken.backbones.sizes import check_images, check_multiple, pair
 from dyntoken.nn.dual_path import Route, Streams
 from dyntoken.nn.reduction_sites import ReductionSites
 from dyntoken.nn.remat import Remat, check_policy, rematerialised
@@ -101,6 +100,14 @@ class DualPathStages(ReductionSites, nn.Module):
     The final tokens are one row that the classifier reads, the pooled one, then
     the cells of the last grid, each normalised.
 
+    A subclass has `widths` (channels per stage) and `norm_eps`, and gives
+    `site_step` (blocks from one default site to the next),
+    `embed(images, context)` (images to the cells `[B, N, C]` that enter block 0),
+    `downsample(stage, x)` (cells of the stage before to those that enter `stage`,
+    `[B, N / 4, C']`), `final_norm(x)` (cells of the last block `[B, N, C]` to the
+    final rows `[B, 1 + N, C]`) and `block(stage, index)`, the recipe of a block;
+    `layer`, `width`, `grid`, `drop_path`, `norm_eps` and `dtype` are added.
+
     Attributes:
       img_size: pixels, `n` or `(height, width)`.
       in_chans: image channels.
@@ -122,17 +129,13 @@ class DualPathStages(ReductionSites, nn.Module):
     dtype: DType = jnp.float32
     sites: tuple[Site, ...] = ()
 
+    required = ("widths", "norm_eps", "site_step", "embed", "downsample", "final_norm", "block")
     nested = False
     predictor_eps = 1e-5
 
     def __post_init__(self) -> None:
         self.check()
         super().__post_init__()
-
-    @property
-    def widths(self) -> tuple[int, ...]:
-        """Channels per stage."""
-        raise NotImplementedError(f"{type(self).__name__} does not say its widths")
 
     @property
     def total_stride(self) -> int:
@@ -144,18 +147,10 @@ class DualPathStages(ReductionSites, nn.Module):
         check_policy(self.remat)
         if not self.depths:
             raise ValueError("depths is empty: it names the blocks of each stage")
-        size, patch = pair(self.img_size), pair(self.patch_size)
-        units = [p * self.total_stride for p in patch]
-        if any(s % u for s, u in zip(size, units, strict=True)):
-            near = tuple(max(u, round(s / u) * u) for s, u in zip(size, units, strict=True))
-            raise ValueError(
-                f"img_size {size} does not fit {self.needs()}: it must be a multiple of {tuple(units)}; "
-                f"the nearest that fits is {near}"
-            )
-
-    def needs(self) -> str:
-        """What the image size has to fit, for messages."""
-        return f"patch_size {pair(self.patch_size)} and {len(self.depths)} stages"
+        patch = pair(self.patch_size)
+        units = (patch[0] * self.total_stride, patch[1] * self.total_stride)
+        needs = f"patch_size {patch} and {len(self.depths)} stages"
+        check_multiple(self.img_size, units, f"does not fit {needs}: it must be a multiple of {units}")
 
     def grid_of(self, stage: int) -> tuple[int, int]:
         """(rows, columns) of a stage."""
@@ -182,11 +177,6 @@ class DualPathStages(ReductionSites, nn.Module):
         """Three sites from an early block of the third stage on, as the official models have them."""
         step = self.site_step
         return tuple(step * number for number in (1, 2, 3) if step * number < self.depth) or (0,)
-
-    @property
-    def site_step(self) -> int:
-        """Blocks from one default site to the next."""
-        raise NotImplementedError(f"{type(self).__name__} does not say its sites")
 
     def site_grid(self, at: int) -> tuple[int, int]:
         """(rows, columns) of the third stage."""
@@ -224,39 +214,34 @@ class DualPathStages(ReductionSites, nn.Module):
             )
         return reason
 
-    def make_stages(self, blocks: Sequence[Sequence[Spec]]) -> list[DualPathStage]:
-        """The stages from their blocks' recipes; called in `setup`."""
+    def make_stages(self) -> list[DualPathStage]:
+        """The stages; called in `setup`."""
         return [
             DualPathStage(
-                tuple(own),
-                self.grid_of(number),
-                self.sites if number == SPARSE_STAGE else (),
+                tuple(self._block(stage, index) for index in range(depth)),
+                self.grid_of(stage),
+                self.sites if stage == SPARSE_STAGE else (),
                 self.predictor_eps,
                 self.remat,
-                name=f"stage_{number}",
+                name=f"stage_{stage}",
             )
-            for number, own in enumerate(blocks)
+            for stage, depth in enumerate(self.depths)
         ]
 
-    def rates(self) -> list[list[float]]:
-        """Stochastic depth rate of every block, by stage."""
-        whole, firsts = sum(self.depths), [sum(self.depths[:n]) for n in range(len(self.depths))]
-        return [
-            [self.drop_path * (first + index) / max(1, whole - 1) for index in range(depth)]
-            for first, depth in zip(firsts, self.depths, strict=True)
-        ]
+    def _block(self, stage: int, index: int) -> Spec:
+        layer = sum(self.depths[:stage]) + index
+        return self.block(stage, index).with_(
+            layer=layer,
+            width=self.widths[stage],
+            grid=self.grid_of(stage),
+            drop_path=self.drop_path * layer / max(1, sum(self.depths) - 1),
+            norm_eps=self.norm_eps,
+            dtype=self.dtype,
+        )
 
-    def embed(self, images: Array, context: Context) -> Array:
-        """Images `[B, H, W, in_chans]` to the cells `[B, N, C]` that enter block 0."""
-        raise NotImplementedError(f"{type(self).__name__} does not build a stem")
-
-    def downsample(self, stage: int, x: Array) -> Array:
-        """Cells `[B, N, C]` of the stage before to those that enter `stage`, `[B, N / 4, C']`."""
-        raise NotImplementedError(f"{type(self).__name__} does not downsample its grid")
-
-    def final_norm(self, x: Array) -> Array:
-        """Cells of the last block `[B, N, C]` to the final rows `[B, 1 + N, C]`."""
-        raise NotImplementedError(f"{type(self).__name__} has no final norm")
+    def make_norm(self) -> nn.LayerNorm:
+        """A LayerNorm of the backbone's own epsilon and type."""
+        return nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype)
 
     def __call__(
         self, images: Array, context: Context

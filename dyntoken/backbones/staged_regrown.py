@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dyntoken.backbones.isotropic import at_stage, check_images
+from dyntoken.backbones.sizes import check_heads, check_images, of_stage
 from dyntoken.nn.reduction_sites import ReductionSites, listed
 from dyntoken.nn.remat import Remat, check_policy
 from dyntoken.nn.spatial import RegrownStage
@@ -37,7 +37,11 @@ class RegrownStages(ReductionSites, nn.Module):
     stage that has one, and EViT's fused token needs a stage without maps, as it
     has no cell.
 
-    A subclass gives `grids`, `prefixes`, the embedding and block of a stage.
+    A subclass gives, per stage, the (rows, columns) of patches in `grids` and the
+    number of class tokens in `prefixes`; it says in `convolves(stage)` whether its
+    blocks take keys from a map; `embed(stage)` and `block(stage)` are the recipes
+    of the embedding it starts with and of a block (fields that all kinds share
+    are added).
 
     Attributes:
       img_size: pixels, `n` or `(height, width)`.
@@ -75,6 +79,7 @@ class RegrownStages(ReductionSites, nn.Module):
     dtype: DType = jnp.float32
     sites: tuple[Site, ...] = ()
 
+    required = ("grids", "prefixes", "convolves", "embed", "block")
     nested = False
     site_noun = "stage"
     per_stage = ("depths", "heads", "mlp_ratios")
@@ -91,16 +96,6 @@ class RegrownStages(ReductionSites, nn.Module):
         return tuple(range(self.depth))
 
     @property
-    def grids(self) -> tuple[tuple[int, int], ...]:
-        """(rows, columns) of patches of each stage."""
-        raise NotImplementedError(f"{type(self).__name__} does not say its grids")
-
-    @property
-    def prefixes(self) -> tuple[int, ...]:
-        """Number of class tokens of each stage."""
-        raise NotImplementedError(f"{type(self).__name__} does not say where its class token is")
-
-    @property
     def grid(self) -> tuple[int, int]:
         """(rows, columns) of the last stage."""
         return self.grids[-1]
@@ -110,18 +105,6 @@ class RegrownStages(ReductionSites, nn.Module):
         """Class tokens of the last stage."""
         return self.prefixes[-1]
 
-    def convolves(self, stage: int) -> bool:
-        """Whether the blocks of a stage take keys from a map."""
-        raise NotImplementedError(f"{type(self).__name__} does not say where it convolves")
-
-    def embed(self, stage: int) -> Spec:
-        """The embedding that a stage starts with."""
-        raise NotImplementedError(f"{type(self).__name__} does not embed")
-
-    def block(self, stage: int) -> Spec:
-        """A block of a stage; `RegrownStages` adds the fields that all kinds share."""
-        raise NotImplementedError(f"{type(self).__name__} has no blocks")
-
     def check(self) -> None:
         """Raises ValueError for fields that do not fit together."""
         for name in (*self.per_stage, "qkv_bias", "dropout", "attn_dropout", "drop_path"):
@@ -130,9 +113,7 @@ class RegrownStages(ReductionSites, nn.Module):
                 raise ValueError(
                     f"{name}={values} has {len(values)} entries for {self.depth} stages (widths={self.widths})"
                 )
-        for width, heads in zip(self.widths, self.heads, strict=True):
-            if width % heads:
-                raise ValueError(f"width {width} is not divisible by {heads} heads")
+        check_heads(self.widths, self.heads)
         check_policy(self.remat)
 
     # Where sites may lie
@@ -178,7 +159,7 @@ class RegrownStages(ReductionSites, nn.Module):
             width=self.widths[number],
             prefix=self.prefixes[number],
             positions=self.positions,
-            dropout=at_stage(self.dropout, number),
+            dropout=of_stage(self.dropout, number),
             layer=sum(self.depths) + number,
             dropped=self.dropped,
             remat=self.remat,
@@ -190,9 +171,9 @@ class RegrownStages(ReductionSites, nn.Module):
             width=self.widths[number],
             heads=self.heads[number],
             mlp_ratio=self.mlp_ratios[number],
-            qkv_bias=at_stage(self.qkv_bias, number),
-            dropout=at_stage(self.dropout, number),
-            attn_dropout=at_stage(self.attn_dropout, number),
+            qkv_bias=of_stage(self.qkv_bias, number),
+            dropout=of_stage(self.dropout, number),
+            attn_dropout=of_stage(self.attn_dropout, number),
             drop_path=self.path_rate(number, index),
             norm_eps=self.norm_eps,
             reduced=site is not None and (index > 0 or not site.inside),

@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dyntoken.backbones.isotropic import at_stage, pair
+from dyntoken.backbones.sizes import check_heads, nearest_multiple, of_stage, pair
 from dyntoken.backbones.staged_dual_path import DualPathStages
 from dyntoken.nn import layers
 from dyntoken.nn.dual_path import Route, Streams, branch
@@ -146,21 +146,16 @@ class SwinBlock(nn.Module):
             both = both.renewed(x, route.mask)
             # Officially the residual of either path is the mixed one.
             return Streams(
-                x + self._path(slow(both.slow), draws, MLP_PATH),
-                x + self._path(fast(both.fast), draws, FAST_PATH),
+                x + layers.drop_path(slow(both.slow), self.drop_path, draws, self.layer, MLP_PATH),
+                x + layers.drop_path(fast(both.fast), self.drop_path, draws, self.layer, FAST_PATH),
             )
         x = self._attended(x, draws)
         y = slow(x) if route is None else branch(route, x, slow, fast)
-        return x + self._path(y, draws, MLP_PATH)
+        return x + layers.drop_path(y, self.drop_path, draws, self.layer, MLP_PATH)
 
     def _attended(self, x: Array, draws: sample.Draws | None) -> Array:
         y = self.attn(self.norm1(x), draws, (self.layer, ATTENTION))
-        return x + self._path(y, draws, ATTENTION_PATH)
-
-    def _path(self, y: Array, draws: sample.Draws | None, stream: int) -> Array:
-        if draws is None or self.drop_path == 0.0:
-            return y
-        return sample.drop_path(y, self.drop_path, draws, self.layer, stream)
+        return x + layers.drop_path(y, self.drop_path, draws, self.layer, ATTENTION_PATH)
 
 
 class PatchMerging(nn.Module):
@@ -245,25 +240,22 @@ class Swin(DualPathStages):
             value = getattr(self, name)
             if isinstance(value, tuple) and len(value) != len(self.depths):
                 raise ValueError(f"{name}={value} needs one entry for each of depths={self.depths}")
-        for width, heads in zip(self.widths, self.heads, strict=True):
-            if self.head_dim is None and width % heads:
-                raise ValueError(f"width {width} of a stage is not divisible by its {heads} heads")
+        if self.head_dim is None:
+            check_heads(self.widths, self.heads)
+        window = of_stage(self.window, -1)
+        units = tuple(patch * self.total_stride * window for patch in pair(self.patch_size))
+        near = nearest_multiple(pair(self.img_size), units)
         for stage in range(len(self.depths)):
             side, grid = self.window_of(stage), self.grid_of(stage)
             if any(cells % side for cells in grid):
                 raise ValueError(
                     f"img_size {pair(self.img_size)} gives stage {stage} a grid of {grid}, which windows of "
-                    f"{side} x {side} do not tile: choose img_size {self._tiled()}, or another window"
+                    f"{side} x {side} do not tile: choose img_size {near}, or another window"
                 )
-
-    def _tiled(self) -> tuple[int, int]:
-        """The nearest image size whose grids the windows tile."""
-        units = [patch * self.total_stride * at_stage(self.window, -1) for patch in pair(self.patch_size)]
-        return tuple(max(u, round(s / u) * u) for s, u in zip(pair(self.img_size), units, strict=True))
 
     def window_of(self, stage: int) -> int:
         """Side of the windows of a stage."""
-        window = at_stage(self.window, stage)
+        window = of_stage(self.window, stage)
         return window if self.always_partition else min(window, *self.grid_of(stage))
 
     def positions_of(self, path: str) -> tuple[int, tuple[int, int]]:
@@ -272,47 +264,35 @@ class Swin(DualPathStages):
 
     def shift_of(self, stage: int, index: int) -> int:
         """Rows and columns by which the windows of a stage's block are moved."""
-        window = at_stage(self.window, stage)
+        window = of_stage(self.window, stage)
         moves = self.always_partition or min(self.grid_of(stage)) > window
         return window // 2 if index % 2 and moves else 0
 
     def setup(self) -> None:
         self.patch_embed = layers.PatchEmbed(pair(self.patch_size), self.widths[0], dtype=self.dtype)
         if self.patch_norm:
-            self.patch_embed_norm = self._norm()
+            self.patch_embed_norm = self.make_norm()
         if self.position:
             rows = self.grid_of(0)[0] * self.grid_of(0)[1]
             self.added = self.param("absolute_pos_embed", layers.trunc_normal(), (1, rows, self.widths[0]))
         for number, width in enumerate(self.widths[1:], start=1):
             merging = PatchMerging(self.grid_of(number - 1), width, self.norm_eps, self.dtype)
             setattr(self, f"merge_{number - 1}", merging)  # officially at the end of the stage before
-        rates, layer, recipes = self.rates(), 0, []
-        for number, depth in enumerate(self.depths):
-            recipes.append([self._block(layer + i, number, i, rates[number][i]) for i in range(depth)])
-            layer += depth
-        self.stages = self.make_stages(recipes)
-        self.norm = self._norm()
+        self.stages = self.make_stages()
+        self.norm = self.make_norm()
 
-    def _norm(self) -> nn.LayerNorm:
-        return nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype)
-
-    def _block(self, layer: int, stage: int, index: int, rate: float) -> Spec:
+    def block(self, stage: int, index: int) -> Spec:
+        """A block of a stage; those of odd index have shifted windows."""
         return Spec.of(
             SwinBlock,
-            layer=layer,
-            width=self.widths[stage],
-            grid=self.grid_of(stage),
             window=self.window_of(stage),
             shift=self.shift_of(stage, index),
             heads=self.heads[stage],
-            mlp_ratio=at_stage(self.mlp_ratio, stage),
-            head_dim=at_stage(self.head_dim, stage),
+            mlp_ratio=of_stage(self.mlp_ratio, stage),
+            head_dim=of_stage(self.head_dim, stage),
             qkv_bias=self.qkv_bias,
             qk_scale=self.qk_scale,
             dropout=self.dropout,
-            drop_path=rate,
-            norm_eps=self.norm_eps,
-            dtype=self.dtype,
             attn_dropout=self.attn_dropout,
         )
 

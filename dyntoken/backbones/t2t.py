@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dyntoken.backbones.isotropic import Isotropic, pair
+from dyntoken.backbones.isotropic import Isotropic
+from dyntoken.backbones.sizes import pair
 from dyntoken.nn import layers
 from dyntoken.nn.trunk import Context
 from dyntoken.ops import attend, unfold

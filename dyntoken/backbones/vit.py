@@ -7,7 +7,8 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from dyntoken.backbones.isotropic import Isotropic, pair
+from dyntoken.backbones.isotropic import Isotropic
+from dyntoken.backbones.sizes import check_multiple, pair
 from dyntoken.nn import layers
 from dyntoken.nn.trunk import Context
 from dyntoken.ops import sample, select
@@ -55,11 +56,7 @@ class ViT(Isotropic):
         size = pair(self.img_size)
         if self.tokens is None:
             patch = pair(self.patch_size)
-            if size[0] % patch[0] or size[1] % patch[1]:
-                near = tuple(max(p, round(s / p) * p) for s, p in zip(size, patch, strict=True))
-                raise ValueError(
-                    f"img_size {size} is not divisible by patch_size {patch}; the nearest that fits is {near}"
-                )
+            check_multiple(size, patch, f"is not divisible by patch_size {patch}")
             return patch, (0, 0)
         tokens = pair(self.tokens)
         if min(tokens) < 1 or any(n > s for n, s in zip(tokens, size, strict=True)):

@@ -11,7 +11,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dyntoken.backbones.isotropic import Isotropic, pair
+from dyntoken.backbones.isotropic import Isotropic
+from dyntoken.backbones.sizes import pair
 from dyntoken.cascade.reuse import Grid, Reuse
 from dyntoken.classifier import Classifier, check_upstream
 from dyntoken.heads import ClassHead

@@ -73,8 +73,6 @@ class Attention(nn.Module):
           `(y [B, T, C], Attended or None)`.
         """
         batch, rows, width = x.shape
-        if self.head_dim is None and width % self.heads:
-            raise ValueError(f"width {width} is not divisible by {self.heads} heads")
         each = self.head_dim or width // self.heads
         chex.assert_shape(policy, (batch, rows)) if policy is not None else None
         qkv = layers.dense(3 * self.heads * each, name="qkv", dtype=self.dtype, use_bias=self.qkv_bias)(x)

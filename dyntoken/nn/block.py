@@ -81,18 +81,7 @@ class Block(nn.Module):
 
     def setup(self) -> None:
         self.norm1 = nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype)
-        self.attn = Attention(
-            self.heads,
-            self.qkv_bias,
-            self.qk_scale,
-            self.dropout,
-            self.dtype,
-            self.attn_dropout,
-            self.proj_bias,
-            self.norm_eps if self.qk_norm else None,
-            self.norm_eps if self.attn_norm else None,
-            self.head_dim,
-        )
+        self.attn = self.attention()
         self.norm2 = nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype)
         self.mlp = layers.Mlp(
             int(self.width * self.mlp_ratio),
@@ -106,6 +95,21 @@ class Block(nn.Module):
         if self.layer_scale is not None:
             self.ls1 = layers.LayerScale(self.layer_scale)
             self.ls2 = layers.LayerScale(self.layer_scale)
+
+    def attention(self) -> nn.Module:
+        """The attention layer."""
+        return Attention(
+            self.heads,
+            self.qkv_bias,
+            self.qk_scale,
+            self.dropout,
+            self.dtype,
+            self.attn_dropout,
+            self.proj_bias,
+            self.norm_eps if self.qk_norm else None,
+            self.norm_eps if self.attn_norm else None,
+            self.head_dim,
+        )
 
     def attend(
         self,

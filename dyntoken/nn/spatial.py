@@ -62,8 +62,8 @@ def to_map(tokens: Tokens, rows: Array, empty: Array | None = None) -> Array:
 class SpatialBlock(Block):
     """A pre-norm block whose attention takes keys and values from a map of the whole grid.
 
-    A subclass says in `attention` what attends: a module called like
-    `Attention`, with a `Map` as `spatial_map` and no policy where `convolves`.
+    A subclass overrides `attention`: its module is called like `Attention`, with a
+    `Map` as `spatial_map` and no policy where `convolves`.
 
     Keys that come from a map are those of the grid: dropped tokens are in them
     as empty cells, and none is masked, in either form. Without a map dropped
@@ -82,17 +82,6 @@ class SpatialBlock(Block):
     def convolves(self) -> bool:
         """Whether the attention takes a map."""
         return True
-
-    def attention(self) -> nn.Module:
-        """The attention layer."""
-        raise NotImplementedError(f"{type(self).__name__} does not build an attention layer")
-
-    def setup(self) -> None:
-        self.norm1 = nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype)
-        self.attn = self.attention()
-        self.norm2 = nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype)
-        hidden = int(self.width * self.mlp_ratio)
-        self.mlp = layers.Mlp(hidden, self.dropout, self.dtype, self.width, layers.ACTIVATIONS[self.act])
 
     def attend(
         self,
