@@ -161,7 +161,7 @@ class ConvNeXt(DualPathStages):
         super().check()
         if len(self.widths) != len(self.depths):
             raise ValueError(f"widths={self.widths} needs one entry for each of depths={self.depths}")
-        kernels = [at_stage(self.kernel, stage) for stage in range(len(self.depths))]
+        kernels = [of_stage(self.kernel, stage) for stage in range(len(self.depths))]
         if any(kernel % 2 == 0 for kernel in kernels):
             raise ValueError(f"kernel={self.kernel} must be odd, so that the grid stays")
         if self.activation == "swiglu":
