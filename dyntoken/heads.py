@@ -40,9 +40,11 @@ class AttentionPool(nn.Module):
         latent = self.param("latent", layers.trunc_normal(width**-0.5), (1, 1, width))
         q = layers.dense(width, name="q")(jnp.broadcast_to(latent, (batch, 1, width)))
         kv = layers.dense(2 * width, name="kv")(x)
-        split = lambda t: jnp.swapaxes(t.reshape(batch, -1, self.heads, width // self.heads), 1, 2)  # noqa: E731
-        k, v = map(split, jnp.split(kv, 2, axis=-1))
-        logits = attend.logits(split(q), k, scale=(width // self.heads) ** -0.5)
+        q, k, v = (
+            jnp.swapaxes(rows.reshape(batch, -1, self.heads, width // self.heads), 1, 2)
+            for rows in (q, *jnp.split(kv, 2, axis=-1))
+        )
+        logits = attend.logits(q, k, scale=(width // self.heads) ** -0.5)
         if alive is not None:
             logits = jnp.where(alive[:, None, None] > 0.5, logits, jnp.finfo(logits.dtype).min)
         y = jnp.einsum("bhqk,bhkd->bhqd", jax.nn.softmax(logits), v)

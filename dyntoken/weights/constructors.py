@@ -93,7 +93,7 @@ class Official:
             fields.update(self.more(values))
             method, bare = fields.pop("method", None), fields.pop("no_embed_class", False)
             model = create_model(f"{method}_{self.preset}" if method else self.preset, **fields)
-        except (TypeError, ValueError) as error:
+        except ValueError as error:
             raise WeightsError(f"{cls} cannot be imported: {error}") from error
         return Reference(model, model.plain().prefix if bare else 0)
 

@@ -10,20 +10,7 @@ import math
 from typing import Any
 
 from dyntoken.weights import constructors as common
-from dyntoken.weights.constructors import (
-    Argument,
-    Official,
-    Values,
-    flag,
-    ints,
-    only,
-    optional,
-    per_stage,
-    pruned,
-    to,
-    unused,
-    with_defaults,
-)
+from dyntoken.weights.constructors import Argument, Official, Values, flag, only, per_stage, to, unused
 
 BLOCKS = {
     "embed_dim": to("width", int, 768),
@@ -40,7 +27,7 @@ VIT = {**common.IMAGES, "patch_size": to("patch_size", per_stage(int), 16), **BL
 # timm, DeiT
 
 TIMM_VIT = {
-    **with_defaults(VIT, qkv_bias=True),
+    **common.with_defaults(VIT, qkv_bias=True),
     **NORM_6,
     **common.HEAD_DROPOUT,
     **common.ATTN_DROPOUT,
@@ -55,13 +42,13 @@ TIMM_VIT = {
     "class_token": to("class_token", flag, True),
     "reg_tokens": to("registers", lambda v: int(v or 0), 0),
     "no_embed_class": to("no_embed_class", flag, False),
-    "init_values": to("layer_scale", optional(float), None),
+    "init_values": to("layer_scale", common.optional(float), None),
     "pool_include_prefix": to("pool_prefix", flag, False),
     "pos_embed": only("learn", "none", "", why="timm has no others"),
     "global_pool": only(
         "token", "avg", "max", "avgmax", "map", why="'' gives none per image, 'prr' is of no model"
     ),
-    "fc_norm": Argument(None, optional(flag)),
+    "fc_norm": Argument(None, common.optional(flag)),
     "final_norm": Argument(True, flag),
     "act_layer": Argument(None, common.activation),
     "mlp_layer": only(None, "Mlp", "SwiGLUPacked", why=common.CODE),
@@ -105,7 +92,7 @@ def _distilled(a: Values) -> dict[str, Any]:
 # DynamicViT, TPS, EViT
 
 DYNAMICVIT = {
-    **with_defaults(VIT, qkv_bias=True),
+    **common.with_defaults(VIT, qkv_bias=True),
     **common.DROPOUT,
     **common.QK_SCALE,
     **NORM_6,
@@ -162,7 +149,7 @@ def _tps(a: Values) -> dict[str, Any]:
 
 
 EVIT = {
-    **with_defaults(VIT, qkv_bias=True),
+    **common.with_defaults(VIT, qkv_bias=True),
     **common.DROPOUT,
     **common.ATTN_DROPOUT,
     **NORM_6,
@@ -203,15 +190,15 @@ def per_block(rates: Any, depth: int) -> tuple[float, ...]:
 # LV-ViT, T2T-ViT, PS-ViT
 
 LVVIT = {
-    **with_defaults(VIT, drop_path_rate=0.0),
+    **common.with_defaults(VIT, drop_path_rate=0.0),
     **common.USUAL,
     **HYBRID,
     # One rate, or with a decay other than "linear" and "fix" one per block.
     "drop_path_rate": to("drop_path", per_stage(float), 0.0),
     "drop_path_decay": Argument("linear"),
-    "head_dim": to("head_dim", optional(int), None),
+    "head_dim": to("head_dim", common.optional(int), None),
     "skip_lam": to("skip_lam", float, 1.0),
-    "order": to("order", optional(tuple), None),
+    "order": to("order", common.optional(tuple), None),
     "p_emb": Argument("4_2"),
     "mix_token": to("mix_token", flag, False),
     "return_dense": Argument(False, flag),
@@ -254,7 +241,7 @@ T2T = {
 }
 PSVIT = {
     **common.IMAGES,
-    **with_defaults(BLOCKS, embed_dim=384, depth=14),
+    **common.with_defaults(BLOCKS, embed_dim=384, depth=14),
     **common.USUAL,
     "num_iters": to("iterations", int, 4),
     "offset_gamma": to("gamma", float, 0.1),
@@ -266,7 +253,7 @@ PSVIT = {
     "stem_layer": only(None, why="a stem is code: give its channels as stem=(64, 64, 256, 64)"),
     # In place of stem_layer: channels of the first convolution, inside and after the first
     # bottleneck, inside the second (the builders use 64, 64, 256, 64; in Ti 64, 64, 192, 64).
-    "stem": Argument(None, optional(ints)),
+    "stem": Argument(None, common.optional(common.ints)),
 }
 
 
@@ -289,7 +276,9 @@ WHY_224 = "the token grids of its exits are written for that"
 
 def _dvt(family: str, **defaults: Any) -> dict[str, Argument]:
     return {
-        **with_defaults({**T2T, "norm_layer": NORM_6["norm_layer"]} if family == "deit" else T2T, **defaults),
+        **common.with_defaults(
+            {**T2T, "norm_layer": NORM_6["norm_layer"]} if family == "deit" else T2T, **defaults
+        ),
         "img_size": to("img_size", only(224, why=WHY_224).convert, 224),
         "feature_reuse": to("feature_reuse", flag, True),
         "relation_reuse": to("relation_reuse", flag, True),
@@ -307,13 +296,13 @@ CLASSES = {
     "timm/VisionTransformerDistilled": Official(PRESET, TIMM_VIT, _distilled),
     # distill and viz_mode change what is returned, not what is computed.
     "dynamicvit/VisionTransformerDiffPruning": Official(
-        PRESET, {**DYNAMICVIT, **PRUNING, **unused(distill=False)}, pruned
+        PRESET, {**DYNAMICVIT, **PRUNING, **unused(distill=False)}, common.pruned
     ),
     "dynamicvit/VisionTransformerTeacher": Official(PRESET, DYNAMICVIT),
     "dynamicvit/LVViTDiffPruning": Official(
         "lvvit_s",
         {**LVVIT, **PRUNING, **unused(distill=False, viz_mode=False)},
-        lambda a: {**_lvvit_of_dynamicvit(a), **pruned(a)},
+        lambda a: {**_lvvit_of_dynamicvit(a), **common.pruned(a)},
     ),
     # Its logits are those of the class token alone.
     "dynamicvit/LVViT_Teacher": Official("lvvit_s", LVVIT, lambda a: _lvvit_of_dynamicvit(a, aux_weight=0.0)),

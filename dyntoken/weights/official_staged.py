@@ -7,19 +7,7 @@ from typing import Any
 
 from dyntoken.registry import suggest
 from dyntoken.weights import constructors as common
-from dyntoken.weights.constructors import (
-    Argument,
-    Official,
-    Values,
-    flag,
-    ints,
-    only,
-    optional,
-    per_stage,
-    pruned,
-    to,
-    unused,
-)
+from dyntoken.weights.constructors import Argument, Official, Values, flag, only, per_stage, to, unused
 
 # PVT, CvT
 
@@ -27,14 +15,14 @@ PVT = {
     **common.IMAGES,
     **common.USUAL,
     "patch_size": to("patch_size", int, 16),
-    "embed_dims": to("widths", ints, (64, 128, 256, 512)),
-    "depths": to("depths", ints, (3, 4, 6, 3)),
-    "num_heads": to("heads", ints, (1, 2, 4, 8)),
+    "embed_dims": to("widths", common.ints, (64, 128, 256, 512)),
+    "depths": to("depths", common.ints, (3, 4, 6, 3)),
+    "num_heads": to("heads", common.ints, (1, 2, 4, 8)),
     "mlp_ratios": to("mlp_ratios", per_stage(float), (4, 4, 4, 4)),
-    "sr_ratios": to("sr_ratios", ints, (8, 4, 2, 1)),
+    "sr_ratios": to("sr_ratios", common.ints, (8, 4, 2, 1)),
     "qkv_bias": to("qkv_bias", flag, False),
     "num_stages": Argument(4, int),
-    "norm_layer_eps": Argument(None, optional(float)),  # short for norm_layer="LayerNorm(eps=...)"
+    "norm_layer_eps": Argument(None, common.optional(float)),  # short for norm_layer="LayerNorm(eps=...)"
 }
 
 
@@ -111,8 +99,8 @@ SHARED_SWIN = {
     **common.ATTN_DROPOUT,
     **common.NORM,
     "patch_size": to("patch_size", per_stage(int), 4),
-    "depths": to("depths", ints, (2, 2, 6, 2)),
-    "num_heads": to("heads", ints, (3, 6, 12, 24)),
+    "depths": to("depths", common.ints, (2, 2, 6, 2)),
+    "num_heads": to("heads", common.ints, (3, 6, 12, 24)),
     "qkv_bias": to("qkv_bias", flag, True),
     "drop_path_rate": to("drop_path", float, 0.1),
 }
@@ -130,7 +118,7 @@ SWIN = {
 
 
 def _windows(value: Any) -> int | tuple[int, ...]:
-    """Sides of square windows, one or one per stage; two ints are (height, width) of all."""
+    """Sides of square windows, one or one per stage; two common.ints are (height, width) of all."""
     if isinstance(value, (list, tuple)) and len(value) == 2 and all(isinstance(v, int) for v in value):
         return _side(value)
     return per_stage(_side)(value) if isinstance(value, (list, tuple)) else int(value)
@@ -149,7 +137,7 @@ TIMM_SWIN = {
     "embed_dim": to("width", per_stage(int), 96),
     "window_size": to("window", _windows, 7),
     "mlp_ratio": to("mlp_ratio", per_stage(float), 4.0),
-    "head_dim": to("head_dim", optional(per_stage(int)), None),
+    "head_dim": to("head_dim", common.optional(per_stage(int)), None),
     "always_partition": to("always_partition", flag, False),
     "proj_drop_rate": to("dropout", float, 0.0),
     "global_pool": only("avg", "max", "avgmax", "catavgmax", why="'' gives no logits per image"),
@@ -181,8 +169,8 @@ def _timm_swin(a: Values) -> dict[str, Any]:
 SHARED_CONVNEXT = {
     **common.IMAGES,  # the classes take images of any size; ours is built for one
     **common.DROP_PATH,
-    "depths": to("depths", ints, (3, 3, 9, 3)),
-    "dims": to("widths", ints, (96, 192, 384, 768)),
+    "depths": to("depths", common.ints, (3, 3, 9, 3)),
+    "dims": to("widths", common.ints, (96, 192, 384, 768)),
     **unused(head_init_scale=1.0),  # fresh parameters only
 }
 CONVNEXT = {
@@ -194,13 +182,13 @@ TIMM_CONVNEXT = {
     **common.HEAD_DROPOUT,
     **common.ACTIVATION,
     "patch_size": to("patch_size", int, 4),
-    "ls_init_value": to("layer_scale", optional(float), 1e-6),
-    "norm_eps": to("norm_eps", optional(float, 1e-6), None),
+    "ls_init_value": to("layer_scale", common.optional(float), 1e-6),
+    "norm_eps": to("norm_eps", common.optional(float, 1e-6), None),
     "kernel_sizes": to("kernel", per_stage(int), 7),
     "stem_type": to("stem", str, "patch"),
     "conv_bias": to("conv_bias", flag, True),
     "use_grn": to("grn", flag, False),
-    "head_hidden_size": to("representation_size", optional(int), None),
+    "head_hidden_size": to("representation_size", common.optional(int), None),
     "global_pool": only("avg", "max", "avgmax", "catavgmax", why="'' gives no logits per image"),
     "head_norm_first": Argument(False, flag),
     "output_stride": only(
@@ -238,13 +226,15 @@ CLASSES = {
     "timm/SwinTransformer": Official(SWIN_T, TIMM_SWIN, _timm_swin),
     "dynamicvit/SwinTransformer_Teacher": Official(SWIN_T, SWIN),
     "dynamicvit/AdaSwinTransformer": Official(
-        SWIN_T, {**SWIN, **unused(pruning_loc=(4, 8, 12), sparse_ratio=(0.9, 0.7, 0.5))}, pruned
+        SWIN_T, {**SWIN, **unused(pruning_loc=(4, 8, 12), sparse_ratio=(0.9, 0.7, 0.5))}, common.pruned
     ),
     "convnext/ConvNeXt": Official("convnext_tiny", CONVNEXT),
     "timm/ConvNeXt": Official("convnext_tiny", TIMM_CONVNEXT, _timm_convnext),
     "dynamicvit/ConvNeXt": Official("convnext_tiny", CONVNEXT),
     "dynamicvit/ConvNeXt_Teacher": Official("convnext_tiny", CONVNEXT),
     "dynamicvit/AdaConvNeXt": Official(
-        "convnext_tiny", {**CONVNEXT, **unused(pruning_loc=(1, 2, 3), sparse_ratio=(0.75, 0.5, 0.25))}, pruned
+        "convnext_tiny",
+        {**CONVNEXT, **unused(pruning_loc=(1, 2, 3), sparse_ratio=(0.75, 0.5, 0.25))},
+        common.pruned,
     ),
 }
