@@ -1,9 +1,7 @@
 """Adaptive depth: one network with a classifier after several of its blocks.
 
-The multi-exit idea of MSDNet (Huang et al. 2018, arXiv 1703.09844, section 4) on a
-vision transformer: an image that is easy leaves after a few blocks. It is the
-baseline for cascades that adapt the number of tokens instead (`cascade`), under
-the same exit rules, thresholds and runner.
+MSDNet's multi-exit idea (Huang et al. 2018, arXiv 1703.09844, section 4) on a vision
+transformer, the baseline for cascades that adapt the number of tokens (`cascade`).
 """
 
 from __future__ import annotations
@@ -105,16 +103,16 @@ class MultiExit(Classifier):
         state = self.body.embed(images, context)
         embed = state.x
         for index in range(last + 1):
-            state, _, found = self.body.trunk(state, context, self._blocks(index))
+            state, _, records = self.body.trunk(state, context, self._blocks(index))
             result, seen = self._classify(index, state)
             logits.append(result)
             features.append(seen)
-            blocks.extend(found.get("blocks", ()))
-        records = {"embed": embed, "blocks": tuple(blocks)}
+            blocks.extend(records.get("blocks", ()))
+        kept = {"embed": embed, "blocks": tuple(blocks)}
         return Output(
             logits=jnp.stack(logits),
             tokens=tuple(features) if "features" in record else None,
-            records={what: records[what] for what in record if what in records},
+            records={what: kept[what] for what in record if what in kept},
         )
 
     def step(

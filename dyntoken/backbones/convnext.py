@@ -46,17 +46,11 @@ class ConvNeXtBlock(nn.Module):
     The fast path is one linear layer after a norm, `fast_path` of
     raoyongming/DynamicViT; both paths share the convolution.
 
-    Attributes:
-      layer: number of the block, which keys its random draws.
-      width: channels.
+    Attributes (besides those of `nn.block.Block`):
       grid: (rows, columns) of cells.
       kernel: taps of the convolution, odd.
-      drop_path: stochastic depth rate.
       layer_scale: initial value of gamma, None for none.
-      norm_eps: LayerNorm epsilon.
       fast: whether it has a fast path.
-      dtype: compute type.
-      act: row of `layers.ACTIVATIONS`.
       grn: a `GlobalResponseNorm` before the last product.
       conv_bias: bias of the convolution.
     """
@@ -157,7 +151,6 @@ class ConvNeXt(DualPathStages):
     predictor_eps = 1e-6
 
     def check(self) -> None:
-        """Raises ValueError for fields that do not fit together."""
         super().check()
         if len(self.widths) != len(self.depths):
             raise ValueError(f"widths={self.widths} needs one entry for each of depths={self.depths}")
@@ -199,7 +192,6 @@ class ConvNeXt(DualPathStages):
         return nn.Conv(width, side, stride or side, padding, **options)
 
     def block(self, stage: int, index: int) -> Spec:
-        """A block of a stage."""
         options = {"act": self.activation, "grn": self.grn, "conv_bias": self.conv_bias}
         kernel = of_stage(self.kernel, stage)
         return Spec.of(ConvNeXtBlock, kernel=kernel, layer_scale=self.layer_scale, **options)

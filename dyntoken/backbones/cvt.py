@@ -70,13 +70,10 @@ class ConvProjection(nn.Module):
 class ConvAttention(nn.Module):
     """Attention whose queries, keys and values are convolved on a map; class tokens pass by.
 
-    Attributes:
-      heads, qkv_bias, dropout: as timm's.
+    Attributes (besides those of `nn.attention.Attention`):
       kernel: of the convolutions, odd.
       stride, padding: of those of keys and values; queries keep the map's size.
       frozen: see `BatchNorm`.
-      dtype: compute type; softmax and statistics stay in float32.
-      attn_dropout: rate on the attention weights.
       method: of the projections, see `ConvProjection`; with "avg" queries are the cells themselves.
     """
 
@@ -105,12 +102,8 @@ class ConvAttention(nn.Module):
     ) -> tuple[Array, Attended | None]:
         """Attends `x [B, T, C]`.
 
-        Args:
+        Args (the others, and the result, are those of `Attention`):
           spatial_map: the patches as a map; a query is read where a row lies on it.
-          prefix, train, return_scores, draws, path: see `Attention`.
-
-        Returns:
-          `(y [B, T, C], Attended or None)`.
         """
         batch, rows, width = x.shape
         grid = spatial_map.cells.shape[1:3]
@@ -198,7 +191,6 @@ class CvTBlock(SpatialBlock):
     act: str = "quick_gelu"
 
     def attention(self) -> nn.Module:
-        """The attention layer."""
         options = (self.kernel, self.stride, self.padding, self.frozen, self.dropout, self.dtype)
         return ConvAttention(self.heads, self.qkv_bias, *options, self.attn_dropout, self.method)
 
@@ -247,16 +239,14 @@ class CvT(RegrownStages):
 
     @property
     def grids(self) -> tuple[tuple[int, int], ...]:
-        """(rows, columns) of patches of each stage."""
-        size, found = pair(self.img_size), []
+        size, grids = pair(self.img_size), []
         for options in zip(*(getattr(self, name) for name in self.embeds), strict=True):
             size = tuple(unfold.count(s, *options) for s in size)
-            found.append(size)
-        return tuple(found)
+            grids.append(size)
+        return tuple(grids)
 
     @property
     def prefixes(self) -> tuple[int, ...]:
-        """Number of class tokens of each stage."""
         return tuple(int(token) for token in self.class_tokens)
 
     def convolves(self, stage: int) -> bool:
@@ -264,7 +254,6 @@ class CvT(RegrownStages):
         return True
 
     def check(self) -> None:
-        """Raises ValueError for fields that do not fit together."""
         super().check()
         if any(kernel % 2 == 0 for kernel in self.kernels):
             raise ValueError(f"kernels={self.kernels} must be odd, so that queries keep the map's size")
@@ -274,14 +263,12 @@ class CvT(RegrownStages):
                 raise ValueError(f"img_size {pair(self.img_size)} is too small: the maps are {self.grids}")
 
     def embed(self, stage: int) -> Spec:
-        """The embedding that a stage starts with."""
         kernel, stride, padding = (getattr(self, name)[stage] for name in self.embeds)
         options = {"kernel": kernel, "stride": stride, "padding": padding}
         options |= {"norm_eps": self.norm_eps, "dtype": self.dtype}
         return Spec.of(ConvEmbed, width=self.widths[stage], **options)
 
     def block(self, stage: int) -> Spec:
-        """A block of a stage."""
         options = {"stride": self.kv_strides[stage], "padding": self.kv_paddings[stage]}
         options |= {"method": of_stage(self.projection, stage), "act": self.activation}
         return Spec.of(CvTBlock, kernel=self.kernels[stage], frozen=self.frozen_stats, **options)

@@ -130,10 +130,7 @@ class Isotropic(ReductionSites, nn.Module):
         return self.drop_path * index / max(1, self.path_count - 1)
 
     def positions(self) -> Array | None:
-        """The position embedding `[1, prefix + N, width]`; called once, in `setup`.
-
-        None: the stem's rows know where they are; nothing is added to them.
-        """
+        """The position embedding `[1, prefix + N, width]`, or None; called once, in `setup`."""
         rows = self.prefix + self.grid[0] * self.grid[1]
         return self.param("pos_embed", layers.trunc_normal(), (1, rows, self.width))
 
@@ -177,11 +174,7 @@ class Isotropic(ReductionSites, nn.Module):
     def __call__(
         self, images: Array, context: Context
     ) -> tuple[Tokens, tuple[Reduction, ...], dict[str, Any]]:
-        """Runs stem, trunk and final norm.
-
-        Returns:
-          Normalised tokens, one `Reduction` per site, records by name.
-        """
+        """Runs stem, trunk and final norm; returns tokens, one `Reduction` per site, records by name."""
         tokens = self.embed(images, context)
         chex.assert_shape(
             tokens.x, (*tokens.place.shape[:1], self.prefix + tokens.place.shape[1], self.width)

@@ -99,7 +99,6 @@ class LVViT(Isotropic):
         return size[0] // patch[0], size[1] // patch[1]
 
     def check(self) -> None:
-        """Raises ValueError for fields that do not fit together."""
         super().check()
         if self.stem == "conv" and any(p % 2 for p in pair(self.patch_size)):
             raise ValueError(f"stem='conv' halves the patches: patch_size {self.patch_size} must be even")
@@ -118,7 +117,6 @@ class LVViT(Isotropic):
             self.patch_embed = layers.PatchEmbed(patch, self.width, dtype=self.dtype)
 
     def stem_rows(self, images: Array, context: Context) -> Array:
-        """`[B, H, W, Cin]` to `[B, N, width]`."""
         more = (context.train,) if self.stem == "conv" else ()
         return self.patch_embed(images, *more).reshape(images.shape[0], -1, self.width)
 

@@ -149,7 +149,6 @@ class PSViT(Isotropic):
         return {"cls_token": 1} if self.class_token else {}
 
     def check(self) -> None:
-        """Raises ValueError for fields that do not fit together."""
         super().check()
         check_multiple(self.img_size, STRIDE, f"is not divisible by {STRIDE}")
 

@@ -1,4 +1,4 @@
-"""What Swin and ConvNeXt share: stages of shrinking grids, sites in the third of them."""
+"""Swin and ConvNeXt: stages of shrinking grids whose cells stay and take one of two paths."""
 
 from __future__ import annotations
 
@@ -34,8 +34,7 @@ class DualPathStage(nn.Module):
       grid: (rows, columns) of cells.
       sites: in order.
       predictor_eps: LayerNorm epsilon of learnt scorers.
-      remat: recompute each block in the backward pass (never a reducer): True, or
-        what to keep, see `nn.remat.POLICIES`.
+      remat: recompute each block in the backward pass, see `nn.remat.POLICIES`.
     """
 
     blocks: tuple[Spec, ...]
@@ -108,16 +107,10 @@ class DualPathStages(ReductionSites, nn.Module):
     final rows `[B, 1 + N, C]`) and `block(stage, index)`, the recipe of a block;
     `layer`, `width`, `grid`, `drop_path`, `norm_eps` and `dtype` are added.
 
-    Attributes:
-      img_size: pixels, `n` or `(height, width)`.
-      in_chans: image channels.
+    Attributes (img_size, in_chans, remat, dtype and sites as in `isotropic.Isotropic`):
       patch_size: pixels, `n` or `(height, width)`.
       depths: blocks per stage.
       drop_path: stochastic depth of the last block, growing linearly from 0.
-      remat: recompute blocks in the backward pass: True, or the name of what to
-        keep, see `nn.remat.POLICIES`.
-      dtype: compute type; parameters stay float32.
-      sites: reduction sites.
     """
 
     img_size: Size = 224
@@ -131,6 +124,7 @@ class DualPathStages(ReductionSites, nn.Module):
 
     required = ("widths", "norm_eps", "site_step", "embed", "downsample", "final_norm", "block")
     nested = False
+    prefix = 1  # row of the final tokens that is no cell: the pooled one
     predictor_eps = 1e-5
 
     def __post_init__(self) -> None:
@@ -143,7 +137,6 @@ class DualPathStages(ReductionSites, nn.Module):
         return 2 ** (len(self.depths) - 1)
 
     def check(self) -> None:
-        """Raises ValueError for fields that do not fit together."""
         check_policy(self.remat)
         if not self.depths:
             raise ValueError("depths is empty: it names the blocks of each stage")
@@ -161,11 +154,6 @@ class DualPathStages(ReductionSites, nn.Module):
     def grid(self) -> tuple[int, int]:
         """(rows, columns) of the last stage."""
         return self.grid_of(len(self.depths) - 1)
-
-    @property
-    def prefix(self) -> int:
-        """Rows of the final tokens that are no cells: the pooled one."""
-        return 1
 
     @property
     def depth(self) -> int:
@@ -201,7 +189,7 @@ class DualPathStages(ReductionSites, nn.Module):
         return rates
 
     def refuse(self, reducer: Any, at: tuple[int, ...]) -> str | None:
-        """Only methods that drop fit: here what they drop takes the cheap path."""
+        """Only methods that drop work: cells that are not kept take the fast path."""
         if len(self.depths) <= SPARSE_STAGE:
             return f"sites lie in the third stage, and it has {len(self.depths)}"
         reason = super().refuse(reducer, at)
@@ -246,21 +234,17 @@ class DualPathStages(ReductionSites, nn.Module):
     def __call__(
         self, images: Array, context: Context
     ) -> tuple[Tokens, tuple[Reduction, ...], dict[str, Any]]:
-        """Runs stem, stages and final norm.
-
-        Returns:
-          The final tokens, one `Reduction` per site, records by name.
-        """
+        """Runs stem, stages and final norm; returns tokens, one `Reduction` per site, records by name."""
         check_images(images, self.img_size, self.in_chans)
         x = self.embed(images.astype(self.dtype), context)
         records: dict[str, Any] = {"embed": x, "blocks": (), "stages": ()}
         reductions: tuple[Reduction, ...] = ()
         for number, stage in enumerate(self.stages):
             x = self.downsample(number, x) if number else x
-            x, found, more = stage(x, context)
-            reductions += found
+            x, of_stage, more = stage(x, context)
+            reductions += of_stage
             records |= {what: records[what] + rows for what, rows in more.items()}
         tokens = Tokens.start(self.final_norm(x), prefix=1, grid=self.grid)
-        if self.sites:  # said outright, since the last decision is about cells too
+        if self.sites:  # written down, since the last decision is about cells too
             tokens = tokens.replace(alive=jnp.ones(tokens.place.shape, jnp.float32))
         return tokens, reductions, {what: v for what, v in records.items() if what in context.record}

@@ -1,4 +1,4 @@
-"""What hierarchical backbones share whose tokens are reduced stage by stage (PVT, CvT)."""
+"""PVT and CvT: tokens are reduced within a stage, and the next stage has its whole grid again."""
 
 from __future__ import annotations
 
@@ -43,23 +43,12 @@ class RegrownStages(ReductionSites, nn.Module):
     of the embedding it starts with and of a block (fields that all kinds share
     are added).
 
-    Attributes:
-      img_size: pixels, `n` or `(height, width)`.
-      in_chans: image channels.
+    Attributes (besides those of `isotropic.Isotropic` of the same name):
       widths, depths, heads, mlp_ratios: one number per stage.
-      qkv_bias: as timm's; one flag, or one per stage.
-      attn_dropout: on the attention weights, likewise.
-      dropout: after the positions, attention projection and in the MLP; one
-        rate, or one per stage.
+      qkv_bias, dropout, attn_dropout: one for all stages, or one per stage.
       drop_path: stochastic depth of the last block, or of the last one of each stage.
-      drop_path_rule: "linear" (the official one) or "constant" (TPS).
-      norm_eps: LayerNorm epsilon of the blocks and the last norm.
       dropped: what a map shows where a token was dropped: "zero" (as TPS
         describes it), or "last", its value when it was dropped.
-      remat: recompute block halves in the backward pass: True, or the name of
-        what to keep, see `nn.remat.POLICIES`.
-      dtype: compute type; parameters stay float32.
-      sites: reduction sites.
     """
 
     img_size: Size = 224
@@ -132,7 +121,7 @@ class RegrownStages(ReductionSites, nn.Module):
         return self.prefixes[stage], self.grids[stage]
 
     def refuse(self, reducer: Any, at: tuple[int, ...]) -> str | None:
-        """What needs more than a stage shows; a fused token in a stage with maps."""
+        """Also refuses a fused token in a stage that needs a map."""
         reason = super().refuse(reducer, at)
         if reason is None and reducer.adds_row:
             free = [s for s in range(self.depth) if s == self.depth - 1 and not self.convolves(s)]
@@ -199,8 +188,8 @@ class RegrownStages(ReductionSites, nn.Module):
         """Runs the stages and the last norm.
 
         Returns:
-          Normalised tokens of the last stage, one `Reduction` per site, records by
-          name: those of the trunk stage after stage, and "embed" of the first.
+          Tokens of the last stage, one `Reduction` per site, records by name (those
+          of the trunk stage after stage, and "embed" of the first).
         """
         check_images(images, self.img_size, self.in_chans)
         x = images.astype(self.dtype)
@@ -208,12 +197,12 @@ class RegrownStages(ReductionSites, nn.Module):
         records: list[dict[str, Any]] = []
         for number in range(self.depth):
             stage = getattr(self, f"stage_{number}")
-            tokens, reduced, found = stage(x, self._context(context, number))
-            reductions.extend(reduced)
-            records.append(found)
+            tokens, of_stage, more = stage(x, self._context(context, number))
+            reductions.extend(of_stage)
+            records.append(more)
             if number < self.depth - 1:
                 x = stage.to_next_stage(tokens)
-        merged = {name: tuple(v for found in records for v in found[name]) for name in records[0]}
+        merged = {name: tuple(value for more in records for value in more[name]) for name in records[0]}
         if "embed" in merged:
             merged["embed"] = merged["embed"][0]
         return tokens.replace(x=self.norm(tokens.x), last=None), tuple(reductions), merged

@@ -26,11 +26,10 @@ ATTENTION, MLP, ATTENTION_PATH, MLP_PATH, FAST, FAST_PATH = range(6)
 class WindowAttention(nn.Module):
     """Self-attention inside the squares of a grid, with a bias per relative position.
 
-    Attributes:
+    Attributes (besides those of `nn.attention.Attention`):
       grid: (rows, columns) of cells.
       window: side of a square.
       shift: rows and columns that the squares are moved by.
-      heads, qkv_bias, qk_scale, dropout, dtype, attn_dropout, head_dim: see `nn.attention.Attention`.
     """
 
     grid: tuple[int, int]
@@ -80,16 +79,9 @@ class SwinBlock(nn.Module):
     The fast path is one linear layer after a norm in place of `mlp(norm2(.))`,
     `fastmlp` of raoyongming/DynamicViT; both paths share the attention.
 
-    Attributes:
-      layer: number of the block, which keys its random draws.
-      width: channels.
-      grid: (rows, columns) of cells.
-      window, shift: see `WindowAttention`.
-      heads, mlp_ratio, qkv_bias, qk_scale, dropout, drop_path, norm_eps: see `nn.block.Block`.
+    Attributes (besides those of `nn.block.Block`):
+      grid, window, shift: see `WindowAttention`.
       fast: whether it has a fast path.
-      dtype: compute type.
-      attn_dropout: on the attention weights.
-      head_dim: channels of a head, None for width / heads.
     """
 
     layer: int
@@ -192,15 +184,10 @@ class Swin(DualPathStages):
       width: channels of the first stage, which double from stage to stage, or one number per stage.
       heads: attention heads per stage.
       window: side of a window, in cells; one number, or one per stage.
-      mlp_ratio: one number, or one per stage.
-      head_dim: channels of a head, None for width / heads; one number, or one per stage.
-      qkv_bias, qk_scale: as timm's.
-      dropout: after the patch embedding, attention projection and MLP.
-      pos_dropout: after the patch embedding, in place of `dropout`.
+      mlp_ratio, head_dim: one number, or one per stage, see `isotropic.Isotropic`.
+      qkv_bias, qk_scale, dropout, pos_dropout, attn_dropout, norm_eps: see `isotropic.Isotropic`.
       always_partition: windows keep their side and move also where one window is the grid.
-      norm_eps: LayerNorm epsilon.
       patch_norm: a norm after the patch embedding.
-      attn_dropout: on the attention weights.
       position: adds a position embedding to the first stage's cells (officially `ape`).
     """
 
@@ -223,7 +210,6 @@ class Swin(DualPathStages):
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """Channels per stage."""
         if isinstance(self.width, tuple):
             return self.width
         return tuple(self.width * 2**stage for stage in range(len(self.depths)))
@@ -234,7 +220,6 @@ class Swin(DualPathStages):
         return 1 if self.depth < 12 else 2
 
     def check(self) -> None:
-        """Raises ValueError for fields that do not fit together."""
         super().check()
         for name in ("heads", "width", "window", "mlp_ratio", "head_dim"):
             value = getattr(self, name)

@@ -180,7 +180,6 @@ class T2T(Isotropic):
         return tuple(zip(*axes, strict=True))
 
     def check(self) -> None:
-        """Raises ValueError for fields that do not fit together."""
         super().check()
         _ = self.split
 
@@ -190,7 +189,6 @@ class T2T(Isotropic):
         self.tokens_to_token = TokensToToken(*options, self.token_dim, self.dtype)
 
     def stem_rows(self, images: Array, context: Context) -> Array:
-        """`[B, H, W, Cin]` to `[B, N, width]`."""
         return self.tokens_to_token(images)
 
     def positions(self) -> Array:

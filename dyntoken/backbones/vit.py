@@ -31,7 +31,7 @@ class ViT(Isotropic):
         patches are powers of 2: with `tokens`, the next one).
       distilled: a distillation token beside the class token.
       class_token: False leaves the class token out (mean pooling only).
-      registers: rows after the class token that are no patches and that nobody reads.
+      registers: rows after the class token that are no patches and that no head reads.
       pre_norm: a norm before the first block, and no bias in the patch product (CLIP).
       position: False adds no position embedding.
       patch_drop: share of the patches that training leaves out, drawn anew for every image
@@ -84,7 +84,6 @@ class ViT(Isotropic):
         return {name: count for name, count in rows.items() if count}
 
     def check(self) -> None:
-        """Raises ValueError for fields that do not fit together."""
         super().check()
         if self.distilled and not self.class_token:
             raise ValueError("a distilled model needs its class token")
@@ -135,5 +134,4 @@ class ViT(Isotropic):
         return super().shows(at) - ({"cls"} if not self.class_token else set())
 
     def stem_rows(self, images: Array, context: Context) -> Array:
-        """`[B, H, W, Cin]` to `[B, N, width]`."""
         return self.patch_embed(images).reshape(images.shape[0], -1, self.width)

@@ -1,4 +1,4 @@
-"""The cascade itself: exits, what travels between them, `upto` and `step`."""
+"""The cascade itself: exits, what one hands to the next, `upto` and `step`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from dyntoken.backbones.isotropic import Isotropic
 from dyntoken.backbones.sizes import pair
-from dyntoken.cascade.reuse import Grid, Reuse
+from dyntoken.cascade.reuse import OF_CASCADE, Grid, Reuse
 from dyntoken.classifier import Classifier, check_upstream
 from dyntoken.heads import ClassHead
 from dyntoken.nn.spec import Site, Spec
@@ -254,19 +254,11 @@ class Cascade(Classifier):
         return Reuse(
             old=self.grids[index - 1],
             new=self.grids[index],
-            heads=body.heads,
-            prefix=body.prefix,
-            norm_eps=body.norm_eps,
-            context=body.context,
-            hidden=self.context_hidden,
-            with_prefix=self.feature_class_token,
-            normalise=self.feature_norm,
-            relations=self.relation_source if self.relation_reuse else None,
-            mixer=self.relation_mixer,
-            resize=self.relation_resize,
-            chunks=self.relation_chunks,
-            remat=body.remat,
-            dtype=body.dtype,
+            **{
+                name: getattr(body, name)
+                for name in ("heads", "prefix", "norm_eps", "context", "remat", "dtype")
+            },
+            **{name: getattr(self, name) for name in OF_CASCADE},
         )
 
     def __call__(
@@ -359,14 +351,14 @@ class Cascade(Classifier):
             reuse = getattr(self, f"reuse_{index}")
             maps = reuse.maps(upstream.relations, upstream.relation_rows)
             bias = reuse.bias(maps)
-        handed = ("addresses", *(("relations",) * self.relation_reuse)) if needed else ()
+        for_next = ("addresses", *(("relations",) * self.relation_reuse)) if needed else ()
         own = dataclasses.replace(
             context,
             dropout=_of_exit(context.dropout, index),
             policy=_of_exit(context.policy, index),
             bias=bias,
             extra=contexts,
-            record=("blocks", *(what for what in context.record if what in OF_TRUNK), *handed),
+            record=("blocks", *(what for what in context.record if what in OF_TRUNK), *for_next),
         )
         logits, tokens, reductions, records = getattr(self, f"exit_{index}")(images, own)
         upstream = self._hand_on(records) if needed else Upstream()
@@ -375,20 +367,20 @@ class Cascade(Classifier):
             records["biases"] = tuple(bias(layer)() for layer in range(len(maps)))
         return logits, tokens, reductions, records, upstream
 
-    def _hand_on(self, found: dict[str, Any]) -> Upstream:
-        """What the next exit reads of the records of this one."""
-        attended, fed = zip(*found["addresses"], strict=True)
+    def _hand_on(self, records: dict[str, Any]) -> Upstream:
+        """What the next exit reuses, of the records of this one."""
+        attention, mlp = zip(*records["addresses"], strict=True)
         upstream = Upstream()
         if self.feature_reuse:
             layers = slice(-1, None)
             if self.feature_source == "layer":
                 layers = slice(None) if self.feature_layers == "all" else slice(1)
-            rows = tuple(self._rows(address) for address in fed[layers])
-            upstream = upstream.replace(features=found["blocks"][layers], feature_rows=rows)
+            rows = tuple(self._rows(address) for address in mlp[layers])
+            upstream = upstream.replace(features=records["blocks"][layers], feature_rows=rows)
         if self.relation_reuse:
             layers = slice(-1, None) if self.relation_source == "last" else slice(None)
-            rows = tuple(self._rows(address) for address in attended[layers])
-            upstream = upstream.replace(relations=found["relations"][layers], relation_rows=rows)
+            rows = tuple(self._rows(address) for address in attention[layers])
+            upstream = upstream.replace(relations=records["relations"][layers], relation_rows=rows)
         return upstream
 
     def _rows(self, address: Address | None) -> Array | None:

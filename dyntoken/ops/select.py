@@ -76,8 +76,8 @@ def gather_or_zero(x: Array, rows: Array, axis: int = 1) -> Array:
     shape = [1] * x.ndim
     shape[0], shape[axis] = rows.shape
     index = rows.reshape(shape)
-    found = jnp.take_along_axis(x, jnp.maximum(index, 0), axis=axis)
-    return jnp.where(index >= 0, found, jnp.zeros((), x.dtype))
+    values = jnp.take_along_axis(x, jnp.maximum(index, 0), axis=axis)
+    return jnp.where(index >= 0, values, jnp.zeros((), x.dtype))
 
 
 def read_maps(x: Array, rows: Array) -> Array:
@@ -113,13 +113,8 @@ def lookup(table: Array, rows: Array) -> Array:
       table: `[B, m]` integers.
       rows: `[B, r]` integers into it, or -1.
     """
-    found = jnp.take_along_axis(table, jnp.maximum(rows, 0), axis=1)
-    return jnp.where(rows >= 0, found, -1).astype(jnp.int32)
-
-
-def compose(carrier: Array, remap: Array) -> Array:
-    """Carriers after a reduction: `[B, N0]` from `carrier [B, N0]` and `remap [B, n]`."""
-    return lookup(remap, carrier)
+    values = jnp.take_along_axis(table, jnp.maximum(rows, 0), axis=1)
+    return jnp.where(rows >= 0, values, -1).astype(jnp.int32)
 
 
 def sizes(carrier: Array, n: int) -> Array:

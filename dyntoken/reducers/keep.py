@@ -27,11 +27,11 @@ def site_counts(
             (n, *keep_counts((rate,), 1, n, relative=relative, fused=fused)[0])
             for rate, n in zip(rates, cells, strict=True)
         )
-    found, current = [], cells[0]
+    counts, current = [], cells[0]
     for kept, ratio in keep_counts(keep, len(at), cells[0], relative=relative, fused=fused):
-        found.append((current, kept, ratio))
+        counts.append((current, kept, ratio))
         current = kept + int(fused and kept < current)
-    return tuple(found)
+    return tuple(counts)
 
 
 def keep_counts(

@@ -21,7 +21,7 @@ OF_SITE = ("keep", "current", "ratio", "form", "stage", "parent", "name")
 
 @dataclasses.dataclass(frozen=True)
 class Method(Spec):
-    """How a published method is put together: the recipe of its reducer, and
+    """A published method: the recipe of its reducer, and
 
     Attributes:
       published: where its sites lie as published, see `Reducer.where`; another

@@ -48,7 +48,7 @@ def test_addresses_literal():
     # rows 0..3; row 2 kept as new row 0, row 0 as new row 1; 1 squeezed into 0 (new 1); 3 dropped.
     remap = jnp.array([[1, 1, 0, -1]])
     carrier = jnp.array([[0, 1, 2, 3, 3, -1]])
-    new = select.compose(carrier, remap)
+    new = select.lookup(remap, carrier)
     np.testing.assert_array_equal(new, [[1, 1, 0, -1, -1, -1]])
     np.testing.assert_array_equal(select.sizes(new, 2), [[1.0, 2.0]])
     np.testing.assert_array_equal(select.inverse(jnp.array([[2, 0]]), 4), [[1, -1, 0, -1]])
