@@ -14,7 +14,7 @@ from dyntoken.ops import attend, sample
 from dyntoken.types import Tokens
 
 Array = jax.Array
-Pool = Literal["token", "mean", "all", "max", "avgmax", "catavgmax", "map"]
+Pool = Literal["token", "mean", "all", "max", "avgmax", "catavgmax", "map", "prr"]
 REPRESENTATIONS = {"tanh": jnp.tanh, "gelu": layers.gelu}
 HEAD = 1 << 20  # a layer number that no block has; it keys the head's draws
 
@@ -40,18 +40,39 @@ class AttentionPool(nn.Module):
         latent = self.param("latent", layers.trunc_normal(width**-0.5), (1, 1, width))
         q = layers.dense(width, name="q")(jnp.broadcast_to(latent, (batch, 1, width)))
         kv = layers.dense(2 * width, name="kv")(x)
-        q, k, v = (
-            jnp.swapaxes(rows.reshape(batch, -1, self.heads, width // self.heads), 1, 2)
-            for rows in (q, *jnp.split(kv, 2, axis=-1))
-        )
-        logits = attend.logits(q, k, scale=(width // self.heads) ** -0.5)
-        if alive is not None:
-            logits = jnp.where(alive[:, None, None] > 0.5, logits, jnp.finfo(logits.dtype).min)
-        y = jnp.einsum("bhqk,bhkd->bhqd", jax.nn.softmax(logits), v)
-        y = layers.dense(width, name="proj")(jnp.swapaxes(y, 1, 2).reshape(batch, width))
+        y = _attend(q, *jnp.split(kv, 2, axis=-1), self.heads, alive)[:, 0]
+        y = layers.dense(width, name="proj")(y)
         normed = nn.LayerNorm(epsilon=self.norm_eps, name="norm")(y)
         act = layers.ACTIVATIONS[self.act]
         return y + layers.Mlp(int(width * self.mlp_ratio), activation=act, name="mlp")(normed)
+
+
+class PatchRefinement(nn.Module):
+    """Self-attention of the rows without parameters, then the class token or the mean (timm's `AttentionPoolPrr`).
+
+    Attributes:
+      heads: of the attention.
+      token: row 0 is a class token.
+    """
+
+    heads: int
+    token: bool
+
+    def __call__(self, x: Array, alive: Array | None) -> Array:
+        """As `AttentionPool`."""
+        y = _attend(x, x, x, self.heads, alive)
+        return y[:, 0] if self.token else _mean(y, alive)
+
+
+def _attend(q: Array, k: Array, v: Array, heads: int, alive: Array | None) -> Array:
+    """Attention of rows `q [B, Q, C]` to rows `k` and `v [B, T, C]`, those of them that are alive."""
+    batch, _, width = k.shape
+    q, k, v = (jnp.swapaxes(rows.reshape(batch, -1, heads, width // heads), 1, 2) for rows in (q, k, v))
+    logits = attend.logits(q, k, scale=(width // heads) ** -0.5)
+    if alive is not None:
+        logits = jnp.where(alive[:, None, None] > 0.5, logits, jnp.finfo(logits.dtype).min)
+    y = jnp.einsum("bhqk,bhkd->bhqd", jax.nn.softmax(logits), v)
+    return jnp.swapaxes(y, 1, 2).reshape(batch, -1, width)
 
 
 class ClassHead(nn.Module):
@@ -61,14 +82,14 @@ class ClassHead(nn.Module):
       classes: 0 returns the pooled features instead of logits.
       pool: "token" (row 0), "mean" (over the patch rows alive), "all" (the mean
         over these and the rows before them), "max", "avgmax" (the mean of both),
-        "catavgmax" (one after the other), or "map" (`attention`).
+        "catavgmax" (one after the other), "map" or "prr" (`attention`).
       distilled: a second linear layer on row 1; the logits are the mean of both.
       representation_size: width of a layer before the classifier.
       norm_eps: epsilon of a LayerNorm on the pooled features (timm's `fc_norm`), None for none.
       representation_act: row of `REPRESENTATIONS`.
       dropout: before the classifier.
       prefix_too: pooling reads the rows before the patches, too.
-      attention: recipe of an `AttentionPool`, for pool="map".
+      attention: recipe of an `AttentionPool` for pool="map", of a `PatchRefinement` for "prr".
     """
 
     classes: int
@@ -105,11 +126,11 @@ class ClassHead(nn.Module):
         if self.pool == "token":
             check_pool(self.pool, tokens.prefix)
             return tokens.x[:, 0]
-        whole = self.prefix_too or self.pool == "all"
+        whole = self.prefix_too or self.pool in ("all", "prr")
         rows, alive = tokens.x if whole else tokens.patches, tokens.alive
         if whole and alive is not None:
             alive = attend.with_prefix(alive, tokens.prefix)
-        if self.pool == "map":
+        if self.attention is not None:
             return self.attention(name="attn_pool")(rows.astype(jnp.float32), alive)
         return POOLS[self.pool](rows, alive)
 

@@ -15,7 +15,7 @@ from dyntoken.backbones import BACKBONES
 from dyntoken.backbones.isotropic import Isotropic
 from dyntoken.cascade import Cascade
 from dyntoken.classifier import Classifier
-from dyntoken.heads import REPRESENTATIONS, AttentionPool, ClassHead, with_dense
+from dyntoken.heads import REPRESENTATIONS, AttentionPool, ClassHead, PatchRefinement, with_dense
 from dyntoken.multiexit import MultiExit, default_exits
 from dyntoken.nn import layers
 from dyntoken.nn.spec import Site, Spec
@@ -62,7 +62,7 @@ class Model(Classifier):
     pool_prefix: bool = False
     head_dropout: Rate = 0.0
 
-    maps = True
+    attends = True
     RECORDS = ("features", "dense", "embed", "blocks", "stages")
 
     def sites(self) -> tuple[Site, ...]:
@@ -84,13 +84,16 @@ class Model(Classifier):
             self.representation_act,
             self.head_dropout,
             self.pool_prefix,
-            self._attention_pool(body) if self.pool == "map" else None,
+            self._attention_pool(body),
         )
         if self.aux_weight is not None:
             self.aux_head = layers.dense(self.num_classes)
 
-    @staticmethod
-    def _attention_pool(body: Any) -> Spec:
+    def _attention_pool(self, body: Any) -> Spec | None:
+        if self.pool == "prr":
+            return Spec.of(PatchRefinement, heads=body.heads, token=getattr(body, "class_token", True))
+        if self.pool != "map":
+            return None
         act = "silu" if body.activation == "swiglu" else body.activation  # its MLP has no gate
         options = {"heads": body.heads, "mlp_ratio": body.mlp_ratio, "norm_eps": body.norm_eps}
         return Spec.of(AttentionPool, act=act, **options)

@@ -45,9 +45,7 @@ TIMM_VIT = {
     "init_values": to("layer_scale", common.optional(float), None),
     "pool_include_prefix": to("pool_prefix", flag, False),
     "pos_embed": only("learn", "none", "", why="timm has no others"),
-    "global_pool": only(
-        "token", "avg", "max", "avgmax", "map", why="'' gives none per image, 'prr' is of no model"
-    ),
+    "global_pool": only("token", "avg", "max", "avgmax", "map", "prr", why="'' gives no logits per image"),
     "fc_norm": Argument(None, common.optional(flag)),
     "final_norm": Argument(True, flag),
     "act_layer": Argument(None, common.activation),

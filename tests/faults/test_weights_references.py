@@ -89,6 +89,11 @@ def timm_vit(t, images, given):
         x = linear(y, "attn_pool.proj")
         y = act(linear(norm(x, "attn_pool.norm"), "attn_pool.mlp.fc1"))
         x = x + linear(y, "attn_pool.mlp.fc2")
+    elif c["global_pool"] == "prr":
+        h = x.reshape(n, -1, 2, 8).transpose(0, 2, 1, 3)
+        a = np.exp(h @ h.swapaxes(-1, -2) / math.sqrt(8))
+        y = (a / a.sum(-1, keepdims=True) @ h).transpose(0, 2, 1, 3).reshape(n, -1, 16)
+        x = y[:, 0] if "cls_token" in t else y.mean(1)
     else:
         pools = {
             "token": x[:, 0],
@@ -115,6 +120,8 @@ def timm_vit(t, images, given):
         {"global_pool": "avgmax", "reg_tokens": 2},
         {"global_pool": "map", "class_token": False},
         {"global_pool": "map", "fc_norm": True, "pool_include_prefix": True},
+        {"global_pool": "prr", "class_token": False, "reg_tokens": 1},
+        {"global_pool": "prr"},
         {"scale_attn_norm": True, "drop_rate": 0.2},
         {"scale_mlp_norm": True, "patch_drop_rate": 0.5},
         {"fc_norm": True},

@@ -59,7 +59,7 @@ def test_unknown_repository_class_and_argument():
     ("repository", "cls", "argument"),
     [
         ("timm", "VisionTransformer", {"attn_layer": "DiffAttention"}),
-        ("timm", "VisionTransformer", {"global_pool": "prr"}),
+        ("timm", "VisionTransformer", {"global_pool": ""}),
         ("timm", "VisionTransformer", {"act_layer": "prelu"}),
         ("timm", "VisionTransformer", {"global_pool": "token", "class_token": False}),
         ("timm", "VisionTransformer", {"norm_layer": "RmsNorm"}),
