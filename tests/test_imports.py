@@ -109,7 +109,7 @@ def test_the_table_names_every_module():
 
 @pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(ROOT)))
 def test_files_stay_short(file):
-    assert len(file.read_text().splitlines()) <= 400
+    assert len(file.read_text().splitlines()) <= 500
 
 
 def test_import_is_light():

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from dyntoken.eval import exits, thresholds
-from dyntoken.eval.thresholds import Solution
+from dyntoken.eval import exits, solvers
+from dyntoken.eval.solvers import Solution
 
 Array = np.ndarray
 CALIBRATION, HELD_OUT = "calibration", "held-out"
@@ -127,7 +127,7 @@ def solve(names: Sequence[str], half: Half, costs: Any, budgets: Any, *, seed: i
     for, so that it is never below it.
 
     Args:
-      names: of `thresholds.SOLVERS`.
+      names: of `solvers.SOLVERS`.
       half: to calibrate on.
       costs: `[E]` cumulative.
       budgets: average costs.
@@ -138,8 +138,8 @@ def solve(names: Sequence[str], half: Half, costs: Any, budgets: Any, *, seed: i
       ValueError: what the solvers refuse.
     """
     found: dict[str, list[Solution]] = {}
-    for name in sorted(names, key=list(thresholds.SOLVERS).index):  # optimal comes last
-        solver, more = thresholds.SOLVERS[name], {}
+    for name in sorted(names, key=list(solvers.SOLVERS).index):  # optimal comes last
+        solver, more = solvers.SOLVERS[name], {}
         if name == "genetic":
             more["seed"] = seed
         if name == "optimal" and "genetic" in found:

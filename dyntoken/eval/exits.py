@@ -4,7 +4,7 @@ Follows DVT (arXiv 2105.15075; `inference.py` of
 blackfeather-wang/Dynamic-Vision-Transformer) and MSDNet (arXiv 1703.09844:
 anytime and budgeted-batch classification). Logits of a whole calibration set are
 searched on the host, in NumPy; `step_score` is the same rules inside a compiled
-program, for the runner of `eval.cascade`.
+program, for the runner of `eval.runner`.
 
 Everywhere `E` is the number of exits, `N` of images, `K` of classes. Scores are
 higher where an exit is surer. Costs are *cumulative*: what an image costs in

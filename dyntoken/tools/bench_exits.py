@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from dyntoken.analysis import macs, timing
-from dyntoken.eval.cascade import Runner
+from dyntoken.eval.runner import Runner
 from dyntoken.tools import cli
 
 PAIRS = 5

@@ -1,6 +1,6 @@
 """Pictures of what a model keeps: `python -m dyntoken.tools.show NAME --weights=... IMAGE...`.
 
-With `--exits`: sheets of images by the exit they take, see `sheets`. With
+With `--exits`: sheets of images by the exit they take, see `show_exits`. With
 `--augment`: a sheet of what training sees, see `show_augment`.
 """
 
@@ -23,7 +23,7 @@ from dyntoken.data.resample import resize_centre
 from dyntoken.models import Model
 from dyntoken.preprocessing import preprocess
 from dyntoken.runs import Run, load_run
-from dyntoken.tools import cli, colour, sheets, show_augment
+from dyntoken.tools import cli, colour, show_augment, show_exits
 from dyntoken.weights import runs
 from dyntoken.weights.whole import load_whole
 
@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Writes one PNG per image, or with --exits or --augment sheets of many; returns the exit status."""
     argv = sys.argv[1:] if argv is None else argv
     if "--exits" in argv:
-        return sheets.main(argv)
+        return show_exits.main(argv)
     if cli.chooses(argv, "--augment"):
         return show_augment.main(argv)
     args = (parser := _parser()).parse_args(argv)

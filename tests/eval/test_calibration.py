@@ -7,7 +7,7 @@ import pytest
 
 from dyntoken.eval import calibration, exits
 from dyntoken.eval.calibration import CALIBRATION, HELD_OUT, Half
-from dyntoken.eval.thresholds import Solution
+from dyntoken.eval.solvers import Solution
 
 COSTS = np.array([1.0, 3.0])
 HALF = Half(

@@ -4,9 +4,9 @@ import jax
 import numpy as np
 import pytest
 
-from dyntoken.eval.cascade import Runner
+from dyntoken.eval.runner import Runner
 from dyntoken.train import mesh
-from tests.eval.test_cascade import ALL, IMAGES, all_exits, between, cascade, exits, shared
+from tests.eval.test_runner import ALL, IMAGES, all_exits, between, cascade, exits, shared
 
 
 @pytest.mark.parametrize("mode", ["call", "stream"])

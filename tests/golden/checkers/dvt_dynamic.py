@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from dyntoken.eval import exits, thresholds
+from dyntoken.eval import exits, solvers
 from tests.golden.case import Case
 from tests.golden.ledger import Ledger
 
@@ -25,8 +25,8 @@ def _check_group(ledger: Ledger, group: str) -> None:
     steps, costs = ledger.expected(group + "p"), ledger.expected("flops")
     calibration = _part(ledger, group + "calib")
     held_out = _part(ledger, group + "val")
-    shares = [thresholds.geometric_shares(step, len(costs)) for step in steps]
-    found = thresholds.geometric_sweep(calibration[1], steps)
+    shares = [solvers.geometric_shares(step, len(costs)) for step in steps]
+    found = solvers.geometric_sweep(calibration[1], steps)
     ledger.close(group + "exit_probs", np.stack(shares), SINGLE)
     ledger.equal(group + "thresholds", found)
     seen = exits.budgeted(*calibration, found, costs)

@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from dyntoken.eval import exits, frontier
+from dyntoken.eval import exits, threshold_search
 from dyntoken.registry import Table
 
 Array = np.ndarray
@@ -144,7 +144,7 @@ def geometric(correct: Any, scores: Any, costs: Any, budgets: Any) -> list[Solut
     rows = np.concatenate([first, geometric_sweep(scores)])
     points = [exits.measure(correct, scores, row, costs) for row in rows]
     accuracy, cost = np.array([(point.accuracy, point.cost) for point in points]).T
-    chosen = rows[frontier.best(accuracy, cost, budgets)]
+    chosen = rows[threshold_search.best(accuracy, cost, budgets)]
     known = {"solver": "geometric", "resolution": None, "evaluations": len(rows)}
     return _solutions(correct, scores, costs, budgets, chosen, start, known)
 
@@ -205,7 +205,7 @@ def genetic(
     correct, scores, costs, budgets = _check(correct, scores, costs, budgets)
     if population < 4 or generations < 1:
         raise ValueError(f"needs 4 individuals and 1 generation at least, got {population} and {generations}")
-    ranks = frontier.Ranks(scores)
+    ranks = threshold_search.Ranks(scores)
     result = []
     for budget in budgets:
         start = time.perf_counter()
@@ -221,7 +221,7 @@ def _evolve(
     scores: Array,
     costs: Array,
     budget: float,
-    ranks: frontier.Ranks,
+    ranks: threshold_search.Ranks,
     settings: _Genes,
     generations: int,
     seed: int,
@@ -246,7 +246,7 @@ def _evolve(
     for row in genes:
         fitness(row)
     best = max(known, key=lambda cuts: known[cuts])  # the first of equals
-    return frontier.between(scores, ranks.thresholds(best)), len(known)
+    return threshold_search.between(scores, ranks.thresholds(best)), len(known)
 
 
 # (c) ours
@@ -277,8 +277,8 @@ def optimal(
     its thresholds are among `starts`.
 
     On a small set many combinations are equally good. Of those near the one
-    found, the one whose neighbours are best is taken (`frontier.settle`), and
-    of equals the cheapest; thresholds lie between scores (`frontier.between`).
+    found, the one whose neighbours are best is taken (`threshold_search.settle`), and
+    of equals the cheapest; thresholds lie between scores (`threshold_search.between`).
 
     Args:
       correct, scores, costs, budgets: as `geometric`.
@@ -299,36 +299,36 @@ def optimal(
     if starts is not None:
         rows = [exits.check_thresholds(row, scores) for row in starts]
         known = np.concatenate([known, np.reshape(rows, (-1, len(scores)))])
-    ranks = frontier.Ranks(scores)
+    ranks = threshold_search.Ranks(scores)
     cuts, tried, resolution = _search(correct, ranks, costs, budgets, levels)
     if resolution > 0:
         cuts, more = _refine(correct, scores, ranks, costs, budgets, cuts, known)
         tried += more
     chosen = []
     for row, budget in zip(cuts, budgets, strict=True):
-        row = frontier.settle(correct, ranks, costs, float(budget), row, AROUND)
-        chosen.append(frontier.between(scores, ranks.thresholds(row)))
+        row = threshold_search.settle(correct, ranks, costs, float(budget), row, AROUND)
+        chosen.append(threshold_search.between(scores, ranks.thresholds(row)))
     facts = {"solver": "optimal", "resolution": resolution, "evaluations": tried}
     return _solutions(correct, scores, costs, budgets, chosen, start, facts)
 
 
 def _search(
-    correct: Array, ranks: frontier.Ranks, costs: Array, budgets: Array, levels: int | None
+    correct: Array, ranks: threshold_search.Ranks, costs: Array, budgets: Array, levels: int | None
 ) -> tuple[Array, int, float]:
     """Cuts `[B, E - 1]` of the best candidates, how many there were, and the resolution."""
     searched = len(ranks.values)
     if searched == 2:
         inner = len(ranks.values[1]) + 1
         outer = ranks.levels(0, levels or max(2, WORK // inner))
-        cuts, _ = frontier.sweep(correct, ranks, costs, budgets, outer)
+        cuts, _ = threshold_search.sweep(correct, ranks, costs, budgets, outer)
         return cuts, len(outer) * inner, ranks.gap(0, outer)
     if levels is None and ranks.combinations <= CELLS:
         rows = [np.arange(len(values) + 1) for values in ranks.values]
     else:
         fit = int(round(CELLS ** (1 / searched), 6))
         rows = [ranks.levels(exit_, min(levels or fit, fit)) for exit_ in range(searched)]
-    hits, spent = frontier.grid(correct, ranks, costs, rows)
-    chosen = frontier.best(hits.ravel(), spent.ravel(), budgets)
+    hits, spent = threshold_search.grid(correct, ranks, costs, rows)
+    chosen = threshold_search.best(hits.ravel(), spent.ravel(), budgets)
     places = np.unravel_index(chosen, hits.shape)
     cuts = np.array([row[place] for row, place in zip(rows, places, strict=True)], dtype=np.int64)
     resolution = max(ranks.gap(exit_, row) for exit_, row in enumerate(rows))
@@ -338,7 +338,7 @@ def _search(
 def _refine(
     correct: Array,
     scores: Array,
-    ranks: frontier.Ranks,
+    ranks: threshold_search.Ranks,
     costs: Array,
     budgets: Array,
     cuts: Array,
@@ -352,8 +352,8 @@ def _refine(
     result = np.empty_like(cuts)
     for index in np.argsort(budgets, kind="stable"):
         budget = budgets[index : index + 1]
-        begin = rows[int(frontier.best(np.array(accuracy), np.array(cost), budget)[0])]
-        result[index], more = frontier.zoom(correct, ranks, costs, float(budget[0]), begin, ZOOM)
+        begin = rows[int(threshold_search.best(np.array(accuracy), np.array(cost), budget)[0])]
+        result[index], more = threshold_search.zoom(correct, ranks, costs, float(budget[0]), begin, ZOOM)
         point = exits.measure(correct, scores, ranks.thresholds(result[index]), costs)
         rows.append(result[index])
         accuracy.append(point.accuracy)

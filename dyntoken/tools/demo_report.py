@@ -17,7 +17,7 @@ from dyntoken import data, train
 from dyntoken.analysis import macs, timing
 from dyntoken.models import create_model, split_name
 from dyntoken.reducers import ScoreSelectFuse
-from dyntoken.tools import budget, cli
+from dyntoken.tools import cli, thresholds
 
 Log = Callable[[str], None]
 POINTS = 8  # budgets in the table of a model with exits
@@ -35,7 +35,7 @@ def report(config: Mapping[str, Any], result: train.Result, *, log: Log = print)
 
     Of a model with exits the rows are the linear classifier, the trained dense
     model of the package where it fits the images, and each exit with the
-    multiply-adds up to it; the picture is `exits.png`. `tools.budget` follows,
+    multiply-adds up to it; the picture is `exits.png`. `tools.thresholds` follows,
     with its own table and files in `budget/`.
 
     Args:
@@ -212,8 +212,8 @@ def _budgets(result: train.Result, log: Log) -> None:
     """Thresholds for some average budgets, and the picture of the trade-off."""
     target = result.workdir / "budget"
     if not (target / "calibration.json").exists():
-        log("\nthresholds for average budgets (tools.budget):")
-        budget.main([f"--workdir={result.workdir}", f"--points={POINTS}"])
+        log("\nthresholds for average budgets (tools.thresholds):")
+        thresholds.main([f"--workdir={result.workdir}", f"--points={POINTS}"])
     log(f"exit thresholds, curves and shares per budget: {target}")
 
 

@@ -12,8 +12,7 @@ import pytest
 import dyntoken
 from dyntoken.analysis import timing
 from dyntoken.eval import exits
-from dyntoken.eval.cascade import Runner
-from dyntoken.eval.programs import ladder
+from dyntoken.eval.runner import Runner, ladder
 from dyntoken.registry import UnknownNameError
 
 TINY = {"img_size": 16, "width": 16, "depth": 2, "heads": 2, "num_classes": 5}
@@ -135,12 +134,12 @@ def test_other_rules_on_the_device(rule):
 @contextlib.contextmanager
 def used(runner):
     """Lists the programs that run, `(exit, rows per device)`."""
-    log, real = [], runner._programs.get
-    runner._programs.get = lambda index, rows: log.append((index, rows)) or real(index, rows)
+    log, real = [], runner._program
+    runner._program = lambda index, rows: log.append((index, rows)) or real(index, rows)
     try:
         yield log
     finally:
-        del runner._programs.get
+        del runner._program
 
 
 def test_streams_fill_late_exits_and_release_in_order():

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dyntoken.analysis.draw import INK, matplotlib
-from dyntoken.analysis.plot import COLOURS
+from dyntoken.analysis.exit_plots import COLOURS
 
 SIDE = ("step", "kind", "lr", "images_per_s", "seconds", "data_wait", "grad_norm", "update_norm")
 MARKERS = "os^Dv"  # one per evaluated set, in both pictures

@@ -14,11 +14,12 @@ import numpy as np
 from etils import epath
 
 from dyntoken import data, paths
-from dyntoken.analysis import plot, sheet
-from dyntoken.eval import collect, exits
+from dyntoken.analysis import contact_sheet, exit_plots
+from dyntoken.eval import exits
+from dyntoken.eval import logits as split_logits
 from dyntoken.mix import normalize
 from dyntoken.tools import cli
-from dyntoken.tools.budget import UNITS
+from dyntoken.tools.thresholds import UNITS
 from dyntoken.train import mesh as meshes
 from dyntoken.train.workdir import open_workdir
 from dyntoken.weights.whole import load_whole
@@ -28,11 +29,11 @@ Sheets of images by the exit they take, and by the first exit that is right:
 which images of each class are easy, and which are hard.
 
 Of a trained run: --exits --workdir=DIR [SPLIT]; its thresholds are those that
-tools.budget found, at the budget nearest to --budget. Of any weights:
+tools.thresholds found, at the budget nearest to --budget. Of any weights:
 --exits NAME --weights=FILE --thresholds=0.9,0.8 DATA[:SPLIT].
 
 Writes exits_taken.png and first_right.png, and with the thresholds of
-tools.budget shares.png: the share of the images that leave at each exit,
+tools.thresholds shares.png: the share of the images that leave at each exit,
 against the budget."""
 EXAMPLES = """\
   python -m dyntoken.tools.show --exits --workdir=runs/dvt_demo
@@ -79,7 +80,7 @@ class Seen:
 
 @dataclasses.dataclass(frozen=True)
 class Calibration:
-    """What `tools.budget` stored: a rule, and thresholds `[M, E]` of budgets `[M]` in `unit`."""
+    """What `tools.thresholds` stored: a rule, and thresholds `[M, E]` of budgets `[M]` in `unit`."""
 
     rule: str
     seed: int
@@ -107,14 +108,14 @@ def main(argv: Sequence[str]) -> int:
     if found is not None:
         order = np.argsort(found.budgets, kind="stable")
         parts = np.array([_shares(exits.exit_of(scores, found.thresholds[i]), count) for i in order])
-        pictures["shares"] = plot.shares(
+        pictures["shares"] = exit_plots.shares(
             found.budgets[order],
             parts,
             xlabel=f"average budget of an image ({UNITS[found.unit]})",
             title=f"{seen.title}: where images leave ({rule} rule)",
         )
     for name, figure in pictures.items():
-        plot.save(figure, epath.Path(out) / f"{name}.png")
+        exit_plots.save(figure, epath.Path(out) / f"{name}.png")
         print(epath.Path(out) / f"{name}.png")
     right = np.take_along_axis(correct, taken[None], axis=0)[0]
     for exit_, share in enumerate(_shares(taken, count)):
@@ -136,7 +137,7 @@ def _parser() -> cli.Parser:
         help="one per exit; the last may be left out (0.9,0.8): it takes the rest",
     )
     parser.add_argument("--rule", help=f"exit rule of --thresholds: {', '.join(exits.RULES)}")
-    parser.add_argument("--budget", type=float, help="which of tools.budget's (default: the middle one)")
+    parser.add_argument("--budget", type=float, help="which of tools.thresholds's (default: the middle one)")
     parser.add_argument("--examples", type=cli.positive, default=2, help="rows per exit (default: 2)")
     parser.add_argument("--out", type=Path, help="folder (default: shown, or WORKDIR/shown)")
     cli.add_model_options(parser)
@@ -150,11 +151,13 @@ def _calibration(args: argparse.Namespace) -> Calibration | None:
             raise ValueError("--thresholds and --budget both say where to leave: give one of them")
         return None
     if args.rule is not None:
-        raise ValueError("--rule belongs to --thresholds; tools.budget's thresholds have their own")
+        raise ValueError("--rule belongs to --thresholds; tools.thresholds's thresholds have their own")
     path = paths.resolve(args.workdir or ".") / "budget" / "calibration.json"
     if not args.workdir or not path.exists():
         remedy = (
-            f"run python -m dyntoken.tools.budget --workdir={args.workdir} first, or " if args.workdir else ""
+            f"run python -m dyntoken.tools.thresholds --workdir={args.workdir} first, or "
+            if args.workdir
+            else ""
         )
         raise ValueError(f"no thresholds: {remedy}give --thresholds=0.9,0.8 (one per exit)")
     held = json.loads(path.read_text())
@@ -179,8 +182,8 @@ def _of_run(args: argparse.Namespace) -> Seen:
     opened = open_workdir(args.workdir, split=args.words[0] if args.words else None, ema=args.ema, log=print)
     plan = opened.plan
     title = f"{plan.settings.model['name']}, {plan.settings.data.name}/{plan.settings.data.eval_split}"
-    step = collect.make_step(plan.model, plan.mesh, prepare=plan.prepare)
-    logits, labels = collect.collect(step, opened.variables, opened.batches())
+    step = split_logits.make_logits_step(plan.model, plan.mesh, prepare=plan.prepare)
+    logits, labels = split_logits.collect(step, opened.variables, opened.batches())
     return Seen(title, labels, logits, plan.info.class_names, plan.eval_batches)
 
 
@@ -200,9 +203,11 @@ def _of_weights(args: argparse.Namespace) -> Seen:
     def batches():
         return data.eval_batches(name, split=split, batch=BATCH, shards=1, size=(height, width))
 
-    step = collect.make_step(model, mesh, prepare=lambda images: normalize(images, facts.mean, facts.std))
+    step = split_logits.make_logits_step(
+        model, mesh, prepare=lambda images: normalize(images, facts.mean, facts.std)
+    )
     variables, _ = load_whole(model, args.weights)
-    logits, labels = collect.collect(step, variables, (meshes.place(batch, mesh) for batch in batches()))
+    logits, labels = split_logits.collect(step, variables, (meshes.place(batch, mesh) for batch in batches()))
     return Seen(f"{args.name}, {name}/{split}", labels, logits, facts.class_names, batches)
 
 
@@ -279,7 +284,7 @@ def _draw(
     for (label, _, said), lines in zip(groups, chosen, strict=True):
         exit_ = int(said[0]) if len(said) else 0
         drawn.append(
-            sheet.Group(
+            contact_sheet.Group(
                 label,
                 [
                     [_cell(seen, images, int(i), exit_, scores, correct, bool(by_class)) for i in line]
@@ -287,7 +292,7 @@ def _draw(
                 ],
             )
         )
-    return sheet.sheet(drawn, columns=seen.names if by_class else (), title=title, note=note)
+    return contact_sheet.sheet(drawn, columns=seen.names if by_class else (), title=title, note=note)
 
 
 def _cell(
@@ -298,10 +303,10 @@ def _cell(
     scores: np.ndarray,
     correct: np.ndarray,
     by_class: bool,
-) -> sheet.Cell | None:
+) -> contact_sheet.Cell | None:
     if image < 0:
         return None
     right = bool(correct[exit_, image])
     said = seen.name(int(seen.logits[exit_, image].argmax()))
     caption = said if not right or not by_class else f"{scores[exit_, image]:.3f}"
-    return sheet.Cell(images[image], caption, right)
+    return contact_sheet.Cell(images[image], caption, right)
