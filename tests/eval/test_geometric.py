@@ -130,7 +130,7 @@ def test_quantiles_equal_a_walk_over_the_sorted_images(data):
 def test_geometric_sweep_moves_from_the_first_exit_to_the_last():
     correct, scores, costs = cascade(3, 400)
     rows = solvers.geometric_sweep(scores)
-    counts = exits.budgeted(correct, scores, rows, costs).counts
+    counts = np.stack([exits.evaluate(correct, scores, row, costs).counts for row in rows])
     assert rows.shape == (59, 3)
     np.testing.assert_array_equal(counts[19], [133, 133, 134])  # q = 1: thirds
     assert (np.diff(counts[:, 0]) <= 0).all()
@@ -139,8 +139,8 @@ def test_geometric_sweep_moves_from_the_first_exit_to_the_last():
 
 def test_geometric_takes_the_best_point_that_keeps_the_budget():
     correct, scores, costs = cascade(3, 400)
-    curve = exits.budgeted(correct, scores, solvers.geometric_sweep(scores), costs)
+    curve = [exits.evaluate(correct, scores, row, costs) for row in solvers.geometric_sweep(scores)]
     for solution in solvers.geometric(correct, scores, costs, [1.0, 2.0, 3.5, 6.0]):
-        fits = curve.accuracy[curve.cost <= solution.budget]
+        fits = [point.accuracy for point in curve if point.cost <= solution.budget]
         assert solution.cost <= solution.budget
         assert solution.accuracy == pytest.approx(max([*fits, correct[0].mean()] if not len(fits) else fits))

@@ -94,7 +94,7 @@ def test_the_runner_equals_all_exits_image_by_image(case, batch, devices, mode):
     """21 images: the last batch is short, of 5 rows or of 1."""
     runner = shared(case, batch, devices)
     count = len(runner.thresholds)
-    runner.thresholds = limits = between(exits.confidence(all_exits(case)), [0.4, 0.3, 0.5][:count])
+    runner.thresholds = limits = between(exits.score("confidence", all_exits(case)), [0.4, 0.3, 0.5][:count])
     given = batches(batch, case)
     results = [runner(b) for b in given] if mode == "calls" else [*runner.stream(given)]
     assert [len(r.exit) for r in results] == [len(b) for b in given]
@@ -257,5 +257,5 @@ def test_a_row_may_not_spoil_its_neighbours_and_a_failed_run_not_the_next():
     runner.thresholds = ALL
     with pytest.raises(ValueError, match="images must be"):
         [*runner.stream([np.full_like(IMAGES[:8], np.nan), IMAGES[:, :8]])]
-    runner.thresholds = limits = between(exits.confidence(all_exits("both")), [0.7, 0.5, 0.5])
+    runner.thresholds = limits = between(exits.score("confidence", all_exits("both")), [0.7, 0.5, 0.5])
     check([runner(b) for b in batches(8)], "both", limits)

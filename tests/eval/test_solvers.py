@@ -87,9 +87,9 @@ def test_every_point_of_the_released_sweep_is_met_at_its_own_cost(count):
     """A budget that is an average cost itself is met in spite of rounding."""
     correct, scores, costs = cascade(count, 300, seed=4)
     costs = costs / 7  # not exact in binary
-    curve = exits.budgeted(correct, scores, solvers.geometric_sweep(scores), costs)
-    ours = solvers.optimal(correct, scores, costs, curve.cost)
-    assert all(mine.accuracy >= his - EPS for mine, his in zip(ours, curve.accuracy, strict=True))
+    curve = [exits.evaluate(correct, scores, row, costs) for row in solvers.geometric_sweep(scores)]
+    ours = solvers.optimal(correct, scores, costs, [point.cost for point in curve])
+    assert all(mine.accuracy >= his.accuracy - EPS for mine, his in zip(ours, curve, strict=True))
 
 
 def test_accuracy_grows_with_the_budget_and_budgets_may_come_in_any_order():
@@ -139,7 +139,7 @@ def test_sweep_equals_the_full_grid_at_every_cost_that_occurs():
     budgets = np.unique(spent.round(12))
     assert len(budgets) > 100
     expected = hits.ravel()[threshold_search.best(hits.ravel(), spent.ravel(), budgets)]
-    _, found = threshold_search.sweep(correct, ranks, costs, budgets, np.arange(41))
+    _, found = threshold_search.exact_three_exits(correct, ranks, costs, budgets, np.arange(41))
     np.testing.assert_array_equal(found, expected)
     assert len(np.unique(expected)) > 8
 
@@ -159,13 +159,13 @@ def test_grid_equals_evaluate():
 
 def test_thresholds_lie_midway_between_the_last_to_leave_and_the_first_to_stay():
     scores = np.float32([[9, 7, 4, 2, 1], [0, 0, 8, 6, 3], [0] * 5])
-    found = threshold_search.between(scores, np.float32([7, 6, ALWAYS]))
+    found = threshold_search.midpoints(scores, np.float32([7, 6, ALWAYS]))
     np.testing.assert_array_equal(found, np.float32([5.5, 4.5, ALWAYS]))
     assert found.dtype == np.float32
     # Image 1 has left when exit 1 decides: its 5 is no reason to lift the threshold.
     scores[1, 1] = 5
     np.testing.assert_array_equal(
-        threshold_search.between(scores, np.float32([7, 6, ALWAYS]))[:2], [5.5, 4.5]
+        threshold_search.midpoints(scores, np.float32([7, 6, ALWAYS]))[:2], [5.5, 4.5]
     )
 
 
@@ -173,9 +173,9 @@ def test_no_number_lies_between_neighbouring_floats():
     low = np.float32(0.5)
     high = np.nextafter(low, np.float32(1))
     scores = np.array([[low, high], [0, 0]], np.float32)
-    np.testing.assert_array_equal(threshold_search.between(scores, [high, ALWAYS])[0], high)
+    np.testing.assert_array_equal(threshold_search.midpoints(scores, [high, ALWAYS])[0], high)
     np.testing.assert_array_equal(
-        exits.exit_of(scores, threshold_search.between(scores, [high, ALWAYS])), [1, 0]
+        exits.exit_of(scores, threshold_search.midpoints(scores, [high, ALWAYS])), [1, 0]
     )
 
 
@@ -184,14 +184,14 @@ def test_no_number_lies_between_neighbouring_floats():
 )
 def test_never_and_always_stay(limits):
     _, scores, _ = cascade(3, 50)
-    np.testing.assert_array_equal(threshold_search.between(scores, limits), np.float32(limits))
+    np.testing.assert_array_equal(threshold_search.midpoints(scores, limits), np.float32(limits))
 
 
 @hypothesis.given(calibrations((2, 4), 30), st.lists(st.integers(0, 6), min_size=4, max_size=4))
 def test_moving_thresholds_moves_no_image(calibration, limits):
     scores = calibration[1]
     limits = np.float32(limits[: len(scores)])
-    moved = threshold_search.between(scores, limits)
+    moved = threshold_search.midpoints(scores, limits)
     np.testing.assert_array_equal(exits.exit_of(scores, moved), exits.exit_of(scores, limits))
 
 
@@ -211,36 +211,15 @@ def test_noise_in_the_last_bits_moves_no_image(solver):
     assert (exits.exit_of(noisy, released.thresholds) != exits.exit_of(scores, released.thresholds)).any()
 
 
-def test_of_equals_the_one_with_the_best_neighbours():
+def test_of_equals_the_cheapest():
     """Two exits, 200 images: letting 100 to 110 of the surest leave is equally right, fewer or more is worse."""
     images, costs = 200, np.array([1.0, 2.0])
     scores = np.stack([np.arange(images, dtype=np.float32), np.zeros(images, np.float32)])
-    gain = np.repeat(
-        [0, 1, 0, -1], [80, 20, 10, 90]
-    )  # right at exit 0 minus right at exit 1, from the surest on
+    gain = np.repeat([0, 1, 0, -1], [80, 20, 10, 90])  # right at exit 0 minus right at exit 1, surest first
     correct = np.stack([gain[::-1] == 1, gain[::-1] == -1])
-    ranks = threshold_search.Ranks(scores)
-    for leaving in (100, 103, 110):
-        found = threshold_search.settle(correct, ranks, costs, 2.0, np.array([images - leaving]), 1 << 15)
-        assert images - found == [105]
-    # 105 images at exit 0 cost 1.475 on average: a smaller budget asks for more of them.
-    found = threshold_search.settle(correct, ranks, costs, 1.46, np.array([images - 110]), 1 << 15)
-    assert images - found == [108]
-    (whole,) = solvers.optimal(correct, scores, costs, 2.0)
-    assert (whole.counts.tolist(), whole.accuracy) == ([105, 95], 0.55)
-    assert whole.thresholds[0] == 94.5
-
-
-@hypothesis.given(calibrations((2, 4), 200))
-def test_settling_keeps_hits_and_budget(calibration):
-    correct, scores, costs, budget = calibration
-    ranks = threshold_search.Ranks(scores)
-    start = np.zeros(len(scores) - 1, np.int64)
-    before = exits.measure(correct, scores, ranks.thresholds(start), costs)
-    after = threshold_search.settle(correct, ranks, costs, budget, start, 1 << 12)
-    found = exits.measure(correct, scores, ranks.thresholds(after), costs)
-    assert found.correct.sum() == before.correct.sum()
-    assert found.cost <= budget * (1 + EPS)
+    (found,) = solvers.optimal(correct, scores, costs, 2.0)
+    assert (found.counts.tolist(), found.accuracy) == ([110, 90], 0.55)
+    assert found.thresholds[0] == 89.5
 
 
 def test_a_cascade_that_only_gets_worse_stops_at_once():
@@ -305,7 +284,7 @@ def test_errors_of_single_solvers():
         solvers.optimal(correct, scores, costs, 2.0, levels=1)
     with pytest.raises(ValueError, match=r"3 exits need 3 thresholds, got shape \(2,\)"):
         solvers.optimal(correct, scores, costs, 2.0, starts=[[0.5, 0.5]])
-    with pytest.raises(ValueError, match="4 individuals and 1 generation at least, got 3 and 5"):
+    with pytest.raises(ValueError, match="5 individuals and 1 generation at least, got 3 and 5"):
         solvers.genetic(correct, scores, costs, 2.0, population=3, generations=5)
     with pytest.raises(ValueError, match="3 exits need as many shares"):
         solvers.find_threshold(scores, [0.5, 0.5])

@@ -56,7 +56,7 @@ def test_only_the_wanted_images_are_kept_padding_left_out(seen):
 
 
 def test_images_by_the_exit_they_take(seen):
-    scores, correct = exits.confidence(seen.logits), exits.correct_of(seen.logits, seen.labels)
+    scores, correct = exits.score("confidence", seen.logits), exits.correct_of(seen.logits, seen.labels)
     taken = exits.exit_of(scores, [0.8, -1e8])  # scores: 0.98 0.73 0.88 0.95 0.73 0.95
     np.testing.assert_array_equal(taken, [0, 1, 0, 0, 1, 0])
     figure = show_exits.taken_sheet(seen, taken, scores, correct, "how", 2)
@@ -78,7 +78,7 @@ def test_images_by_the_exit_they_take(seen):
 
 
 def test_images_by_the_first_exit_that_is_right(seen):
-    scores, correct = exits.confidence(seen.logits), exits.correct_of(seen.logits, seen.labels)
+    scores, correct = exits.score("confidence", seen.logits), exits.correct_of(seen.logits, seen.labels)
     figure = show_exits.first_right_sheet(seen, scores, correct, 3)
     values, labels, _ = rows(figure)
     assert values == [0, 3, 1, 2, 4, 5]
@@ -92,7 +92,7 @@ def test_images_by_the_first_exit_that_is_right(seen):
 def test_many_classes_are_just_examples(seen):
     names = tuple(f"c{index}" for index in range(40))
     many = show_exits.Seen(seen.title, seen.labels, seen.logits, names, seen.batches)
-    scores, correct = exits.confidence(seen.logits), exits.correct_of(seen.logits, seen.labels)
+    scores, correct = exits.score("confidence", seen.logits), exits.correct_of(seen.logits, seen.labels)
     figure = show_exits.first_right_sheet(many, scores, correct, 2)
     values, _, texts = rows(figure)
     assert values == [0, 3, 1, 2, 4, 5]  # the surest first, whatever their class
