@@ -48,7 +48,7 @@ ALLOWED = {
     "preprocessing": {"data", "mix", "models", "architectures"},
     "runs": {"preprocessing", "train", "weights"},
     "analysis": CORE,
-    "eval": CORE | {"losses", "weights", "data", "analysis", "mix"},
+    "eval": {"registry"},
     "train": CORE
     | {"paths", "losses", "weights", "data", "analysis", "mix", "optim", "schedules", "eval", "interrupt"},
     "tools": CORE

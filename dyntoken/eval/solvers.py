@@ -165,7 +165,13 @@ def genetic(
         first = draw.random((population, len(tops)))
         first[0] = 0.0  # every image leaves at the first exit
         bounds = [(0.0, 1.0)] * len(tops)
-        options = {"maxiter": generations, "tol": 0.0, "polish": False, "vectorized": True, "updating": "deferred"}
+        options = {
+            "maxiter": generations,
+            "tol": 0.0,
+            "polish": False,
+            "vectorized": True,
+            "updating": "deferred",
+        }
         optimize.differential_evolution(losses, bounds, init=first, rng=draw, **options)
         best = min(sorted(known), key=known.__getitem__)
         limits = threshold_search.midpoints(scores, ranks.thresholds(best))

@@ -171,7 +171,7 @@ def test_without_matplotlib_the_tables_are_written_all_the_same(workdir, monkeyp
     shutil.rmtree(workdir / "budget", ignore_errors=True)
     assert thresholds.main([f"--workdir={workdir}", "--gmacs=1", "--solver=geometric"]) == 0
     assert sorted(path.name for path in (workdir / "budget").iterdir()) == ["calibration.json", "curves.csv"]
-    assert "no pictures: pictures need matplotlib: pip install matplotlib" in capsys.readouterr().out
+    assert "no pictures: pictures need matplotlib: pip install matplotlib" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
