@@ -12,7 +12,7 @@ import numpy as np
 import optax
 
 from dyntoken import data, train
-from dyntoken.analysis import exit_plots, macs, timing
+from dyntoken.analysis import exit_plots, figures, macs, timing
 from dyntoken.models import create_model, split_name
 from dyntoken.reducers import ScoreSelectFuse
 from dyntoken.tools import cli, thresholds
@@ -166,7 +166,7 @@ def _picture(
     target = result.workdir / name
     if not target.exists():
         try:
-            exit_plots.save(paint(source), target)
+            figures.save(paint(source), target)
         except ImportError as error:
             log(f"no picture: {error}")
             return

@@ -13,7 +13,7 @@ import numpy as np
 
 from dyntoken import config as recipes
 from dyntoken import data, mix
-from dyntoken.analysis import contact_sheet, exit_plots
+from dyntoken.analysis import contact_sheet, figures
 from dyntoken.data.plan import check_size, parse_split
 from dyntoken.tools import cli
 from dyntoken.train.settings import DataSettings, Settings, read
@@ -65,7 +65,7 @@ def main(argv: Sequence[str]) -> int:
             f"{error}; to see the recipe on other images add --data=folder:DIR or --data=NAME"
         ) from error
     title = f"What training sees: {args.augment}, images of {facts.name}"
-    exit_plots.save(draw(seen, facts.class_names, title, note(settings)), args.out)
+    figures.save(draw(seen, facts.class_names, title, note(settings)), args.out)
     print(args.out)
     print(f"data.augment: {_spell(chosen.augment or {})}")
     print(f"mix: {_spell(settings.mix)}")

@@ -32,7 +32,7 @@ import numpy as np
 from etils import epath
 
 from dyntoken import data, paths
-from dyntoken.analysis import contact_sheet, exit_plots
+from dyntoken.analysis import contact_sheet, exit_plots, figures
 from dyntoken.eval import exits
 from dyntoken.eval.logits import collect, make_logits_step
 from dyntoken.mix import normalize
@@ -120,7 +120,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         )
     out = epath.Path(args.out or (paths.resolve(args.workdir) / "shown" if args.workdir else "shown"))
     for name, figure in pictures.items():
-        exit_plots.save(figure, out / f"{name}.png")
+        figures.save(figure, out / f"{name}.png")
     right = np.take_along_axis(correct, taken[None], axis=0)[0]
     return {
         "pictures": [str(out / f"{name}.png") for name in pictures],

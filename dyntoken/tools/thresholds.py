@@ -33,7 +33,7 @@ import numpy as np
 from etils import epath
 
 from dyntoken import paths
-from dyntoken.analysis import exit_plots, literature, macs, timing
+from dyntoken.analysis import exit_plots, figures, literature, macs, timing
 from dyntoken.eval import calibration, exits
 from dyntoken.eval.calibration import CALIBRATION, HELD_OUT, Half
 from dyntoken.eval.exits import Operating
@@ -194,8 +194,8 @@ def write(out: epath.Path, result: Result, cited: literature.Curves) -> None:
     (out / "calibration.json").write_text(json.dumps(result, indent=2) + "\n")
     (out / "curves.csv").write_text(as_csv([*result["points"], *result.get("vs", {}).get("points", ())]))
     try:
-        exit_plots.save(draw_curves(result, cited), out / "curves.png")
-        exit_plots.save(draw_shares(result), out / "shares.png")
+        figures.save(draw_curves(result, cited), out / "curves.png")
+        figures.save(draw_shares(result), out / "shares.png")
     except ModuleNotFoundError as error:
         print(f"no pictures: {error}", file=sys.stderr)
     print(f"written: {', '.join(sorted(path.name for path in out.iterdir()))} in {out}", file=sys.stderr)

@@ -12,7 +12,7 @@ import jax
 from etils import epath
 
 from dyntoken import paths
-from dyntoken.analysis import exit_plots, learning_curves
+from dyntoken.analysis import figures, learning_curves
 from dyntoken.train.board import Board
 from dyntoken.train.clock import Clock
 from dyntoken.weights import workdirs
@@ -113,7 +113,7 @@ class Report:
             self._draws = False
             self._log(f"no {self._picture.name}: {error}")
             return
-        exit_plots.save(figure, self._picture)
+        figures.save(figure, self._picture)
 
     def evaluated(self, step: int) -> dict[str, Value] | None:
         """The latest evaluation that was reported at a step, if any."""
