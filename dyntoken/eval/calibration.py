@@ -50,13 +50,7 @@ class Half:
 
 
 def halves(logits: Any, labels: Any, rule: str, *, seed: int = 0) -> tuple[Half, Half]:
-    """The calibration and the held-out half of a split.
-
-    Args:
-      logits: `[E, N, K]` in the order of the split.
-      labels: `[N]`.
-      rule: of `exits.RULES`.
-      seed: of the random rule.
+    """The calibration and the held-out half of logits `[E, N, K]` and labels `[N]` in the order of a split.
 
     Raises:
       UnknownNameError: no such rule.
@@ -71,27 +65,13 @@ def halves(logits: Any, labels: Any, rule: str, *, seed: int = 0) -> tuple[Half,
     )
 
 
-def sweep(costs: Sequence[float] | Array, points: int) -> Array:
-    """Evenly spaced budgets `[points]` from the first exit's cost to the last one's."""
-    if points < 2:
-        raise ValueError(f"a sweep has two ends: points must be at least 2, got {points}")
-    return np.linspace(costs[0], costs[-1], points)
-
-
 def solve(
     names: Sequence[str], half: Half, costs: Any, budgets: Any, *, seed: int = 0
 ) -> dict[str, list[Operating]]:
-    """Solutions of each solver for each budget, by name.
+    """Solutions of each of the named solvers for each budget; `seed` is that of the genetic search.
 
     `optimal` starts from what the genetic search found where both are asked
     for, so that it is never below it.
-
-    Args:
-      names: of `solvers.SOLVERS`.
-      half: to calibrate on.
-      costs: `[E]` cumulative.
-      budgets: average costs.
-      seed: of the genetic search.
 
     Raises:
       UnknownNameError: no such solver.

@@ -2,9 +2,7 @@
 
 Follows DVT (arXiv 2105.15075; `inference.py` of
 blackfeather-wang/Dynamic-Vision-Transformer) and MSDNet (arXiv 1703.09844:
-anytime and budgeted-batch classification). Logits of a whole calibration set are
-searched on the host, in NumPy; `step_score` is the same rules inside a compiled
-program, for `eval.runner`.
+anytime and budgeted-batch classification).
 
 Everywhere `E` is the number of exits, `N` of images, `K` of classes. Scores are
 higher where an exit is surer. Costs are *cumulative*: what an image costs in
@@ -63,9 +61,7 @@ RULES = Table("exit rule", {"confidence": confidence, "entropy": entropy, "margi
 def score(rule: str, logits: Any, *, seed: int = 0, start: int = 0) -> Array:
     """Scores `[E, N]` of logits `[E, N, K]` under a rule of `RULES`.
 
-    Args:
-      seed: of the random rule.
-      start: number of the first image, for the random rule.
+    `seed` and `start`, the number of the first image, are for the random rule.
 
     Raises:
       UnknownNameError: no such rule (a ValueError).
@@ -81,14 +77,9 @@ def score(rule: str, logits: Any, *, seed: int = 0, start: int = 0) -> Array:
 def step_score(rule: str, logits: jax.Array, *, exit_: int, numbers: jax.Array, seed: int = 0) -> jax.Array:
     """`score` of one exit inside a compiled program: logits `[B, K]` to float32 `[B]`.
 
-    The arithmetic is that of the host, up to the rounding of exponentials and
-    sums. NaN logits make a NaN score, which is below every threshold.
-
-    Args:
-      rule: row of `RULES`.
-      exit_: number of the exit.
-      numbers: int32 `[B]`, number of each image in its set (for the random rule).
-      seed: of the random rule.
+    Up to the rounding of exponentials and sums it is that of the host. NaN logits
+    make a NaN score, which is below every threshold. `numbers` int32 `[B]` are
+    those of the images in their set, for the random rule.
     """
     of_probabilities = RULES[rule]
     if of_probabilities is None:
@@ -111,11 +102,7 @@ _host_draws = functools.partial(jax.jit, static_argnums=0)(_draws)
 
 
 def correct_of(logits: Any, labels: Any) -> Array:
-    """Whether each exit's largest logit is the label, bool `[E, N]`.
-
-    Args:
-      logits: `[E, N, K]`; probabilities do as well. The first of equal classes counts.
-      labels: `[N]` integers.
+    """Whether each exit's largest logit (of `[E, N, K]`; the first of equals) is the label `[N]`, bool `[E, N]`.
 
     Raises:
       ValueError: shapes that do not fit, or NaN.
@@ -129,14 +116,10 @@ def correct_of(logits: Any, labels: Any) -> Array:
 def exit_of(scores: Any, thresholds: Any) -> Array:
     """The exit each image leaves at, int64 `[N]`.
 
-    As the released `dynamic_evaluate`: the first exit with score >= threshold,
-    so an image exactly at the threshold leaves and tied images leave together.
-    An image that reaches the last exit leaves there: its threshold (-1e8 in the
-    released checkpoints) is there for the format and decides nothing.
-
-    Args:
-      scores: `[E, N]`, higher is surer.
-      thresholds: `[E]`.
+    As the released `dynamic_evaluate`: the first exit with score `[E, N]` >=
+    threshold `[E]`, so an image exactly at the threshold leaves and tied images
+    leave together. The last exit takes the rest: its threshold (-1e8 in the
+    released checkpoints) decides nothing.
 
     Raises:
       ValueError: thresholds of another length, or NaN anywhere.
@@ -159,12 +142,11 @@ class Operating:
       correct: how many of those are right, int64 `[E]`.
       budget: the average cost asked for, None if none was.
       solver: row of `solvers.SOLVERS`, None if nothing was searched.
-      resolution: largest share of the calibration images between two
-        neighbouring candidates of an exit; 0.0: every threshold that makes a
-        difference was tried, the point is optimal. None: nothing is promised.
+      resolution: largest share of the images between two neighbouring candidates
+        of an exit; 0.0: all were tried, it is optimal. None: nothing is promised.
       evaluations: sets of thresholds that the search compared.
-      seconds: wall time of the search. `geometric` and `optimal` answer all
-        budgets of a call together: each point carries the call's numbers.
+      seconds: wall time of the search; where it answers all budgets together,
+        these two are those of all.
     """
 
     thresholds: Array
@@ -221,12 +203,7 @@ def measure(correct: Array, scores: Array, thresholds: Array, costs: Array) -> O
 def anytime(correct: Any, costs: Any) -> list[Operating]:
     """Anytime classification (MSDNet, section 3): every image leaves at exit i, one point per exit.
 
-    Args:
-      correct: bool `[E, N]`.
-      costs: `[E]` cumulative, strictly increasing.
-
-    Raises:
-      ValueError: as `evaluate`.
+    Arguments and errors as `evaluate`.
     """
     correct = _correct(correct)
     count, unsure = len(correct), np.zeros(correct.shape)

@@ -27,8 +27,7 @@ def make_eval_step(model: nn.Module, *, prepare: Callable[[Array], Array], axis:
     """Builds `(variables, batch) -> sums` for one device.
 
     Args:
-      model: returns an `Output` with logits `[b, classes]`, or `[exits, b,
-        classes]`.
+      model: returns an `Output` with logits `[b, classes]`, or `[exits, b, classes]`.
       prepare: uint8 images -> normalised float images, both `[b, H, W, C]`.
       axis: name of the mapped axis over devices.
 
@@ -71,12 +70,7 @@ def _right(batch: Batch, guess: Array) -> Array:
 
 
 def classify(step: Step, variables: Tree, batches: Iterable[Batch]) -> dict[str, Any]:
-    """Runs a compiled evaluation step over all batches.
-
-    Args:
-      step: `make_eval_step`, made parallel.
-      variables: raw or averaged variables of the model.
-      batches: device batches, as many on every process.
+    """Runs a compiled evaluation step over device batches, as many on every process.
 
     Returns:
       `top1`, `top5` (fractions in [0, 1]), `loss` (mean) and `count` (an int);
@@ -100,14 +94,10 @@ def classify(step: Step, variables: Tree, batches: Iterable[Batch]) -> dict[str,
 def make_logits_step(
     model: nn.Module, mesh: Mesh, *, prepare: Callable[[Array], Array], axis: str = "data"
 ) -> Step:
-    """Compiles `(variables, batch) -> {logits, label, mask}` for a mesh.
+    """Compiles `(variables, batch) -> {logits, label, mask}` for the devices that share the rows of a batch.
 
-    Args:
-      model: returns an `Output` with logits `[E, b, K]`.
-      mesh: the devices that share the rows of a batch.
-      prepare, axis: as `make_eval_step`, and so is the batch.
-
-    The logits come back as float32 `[E, B, K]`, rows in order.
+    The other arguments are as in `make_eval_step`, and so is the batch. The
+    logits come back as float32 `[E, B, K]`, rows in order.
 
     Raises:
       ValueError: a model without exits.
@@ -130,13 +120,9 @@ def make_logits_step(
 def collect(step: Step, variables: Tree, batches: Iterable[Batch]) -> tuple[np.ndarray, np.ndarray]:
     """Logits of all exits and labels of a whole split, padding left out.
 
-    Every process gets all rows, in the order of the split. The host holds them
-    all: 50,000 images, 1000 classes and three exits are 0.6 GB.
-
-    Args:
-      step: from `make_logits_step`.
-      variables: of the model.
-      batches: device batches, as many on every process.
+    Every process gets all rows, in the order of the split, from its device
+    batches (as many on every process). The host holds them all: 50,000 images,
+    1000 classes and three exits are 0.6 GB.
 
     Returns:
       logits float32 `[E, N, K]` and labels int32 `[N]`.

@@ -74,12 +74,10 @@ class Runner:
     the very program that computed them, and read from it by that of the next
     exit. The host learns one boolean per row, exit and batch; logits follow later.
 
-    Several devices: row r of a batch belongs to device r // (batch / devices)
-    and stays there. All devices run the same program at the same time, its
-    bucket the smallest that fits the fullest device.
-
-    Memory: each exit but the first keeps room for two batches of images and
-    upstream, allocated at first use and kept between calls.
+    Row r of a batch belongs to device r // (batch / devices) and stays there. All
+    devices run the same program at the same time, its bucket the smallest that
+    fits the fullest device. Each exit but the first keeps room for two batches of
+    images and upstream, allocated at first use and kept between calls.
 
     Attributes:
       batch: rows of a full batch.
@@ -105,15 +103,13 @@ class Runner:
         """Nothing is compiled yet: the first use of a bucket does it, or `precompile`.
 
         Args:
-          model: a model with exits: `dvt_...`, `multiexit_...`.
-          variables: of the model.
+          model, variables: a model with exits: `dvt_...`, `multiexit_...`.
           thresholds: `[E]`, in the unit of the rule; the last one decides nothing.
-          rule: row of `exits.RULES`.
+          rule: row of `exits.RULES`, and the seed of the random one.
           batch: largest batch, divisible by the number of devices.
           steps: number of bucket sizes per exit.
           devices: of this process; by default all of them.
           prepare: uint8 images -> normalised float images, both `[b, H, W, C]`.
-          seed: of the random rule.
 
         Raises:
           UnknownNameError: no such rule.
@@ -282,14 +278,11 @@ class Runner:
         index: int,
         rows: int,
     ) -> tuple[Result, Rows | None]:
-        """One exit on one device; the target that goes in is used up.
+        """One exit (static `index`) on one device, for a bucket of static `rows`.
 
-        Args:
-          threshold: float32 scalar.
-          cursor: int32 `[1, 3]`: first slot of the source, valid rows, first free slot of the target.
-          source: the batch itself (exit 0), or the ring buffer of rows that wait for this exit.
-          target: the ring buffer of the next exit.
-          index, rows: exit and bucket (static).
+        It reads from `source`, the batch itself (exit 0) or the ring buffer of rows that wait, and writes
+        into `target`, that of the next exit. `cursor` int32 `[1, 3]` holds the first slot of the source,
+        its valid rows, and the first free slot of the target.
         """
         head, valid, tail = cursor[0]
         if index:

@@ -11,8 +11,8 @@ ways to choose the thresholds, in one table, with one signature:
   budgeted batch classification): maximise accuracy under an average budget
   by an evolutionary search. The authors' genetic algorithm is not released;
   this is SciPy's differential evolution.
-* `optimal`: ours, the same problem solved exactly on the calibration set, or
-  to a resolution that the result states.
+* `optimal`: the same problem solved exactly on the calibration set, or to a
+  resolution that the result states.
 
 Every solver is `(correct [E, N], scores [E, N], costs [E], budgets) ->
 [Operating]`, one per budget; costs are cumulative, in MACs or in measured time.
@@ -60,14 +60,7 @@ def find_threshold(scores: Any, shares: Any) -> Array:
     Exit k is to let floor(N share_k) of the images go that are still there;
     its threshold is the score of the last of them. Ties at that score leave as
     well. If none is to go, or fewer are left than are to go, no image leaves
-    there (1e8). The last exit takes the rest (-1e8).
-
-    Args:
-      scores: `[E, N]`, higher is surer.
-      shares: `[E]`; the last one is not read.
-
-    Returns:
-      `[E]` in the dtype of the scores.
+    there (1e8). The last exit takes the rest (-1e8), its share is not read.
 
     Raises:
       ValueError: shares of another length, or NaN.
@@ -135,14 +128,8 @@ def genetic(
     arguments give the same thresholds. The result always keeps the budget: an
     individual that leaves at the first exit is in the first generation.
 
-    Args:
-      correct, scores, costs, budgets: as `geometric`.
-      seed: of the search; every budget starts from it.
-      population: individuals, at least 5.
-      generations: at least 1.
-
     Raises:
-      ValueError: as `geometric`, or too small a population.
+      ValueError: as `geometric`; less than 5 individuals or 1 generation.
     """
     correct, scores, costs, budgets = _check(correct, scores, costs, budgets)
     if population < 5 or generations < 1:
@@ -199,7 +186,6 @@ def optimal(
     its thresholds are among `starts`.
 
     Args:
-      correct, scores, costs, budgets: as `geometric`.
       levels: candidate thresholds per searched exit (with three exits: of the
         first one), at least 2; by default as many as fit.
       starts: thresholds `[S, E]` that the result may not fall behind.

@@ -76,13 +76,9 @@ class Ranks:
 
 
 def best(hits: Array, costs: Array, budgets: Array) -> Array:
-    """For every budget the candidate with most hits whose average cost keeps it; the cheapest of equals.
+    """For every budget `[B]` the candidate with most hits `[M]` whose average cost `[M]` keeps it, int64 `[B]`.
 
-    Args:
-      hits: `[M]`; costs: `[M]`; budgets: `[B]`.
-
-    Returns:
-      int64 `[B]` indices; -1 where no candidate is cheap enough.
+    The cheapest of equals; -1 where no candidate is cheap enough.
     """
     order = np.argsort(costs, kind="stable")
     order = order[: int(np.searchsorted(costs[order], budgets.max() * (1 + SLACK), side="right"))]
@@ -97,20 +93,11 @@ def best(hits: Array, costs: Array, budgets: Array) -> Array:
 
 
 def grid(correct: Array, ranks: Ranks, costs: Array, cuts: Sequence[Array]) -> tuple[Array, Array]:
-    """Hits and average cost of every combination of cuts.
+    """Hits and average cost, float64 `[g_0, ..., g_{E-2}]`, of every combination of ascending cuts `[g_k]`.
 
     An image with score rank r leaves at cut i if r >= i. Exit k's share of a
     combination depends on the cuts 0..k only: one table of k + 1 dimensions
     per exit, summed by broadcasting.
-
-    Args:
-      correct: bool `[E, N]`.
-      ranks: of the scores.
-      costs: `[E]` cumulative.
-      cuts: per exit but the last, ascending cuts `[g_k]`.
-
-    Returns:
-      hits and costs, float64 `[g_0, ..., g_{E-2}]`.
     """
     sizes = tuple(len(row) for row in cuts)
     # An image leaves under the first `under` of the cuts, the low ones.
@@ -150,13 +137,6 @@ def exact_three_exits(
     there, and how many more of them are then right than at exit 2. A budget
     asks for a least number to leave, so its cuts are a prefix, and the best of
     it a running maximum: O(N (U_1 + B)) for B budgets.
-
-    Args:
-      correct: bool `[3, N]`.
-      ranks: of the scores.
-      costs: `[3]` cumulative.
-      budgets: `[B]` average costs.
-      outer: ascending cuts of exit 0.
 
     Returns:
       cuts int64 `[B, 2]` and hits int64 `[B]`; hits are -1 where no pair keeps
@@ -213,13 +193,8 @@ def refine(
     """Improves cuts for one budget by grids around them, until single steps help no more.
 
     All cuts move at once, which matters at a tight budget: one exit may let
-    more images leave only if another lets fewer. Never worse than `start`.
-
-    Args:
-      correct, ranks, costs: as `grid`.
-      budget: average cost, `[1]`.
-      start: cuts `[E - 1]` that keep the budget.
-      cells: combinations per grid, about.
+    more images leave only if another lets fewer. Never worse than `start`, cuts
+    `[E - 1]` that keep the budget `[1]`; about `cells` combinations per grid.
 
     Returns:
       cuts `[E - 1]`, and how many combinations were tried.

@@ -128,7 +128,10 @@ def solve(
 ) -> Result:
     """Thresholds of one model for every budget; of the `others` among the rules those of the optimal solver."""
     facts = {key: value for key, value in run.items() if key not in ("logits", "labels")}
-    budgets = budgets or calibration.sweep(run["costs"], args.points)
+    if not budgets:
+        if args.points < 2:
+            raise ValueError(f"a sweep has two ends: points must be at least 2, got {args.points}")
+        budgets = np.linspace(run["costs"][0], run["costs"][-1], args.points)
     points, comparisons, images = [], [], {}
     for rule in (args.rule, *others):
         own = rule == args.rule

@@ -79,9 +79,6 @@ def test_optimal_is_solved_last_and_starts_from_the_genetic_solution():
     )
 
 
-def test_sweep_and_errors():
-    np.testing.assert_allclose(calibration.sweep([1.0, 2.0, 4.0], 4), [1, 2, 3, 4])
-    with pytest.raises(ValueError, match="points must be at least 2, got 1"):
-        calibration.sweep([1.0, 2.0], 1)
+def test_one_image_is_no_split():
     with pytest.raises(ValueError, match="one image makes no two halves"):
         calibration.halves(np.zeros((2, 1, 3)), [0], "confidence")
