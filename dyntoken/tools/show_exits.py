@@ -37,9 +37,8 @@ from dyntoken.eval import exits
 from dyntoken.eval.logits import collect, make_logits_step
 from dyntoken.mix import normalize
 from dyntoken.tools import cli
-from dyntoken.tools.thresholds import UNITS
+from dyntoken.tools.thresholds import UNITS, read
 from dyntoken.train import mesh as meshes
-from dyntoken.train.workdir import open_workdir
 from dyntoken.weights.whole import load_whole
 
 CLASSES = 12  # of more classes, columns are just examples
@@ -169,12 +168,9 @@ def choose(args: argparse.Namespace, stored: dict[str, Any] | None, count: int) 
 def _of_run(args: argparse.Namespace) -> Split:
     if args.weights or len(args.words) > 1 or cli.overrides(args):
         raise ValueError("--workdir knows its model, weights and data: add a split at most")
-    told = lambda line: print(line, file=sys.stderr)  # noqa: E731
-    opened = open_workdir(args.workdir, split=args.words[0] if args.words else None, ema=args.ema, log=told)
+    opened, logits, labels = read(args.workdir, args.words[0] if args.words else None, args.ema)
     plan = opened.plan
     title = f"{plan.settings.model['name']}, {plan.settings.data.name}/{plan.settings.data.eval_split}"
-    step = make_logits_step(plan.model, plan.mesh, prepare=plan.prepare)
-    logits, labels = collect(step, opened.variables, opened.batches())
     return Split(title, labels, logits, plan.info.class_names, plan.eval_batches)
 
 

@@ -40,7 +40,7 @@ from dyntoken.eval.exits import Operating
 from dyntoken.eval.logits import collect, make_logits_step
 from dyntoken.eval.solvers import SOLVERS
 from dyntoken.tools import cli
-from dyntoken.train.workdir import open_workdir
+from dyntoken.train.workdir import Opened, open_workdir
 
 Result = dict[str, Any]
 UNITS = {"gmacs": "GMACs", "ms": "ms"}
@@ -101,17 +101,22 @@ def measure(args: argparse.Namespace) -> Result:
     return result
 
 
-def load(workdir: str, args: argparse.Namespace, unit: str) -> Result:
-    """What a trained model says about a split: logits `[E, N, K]`, labels `[N]`, and the costs of its exits.
+def read(workdir: str, split: str | None, ema: bool) -> tuple[Opened, np.ndarray, np.ndarray]:
+    """A run, and its logits `[E, N, K]` and labels `[N]` of a split (by default its evaluation split).
 
     Raises:
       ValueError: no run there, or a model without exits.
     """
     told = lambda line: print(line, file=sys.stderr)  # noqa: E731
-    opened = open_workdir(workdir, split=args.split, ema=args.ema, log=told)
+    opened = open_workdir(workdir, split=split, ema=ema, log=told)
+    step = make_logits_step(opened.plan.model, opened.plan.mesh, prepare=opened.plan.prepare)
+    return opened, *collect(step, opened.variables, opened.batches())
+
+
+def load(workdir: str, args: argparse.Namespace, unit: str) -> Result:
+    """What a run says about the split, and the costs of its exits."""
+    opened, logits, labels = read(workdir, args.split, args.ema)
     plan, model, data = opened.plan, opened.plan.model, opened.plan.settings.data
-    step = make_logits_step(model, plan.mesh, prepare=plan.prepare)
-    logits, labels = collect(step, opened.variables, opened.batches())
     gmacs = costs = macs.gmacs_per_exit(model, macs.count(model))
     if unit == "ms":
         # On one device: the variables lie on all of them.
