@@ -102,7 +102,7 @@ def make_logits_step(
     Raises:
       ValueError: a model without exits.
     """
-    if not hasattr(model, "exits"):
+    if not getattr(model, "exits", ()):
         raise ValueError(
             f"{getattr(model, 'arch', type(model).__name__)} has no exits: thresholds need a model with "
             "several, such as dvt_deit_small"

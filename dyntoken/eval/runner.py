@@ -105,7 +105,7 @@ class Runner:
         Args:
           model, variables: a model with exits: `dvt_...`, `multiexit_...`.
           thresholds: `[E]`, in the unit of the rule; the last one decides nothing.
-          rule: row of `exits.RULES`, and the seed of the random one.
+          rule, seed: row of `exits.RULES`, and the seed of the random one.
           batch: largest batch, divisible by the number of devices.
           steps: number of bucket sizes per exit.
           devices: of this process; by default all of them.

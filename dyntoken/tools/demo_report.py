@@ -48,7 +48,7 @@ def report(config: Config, result: train.Result, *, log: Log = print) -> list[Ro
       `exit`, its number.
     """
     target = result.workdir / "compare.json"
-    exits = hasattr(result.model, "exits")
+    exits = bool(result.model.exits)
     if not target.exists():
         log("fitting the linear classifier")
         rows = [{"model": "linear classifier", "top1": linear_top1(result.plan)}]
