@@ -20,11 +20,8 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
 
-import jax
 import numpy as np
 
-from dyntoken.analysis import macs, timing
-from dyntoken.eval.runner import Runner
 from dyntoken.tools import cli
 
 MOST = 20  # batches; longer periods are cut, and the rest of a stream is flushed
@@ -84,6 +81,11 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     Raises:
       ValueError: not one share per exit.
     """
+    import jax
+
+    from dyntoken.analysis import macs, timing
+    from dyntoken.eval.runner import Runner
+
     model = cli.build(args, dtype=args.dtype)
     count, device = macs.exits(model), jax.devices()[0]
     if count != len(args.exits):
@@ -119,9 +121,11 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _time(
-    name: str, run: Any, batches: int, every: timing.Run, gmacs: np.ndarray, args: argparse.Namespace
+    name: str, run: Any, batches: int, every: Any, gmacs: np.ndarray, args: argparse.Namespace
 ) -> dict[str, Any]:
     """One way of running early exits on so many batches, against all exits on one batch."""
+    from dyntoken.analysis import timing
+
     leave = schedule(args.exits, batches * args.batch).reshape(batches, args.batch)
     timed = timing.compare(every, lambda: run(leave), pairs=args.pairs, warmup=1)
     ideal = float(gmacs[-1] / gmacs[leave].mean())
