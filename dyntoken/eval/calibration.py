@@ -68,21 +68,19 @@ def halves(logits: Any, labels: Any, rule: str, *, seed: int = 0) -> tuple[Half,
 def solve(
     names: Sequence[str], half: Half, costs: Any, budgets: Any, *, seed: int = 0
 ) -> dict[str, list[Operating]]:
-    """Solutions of each of the named solvers for each budget; `seed` is that of the genetic search.
+    """Solutions of each of the named solvers for each budget, in the order of `SOLVERS`.
 
-    `optimal` starts from what the genetic search found where both are asked
-    for, so that it is never below it.
+    Each may start from what those before it found, so that `optimal` is never
+    below them.
 
     Raises:
       UnknownNameError: no such solver.
       ValueError: what the solvers refuse.
     """
     found: dict[str, list[Operating]] = {}
-    for name in sorted(names, key=list(SOLVERS).index):  # optimal comes last
-        more = {"seed": seed} if name == "genetic" else {}
-        if name == "optimal" and "genetic" in found:
-            more["starts"] = [solution.thresholds for solution in found["genetic"]]
-        found[name] = SOLVERS[name](half.correct, half.scores, costs, budgets, **more)
+    for name in sorted(names, key=list(SOLVERS).index):
+        starts = [point.thresholds for points in found.values() for point in points]
+        found[name] = SOLVERS[name](half.correct, half.scores, costs, budgets, seed=seed, starts=starts)
     return found
 
 

@@ -14,8 +14,9 @@ ways to choose the thresholds, in one table, with one signature:
 * `optimal`: the same problem solved exactly on the calibration set, or to a
   resolution that the result states.
 
-Every solver is `(correct [E, N], scores [E, N], costs [E], budgets) ->
-[Operating]`, one per budget; costs are cumulative, in MACs or in measured time.
+Every solver is `(correct [E, N], scores [E, N], costs [E], budgets, *, seed, starts)
+-> [Operating]`, one per budget; costs are cumulative, in MACs or in measured time.
+Of the seed and of the known thresholds `starts` each uses what it needs.
 """
 
 from __future__ import annotations
@@ -88,7 +89,9 @@ def geometric_sweep(scores: Any, steps: Iterable[int | float] = STEPS) -> Array:
     return np.stack([find_threshold(scores, geometric_shares(step, len(scores))) for step in steps])
 
 
-def geometric(correct: Any, scores: Any, costs: Any, budgets: Any) -> list[Operating]:
+def geometric(
+    correct: Any, scores: Any, costs: Any, budgets: Any, *, seed: int = 0, starts: Any = ()
+) -> list[Operating]:
     """For every budget the most accurate point of the released sweep that keeps it.
 
     The released code knows no budget: it reports the whole sweep. Where no
@@ -118,6 +121,7 @@ def genetic(
     budgets: Any,
     *,
     seed: int = 0,
+    starts: Any = (),
     population: int = 50,
     generations: int = 60,
 ) -> list[Operating]:
@@ -125,7 +129,7 @@ def genetic(
 
     A gene is the share of an exit's distinct scores below its threshold;
     individuals that break the budget rank below all that keep it. The same
-    arguments give the same thresholds. The result always keeps the budget: an
+    seed gives the same thresholds. The result always keeps the budget: an
     individual that leaves at the first exit is in the first generation.
 
     Raises:
@@ -173,8 +177,9 @@ def optimal(
     costs: Any,
     budgets: Any,
     *,
+    seed: int = 0,
+    starts: Any = (),
     levels: int | None = None,
-    starts: Any = None,
 ) -> list[Operating]:
     """Maximises calibration accuracy under each budget; thresholds lie between scores.
 
@@ -199,7 +204,7 @@ def optimal(
         raise ValueError(f"levels must be at least 2 (every image leaves, none leaves), got {levels}")
     if len(scores) > EXITS:
         raise ValueError(f"the optimal solver takes up to {EXITS} exits, got {len(scores)}: use 'genetic'")
-    known = [exits.check_thresholds(row, scores) for row in (() if starts is None else starts)]
+    known = [exits.check_thresholds(row, scores) for row in starts]
     ranks = Ranks(scores)
     cuts, tried, resolution = _exhaust(correct, ranks, costs, budgets, levels)
     if resolution > 0:
@@ -259,4 +264,5 @@ def _report(points: Iterable[Operating], budgets: Any, start: float, **facts: An
     return [dataclasses.replace(point, budget=float(budget), **facts) for point, budget in pairs]
 
 
+# From the quickest to the one whose thresholds are recommended.
 SOLVERS = Table("threshold solver", {"geometric": geometric, "genetic": genetic, "optimal": optimal})

@@ -44,6 +44,7 @@ from dyntoken.train.workdir import Opened, open_workdir
 
 Result = dict[str, Any]
 UNITS = {"gmacs": "GMACs", "ms": "ms"}
+BEST = [*SOLVERS][-1]
 SEARCHED = ("thresholds", "accuracy", "cost", "counts", "resolution", "evaluations", "seconds")
 COLUMNS = (
     *("model", "kind", "solver", "rule", "half", "budget", "cost", "unit"),
@@ -93,7 +94,7 @@ def measure(args: argparse.Namespace) -> Result:
         if rival[key] != run[key]:
             seen, here = (f"{of['data']}/{of['split']}" for of in (rival, run))
             raise ValueError(f"--vs saw {seen}, this run {here}: give --split")
-    others = [rule for rule in exits.RULES if rule != args.rule and "optimal" in names]
+    others = [rule for rule in exits.RULES if rule != args.rule and BEST in names]
     result = solve(run, names, getattr(args, unit), others, args)
     if rival is not None:  # a sweep of its own: its exits cost something else
         result["vs"] = solve(rival, names[-1:], None, [], args)
@@ -131,7 +132,7 @@ def load(workdir: str, args: argparse.Namespace, unit: str) -> Result:
 def solve(
     run: Result, names: Sequence[str], budgets: Sequence[float] | None, others: Sequence[str], args: Any
 ) -> Result:
-    """Thresholds of one model for every budget; of the `others` among the rules those of the optimal solver."""
+    """Thresholds of one model for every budget; of the `others` among the rules those of the best solver."""
     facts = {key: value for key, value in run.items() if key not in ("logits", "labels")}
     if not budgets:
         if args.points < 2:
@@ -141,19 +142,16 @@ def solve(
     for rule in (args.rule, *others):
         own = rule == args.rule
         both = calibration.halves(run["logits"], run["labels"], rule, seed=args.seed)
-        found = calibration.solve(
-            names if own else ["optimal"], both[0], run["costs"], budgets, seed=args.seed
-        )
+        found = calibration.solve(names if own else [BEST], both[0], run["costs"], budgets, seed=args.seed)
         for half in both:
             here = exits.anytime(half.correct, run["costs"]) if own else []
             here += [half.judge(point, run["costs"]) for point in itertools.chain(*found.values())]
             points += [_as_row(point, rule, half, facts) for point in here]
         if own:
             solutions, images = found, {half.name: half.images for half in both}
-            for half, name in itertools.product(both, [n for n in found if "optimal" in found]):
-                if name != "optimal":
-                    pair = calibration.compare(half, found["optimal"], found[name])
-                    comparisons.append({"half": half.name, "solver": name, **pair})
+            for half, name in itertools.product(both, [*found][:-1]):
+                pair = calibration.compare(half, found[BEST], found[name])
+                comparisons.append({"half": half.name, "solver": name, **pair})
     best = list(solutions)[-1]
     return {
         **facts,
@@ -229,7 +227,7 @@ def draw_curves(result: Result, cited: literature.Curves) -> Any:
         mine = _of(points, solver=name, rule=result["rule"])
         series.append(_series(f"{name}, {result['rule']}", mine, "budgeted", band=name == result["solver"]))
     for rule in {row["rule"]: None for row in points if row["rule"] != result["rule"]}:
-        series.append(_series(f"optimal, {rule}", _of(points, rule=rule), "rule"))
+        series.append(_series(f"{BEST}, {rule}", _of(points, rule=rule), "rule"))
     if rival := result.get("vs"):
         points = _of(rival["points"], half=HELD_OUT)
         series.append(_series(f"{rival['model']}: each exit alone", _of(points, kind="anytime"), "rival"))
@@ -263,9 +261,9 @@ def draw_shares(result: Result) -> Any:
 
 
 def report(result: Result) -> str:
-    """The tables, and how the optimal solver compares with the two others."""
+    """The tables, and how the best solver compares with the others."""
     lines = [
-        f"{row['half']}: optimal is at or above {row['solver']} at {row['above']} of {row['budgets']} budgets, "
+        f"{row['half']}: {BEST} is at or above {row['solver']} at {row['above']} of {row['budgets']} budgets, "
         f"by {100 * row['difference']:+.2f} points on average (standard error {100 * row['error']:.2f}); "
         f"at worst {row['shortfall']:.2f} standard errors below"
         for row in result["comparisons"]
