@@ -45,7 +45,6 @@ from dyntoken.train.workdir import Opened, open_workdir
 Result = dict[str, Any]
 UNITS = {"gmacs": "GMACs", "ms": "ms"}
 BEST = [*SOLVERS][-1]
-SEARCHED = ("thresholds", "accuracy", "cost", "counts", "resolution", "evaluations", "seconds")
 COLUMNS = (
     *("model", "kind", "solver", "rule", "half", "budget", "cost", "unit"),
     *("gmacs", "accuracy", "standard_error"),
@@ -90,10 +89,9 @@ def measure(args: argparse.Namespace) -> Result:
     if cited and unit == "ms":
         raise ValueError("the published curves are in GMACs: leave --ms or --published out")
     rival = load(args.vs, args, unit) if args.vs else None
-    for key in ("data", "split") if rival else ():
-        if rival[key] != run[key]:
-            seen, here = (f"{of['data']}/{of['split']}" for of in (rival, run))
-            raise ValueError(f"--vs saw {seen}, this run {here}: give --split")
+    seen, here = (of and f"{of['data']}/{of['split']}" for of in (rival, run))
+    if rival and seen != here:
+        raise ValueError(f"--vs saw {seen}, this run {here}: give --split")
     others = [rule for rule in exits.RULES if rule != args.rule and BEST in names]
     result = solve(run, names, getattr(args, unit), others, args)
     if rival is not None:  # a sweep of its own: its exits cost something else
@@ -162,14 +160,14 @@ def solve(
         "budgets": [point.budget for point in solutions[best]],
         "thresholds": [point.thresholds.tolist() for point in solutions[best]],
         "held_out": [row["accuracy"] for row in _of(points, half=HELD_OUT, solver=best, rule=args.rule)],
-        "solvers": {name: [_as_json(point) for point in rows] for name, rows in solutions.items()},
+        "solvers": {name: [_plain(point) for point in rows] for name, rows in solutions.items()},
         "comparisons": comparisons,
         "points": points,
     }
 
 
-def _as_json(point: Operating) -> dict[str, Any]:
-    return {"budget": point.budget, **{k: np.asarray(getattr(point, k)).tolist() for k in SEARCHED}}
+def _plain(point: Operating) -> dict[str, Any]:
+    return {key: np.asarray(value).tolist() for key, value in vars(point).items() if key != "solver"}
 
 
 def _as_row(point: Operating, rule: str, half: Half, facts: Result) -> dict[str, Any]:
