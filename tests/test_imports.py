@@ -33,7 +33,7 @@ IMPORTS = {
     "optim": {"nn", "schedules", "schema"},
     "reducers": {"architectures", "nn", "ops", "registry", "schema", "types"},
     "classifier": {"backbones", "heads", "nn", "registry", "schema"},
-    "eval": {"analysis", "registry"},
+    "eval": {"registry"},
     "cascade": {"backbones", "classifier", "heads", "nn", "ops", "reducers", "schema", "types"},
     "multiexit": {"classifier", "heads", "types"},
     "models": {
