@@ -91,7 +91,9 @@ def _dot(equation: Any, path: Path, times: int) -> Operation:
     if not jnp.issubdtype(equation.outvars[0].aval.dtype, jnp.inexact):
         return Operation(path)  # integer products are book-keeping of row numbers
     is_layer = len(right) == 2 and not right_batched
-    return Operation(path, "dot", times * _results(equation) * inner, math.prod(left) // inner if is_layer else 0)
+    return Operation(
+        path, "dot", times * _results(equation) * inner, math.prod(left) // inner if is_layer else 0
+    )
 
 
 def _scopes(path: Path, stack: str) -> Path:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.interpreters import partial_eval
 
 from dyntoken.analysis.jaxpr import Operation, operations
-from dyntoken.nn.sites import REDUCER, added
+from dyntoken.nn.reduction_sites import REDUCER, added
 from dyntoken.nn.trunk import Spec
 from dyntoken.ops import backend
 
@@ -197,9 +197,10 @@ def gmacs(model: Any, whole: Count | None = None) -> float | list[float]:
       whole: its count, where it is known.
     """
     whole = whole or count(model)
-    if not model.exits:
+    exits = len(getattr(model, "exits", ()))
+    if not exits:
         return whole.gmacs
-    early = range(len(model.exits) - 1)
+    early = range(exits - 1)
     return [*(count(model, whole.image_shape, upto=index).gmacs for index in early), whole.gmacs]
 
 

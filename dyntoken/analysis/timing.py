@@ -168,7 +168,7 @@ def exit_times(model: Any, variables: Any, images: jax.Array, *, calls: int = 5)
     Raises:
       ValueError: a model without exits, or fewer than one call.
     """
-    if not model.exits:
+    if not getattr(model, "exits", ()):
         raise ValueError(f"{model.arch} has no exits to time")
     if calls < 1:
         raise ValueError(f"calls must be at least 1, got {calls}")

@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from dyntoken.analysis import macs
 from dyntoken.eval import exits
 from dyntoken.eval.programs import Prepare, Programs, Result, ladder
 from dyntoken.eval.waiting import Ring, Rows
@@ -95,7 +94,7 @@ class Runner:
           ValueError: a model without exits, thresholds of the wrong length or
             NaN, no devices, or a batch that does not divide over them.
         """
-        if not macs.exits(model):
+        if not getattr(model, "exits", ()):
             name = getattr(model, "arch", type(model).__name__)
             raise ValueError(f"{name} has no exits to leave at: name a cascade, such as dvt_deit_small")
         exits.RULES[rule]  # an unknown name fails here

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from dyntoken.analysis import macs
 from dyntoken.eval import exits
 from dyntoken.eval.waiting import Rows, put, take
 
@@ -65,8 +64,8 @@ class Programs:
         prepare: Prepare | None,
     ):
         """See `cascade.Runner`; `slots` is the size of a ring, per device."""
-        self.exits, self.devices = macs.exits(model), len(devices)
-        self.shape = macs.default_image_shape(model)
+        self.exits, self.devices = len(getattr(model, "exits", ())), len(devices)
+        self.shape = model.input_shape
         self.kind = np.dtype(np.float32 if prepare is None else np.uint8)
         self._model, self._rule, self._seed, self._slots, self._prepare = model, rule, seed, slots, prepare
         auto = (AxisType.Auto,)

@@ -149,7 +149,7 @@ def load(workdir: str, args: argparse.Namespace, unit: str) -> Loaded:
     plan, model = opened.plan, opened.plan.model
     step = collect.make_step(model, plan.mesh, prepare=plan.prepare)
     logits, labels = collect.collect(step, opened.variables, opened.batches())
-    gmacs = costs = np.array(macs.gmacs_per_exit(model, macs.count(model)))
+    gmacs = costs = np.array(macs.gmacs(model))
     if unit == "ms":
         # On one device: the variables lie on all of them.
         variables = jax.device_put(jax.device_get(opened.variables), jax.devices()[0])

@@ -216,8 +216,6 @@ def _of_name(args: argparse.Namespace, given: dict[str, Any]) -> dict[str, Any]:
 
 def request(args: argparse.Namespace, plan: Any) -> dict[str, Any]:
     """What a report depends on, besides the code: the program, the chips, the versions."""
-    from dyntoken import losses
-
     settings, train = plan.settings, args.train
     name, count, hbm = chips(args.topology)
     versions = {package: importlib.metadata.version(package) for package in ("jax", "jaxlib", "libtpu")}
@@ -225,7 +223,7 @@ def request(args: argparse.Namespace, plan: Any) -> dict[str, Any]:
         "model": {key: value for key, value in settings.plain["model"].items() if value is not None},
         "config": args.config,
         "step": "train" if train else "eval",
-        "losses": sorted(losses.weights(settings.losses)) if train else [],
+        "losses": sorted(settings.losses) if train else [],
         "teacher": (settings.teacher or {}).get("name") if train else None,
         "topology": name,
         "chips": count,
