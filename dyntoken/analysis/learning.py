@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dyntoken.analysis.draw import INK, matplotlib
+from dyntoken.analysis.figures import INK, matplotlib
 from dyntoken.analysis.plot import COLOURS
 
 SIDE = ("step", "kind", "lr", "images_per_s", "seconds", "data_wait", "grad_norm", "update_norm")

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from dyntoken.analysis.draw import INK, matplotlib
+from dyntoken.analysis.figures import INK, matplotlib
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#6a3d9a", "#8c510a")
 STYLES = {

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from dyntoken.analysis.draw import INK, matplotlib, to_rgb
+from dyntoken.analysis.figures import INK, matplotlib, to_rgb
 
 DPI = 100  # pixels of the images fall on pixels of the file
 SIDE = 0.90  # inches of a cell, about

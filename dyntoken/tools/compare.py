@@ -218,7 +218,7 @@ def _budgets(result: train.Result, log: Log) -> None:
 
 
 def _draw_kept(result: train.Result, target: epath.Path) -> None:
-    from dyntoken.analysis import draw
+    from dyntoken.analysis import figures, token_maps
 
     batch = next(iter(result.plan.eval_batches()))
     image = batch["image"][:1]
@@ -227,14 +227,14 @@ def _draw_kept(result: train.Result, target: epath.Path) -> None:
     )
     names = result.plan.info.class_names
     title = f"{result.plan.settings.model['name']}: {names[int(out.logits[0].argmax())] if names else ''}"
-    draw.save(draw.picture(image[0], out.reductions, at=result.model.at, title=title), target)
+    figures.save(token_maps.picture(image[0], out.reductions, at=result.model.at, title=title), target)
 
 
 def _draw_exits(rows: list[dict[str, Any]], target: epath.Path) -> None:
     """Top-1 against multiply-adds: a line through the exits, the others for reference."""
     from matplotlib.figure import Figure
 
-    from dyntoken.analysis import draw
+    from dyntoken.analysis import figures
 
     figure = Figure(figsize=(5.5, 4), layout="constrained")
     axes = figure.subplots()
@@ -251,4 +251,4 @@ def _draw_exits(rows: list[dict[str, Any]], target: epath.Path) -> None:
             axes.axhline(100 * row["top1"], color="grey", linestyle=":", label=row["model"])
     axes.set(xlabel="multiply-adds per image (millions)", ylabel="top-1 (%)")
     axes.legend()
-    draw.save(figure, target, dpi=150)
+    figures.save(figure, target, dpi=150)
