@@ -46,16 +46,13 @@ class Macs:
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """One block.
+    """One block; its multiply-adds are without the reducer's own.
 
     Attributes:
       name: module path, e.g. `backbone/trunk/blocks_3`.
-      tokens: rows its first layer works on (prefix tokens included).
-      tokens_out: rows its last layer works on; fewer where the reducer sits
-        between attention and MLP (EViT, eTPS), or where the others take a fast
-        path (Swin), whose rows do not count here.
-      macs: multiply-adds without the reducer's own.
-      params: number of parameters.
+      tokens, tokens_out: rows its first and its last layer work on, prefix tokens
+        included; the last on fewer where a reducer sits between attention and MLP
+        (EViT, eTPS), or where the others take a fast path (Swin).
     """
 
     name: str
@@ -71,10 +68,8 @@ class Stage:
 
     Attributes:
       tokens: rows of every block in it (prefix tokens included).
-      blocks: numbers of the blocks it touches; one that holds a reducer inside
-        belongs to two stages, each with its share. In a hierarchical backbone
-        they start again at 0 in each of its own stages.
-      names: module paths of those blocks.
+      blocks, names: numbers and module paths of its blocks; one that holds a
+        reducer inside belongs to two stages, each with its share.
       macs: multiply-adds of those blocks.
       reducer: multiply-adds of the reducer that opens the stage, 0 for none.
       exit: number of the exit of a cascade that it belongs to, else None.
@@ -90,16 +85,14 @@ class Stage:
 
 @dataclasses.dataclass(frozen=True)
 class Count:
-    """What a model costs for one image.
+    """What a model costs for one image of (height, width, channels).
 
     Attributes:
-      image_shape: (height, width, channels) counted for.
       resize: multiply-adds under a named scope "resize" (interpolation), which
         papers leave out; they are in nothing else here.
-      by_module: module path -> `Macs` of the operations directly in it.
-      by_block: one `Block` per block, in order.
-      stages: one `Stage` per reduction site and one before the first.
-      by_params: module path -> parameters directly in it.
+      by_module, by_params: module path -> what lies directly in it.
+      by_block: in order.
+      stages: one per reduction site and one before the first.
     """
 
     image_shape: tuple[int, int, int]
@@ -205,10 +198,7 @@ def gmacs(model: Any, whole: Count | None = None) -> float | list[float]:
 
 
 def unit(path: str) -> str:
-    """The row of a summary that a module belongs to: its block, its reducer, or its first names.
-
-    Those are two, or three where the second is a stage of a hierarchical backbone.
-    """
+    """The row of a summary that a module belongs to: its block, its reducer, or its first two or three names."""
     names = path.split("/")
     for depth, name in enumerate(names):
         if REDUCER.fullmatch(name) or BLOCK.fullmatch(name):

@@ -39,13 +39,7 @@ class Times:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """Two programs timed in turn.
-
-    Attributes:
-      first, second: their times.
-      ratios: time of the first over time of the second, pair by pair; above 1
-        the second is faster.
-    """
+    """Two programs timed in turn; `ratios`, pair by pair, are above 1 where the second is faster."""
 
     first: Times
     second: Times
@@ -74,13 +68,10 @@ def measure(run: Run, calls: int = 1) -> float:
 
 
 def compare(first: Run, second: Run, *, pairs: int = 20, warmup: int = 2, min_s: float = 0.1) -> Comparison:
-    """Times two programs in turn.
-
-    Every other pair runs in reverse order, so that neither always goes first.
+    """Times two programs in turn, every other pair in reverse order.
 
     Args:
-      first, second: functions without arguments that start the work and return
-        its arrays, e.g. from `evaluation` or `training`.
+      first, second: start the work and return its arrays, e.g. from `evaluation` or `training`.
       pairs: number of pairs.
       warmup: untimed calls of each (the first one compiles).
       min_s: a measurement repeats its program until it lasts about this long.
@@ -110,11 +101,7 @@ def device() -> str:
 
 
 def random_variables(model: Any, seed: int = 0) -> Any:
-    """Variables of the model's shapes with small random values, drawn on the host.
-
-    Speed does not depend on the values; `model.init` would first have to
-    compile the whole model.
-    """
+    """Variables of the model's shapes with small values; `model.init` would compile the whole model."""
     images = jax.ShapeDtypeStruct((1, *model.input_shape), jnp.float32)
     shapes = jax.eval_shape(lambda x: model.init(jax.random.key(0), x), images)
     rng = np.random.default_rng(seed)
@@ -139,11 +126,10 @@ def evaluation(model: Any, variables: Any, images: jax.Array) -> Run:
 
 
 def training(model: Any, variables: Any, images: jax.Array) -> Run:
-    """A compiled training pass: forward in training mode, cross-entropy, gradient.
+    """A compiled training pass: forward in training mode, cross-entropy, gradient in every parameter.
 
-    The gradient with respect to every parameter; no optimizer, no regularisers,
-    no teacher. A method with a learnt policy runs its mask form here, so it is
-    no faster than the dense model; the others train at the reduced shapes.
+    A method with a learnt policy runs its mask form here, so it is no faster than
+    the dense model; the others train at the reduced shapes.
     """
     constant = {name: value for name, value in variables.items() if name != "params"}
 
@@ -162,8 +148,8 @@ def training(model: Any, variables: Any, images: jax.Array) -> Run:
 def exit_times(model: Any, variables: Any, images: jax.Array, *, calls: int = 5) -> np.ndarray:
     """Cumulative seconds per image, float64 `[E]`, when every image leaves at exit i.
 
-    Each exit runs alone on the full batch `images [B, H, W, C]`, as the early-exit runner
-    runs it when its buckets are full; the median of `calls` timed calls counts.
+    Each exit runs alone on the full batch `images [B, H, W, C]`, as in the early-exit
+    runner when its buckets are full; the median of `calls` timed calls counts.
 
     Raises:
       ValueError: a model without exits, or fewer than one call.
