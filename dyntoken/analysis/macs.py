@@ -19,7 +19,7 @@ from jax.interpreters import partial_eval
 
 from dyntoken.analysis.jaxpr import Operation, operations
 from dyntoken.nn.reduction_sites import REDUCER, added
-from dyntoken.nn.trunk import Spec
+from dyntoken.nn.spec import Spec
 from dyntoken.ops import backend
 
 RESIZE = "resize"  # the named scope whose work stands on its own line
@@ -145,8 +145,8 @@ def count(model: Any, image_shape: Sequence[int] | None = None, *, upto: int | N
     if getattr(model, "form", "gather") != "gather":
         model = model.clone(form="gather")
     recipe = getattr(model, "backbone", None)
-    if isinstance(recipe, Spec) and dict(recipe.options).get("scan"):  # else blocks have no names
-        model = model.clone(backbone=Spec.of(recipe.make, **{**dict(recipe.options), "scan": False}))
+    if isinstance(recipe, Spec) and recipe.get("scan"):  # whose blocks have no names of their own
+        model = model.clone(backbone=recipe.with_(scan=False))
     options = {} if upto is None else {"upto": upto}
 
     def logits(variables, images):
@@ -190,10 +190,9 @@ def gmacs(model: Any, whole: Count | None = None) -> float | list[float]:
       whole: its count, where it is known.
     """
     whole = whole or count(model)
-    exits = len(getattr(model, "exits", ()))
-    if not exits:
+    if not model.exits:
         return whole.gmacs
-    early = range(exits - 1)
+    early = range(len(model.exits) - 1)
     return [*(count(model, whole.image_shape, upto=index).gmacs for index in early), whole.gmacs]
 
 
@@ -207,6 +206,16 @@ def unit(path: str) -> str:
     whole = names[start : start + 1] == ["head"] or REUSE.fullmatch(names[0])
     staged = STAGE.fullmatch((names[start + 1 : start + 2] or [""])[0])
     return "/".join(names[: start + (1 if whole else 3 if staged else 2)])
+
+
+def exits(model: Any) -> int:
+    """Number of exits, 0 without any."""
+    return len(model.exits)
+
+
+def gmacs_per_exit(model: Any, whole: Count) -> list[float]:
+    """`gmacs` of a model with exits."""
+    return gmacs(model, whole)
 
 
 def _sum(ops: Iterable[Operation]) -> Macs:

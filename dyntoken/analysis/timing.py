@@ -154,7 +154,7 @@ def exit_times(model: Any, variables: Any, images: jax.Array, *, calls: int = 5)
     Raises:
       ValueError: a model without exits, or fewer than one call.
     """
-    if not getattr(model, "exits", ()):
+    if not model.exits:
         raise ValueError(f"{model.arch} has no exits to time")
     if calls < 1:
         raise ValueError(f"calls must be at least 1, got {calls}")

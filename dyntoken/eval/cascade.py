@@ -94,7 +94,7 @@ class Runner:
           ValueError: a model without exits, thresholds of the wrong length or
             NaN, no devices, or a batch that does not divide over them.
         """
-        if not getattr(model, "exits", ()):
+        if not model.exits:
             name = getattr(model, "arch", type(model).__name__)
             raise ValueError(f"{name} has no exits to leave at: name a cascade, such as dvt_deit_small")
         exits.RULES[rule]  # an unknown name fails here

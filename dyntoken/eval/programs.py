@@ -64,7 +64,7 @@ class Programs:
         prepare: Prepare | None,
     ):
         """See `cascade.Runner`; `slots` is the size of a ring, per device."""
-        self.exits, self.devices = len(getattr(model, "exits", ())), len(devices)
+        self.exits, self.devices = len(model.exits), len(devices)
         self.shape = model.input_shape
         self.kind = np.dtype(np.float32 if prepare is None else np.uint8)
         self._model, self._rule, self._seed, self._slots, self._prepare = model, rule, seed, slots, prepare

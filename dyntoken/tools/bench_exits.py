@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.vs or args.train:
         raise ValueError("--exits compares a cascade with all its own exits: drop --vs and --train")
     model = cli.build(args, dtype=args.dtype)
-    count = len(getattr(model, "exits", ()))
+    count = len(model.exits)
     if count != len(args.exits):
         have = f"{count} exits" if count else "no exits"
         raise ValueError(f"{args.name} has {have}, and --exits names {len(args.exits)} shares")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import subprocess
 import sys
 
@@ -87,7 +86,7 @@ def test_help_has_examples(name, capsys):
 
 def test_help_does_not_wait_for_jax():
     """Nor do mistyped options, which are read the same way."""
-    programs = "bench, convert, flops, predict, show, tpu"
+    programs = "convert, flops, predict, tpu"
     code = (
         f"import sys\nfrom dyntoken.tools import {programs}\n"
         f"for program in ({programs}):\n"
@@ -98,24 +97,6 @@ def test_help_does_not_wait_for_jax():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.parametrize(
-    ("name", "words", "program"),
-    [
-        ("bench", ["--input", "configs/tps_deit.py"], "bench_input"),
-        ("bench", ["dvt_deit_small", "--exits=80,15,5"], "bench_exits"),
-        ("show", ["--exits", "--workdir=runs/dvt_demo"], "show_exits"),
-        ("show", ["--augment=configs/tps_deit.py"], "show_augmentation"),
-    ],
-)
-def test_the_old_spelling_of_a_program_names_the_new_one(name, words, program, capsys):
-    with pytest.raises(SystemExit) as stop:
-        PROGRAMS[name].main(words)
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.count("\n") == 1
-    assert f"python -m dyntoken.tools.{program} " in error
-    assert importlib.util.find_spec(f"dyntoken.tools.{program}")
 
 
 BAD = [

@@ -46,8 +46,8 @@ def test_of_broken_pictures_only_nothing_is_compiled(compilations, tmp_path, cap
 
 def test_of_some_the_others_are_predicted_by_one_program(compilations, tmp_path, capsys):
     broken(tmp_path, "a.jpg", "b.jpg", "d.jpg")
-    for name, grey in (("c.png", 250), ("e.png", 5), ("f.png", 240)):
-        Image.new("RGB", (9, 9), (grey,) * 3).save(tmp_path / name)
+    for name, red in (("c.png", 255), ("e.png", 60), ("f.png", 250)):
+        Image.new("RGB", (9, 9), (red, red - 40, red - 60)).save(tmp_path / name)
     assert predict.main(["--workdir=run", str(tmp_path), "--batch=2", "--json"]) == 1
     captured = capsys.readouterr()
     found = json.loads(captured.out)
