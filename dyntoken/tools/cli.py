@@ -93,14 +93,13 @@ def tool(
             print("starting takes some seconds", file=sys.stderr, flush=True)
         try:
             result = measure(args)
-            shown = json.dumps(result) if args.json else report(result)
+            if shown := json.dumps(result) if args.json else report(result):
+                print(shown)
         except UsageError as error:
             parser.error(str(error))
         except USER_ERRORS as error:
             print(f"{parser.prog}: error: {one_line(error)}", file=sys.stderr)
             return 1
-        if shown:
-            print(shown)
         failed = result.get("failed") if isinstance(result, dict) else None
         for line in failed or ():
             print(line, file=sys.stderr)
