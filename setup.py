@@ -16,6 +16,7 @@ CORE = [
     "chex>=0.1.91",
     "ml-collections>=1.1.0",
     "numpy>=2.0",
+    "scipy>=1.15",
     "safetensors>=0.5",
     "etils[epath]>=1.12",
     "absl-py>=2.1",

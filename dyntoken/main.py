@@ -122,9 +122,9 @@ def run(
                 "one process makes the comparison: run this command again on one host, with --distributed=off"
             )
         elif config.get("compare") and result.finished:
-            from dyntoken.tools import compare as comparison
+            from dyntoken.tools import demo_report
 
-            comparison.report(config, result)
+            demo_report.report(config, result)
     return 0
 
 

@@ -19,14 +19,13 @@ from dyntoken.tools import bench_exits, bench_input, cli
 TEXT = """\
 Times two models in turn on the device at hand and takes their ratio pair by
 pair: model only (no data loading), random images and weights, after warm-up.
-"share of ideal" is the speed-up over the ratio of multiply-adds. With --exits, a
-cascade that stops early is compared with the same cascade running every exit.
+"share of ideal" is the speed-up over the ratio of multiply-adds. A cascade that
+stops early is timed by python -m dyntoken.tools.bench_exits.
 --input CONFIG times the input of a recipe instead: bench --input CONFIG --help."""
 EXAMPLES = """\
   python -m dyntoken.tools.bench dtps_deit_small_patch16_224 --batch=32
   python -m dyntoken.tools.bench dtps_deit_small_patch16_224 --vs dynamicvit_deit_small_patch16_224
   python -m dyntoken.tools.bench evit_deit_tiny_patch16_224 --train --dtype=bfloat16 --json
-  python -m dyntoken.tools.bench dvt_deit_small --exits=80,15,5 --batch=64
   python -m dyntoken.tools.bench --input configs/tps_deit.py"""
 PAIRS = 20
 
@@ -37,12 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if cli.chooses(argv, "--input"):
         return bench_input.main(argv)
+    if cli.chooses(argv, "--exits"):
+        return bench_exits.main(argv)
     args = _parser().parse_args(argv)
-    if args.exits:
-        result = bench_exits.run(args)
-        print(json.dumps(result) if args.json else bench_exits.report(result))
-        return 0
-    args.pairs = args.pairs or PAIRS
     models = _models(args)
     counts = [macs.count(model) for model in models.values()]
     make = timing.training if args.train else timing.evaluation
@@ -60,18 +56,7 @@ def _parser() -> cli.Parser:
         "--vs", metavar="NAME", help="model to compare with; by default the dense counterpart"
     )
     parser.add_argument("--batch", type=cli.positive, default=16, help="images at a time (default 16)")
-    parser.add_argument(
-        "--pairs",
-        type=cli.positive,
-        help=f"timed pairs (default {PAIRS}; with --exits, {bench_exits.PAIRS})",
-    )
-    parser.add_argument(
-        "--exits",
-        type=bench_exits.shares,
-        metavar="SHARES",
-        help="percent of the images that leave at each exit of a cascade (80,15,5), spread evenly and "
-        "forced: times the early-exit runner, batch by batch and streaming, against running all exits",
-    )
+    parser.add_argument("--pairs", type=cli.positive, default=PAIRS, help=f"timed pairs (default {PAIRS})")
     parser.add_argument(
         "--train",
         action="store_true",

@@ -1,6 +1,6 @@
 """Pictures of what a model keeps: `python -m dyntoken.tools.show NAME --weights=... IMAGE...`.
 
-With `--exits`: sheets of images by the exit they take, see `sheets`. With
+Sheets of images by the exit they take: `python -m dyntoken.tools.show_exits`. With
 `--augment`: a sheet of what training sees, see `show_augment`.
 """
 
@@ -23,7 +23,7 @@ from dyntoken.data.resample import resize_centre
 from dyntoken.models import Model
 from dyntoken.preprocessing import preprocess
 from dyntoken.runs import Run, load_run
-from dyntoken.tools import cli, colour, sheets, show_augment
+from dyntoken.tools import cli, colour, show_augment, show_exits
 from dyntoken.weights import runs
 from dyntoken.weights.whole import load_whole
 
@@ -35,14 +35,13 @@ NAME and --weights, the workdir of a run says both.
 IMAGE is a picture file, or data:INDEX for a picture of a data set's test split
 (fashion_mnist_mini:7).
 
---exits draws sheets of many images by the exit they take, for a model with
-exits: show --exits --help. --augment CONFIG draws what training sees under a
+python -m dyntoken.tools.show_exits draws sheets of many images by the exit they
+take, for a model with exits. --augment CONFIG draws what training sees under a
 recipe: show --augment --help."""
 EXAMPLES = """\
   python -m dyntoken.tools.show runs/mine cat.jpg
   python -m dyntoken.tools.show dtps_vit_mini_patch4_28 --weights=runs/demo fashion_mnist_mini:7
   python -m dyntoken.tools.show evit_deit_small_patch16_224 --weights=evit.pth cat.jpg dog.jpg --out=kept
-  python -m dyntoken.tools.show --exits --workdir=runs/dvt_demo
   python -m dyntoken.tools.show --augment configs/tps_deit.py:demo"""
 OF_DATA_SET = re.compile(r"([A-Za-z_][\w/]*):(\d+)")
 
@@ -69,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Writes one PNG per image, or with --exits or --augment sheets of many; returns the exit status."""
     argv = sys.argv[1:] if argv is None else argv
     if "--exits" in argv:
-        return sheets.main(argv)
+        return show_exits.main([word for word in argv if word != "--exits"])
     if cli.chooses(argv, "--augment"):
         return show_augment.main(argv)
     args = (parser := _parser()).parse_args(argv)

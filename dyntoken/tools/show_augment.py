@@ -13,7 +13,7 @@ import numpy as np
 
 from dyntoken import config as recipes
 from dyntoken import data, mix
-from dyntoken.analysis import plot, sheet
+from dyntoken.analysis import contact_sheet, figures
 from dyntoken.data.plan import check_size, parse_split
 from dyntoken.tools import cli
 from dyntoken.train.settings import DataSettings, Settings, read
@@ -65,7 +65,7 @@ def main(argv: Sequence[str]) -> int:
             f"{error}; to see the recipe on other images add --data=folder:DIR or --data=NAME"
         ) from error
     title = f"What training sees: {args.augment}, images of {facts.name}"
-    plot.save(draw(seen, facts.class_names, title, note(settings)), args.out)
+    figures.save(draw(seen, facts.class_names, title, note(settings)), args.out)
     print(args.out)
     print(f"data.augment: {_spell(chosen.augment or {})}")
     print(f"mix: {_spell(settings.mix)}")
@@ -224,12 +224,12 @@ def draw(seen: Seen, names: Sequence[str], title: str, text: str) -> Any:
     groups = []
     for n, label in enumerate(seen.labels):
         name = _short(names[label] if label < len(names) else f"class {label}")
-        above = [sheet.Cell(seen.stored[n]), *(sheet.Cell(image) for image in seen.drawn[n])]
+        above = [contact_sheet.Cell(seen.stored[n]), *(contact_sheet.Cell(image) for image in seen.drawn[n])]
         pairs = zip(seen.fed[n], seen.targets[n], strict=True)
-        below = [sheet.Cell(image, shares(target, label)) for image, target in pairs]
-        groups.append(sheet.Group(f"{name}\nimage {seen.rows[n]}", [above, [None, *below]]))
+        below = [contact_sheet.Cell(image, shares(target, label)) for image, target in pairs]
+        groups.append(contact_sheet.Group(f"{name}\nimage {seen.rows[n]}", [above, [None, *below]]))
     columns = ("centre crop", *(f"draw {n + 1}" for n in range(seen.drawn.shape[1])))
-    return sheet.sheet(groups, columns=columns, title=title, note=text, side=SIDE)
+    return contact_sheet.sheet(groups, columns=columns, title=title, note=text, side=SIDE)
 
 
 def shares(target: np.ndarray, label: int) -> str:

@@ -5,18 +5,18 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dyntoken.analysis import plot, published
+from dyntoken.analysis import exit_plots, literature
 
 pytest.importorskip("matplotlib")
 
 
 def test_curves_are_in_per_cent_and_sorted_by_cost():
     series = [
-        plot.Series("alone", [1.0, 2.0], [0.5, 0.75], "anytime"),
-        plot.Series("ours", [2.0, 1.5], [0.7, 0.6], band=[0.01, 0.02]),
-        plot.Series("a paper", [1.0], [0.4], "cited"),
+        exit_plots.Series("alone", [1.0, 2.0], [0.5, 0.75], "anytime"),
+        exit_plots.Series("ours", [2.0, 1.5], [0.7, 0.6], band=[0.01, 0.02]),
+        exit_plots.Series("a paper", [1.0], [0.4], "cited"),
     ]
-    figure = plot.curves(series, xlabel="cost", title="a title")
+    figure = exit_plots.curves(series, xlabel="cost", title="a title")
     (axis,) = figure.axes
     first, ours, cited = axis.lines
     np.testing.assert_allclose(first.get_xydata(), [[1, 50], [2, 75]])
@@ -31,7 +31,7 @@ def test_curves_are_in_per_cent_and_sorted_by_cost():
 
 
 def test_shares_are_stacked_from_the_first_exit_up():
-    figure = plot.shares([1.0, 2.0], np.array([[1.0, 0.0], [0.25, 0.75]]), xlabel="budget", title="")
+    figure = exit_plots.shares([1.0, 2.0], np.array([[1.0, 0.0], [0.25, 0.75]]), xlabel="budget", title="")
     (axis,) = figure.axes
     lower, upper = (area.get_paths()[0].vertices for area in axis.collections)
     assert max(y for x, y in lower if x == 2.0) == 25.0
@@ -40,7 +40,7 @@ def test_shares_are_stacked_from_the_first_exit_up():
 
 
 def test_a_single_budget_is_a_bar():
-    figure = plot.shares([1.5], np.array([[0.2, 0.3, 0.5]]), xlabel="", title="")
+    figure = exit_plots.shares([1.5], np.array([[0.2, 0.3, 0.5]]), xlabel="", title="")
     bars = figure.axes[0].patches
     assert [round(bar.get_height(), 6) for bar in bars] == [20, 30, 50]
     assert [round(bar.get_y(), 6) for bar in bars] == [0, 20, 50]
@@ -49,16 +49,16 @@ def test_a_single_budget_is_a_bar():
 
 def test_what_does_not_fit():
     with pytest.raises(ValueError, match="no curve to draw"):
-        plot.curves([], xlabel="", title="")
+        exit_plots.curves([], xlabel="", title="")
     with pytest.raises(ValueError, match=r"\(2, 3\) and \(1,\)"):
-        plot.shares([1.0], np.ones((2, 3)), xlabel="", title="")
+        exit_plots.shares([1.0], np.ones((2, 3)), xlabel="", title="")
 
 
 def test_published_rows_are_for_imagenet_only():
-    rows = {row.name: row for row in published.rows("imagenet2012:5.1.0")}
-    assert rows["MSDNet"].points == ((0.75, 69.82), (2.0, 74.2))
-    assert rows["DVT(DeiT-S)"].points[3] == (2.9, 80.4)
-    assert all("arXiv" in row.source for row in rows.values())
+    rows = literature.rows("imagenet2012:5.1.0")
+    assert rows["MSDNet"] == ((0.75, 69.82), (2.0, 74.2))
+    assert rows["DVT(DeiT-S)"][3] == (2.9, 80.4)
+    assert "arXiv" in literature.__doc__
     for name in ("fashion_mnist_mini", "imagenet_v2"):
         with pytest.raises(ValueError, match=f"this run is on {name}"):
-            published.rows(name)
+            literature.rows(name)

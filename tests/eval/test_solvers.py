@@ -10,7 +10,7 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 
-from dyntoken.eval import exits, frontier, thresholds
+from dyntoken.eval import exits, solvers, threshold_search
 from dyntoken.eval.exits import ALWAYS, NEVER
 from tests.eval.made import budgets_of, cascade
 
@@ -43,7 +43,7 @@ def calibrations(draw, exits_, images):
 @hypothesis.given(calibrations((2, 4), 7))
 def test_optimal_equals_brute_force(calibration):
     correct, scores, costs, budget = calibration
-    (found,) = thresholds.optimal(correct, scores, costs, budget)
+    (found,) = solvers.optimal(correct, scores, costs, budget)
     assert found.resolution == 0.0
     assert found.cost <= budget * (1 + EPS)
     assert found.accuracy == pytest.approx(brute(correct, scores, costs, budget))
@@ -52,13 +52,13 @@ def test_optimal_equals_brute_force(calibration):
 @hypothesis.given(calibrations((2, 5), 40), st.integers(0, 3))
 def test_optimal_is_never_below_the_others(calibration, seed):
     correct, scores, costs, budget = calibration
-    (ours,) = thresholds.optimal(correct, scores, costs, budget)
-    (released,) = thresholds.geometric(correct, scores, costs, budget)
-    (evolved,) = thresholds.genetic(correct, scores, costs, budget, seed=seed, population=8, generations=4)
+    (ours,) = solvers.optimal(correct, scores, costs, budget)
+    (released,) = solvers.geometric(correct, scores, costs, budget)
+    (evolved,) = solvers.genetic(correct, scores, costs, budget, seed=seed, population=8, generations=4)
     assert ours.accuracy >= released.accuracy - EPS
     if ours.resolution == 0:
         assert ours.accuracy >= evolved.accuracy - EPS
-    (ours,) = thresholds.optimal(correct, scores, costs, budget, levels=2, starts=[evolved.thresholds])
+    (ours,) = solvers.optimal(correct, scores, costs, budget, levels=2, starts=[evolved.thresholds])
     assert ours.accuracy >= max(released.accuracy, evolved.accuracy) - EPS
     for solution in (ours, released, evolved):
         assert solution.cost <= budget * (1 + EPS)
@@ -68,9 +68,9 @@ def test_optimal_is_never_below_the_others(calibration, seed):
 def test_optimal_is_never_below_the_others_on_a_cascade(count):
     correct, scores, costs = cascade(count, 600)
     budgets = budgets_of(costs, 5)
-    released = thresholds.geometric(correct, scores, costs, budgets)
-    evolved = thresholds.genetic(correct, scores, costs, budgets, generations=15)
-    ours = thresholds.optimal(
+    released = solvers.geometric(correct, scores, costs, budgets)
+    evolved = solvers.genetic(correct, scores, costs, budgets, generations=15)
+    ours = solvers.optimal(
         correct, scores, costs, budgets, starts=[solution.thresholds for solution in evolved]
     )
     assert (ours[0].resolution == 0) == (count <= 3)
@@ -87,28 +87,28 @@ def test_every_point_of_the_released_sweep_is_met_at_its_own_cost(count):
     """A budget that is an average cost itself is met in spite of rounding."""
     correct, scores, costs = cascade(count, 300, seed=4)
     costs = costs / 7  # not exact in binary
-    curve = exits.budgeted(correct, scores, thresholds.geometric_sweep(scores), costs)
-    ours = thresholds.optimal(correct, scores, costs, curve.cost)
-    assert all(mine.accuracy >= his - EPS for mine, his in zip(ours, curve.accuracy, strict=True))
+    curve = [exits.evaluate(correct, scores, row, costs) for row in solvers.geometric_sweep(scores)]
+    ours = solvers.optimal(correct, scores, costs, [point.cost for point in curve])
+    assert all(mine.accuracy >= his.accuracy - EPS for mine, his in zip(ours, curve, strict=True))
 
 
 def test_accuracy_grows_with_the_budget_and_budgets_may_come_in_any_order():
     correct, scores, costs = cascade(3, 500)
     budgets = budgets_of(costs, 12)
-    ours = thresholds.optimal(correct, scores, costs, budgets)
+    ours = solvers.optimal(correct, scores, costs, budgets)
     accuracy = [solution.accuracy for solution in ours]
     assert (np.diff(accuracy) >= 0).all()
-    again = thresholds.optimal(correct, scores, costs, budgets[::-1])[::-1]
+    again = solvers.optimal(correct, scores, costs, budgets[::-1])[::-1]
     assert [solution.thresholds.tolist() for solution in ours] == [s.thresholds.tolist() for s in again]
-    alone = [thresholds.optimal(correct, scores, costs, budget)[0] for budget in budgets]
+    alone = [solvers.optimal(correct, scores, costs, budget)[0] for budget in budgets]
     assert accuracy == [solution.accuracy for solution in alone]
 
 
 def test_coarse_levels_are_refined_to_single_images():
     """Eight levels of exit 0 only; the grids around the best of them find the optimum of this cascade."""
     correct, scores, costs = cascade(3, 500)
-    exact = thresholds.optimal(correct, scores, costs, budgets_of(costs))
-    coarse = thresholds.optimal(correct, scores, costs, budgets_of(costs), levels=8)
+    exact = solvers.optimal(correct, scores, costs, budgets_of(costs))
+    coarse = solvers.optimal(correct, scores, costs, budgets_of(costs), levels=8)
     assert exact[0].resolution == 0.0
     assert 1 / 8 < coarse[0].resolution < 1 / 6
     assert exact[0].evaluations == 501 * 501
@@ -121,12 +121,12 @@ def test_images_joining_in_bulk_and_one_by_one_agree():
     """A tie of more than 16 images at exit 0 takes the other path."""
     correct, scores, costs = cascade(3, 200)
     scores[0] = np.round(scores[0] * 4) / 4
-    assert np.unique(scores[0], return_counts=True)[1].max() > frontier.FEW
-    ranks = frontier.Ranks(scores)
-    hits, spent = frontier.grid(correct, ranks, costs, [np.arange(len(v) + 1) for v in ranks.values])
+    assert np.unique(scores[0], return_counts=True)[1].max() > threshold_search.FEW
+    ranks = threshold_search.Ranks(scores)
+    hits, spent = threshold_search.grid(correct, ranks, costs, [np.arange(len(v) + 1) for v in ranks.values])
     budgets = budgets_of(costs)
-    chosen = frontier.best(hits.ravel(), spent.ravel(), budgets)
-    ours = thresholds.optimal(correct, scores, costs, budgets)
+    chosen = threshold_search.best(hits.ravel(), spent.ravel(), budgets)
+    ours = solvers.optimal(correct, scores, costs, budgets)
     assert [s.accuracy for s in ours] == pytest.approx((hits.ravel()[chosen] / 200).tolist())
 
 
@@ -134,21 +134,21 @@ def test_sweep_equals_the_full_grid_at_every_cost_that_occurs():
     """Budgets at which one image more or less decides, in units that are not exact in binary."""
     correct, scores, costs = cascade(3, 40, seed=1)
     costs = costs / 7
-    ranks = frontier.Ranks(scores)
-    hits, spent = frontier.grid(correct, ranks, costs, [np.arange(41), np.arange(41)])
+    ranks = threshold_search.Ranks(scores)
+    hits, spent = threshold_search.grid(correct, ranks, costs, [np.arange(41), np.arange(41)])
     budgets = np.unique(spent.round(12))
     assert len(budgets) > 100
-    expected = hits.ravel()[frontier.best(hits.ravel(), spent.ravel(), budgets)]
-    _, found = frontier.sweep(correct, ranks, costs, budgets, np.arange(41))
+    expected = hits.ravel()[threshold_search.best(hits.ravel(), spent.ravel(), budgets)]
+    _, found = threshold_search.exact_three_exits(correct, ranks, costs, budgets, np.arange(41))
     np.testing.assert_array_equal(found, expected)
     assert len(np.unique(expected)) > 8
 
 
 def test_grid_equals_evaluate():
     correct, scores, costs = cascade(4, 60)
-    ranks = frontier.Ranks(scores)
+    ranks = threshold_search.Ranks(scores)
     cuts = [ranks.levels(k, 5) for k in range(3)]
-    hits, spent = frontier.grid(correct, ranks, costs, cuts)
+    hits, spent = threshold_search.grid(correct, ranks, costs, cuts)
     assert hits.shape == (5, 5, 5)
     for place in [(0, 2, 2), (4, 0, 3), (4, 4, 4), (1, 3, 2)]:
         limits = ranks.thresholds([row[i] for row, i in zip(cuts, place, strict=True)])
@@ -159,20 +159,24 @@ def test_grid_equals_evaluate():
 
 def test_thresholds_lie_midway_between_the_last_to_leave_and_the_first_to_stay():
     scores = np.float32([[9, 7, 4, 2, 1], [0, 0, 8, 6, 3], [0] * 5])
-    found = frontier.between(scores, np.float32([7, 6, ALWAYS]))
+    found = threshold_search.midpoints(scores, np.float32([7, 6, ALWAYS]))
     np.testing.assert_array_equal(found, np.float32([5.5, 4.5, ALWAYS]))
     assert found.dtype == np.float32
     # Image 1 has left when exit 1 decides: its 5 is no reason to lift the threshold.
     scores[1, 1] = 5
-    np.testing.assert_array_equal(frontier.between(scores, np.float32([7, 6, ALWAYS]))[:2], [5.5, 4.5])
+    np.testing.assert_array_equal(
+        threshold_search.midpoints(scores, np.float32([7, 6, ALWAYS]))[:2], [5.5, 4.5]
+    )
 
 
 def test_no_number_lies_between_neighbouring_floats():
     low = np.float32(0.5)
     high = np.nextafter(low, np.float32(1))
     scores = np.array([[low, high], [0, 0]], np.float32)
-    np.testing.assert_array_equal(frontier.between(scores, [high, ALWAYS])[0], high)
-    np.testing.assert_array_equal(exits.exit_of(scores, frontier.between(scores, [high, ALWAYS])), [1, 0])
+    np.testing.assert_array_equal(threshold_search.midpoints(scores, [high, ALWAYS])[0], high)
+    np.testing.assert_array_equal(
+        exits.exit_of(scores, threshold_search.midpoints(scores, [high, ALWAYS])), [1, 0]
+    )
 
 
 @pytest.mark.parametrize(
@@ -180,14 +184,14 @@ def test_no_number_lies_between_neighbouring_floats():
 )
 def test_never_and_always_stay(limits):
     _, scores, _ = cascade(3, 50)
-    np.testing.assert_array_equal(frontier.between(scores, limits), np.float32(limits))
+    np.testing.assert_array_equal(threshold_search.midpoints(scores, limits), np.float32(limits))
 
 
 @hypothesis.given(calibrations((2, 4), 30), st.lists(st.integers(0, 6), min_size=4, max_size=4))
 def test_moving_thresholds_moves_no_image(calibration, limits):
     scores = calibration[1]
     limits = np.float32(limits[: len(scores)])
-    moved = frontier.between(scores, limits)
+    moved = threshold_search.midpoints(scores, limits)
     np.testing.assert_array_equal(exits.exit_of(scores, moved), exits.exit_of(scores, limits))
 
 
@@ -199,51 +203,30 @@ def test_noise_in_the_last_bits_moves_no_image(solver):
     draw = np.random.default_rng(0)
     noisy = scores * (1 + 2e-7 * draw.choice([-1, 1], scores.shape)).astype(np.float32)
     more = {"generations": 5} if solver == "genetic" else {}
-    (found,) = thresholds.SOLVERS[solver](correct, scores, costs, 3.0, **more)
+    (found,) = solvers.SOLVERS[solver](correct, scores, costs, 3.0, **more)
     np.testing.assert_array_equal(
         exits.exit_of(noisy, found.thresholds), exits.exit_of(scores, found.thresholds)
     )
-    (released,) = thresholds.geometric(correct, scores, costs, 3.0)
+    (released,) = solvers.geometric(correct, scores, costs, 3.0)
     assert (exits.exit_of(noisy, released.thresholds) != exits.exit_of(scores, released.thresholds)).any()
 
 
-def test_of_equals_the_one_with_the_best_neighbours():
+def test_of_equals_the_cheapest():
     """Two exits, 200 images: letting 100 to 110 of the surest leave is equally right, fewer or more is worse."""
     images, costs = 200, np.array([1.0, 2.0])
     scores = np.stack([np.arange(images, dtype=np.float32), np.zeros(images, np.float32)])
-    gain = np.repeat(
-        [0, 1, 0, -1], [80, 20, 10, 90]
-    )  # right at exit 0 minus right at exit 1, from the surest on
+    gain = np.repeat([0, 1, 0, -1], [80, 20, 10, 90])  # right at exit 0 minus right at exit 1, surest first
     correct = np.stack([gain[::-1] == 1, gain[::-1] == -1])
-    ranks = frontier.Ranks(scores)
-    for leaving in (100, 103, 110):
-        found = frontier.settle(correct, ranks, costs, 2.0, np.array([images - leaving]), 1 << 15)
-        assert images - found == [105]
-    # 105 images at exit 0 cost 1.475 on average: a smaller budget asks for more of them.
-    found = frontier.settle(correct, ranks, costs, 1.46, np.array([images - 110]), 1 << 15)
-    assert images - found == [108]
-    (whole,) = thresholds.optimal(correct, scores, costs, 2.0)
-    assert (whole.counts.tolist(), whole.accuracy) == ([105, 95], 0.55)
-    assert whole.thresholds[0] == 94.5
-
-
-@hypothesis.given(calibrations((2, 4), 200))
-def test_settling_keeps_hits_and_budget(calibration):
-    correct, scores, costs, budget = calibration
-    ranks = frontier.Ranks(scores)
-    start = np.zeros(len(scores) - 1, np.int64)
-    before = exits.measure(correct, scores, ranks.thresholds(start), costs)
-    after = frontier.settle(correct, ranks, costs, budget, start, 1 << 12)
-    found = exits.measure(correct, scores, ranks.thresholds(after), costs)
-    assert found.correct.sum() == before.correct.sum()
-    assert found.cost <= budget * (1 + EPS)
+    (found,) = solvers.optimal(correct, scores, costs, 2.0)
+    assert (found.counts.tolist(), found.accuracy) == ([110, 90], 0.55)
+    assert found.thresholds[0] == 89.5
 
 
 def test_a_cascade_that_only_gets_worse_stops_at_once():
     """All right at exit 0, all wrong later: a large budget is not spent."""
     correct = np.array([[True] * 20, [False] * 20, [False] * 20])
     scores = np.random.default_rng(0).random((3, 20))
-    (ours,) = thresholds.optimal(correct, scores, [1.0, 2.0, 3.0], 3.0)
+    (ours,) = solvers.optimal(correct, scores, [1.0, 2.0, 3.0], 3.0)
     assert (ours.accuracy, ours.cost, ours.counts.tolist()) == (1.0, 1.0, [20, 0, 0])
 
 
@@ -252,28 +235,28 @@ def test_a_cascade_that_only_gets_worse_stops_at_once():
 
 def test_genetic_is_reproducible_and_reports_its_effort():
     correct, scores, costs = cascade(3, 300)
-    one, other = (thresholds.genetic(correct, scores, costs, [2.5, 4.0], seed=3) for _ in range(2))
+    one, other = (solvers.genetic(correct, scores, costs, [2.5, 4.0], seed=3) for _ in range(2))
     for a, b in zip(one, other, strict=True):
         np.testing.assert_array_equal(a.thresholds, b.thresholds)
         assert a.evaluations == b.evaluations
         assert 100 < a.evaluations <= 50 * 61
         assert a.seconds > 0
-    seeds = {thresholds.genetic(correct, scores, costs, 2.5, seed=s)[0].evaluations for s in range(4)}
+    seeds = {solvers.genetic(correct, scores, costs, 2.5, seed=s)[0].evaluations for s in range(4)}
     assert len(seeds) > 1
 
 
 def test_genetic_comes_close_to_the_optimum():
     correct, scores, costs = cascade(3, 600)
     budgets = budgets_of(costs)[1:-1]
-    evolved = thresholds.genetic(correct, scores, costs, budgets)
-    ours = thresholds.optimal(correct, scores, costs, budgets)
+    evolved = solvers.genetic(correct, scores, costs, budgets)
+    ours = solvers.optimal(correct, scores, costs, budgets)
     assert all(hers.accuracy > mine.accuracy - 0.01 for hers, mine in zip(evolved, ours, strict=True))
 
 
 # Errors
 
 
-@pytest.mark.parametrize("solver", sorted(thresholds.SOLVERS))
+@pytest.mark.parametrize("solver", sorted(solvers.SOLVERS))
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
@@ -291,21 +274,21 @@ def test_one_clear_error_each(solver, changed, message):
     correct, scores, costs = cascade(3, 50)
     given = {"correct": correct, "scores": scores, "costs": costs, "budgets": 2.0} | changed
     with pytest.raises(ValueError, match=message) as error:
-        thresholds.SOLVERS[solver](**given)
+        solvers.SOLVERS[solver](**given)
     assert "\n" not in str(error.value)
 
 
 def test_errors_of_single_solvers():
     correct, scores, costs = cascade(3, 50)
     with pytest.raises(ValueError, match="levels must be at least 2"):
-        thresholds.optimal(correct, scores, costs, 2.0, levels=1)
+        solvers.optimal(correct, scores, costs, 2.0, levels=1)
     with pytest.raises(ValueError, match=r"3 exits need 3 thresholds, got shape \(2,\)"):
-        thresholds.optimal(correct, scores, costs, 2.0, starts=[[0.5, 0.5]])
-    with pytest.raises(ValueError, match="4 individuals and 1 generation at least, got 3 and 5"):
-        thresholds.genetic(correct, scores, costs, 2.0, population=3, generations=5)
+        solvers.optimal(correct, scores, costs, 2.0, starts=[[0.5, 0.5]])
+    with pytest.raises(ValueError, match="5 individuals and 1 generation at least, got 3 and 5"):
+        solvers.genetic(correct, scores, costs, 2.0, population=3, generations=5)
     with pytest.raises(ValueError, match="3 exits need as many shares"):
-        thresholds.find_threshold(scores, [0.5, 0.5])
+        solvers.find_threshold(scores, [0.5, 0.5])
     with pytest.raises(ValueError, match="positive step"):
-        thresholds.geometric_shares(0, 3)
+        solvers.geometric_shares(0, 3)
     with pytest.raises(ValueError, match="up to 9 exits, got 10"):
-        thresholds.optimal(*cascade(10, 20), 2.0)
+        solvers.optimal(*cascade(10, 20), 2.0)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dyntoken.eval.waiting import Ring, Rows, put, take
+from dyntoken.eval.ring_buffer import Ring, Rows, put, take
 
 
 def test_rows_come_out_in_order_and_as_booked():

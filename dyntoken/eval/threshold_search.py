@@ -2,23 +2,22 @@
 
 What counts of a threshold is which of an exit's calibration scores it lets
 leave, so exit k has one candidate ("cut") per distinct score, and one for
-nobody: cut i lets the scores of rank >= i leave. Searching cuts therefore
-loses nothing. The thresholds of several exits do not separate (who arrives at
-an exit depends on every earlier threshold), so that the searches are joint:
+none: cut i lets the scores of rank >= i leave. Searching cuts therefore
+loses nothing. The thresholds of several exits do not separate (which images
+arrive at an exit depends on every earlier threshold): the searches are joint.
 
 * `grid`: every combination of given cuts, by cumulative sums over the joint
   histogram of ranks: O(N E + product of the numbers of cuts).
-* `sweep`: three exits, every combination of cuts without enumerating them:
+* `exact_three_exits`: every combination of cuts without enumerating them:
   prefix sums over the second exit's ranks, updated as images join.
-* `zoom`: `grid` around a known combination, closer and closer.
-* `settle`: of combinations near a known one that are exactly as good, the one
-  whose neighbours are best: the optimum of a small set is often a lucky edge.
+* `refine`: `grid` around a known combination, closer and closer.
 
-`between` then moves thresholds off the scores themselves.
+`midpoints` then moves thresholds off the scores themselves.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -35,33 +34,27 @@ class Ranks:
     Attributes:
       values: per exit but the last, ascending distinct scores `[U_k]`.
       rank: int64 `[E - 1, N]`, where in `values` each score is.
+      images: N.
+      combinations: how many sets of thresholds differ on the calibration set, at most.
     """
 
     def __init__(self, scores: Array):
         pairs = [np.unique(row, return_inverse=True) for row in scores[:-1]]
-        self.images = scores.shape[1]
-        self.dtype = scores.dtype
+        self.images, self.dtype = scores.shape[1], scores.dtype
         self.values = [values for values, _ in pairs]
         self.rank = np.stack([rank for _, rank in pairs])
-
-    @property
-    def combinations(self) -> int:
-        """How many sets of thresholds differ on the calibration set, at most."""
-        total = 1
-        for values in self.values:
-            total *= len(values) + 1  # Python ints: never overflow
-        return total
+        self.combinations = math.prod(len(values) + 1 for values in self.values)
 
     def cuts(self, thresholds: Array) -> Array:
         """The cuts `[E - 1]` that thresholds `[E]` are equal to on the calibration set."""
-        pairs = zip(self.values, thresholds, strict=False)  # the last exit takes everybody
+        pairs = zip(self.values, thresholds, strict=False)  # the last exit takes every image
         return np.array([np.searchsorted(values, limit) for values, limit in pairs], dtype=np.int64)
 
     def thresholds(self, cuts: Sequence[int] | Array) -> Array:
         """Thresholds `[E]` of cuts `[E - 1]`: calibration scores in their own dtype, never, or always."""
         limits = []
         for values, cut in zip(self.values, cuts, strict=True):
-            # Cut 0 is not "above the lowest score": everybody leaves, on other images too.
+            # Cut 0 is not "above the lowest score": every image leaves, on other sets too.
             limits.append(ALWAYS if cut == 0 else NEVER if cut == len(values) else values[cut])
         return np.array([*limits, ALWAYS], dtype=self.dtype)
 
@@ -70,24 +63,22 @@ class Ranks:
         last = len(self.values[exit_])
         if last + 1 <= count:
             return np.arange(last + 1)
-        below = np.concatenate([[0], np.cumsum(np.bincount(self.rank[exit_], minlength=last))])  # [U + 1]
-        return np.unique(np.searchsorted(below, np.linspace(0, self.images, count)))
+        return np.unique(np.searchsorted(self._below(exit_), np.linspace(0, self.images, count)))
 
     def gap(self, exit_: int, cuts: Array) -> float:
         """Largest share of images between two neighbouring cuts that have other cuts between them."""
-        below = np.concatenate([[0], np.cumsum(np.bincount(self.rank[exit_]))])  # [U + 1]
         skipped = np.diff(cuts) > 1
-        return float(np.diff(below[cuts])[skipped].max(initial=0)) / self.images
+        return float(np.diff(self._below(exit_)[cuts])[skipped].max(initial=0)) / self.images
+
+    def _below(self, exit_: int) -> Array:
+        """Images below each cut, `[U_k + 1]`."""
+        return np.concatenate([[0], np.cumsum(np.bincount(self.rank[exit_]))])
 
 
 def best(hits: Array, costs: Array, budgets: Array) -> Array:
-    """For every budget the candidate with most hits whose average cost keeps it; the cheapest of equals.
+    """For every budget `[B]` the candidate with most hits `[M]` whose average cost `[M]` keeps it, int64 `[B]`.
 
-    Args:
-      hits: `[M]`; costs: `[M]`; budgets: `[B]`.
-
-    Returns:
-      int64 `[B]` indices; -1 where no candidate is cheap enough.
+    The cheapest of equals; -1 where no candidate is cheap enough.
     """
     order = np.argsort(costs, kind="stable")
     order = order[: int(np.searchsorted(costs[order], budgets.max() * (1 + SLACK), side="right"))]
@@ -102,20 +93,11 @@ def best(hits: Array, costs: Array, budgets: Array) -> Array:
 
 
 def grid(correct: Array, ranks: Ranks, costs: Array, cuts: Sequence[Array]) -> tuple[Array, Array]:
-    """Hits and average cost of every combination of cuts.
+    """Hits and average cost, float64 `[g_0, ..., g_{E-2}]`, of every combination of ascending cuts `[g_k]`.
 
     An image with score rank r leaves at cut i if r >= i. Exit k's share of a
     combination depends on the cuts 0..k only: one table of k + 1 dimensions
     per exit, summed by broadcasting.
-
-    Args:
-      correct: bool `[E, N]`.
-      ranks: of the scores.
-      costs: `[E]` cumulative.
-      cuts: per exit but the last, ascending cuts `[g_k]`.
-
-    Returns:
-      hits and costs, float64 `[g_0, ..., g_{E-2}]`.
     """
     sizes = tuple(len(row) for row in cuts)
     # An image leaves under the first `under` of the cuts, the low ones.
@@ -145,21 +127,16 @@ def _arriving(table: Array, exit_: int) -> Array:
     return table
 
 
-def sweep(correct: Array, ranks: Ranks, costs: Array, budgets: Array, outer: Array) -> tuple[Array, Array]:
-    """Three exits: the best of all pairs (one of `outer` at exit 0, any cut at exit 1), for every budget.
+def exact_three_exits(
+    correct: Array, ranks: Ranks, costs: Array, budgets: Array, outer: Array
+) -> tuple[Array, Array]:
+    """The best of all pairs (one of `outer` at exit 0, any cut at exit 1), for every budget.
 
     Going up through exit 0's cuts, images join those that reach exit 1. Two
     arrays over exit 1's cuts are kept up to date: how many of the joined leave
     there, and how many more of them are then right than at exit 2. A budget
     asks for a least number to leave, so its cuts are a prefix, and the best of
     it a running maximum: O(N (U_1 + B)) for B budgets.
-
-    Args:
-      correct: bool `[3, N]`.
-      ranks: of the scores.
-      costs: `[3]` cumulative.
-      budgets: `[B]` average costs.
-      outer: ascending cuts of exit 0.
 
     Returns:
       cuts int64 `[B, 2]` and hits int64 `[B]`; hits are -1 where no pair keeps
@@ -174,7 +151,7 @@ def sweep(correct: Array, ranks: Ranks, costs: Array, budgets: Array, outer: Arr
     gain = np.zeros(last + 1, np.int32)
     at_0 = np.concatenate([[0], np.cumsum(correct[0][order])])
     at_2 = np.concatenate([[0], np.cumsum(correct[2][order])])
-    found, hits = np.zeros((len(budgets), 2), np.int64), np.full(len(budgets), -1)
+    chosen, hits = np.zeros((len(budgets), 2), np.int64), np.full(len(budgets), -1)
     start = 0
     for cut, end in zip(outer, ends, strict=True):
         _join(leaving, gain, second[order[start:end]], gains[order[start:end]])
@@ -192,8 +169,8 @@ def sweep(correct: Array, ranks: Ranks, costs: Array, budgets: Array, outer: Arr
         value = np.where(reach < 0, -1, at_0[-1] - at_0[end] + at_2[end] + running[which])
         for budget in np.flatnonzero(value > hits):
             hits[budget] = value[budget]
-            found[budget] = cut, int(np.argmax(gain[: reach[budget] + 1]))
-    return found, hits
+            chosen[budget] = cut, int(np.argmax(gain[: reach[budget] + 1]))
+    return chosen, hits
 
 
 def _join(leaving: Array, gain: Array, second: Array, gains: Array) -> None:
@@ -210,40 +187,30 @@ def _join(leaving: Array, gain: Array, second: Array, gains: Array) -> None:
         total += -summed if weights is None else summed
 
 
-def zoom(
-    correct: Array, ranks: Ranks, costs: Array, budget: float, start: Array, cells: int
+def refine(
+    correct: Array, ranks: Ranks, costs: Array, budget: Array, start: Array, cells: int
 ) -> tuple[Array, int]:
     """Improves cuts for one budget by grids around them, until single steps help no more.
 
     All cuts move at once, which matters at a tight budget: one exit may let
-    more images leave only if another lets fewer. Never worse than `start`.
-
-    Args:
-      correct, ranks, costs: as `grid`.
-      budget: average cost.
-      start: cuts `[E - 1]` that keep the budget.
-      cells: combinations per grid, about.
+    more images leave only if another lets fewer. Never worse than `start`, cuts
+    `[E - 1]` that keep the budget `[1]`; about `cells` combinations per grid.
 
     Returns:
       cuts `[E - 1]`, and how many combinations were tried.
     """
     tops = np.array([len(values) for values in ranks.values])
     side = max(1, (int(round(cells ** (1 / len(tops)), 6)) - 1) // 2)  # cuts on either side
-    step = np.maximum(1, tops // (2 * side))
-    current, tried, value = np.asarray(start), 0, None
+    step, current, tried, value = np.maximum(1, tops // (2 * side)), start, 0, None
     while True:
-        moves = np.arange(-side, side + 1)
-        cuts = [
-            np.unique(np.clip(c + s * moves, 0, top)) for c, s, top in zip(current, step, tops, strict=True)
-        ]
+        moves = [c + s * np.arange(-side, side + 1) for c, s in zip(current, step, strict=True)]
+        cuts = [np.unique(np.clip(row, 0, top)) for row, top in zip(moves, tops, strict=True)]
         hits, spent = grid(correct, ranks, costs, cuts)
         tried += hits.size
-        index = int(best(hits.ravel(), spent.ravel(), np.array([budget]))[0])
-        place = np.unravel_index(index, hits.shape)
-        key = (hits[place], -spent[place])
-        if value is None or key > value:
-            improved = value is not None
-            value = key
+        place = np.unravel_index(int(best(hits.ravel(), spent.ravel(), budget)[0]), hits.shape)
+        found = (hits[place], -spent[place])
+        if value is None or found > value:
+            improved, value = value is not None, found
             current = np.array([row[i] for row, i in zip(cuts, place, strict=True)])
         else:
             improved = False
@@ -253,51 +220,7 @@ def zoom(
             step = -(-step // 2)
 
 
-def settle(correct: Array, ranks: Ranks, costs: Array, budget: float, start: Array, cells: int) -> Array:
-    """Of the cuts around `start` with as many hits, those that would do best on other images.
-
-    What a combination will be worth elsewhere is estimated by the mean hits of
-    the combinations around it, each cut up to 1/20 of the images away. The hits
-    stay what they are and the budget is kept; of equal means, the cheapest.
-
-    Args:
-      correct, ranks, costs, budget, start, cells: as `zoom`.
-
-    Returns:
-      cuts `[E - 1]`.
-    """
-    tops = np.array([len(values) for values in ranks.values])
-    side = min((int(round(cells ** (1 / len(tops)), 6)) - 1) // 2, ranks.images // 5)
-    near = min(-(-side // 3), ranks.images // 20)  # of which the mean is taken
-    if near < 1:
-        return np.asarray(start)
-    cuts = [np.arange(max(0, c - side), min(top, c + side) + 1) for c, top in zip(start, tops, strict=True)]
-    hits, spent = grid(correct, ranks, costs, cuts)
-    reach = side - near  # beyond, the means lack neighbours
-    allowed = spent <= budget * (1 + SLACK)
-    for axis, (row, cut) in enumerate(zip(cuts, start, strict=True)):
-        inside = np.abs(row - cut) <= reach
-        allowed &= inside.reshape([-1 if a == axis else 1 for a in range(hits.ndim)])
-    here = tuple(int(cut - row[0]) for row, cut in zip(cuts, start, strict=True))
-    equal = np.flatnonzero(allowed & (hits == hits[here]))
-    means = _mean_around(hits, near).ravel()[equal]
-    equal = equal[means >= means.max() * (1 - SLACK)]
-    place = np.unravel_index(equal[np.argmin(spent.ravel()[equal])], hits.shape)
-    return np.array([row[i] for row, i in zip(cuts, place, strict=True)])
-
-
-def _mean_around(values: Array, near: int) -> Array:
-    """Mean over the box of `near` cells in every direction, cut off at the edges."""
-    for axis, size in enumerate(values.shape):
-        total = np.cumsum(values, axis=axis)
-        total = np.concatenate([np.zeros_like(np.take(total, [0], axis)), total], axis=axis)
-        low, high = np.maximum(np.arange(size) - near, 0), np.minimum(np.arange(size) + near + 1, size)
-        count = (high - low).reshape([-1 if a == axis else 1 for a in range(values.ndim)])
-        values = (np.take(total, high, axis) - np.take(total, low, axis)) / count
-    return values
-
-
-def between(scores: Array, thresholds: Array) -> Array:
+def midpoints(scores: Array, thresholds: Array) -> Array:
     """Thresholds `[E]` midway between the lowest score that leaves and the highest that stays.
 
     Every image of `scores [E, N]` leaves where it did. Elsewhere the last bits

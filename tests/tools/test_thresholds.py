@@ -1,4 +1,4 @@
-"""`tools.budget` end to end on a tiny run, and what it writes."""
+"""`tools.thresholds` end to end on a tiny run, and what it writes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 import dyntoken
 from dyntoken.analysis import macs, timing
 from dyntoken.eval import exits
-from dyntoken.tools import budget
+from dyntoken.tools import thresholds
 from tests.tools import exit_run
 
 image = pytest.importorskip("PIL.Image")
@@ -30,7 +30,7 @@ def workdir(exit_workdir, tmp_path_factory):
 @pytest.fixture(scope="module", autouse=True)
 def logits_once():
     """Every exit runs once over a workdir's split, whatever many tests ask."""
-    load, known = budget.load, {}
+    load, known = thresholds.load, {}
 
     def remembered(workdir, args, unit):
         key = (str(workdir), args.split, args.ema, unit)
@@ -39,7 +39,7 @@ def logits_once():
         return known[key]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(budget, "load", remembered)
+        patch.setattr(thresholds, "load", remembered)
         yield
 
 
@@ -56,7 +56,7 @@ def swept(workdir):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.stdout", out)
         patch.setattr("sys.stderr", err)
-        assert budget.main([f"--workdir={workdir}", "--points=3", "--json"]) == 0
+        assert thresholds.main([f"--workdir={workdir}", "--points=3", "--json"]) == 0
     with (workdir / "budget" / "curves.csv").open() as file:
         return json.loads(out.getvalue()), list(csv.DictReader(file)), err.getvalue()
 
@@ -126,7 +126,7 @@ def test_table_of_given_budgets_and_a_rival_beside_it(workdir, exit_workdir, cap
     other = {**before, "model": {**before["model"], "exits": [1, 3]}}
     rival = exit_run.make_workdir(tmp_path / "rival", other)
     argv = [f"--workdir={workdir}", "--gmacs=1.0,2.0", "--rule=margin", f"--vs={rival}", "--points=2"]
-    assert budget.main([*argv, "--solver=optimal"]) == 0
+    assert thresholds.main([*argv, "--solver=optimal"]) == 0
     out = capsys.readouterr().out
     assert (
         "dvt_vit_mini, margin rule, 31 calibration + 30 held-out images of fake/test; costs in GMACs" in out
@@ -155,21 +155,23 @@ def test_measured_times_are_costs(workdir, monkeypatch, capsys):
         return np.array([0.001, 0.002, 0.004])
 
     monkeypatch.setattr(timing, "exit_times", exit_times, raising=False)
-    assert budget.main([f"--workdir={workdir}", "--ms=2.5", "--solver=geometric", "--json"]) == 0
+    assert thresholds.main([f"--workdir={workdir}", "--ms=2.5", "--solver=geometric", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["unit"] == "ms" and found["costs"] == pytest.approx([1, 2, 4]) and found["budgets"] == [2.5]
     assert found["gmacs"] != found["costs"] and found["solver"] == "geometric"
     assert 1 <= found["solvers"]["geometric"][0]["cost"] <= 2.5
-    assert budget.main([f"--workdir={workdir}", "--ms", "--points=4", "--solver=geometric", "--json"]) == 0
+    assert (
+        thresholds.main([f"--workdir={workdir}", "--ms", "--points=4", "--solver=geometric", "--json"]) == 0
+    )
     assert json.loads(capsys.readouterr().out)["budgets"] == pytest.approx([1, 2, 3, 4])
 
 
 def test_without_matplotlib_the_tables_are_written_all_the_same(workdir, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     shutil.rmtree(workdir / "budget", ignore_errors=True)
-    assert budget.main([f"--workdir={workdir}", "--gmacs=1", "--solver=geometric"]) == 0
+    assert thresholds.main([f"--workdir={workdir}", "--gmacs=1", "--solver=geometric"]) == 0
     assert sorted(path.name for path in (workdir / "budget").iterdir()) == ["calibration.json", "curves.csv"]
-    assert "no pictures: pictures need matplotlib: pip install matplotlib" in capsys.readouterr().out
+    assert "no pictures: pictures need matplotlib: pip install matplotlib" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -186,16 +188,16 @@ def test_without_matplotlib_the_tables_are_written_all_the_same(workdir, monkeyp
     ],
 )
 def test_bad_input_is_one_line_and_status_1(workdir, argv, message, capsys):
-    assert budget.main([f"--workdir={workdir}", *argv]) == 1
+    assert thresholds.main([f"--workdir={workdir}", *argv]) == 1
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert captured.err.startswith("python -m dyntoken.tools.budget: error: ")
+    assert captured.err.startswith("python -m dyntoken.tools.thresholds: error: ")
     assert message in captured.err and captured.err.count("\n") == 1
 
 
 def test_a_budget_that_is_no_number_is_one_line_and_status_2(workdir, capsys):
     with pytest.raises(SystemExit) as stop:
-        budget.main([f"--workdir={workdir}", "--gmacs=nan"])
+        thresholds.main([f"--workdir={workdir}", "--gmacs=nan"])
     error = capsys.readouterr().err
     assert stop.value.code == 2 and "--gmacs: 'nan'" in error and error.count("\n") == 1
 
@@ -205,10 +207,10 @@ def test_a_model_without_exits_and_a_run_without_checkpoint(tmp_path, capsys):
         model={"name": "vit_mini", "patch_size": 8, "depth": 1, "width": 8, "heads": 2}
     )
     plain = exit_run.make_workdir(tmp_path / "plain", config)
-    assert budget.main([f"--workdir={plain}"]) == 1
+    assert thresholds.main([f"--workdir={plain}"]) == 1
     assert "vit_mini has no exits: thresholds need a model with several" in capsys.readouterr().err
     shutil.rmtree(plain / "checkpoints")
-    assert budget.main([f"--workdir={plain}"]) == 1
+    assert thresholds.main([f"--workdir={plain}"]) == 1
     assert "no checkpoints in" in capsys.readouterr().err
 
 
@@ -222,7 +224,7 @@ def test_a_model_without_exits_and_a_run_without_checkpoint(tmp_path, capsys):
 )
 def test_bad_options_are_status_2(argv, message, capsys):
     with pytest.raises(SystemExit) as stop:
-        budget.main(argv)
+        thresholds.main(argv)
     assert stop.value.code == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1

@@ -1,4 +1,4 @@
-"""Rows that wait for an exit: rings of rows on the devices, their bookkeeping on the host."""
+"""Rows that wait for an exit: ring buffers on the devices, their books on the host."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ class Rows(NamedTuple):
     number: Any
 
 
-def take(ring: Rows, head: Array, count: int) -> Rows:
-    """`count` (static) rows of a ring, from slot `head` on."""
+def take(buffer: Rows, head: Array, count: int) -> Rows:
+    """`count` (static) rows of a ring buffer, from slot `head` on."""
 
     def rows(leaf: Array) -> Array:
         slots = (head + jnp.arange(count)) % leaf.shape[0]
         return leaf.at[slots].get(mode="promise_in_bounds")
 
-    return jax.tree.map(rows, ring)
+    return jax.tree.map(rows, buffer)
 
 
-def put(ring: Rows, tail: Array, rows: Rows, chosen: Array) -> Rows:
-    """The ring with the chosen rows (bool `[n]`) written one after the other from slot `tail` on."""
+def put(buffer: Rows, tail: Array, rows: Rows, chosen: Array) -> Rows:
+    """The buffer with the chosen rows (bool `[n]`) written one after the other from slot `tail` on."""
     place = tail + jnp.cumsum(chosen.astype(jnp.int32)) - 1
 
     def write(leaf: Array, new: Array) -> Array:
@@ -47,11 +47,11 @@ def put(ring: Rows, tail: Array, rows: Rows, chosen: Array) -> Rows:
         slots = jnp.where(chosen, place % leaf.shape[0], beyond)
         return leaf.at[slots].set(new, mode="drop", unique_indices=True)
 
-    return jax.tree.map(write, ring, rows)
+    return jax.tree.map(write, buffer, rows)
 
 
 class Ring:
-    """The host's side of one exit's rings, one per device: where rows lie and whose they are.
+    """The host's side of one exit's ring buffers, one per device: where rows lie and whose they are.
 
     Attributes:
       head, count: int32 `[devices]`, first waiting row and number of waiting rows.

@@ -14,7 +14,7 @@ import pytest
 import dyntoken
 from dyntoken import config as recipes
 from dyntoken import data, mix, train
-from dyntoken.eval.classify import classify, make_eval_step
+from dyntoken.eval.logits import classify, make_eval_step
 from dyntoken.train import mesh as meshes
 from dyntoken.types import Output
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dyntoken.analysis.learning import learning_curves
+from dyntoken.analysis.learning_curves import learning_curves
 
 ROWS = [
     {"step": 1, "kind": "train", "ce": 2.0, "loss": 2.5, "lr": 0.1, "grad_norm": 9.0, "data_wait": 0.0},

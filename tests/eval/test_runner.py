@@ -12,8 +12,7 @@ import pytest
 import dyntoken
 from dyntoken.analysis import timing
 from dyntoken.eval import exits
-from dyntoken.eval.cascade import Runner
-from dyntoken.eval.programs import ladder
+from dyntoken.eval.runner import Runner, ladder
 from dyntoken.registry import UnknownNameError
 
 TINY = {"img_size": 16, "width": 16, "depth": 2, "heads": 2, "num_classes": 5}
@@ -95,7 +94,7 @@ def test_the_runner_equals_all_exits_image_by_image(case, batch, devices, mode):
     """21 images: the last batch is short, of 5 rows or of 1."""
     runner = shared(case, batch, devices)
     count = len(runner.thresholds)
-    runner.thresholds = limits = between(exits.confidence(all_exits(case)), [0.4, 0.3, 0.5][:count])
+    runner.thresholds = limits = between(exits.score("confidence", all_exits(case)), [0.4, 0.3, 0.5][:count])
     given = batches(batch, case)
     results = [runner(b) for b in given] if mode == "calls" else [*runner.stream(given)]
     assert [len(r.exit) for r in results] == [len(b) for b in given]
@@ -135,12 +134,12 @@ def test_other_rules_on_the_device(rule):
 @contextlib.contextmanager
 def used(runner):
     """Lists the programs that run, `(exit, rows per device)`."""
-    log, real = [], runner._programs.get
-    runner._programs.get = lambda index, rows: log.append((index, rows)) or real(index, rows)
+    log, real = [], runner._program
+    runner._program = lambda index, rows: log.append((index, rows)) or real(index, rows)
     try:
         yield log
     finally:
-        del runner._programs.get
+        del runner._program
 
 
 def test_streams_fill_late_exits_and_release_in_order():
@@ -258,5 +257,5 @@ def test_a_row_may_not_spoil_its_neighbours_and_a_failed_run_not_the_next():
     runner.thresholds = ALL
     with pytest.raises(ValueError, match="images must be"):
         [*runner.stream([np.full_like(IMAGES[:8], np.nan), IMAGES[:, :8]])]
-    runner.thresholds = limits = between(exits.confidence(all_exits("both")), [0.7, 0.5, 0.5])
+    runner.thresholds = limits = between(exits.score("confidence", all_exits("both")), [0.7, 0.5, 0.5])
     check([runner(b) for b in batches(8)], "both", limits)

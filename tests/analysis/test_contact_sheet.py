@@ -8,8 +8,8 @@ import itertools
 import numpy as np
 import pytest
 
-from dyntoken.analysis import sheet
-from dyntoken.analysis.sheet import Cell, Group
+from dyntoken.analysis import contact_sheet
+from dyntoken.analysis.contact_sheet import Cell, Group
 
 Image = pytest.importorskip("PIL.Image")
 pytest.importorskip("matplotlib")
@@ -21,7 +21,7 @@ def checkers(side):
 
 
 def draw(groups, **more):
-    return sheet.sheet(groups, title="a title", **more)
+    return contact_sheet.sheet(groups, title="a title", **more)
 
 
 def test_small_images_are_enlarged_by_a_whole_factor():
