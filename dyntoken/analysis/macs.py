@@ -208,16 +208,6 @@ def unit(path: str) -> str:
     return "/".join(names[: start + (1 if whole else 3 if staged else 2)])
 
 
-def exits(model: Any) -> int:
-    """Number of exits, 0 without any."""
-    return len(model.exits)
-
-
-def gmacs_per_exit(model: Any, whole: Count) -> list[float]:
-    """`gmacs` of a model with exits."""
-    return gmacs(model, whole)
-
-
 def _sum(ops: Iterable[Operation]) -> Macs:
     """Multiply-adds of some operations."""
     found = {"conv": 0, "dot": 0, "": 0}

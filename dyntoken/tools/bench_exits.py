@@ -87,7 +87,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     from dyntoken.eval.runner import Runner
 
     model = cli.build(args, dtype=args.dtype)
-    count, device = macs.exits(model), jax.devices()[0]
+    count, device = len(model.exits), jax.devices()[0]
     if count != len(args.exits):
         have = f"{count} exits" if count else "no exits"
         raise ValueError(f"{args.name} has {have}, and --exits names {len(args.exits)} shares")

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import subprocess
 import sys
 
 import pytest
 
-from dyntoken.tools import bench, budget, cli, convert, flops, show, tpu
+from dyntoken.tools import bench, cli, convert, flops, show, thresholds, tpu
 
-PROGRAMS = {"flops": flops, "bench": bench, "show": show, "convert": convert, "budget": budget, "tpu": tpu}
+PROGRAMS = {
+    "flops": flops,
+    "bench": bench,
+    "show": show,
+    "convert": convert,
+    "thresholds": thresholds,
+    "tpu": tpu,
+}
 
 
 @pytest.mark.parametrize(
@@ -86,7 +94,7 @@ def test_help_has_examples(name, capsys):
 
 def test_help_does_not_wait_for_jax():
     """Nor do mistyped options, which are read the same way."""
-    programs = "convert, flops, predict, tpu"
+    programs = "bench, convert, flops, predict, show, tpu"
     code = (
         f"import sys\nfrom dyntoken.tools import {programs}\n"
         f"for program in ({programs}):\n"
@@ -97,6 +105,24 @@ def test_help_does_not_wait_for_jax():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "program"),
+    [
+        ("bench", ["--input", "configs/tps_deit.py"], "bench_input"),
+        ("bench", ["dvt_deit_small", "--exits=80,15,5"], "bench_exits"),
+        ("show", ["--exits", "--workdir=runs/dvt_demo"], "show_exits"),
+        ("show", ["--augment=configs/tps_deit.py"], "show_augmentation"),
+    ],
+)
+def test_the_old_spelling_of_a_program_names_the_new_one(name, words, program, capsys):
+    with pytest.raises(SystemExit) as stop:
+        PROGRAMS[name].main(words)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1
+    assert f"python -m dyntoken.tools.{program} " in error
+    assert importlib.util.find_spec(f"dyntoken.tools.{program}")
 
 
 BAD = [
