@@ -7,7 +7,7 @@ import dataclasses
 import jax
 import numpy as np
 
-from dyntoken import data, mix, names
+from dyntoken import data, device_augment, names
 from dyntoken.data.resample import resize_centre
 from dyntoken.models import Model
 
@@ -46,7 +46,7 @@ class Preprocess:
         batch = images if images.ndim == 4 else images[None]
         if batch.shape[1:3] != self.size:
             batch = resize_centre(batch, self.size, self.crop_pct, self.interpolation)
-        pixels = mix.normalize(batch, self.mean, self.std)
+        pixels = device_augment.normalize(batch, self.mean, self.std)
         return pixels if images.ndim == 4 else pixels[0]
 
 

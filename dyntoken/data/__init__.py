@@ -29,7 +29,7 @@ Splits are cut, sharded and paired in the order in which a source has them, so t
 order is a random one for every source and the same on every host, whatever the seed
 of a run: `fake` and `fashion_mnist_mini` have no order of classes, TFDS shuffles
 what it writes, folders are put into a fixed random order any slice of which holds its
-share of each class (`stateless.stratified`), and so are TFDS sets in memory that
+share of each class (`hash_rng.stratified`), and so are TFDS sets in memory that
 were written in order (`disable_shuffling`); streamed ones are refused for training.
 """
 
@@ -38,12 +38,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any
 
-from dyntoken.data.arrays import Batch
 from dyntoken.data.augment import AugmentOptions
 from dyntoken.data.errors import DataError, MissingDataError
-from dyntoken.data.plan import DataInfo, EvalPlan, TrainPlan, check_size, count_rows, parse_split
+from dyntoken.data.in_memory import Batch
+from dyntoken.data.info import DataInfo
 from dyntoken.data.prefetching import Prefetch, prefetch
+from dyntoken.data.requests import EvalRequest, TrainRequest, check_size
 from dyntoken.data.sources import SOURCES, open_source, register_data, source_options
+from dyntoken.data.splits import count_rows, parse_split
 from dyntoken.schema import Count, Interpolation, Size, within
 
 __all__ = [
@@ -122,7 +124,7 @@ def train_batches(
     """
     source = open_source(name, data_dir, **options)
     facts = source.info
-    plan = TrainPlan(
+    plan = TrainRequest(
         parts=parse_split(name, split, facts.splits),
         batch=batch,
         size=check_size(size, facts.image_shape),
@@ -169,7 +171,7 @@ def eval_batches(
     """
     source = open_source(name, data_dir, **options)
     facts = source.info
-    plan = EvalPlan(
+    plan = EvalRequest(
         parts=parse_split(name, split, facts.splits),
         batch=batch,
         size=check_size(size, facts.image_shape),

@@ -2,7 +2,7 @@
 
 Crops and flips are made here; RandAugment and colour jitter in `distort`.
 Random erasing, mixup, cutmix and label smoothing act on the normalised batch
-on the device (`dyntoken.mix`).
+on the device (`dyntoken.device_augment`).
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import Any, Literal
 import numpy as np
 
 from dyntoken import schema
-from dyntoken.data import resample, stateless
-from dyntoken.data.distort import Distortion, RandAugment, fill_colour
+from dyntoken.data import hash_rng, resample
 from dyntoken.data.errors import DataError
+from dyntoken.data.randaugment import Distortion, RandAugment, fill_colour
 from dyntoken.schema import Count, Interpolation, Natural, NonNegative, Positive, Share
 
 TRIES = 10
@@ -213,22 +213,22 @@ def augment(
     images = _crop(images, ids, seed, epoch, size, options)
     if distortion is None:
         return images
-    draws = stateless.uniform(seed, epoch, _DISTORT, ids[:, None], np.arange(distortion.width)[None])
+    draws = hash_rng.uniform(seed, epoch, _DISTORT, ids[:, None], np.arange(distortion.width)[None])
     return distortion.batch(images, draws)
 
 
 def _crop(
     images: np.ndarray, ids: np.ndarray, seed: int, epoch: int, size: tuple[int, int], options: AugmentOptions
 ) -> np.ndarray:
-    flip = stateless.uniform(seed, epoch, _FLIP, ids) < options.flip if options.flip else None
+    flip = hash_rng.uniform(seed, epoch, _FLIP, ids) < options.flip if options.flip else None
     if options.crop == "random_resized":
-        draws = stateless.uniform(seed, epoch, _CROP, ids[:, None], np.arange(2 * TRIES + 2)[None])
+        draws = hash_rng.uniform(seed, epoch, _CROP, ids[:, None], np.arange(2 * TRIES + 2)[None])
         boxes = random_boxes(draws, *images.shape[1:3], options.scale, options.ratio)
         return resample.resize_boxes(images, boxes, size, options.interpolation, flip)
     if images.shape[1:3] != size:
         images = resample.resize_centre(images, size, 1.0, options.interpolation)
     if options.crop == "pad" and options.pad:
-        draws = stateless.uniform(seed, epoch, _CROP, ids[:, None], np.arange(2)[None])
+        draws = hash_rng.uniform(seed, epoch, _CROP, ids[:, None], np.arange(2)[None])
         offsets = (draws * (2 * options.pad + 1)).astype(np.int64)
         return pad_crop(images, offsets, options.pad, options.pad_mode, flip)
     return images if flip is None else np.where(flip[:, None, None, None], images[:, :, ::-1], images)

@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from dyntoken.data.plan import DataInfo, EvalPlan, Part
+from dyntoken.data.info import DataInfo
+from dyntoken.data.requests import EvalRequest
+from dyntoken.data.splits import Part
 from dyntoken.data.stream import StreamSource
 from dyntoken.data.tf_import import tensorflow
 
@@ -61,7 +63,15 @@ def read_files(
     """
     info = DataInfo("files", 1, None, {"all": len(paths)}, (0.0,) * channels, (1.0,) * channels)
     source = StreamSource(_Given(paths), info, max_corrupt=len(paths))
-    plan = EvalPlan((("all", 0, len(paths)),), batch, size, 1, (0, 1), crop_pct, interpolation)
+    plan = EvalRequest(
+        parts=(("all", 0, len(paths)),),
+        batch=batch,
+        size=size,
+        shards=1,
+        process=(0, 1),
+        crop_pct=crop_pct,
+        interpolation=interpolation,
+    )
     for number, rows in enumerate(source.evaluate(plan)):
         count = min(batch, len(paths) - number * batch)
         yield rows["image"][:count], rows["mask"][:count] > 0

@@ -28,12 +28,14 @@ from typing import Any, Literal
 import numpy as np
 
 from dyntoken import paths
-from dyntoken.data import stateless
-from dyntoken.data.arrays import Batch
-from dyntoken.data.cards import default_moments
+from dyntoken.data import hash_rng
 from dyntoken.data.decode import SUFFIXES, decode
 from dyntoken.data.errors import DataError, MissingDataError
-from dyntoken.data.plan import DataInfo, EvalPlan, Part, TrainPlan
+from dyntoken.data.in_memory import Batch
+from dyntoken.data.info import DataInfo
+from dyntoken.data.known_datasets import default_moments
+from dyntoken.data.requests import EvalRequest, TrainRequest
+from dyntoken.data.splits import Part
 from dyntoken.data.stream import MAX_CORRUPT, StreamSource
 from dyntoken.data.tf_import import tensorflow
 from dyntoken.registry import suggest
@@ -184,7 +186,7 @@ def _split(name: str, split: _Folder, known: Sequence[str], top: Any) -> Split:
         keys += [zlib.crc32(os.fsencode(image)) for image in folder.all_images]
         labels += [number[folder.name]] * len(folder.all_images)
     labels = np.array(labels, np.int32)
-    order = stateless.stratified(labels, _ORDER, np.array(keys, np.uint64))
+    order = hash_rng.stratified(labels, _ORDER, np.array(keys, np.uint64))
     return np.array(paths, object)[order], labels[order]
 
 
@@ -205,12 +207,12 @@ class _Files:
 
     def rows(self, parts: Sequence[Part], key: tuple[int, ...] | None) -> Any:
         paths, labels = self._join(parts)
-        return _dataset(paths, labels, None if key is None else stateless.permutation(len(paths), *key))
+        return _dataset(paths, labels, None if key is None else hash_rng.permutation(len(paths), *key))
 
     def balanced(self, parts: Sequence[Part], start: int, stop: int, key: tuple[int, ...]) -> Any:
         """Rows `start .. stop - 1` of an epoch that has all classes equally often."""
         paths, labels = self._join(parts)
-        return _dataset(paths, labels, stateless.balanced(labels, *key)[start:stop])
+        return _dataset(paths, labels, hash_rng.balanced(labels, *key)[start:stop])
 
     @staticmethod
     def load(pointer: Any) -> Any:
@@ -251,11 +253,11 @@ class FolderSource:
     def _source(self) -> StreamSource:
         return StreamSource(_Files(_scan(self._root)[1]), self.info, self._max_corrupt)
 
-    def train(self, plan: TrainPlan) -> Iterator[Batch]:
+    def train(self, plan: TrainRequest) -> Iterator[Batch]:
         tensorflow()
         return self._source().train(plan)
 
-    def evaluate(self, plan: EvalPlan) -> Iterator[Batch]:
+    def evaluate(self, plan: EvalRequest) -> Iterator[Batch]:
         tensorflow()
         return self._source().evaluate(plan)
 

@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from dyntoken.data.augment import AugmentOptions
-from dyntoken.data.cards import IMAGENET_MEAN, IMAGENET_STD
 from dyntoken.data.errors import MissingDataError
-from dyntoken.data.plan import DataInfo, Part, TrainPlan
+from dyntoken.data.info import DataInfo
+from dyntoken.data.known_datasets import IMAGENET_MEAN, IMAGENET_STD
+from dyntoken.data.requests import TrainRequest
+from dyntoken.data.splits import Part
 from dyntoken.data.stream import StreamSource
 from dyntoken.data.tf_image import eval_image
 from dyntoken.data.tf_import import tensorflow
@@ -139,7 +141,7 @@ def measure(
     ready = -(-_READY // batch) + 1  # batches
     count = batch * (steps + ready)
     info = DataInfo("photographs", 2, None, {"train": 10 * (rounds + 1) * count}, IMAGENET_MEAN, IMAGENET_STD)
-    plan = TrainPlan(
+    plan = TrainRequest(
         parts=(("train", 0, info.splits["train"]),),
         batch=batch,
         size=(size, size),

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from dyntoken import schema
-from dyntoken.data.arrays import Source
 from dyntoken.data.errors import DataError
+from dyntoken.data.in_memory import Source
 from dyntoken.registry import Table, UnknownNameError, check_call
 
 _TFDS = "dyntoken.data.tfds_source:open_tfds"
@@ -35,7 +35,7 @@ def register_data(name: str, opener: Callable[..., Source]) -> None:
     Args:
       name: of the set.
       opener: `opener(name, data_dir, *, **options) -> Source`; reads no image. Of
-        rows that can be read at random it returns an `arrays.ArraySource`.
+        rows that can be read at random it returns an `in_memory.ArraySource`.
 
     Raises:
       ValueError: a name that is taken, or a function of other arguments.

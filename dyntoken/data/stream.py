@@ -26,12 +26,14 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from dyntoken.data import stateless
-from dyntoken.data.arrays import Batch
+from dyntoken.data import hash_rng
 from dyntoken.data.augment import AugmentOptions
 from dyntoken.data.closing import close_at_exit
 from dyntoken.data.errors import DataError
-from dyntoken.data.plan import DataInfo, EvalPlan, Part, TrainPlan, check_labels, slice_parts
+from dyntoken.data.in_memory import Batch
+from dyntoken.data.info import DataInfo, check_labels
+from dyntoken.data.requests import EvalRequest, TrainRequest
+from dyntoken.data.splits import Part, slice_parts
 from dyntoken.data.tf_image import compiled_eval, compiled_train
 from dyntoken.data.tf_import import tensorflow
 
@@ -68,12 +70,7 @@ class Records(Protocol):
 
 
 def _int63(*parts: int) -> int:
-    return int(stateless.bits(*parts)[0] >> np.uint64(1))
-
-
-def shard_range(count: int, shards: int, shard: int) -> tuple[int, int]:
-    """First row and one past the last row of a virtual shard."""
-    return shard * count // shards, (shard + 1) * count // shards
+    return int(hash_rng.bits(*parts)[0] >> np.uint64(1))
 
 
 class StreamSource:
@@ -85,9 +82,10 @@ class StreamSource:
         self._records = records
         self._max_corrupt = max_corrupt
 
-    def _shard(self, plan: TrainPlan, epoch: int, shard: int) -> Any:
+    def _shard(self, plan: TrainRequest, epoch: int, shard: int) -> Any:
         """(number, row) of one data shard in the order of an epoch."""
-        bounds = shard_range(plan.count, plan.shards, shard)
+        rows = plan.shard(shard)
+        bounds = rows.start, rows.stop
         if plan.balance:
             records = self._records.balanced(plan.parts, *bounds, (plan.seed, epoch, _FILES))
             return records.enumerate(shard << _SHARD_BITS)
@@ -97,7 +95,7 @@ class StreamSource:
             records = records.shuffle(self._records.buffer, seed=seed, reshuffle_each_iteration=False)
         return records.enumerate(shard << _SHARD_BITS)
 
-    def _example(self, plan: TrainPlan, epoch: int, guarded: bool) -> Callable[..., dict[str, Any]]:
+    def _example(self, plan: TrainRequest, epoch: int, guarded: bool) -> Callable[..., dict[str, Any]]:
         """(number, row) -> the views of a record, uint8 `[repeats, h, w, C]`, and what goes with them."""
         tf = tensorflow()
         key, distortion = _int63(plan.seed, epoch, _AUGMENT), plan.augment.distortion(self.info.mean)
@@ -110,11 +108,11 @@ class StreamSource:
 
         return example
 
-    def _epoch(self, plan: TrainPlan, epoch: int, skip: int, guarded: bool) -> Iterator[Batch]:
+    def _epoch(self, plan: TrainRequest, epoch: int, skip: int, guarded: bool) -> Iterator[Batch]:
         """The batches of one epoch from batch `skip` on, with `bad` and `name`."""
         tf = tensorflow()
         per_shard, steps = plan.batch // plan.shards, plan.steps_per_epoch - skip
-        example, shards = self._example(plan, epoch, guarded), _local_shards(plan)
+        example, shards = self._example(plan, epoch, guarded), plan.local_shards
         if plan.augment.repeats == 1:
 
             def only(number: Any, row: Any) -> dict[str, Any]:
@@ -141,7 +139,7 @@ class StreamSource:
                 del queue[: first + per_shard]
             first = 0
 
-    def train(self, plan: TrainPlan) -> Iterator[Batch]:
+    def train(self, plan: TrainRequest) -> Iterator[Batch]:
         _check_streamable(self.info, plan.augment)
         if plan.balance and not hasattr(self._records, "balanced"):
             raise DataError(
@@ -160,7 +158,7 @@ class StreamSource:
         made = self._guarded(batches, plan.start_step, lambda batch, log: replace_bad(batch, per_shard, log))
         return close_at_exit(made)
 
-    def evaluate(self, plan: EvalPlan) -> Iterator[Batch]:
+    def evaluate(self, plan: EvalRequest) -> Iterator[Batch]:
         return close_at_exit(
             self._guarded(lambda step, guarded: self._pass(plan, step, guarded), 0, mask_bad)
         )
@@ -186,12 +184,12 @@ class StreamSource:
                     raise unreadable(self.info.name, error, self._records.where) from None
                 guarded = True
 
-    def _pass(self, plan: EvalPlan, skip: int, guarded: bool) -> Iterator[Batch]:
+    def _pass(self, plan: EvalRequest, skip: int, guarded: bool) -> Iterator[Batch]:
         """The batches of one evaluation from batch `skip` on, with `bad` and `name`."""
         tf = tensorflow()
         per_shard, streams = plan.batch // plan.shards, []
-        for shard in _local_shards(plan):
-            rows = slice_parts(plan.parts, *shard_range(plan.count, plan.shards, shard))
+        for shard in plan.local_shards:
+            rows = slice_parts(plan.parts, plan.shard(shard).start, plan.shard(shard).stop)
             rows = self._records.rows(rows, None).map(lambda *row: (row, 1.0))
             padding = rows.element_spec[0]
             empty = tuple(tf.zeros(spec.shape, spec.dtype) for spec in padding)
@@ -320,11 +318,6 @@ def _check_streamable(info: DataInfo, options: AugmentOptions) -> None:
             f"augment.crop='pad' is for small sets in memory and {info.name!r} is streamed: "
             "use 'random_resized' or 'none'"
         )
-
-
-def _local_shards(plan: TrainPlan | EvalPlan) -> range:
-    index, processes = plan.process
-    return range(index * plan.shards // processes, (index + 1) * plan.shards // processes)
 
 
 def _in_turn(tf: Any, streams: list[Any], block: int) -> Any:

@@ -16,8 +16,8 @@ import numpy as np
 from dyntoken.data.augment import TRIES, AugmentOptions
 from dyntoken.data.decode import MAX_ASPECT, MAX_PIXELS
 from dyntoken.data.decode import decode as pillow_decode
-from dyntoken.data.distort import Distortion
 from dyntoken.data.errors import DataError
+from dyntoken.data.randaugment import Distortion
 from dyntoken.data.tf_import import tensorflow
 from dyntoken.data.tf_resize import Part, cover, place, resize
 

@@ -17,12 +17,14 @@ from typing import Any
 
 import numpy as np
 
-from dyntoken.data import stateless
-from dyntoken.data.arrays import ArrayRows, ArraySource, Batch
-from dyntoken.data.cards import CARDS, default_moments
+from dyntoken.data import hash_rng
 from dyntoken.data.errors import DataError, MissingDataError
-from dyntoken.data.plan import DataInfo, EvalPlan, Part, TrainPlan
+from dyntoken.data.in_memory import ArrayRows, ArraySource, Batch
+from dyntoken.data.info import DataInfo
+from dyntoken.data.known_datasets import CARDS, default_moments
+from dyntoken.data.requests import EvalRequest, TrainRequest
 from dyntoken.data.sources import SOURCES
+from dyntoken.data.splits import Part
 from dyntoken.data.stream import MAX_CORRUPT, StreamSource, unreadable
 from dyntoken.data.tf_import import INSTALL, tensorflow
 from dyntoken.registry import UnknownNameError, suggest
@@ -37,12 +39,14 @@ _TARS = {
 }
 _PROGRAMS = {
     "fashion_mnist": (
-        "run `python -m dyntoken.data.prepare_fashion_mnist --idx_dir=/usr/share/datasets/fashion-mnist "
-        "--data_dir={data_dir}` (the idx files: apt install dataset-fashion-mnist)"
+        "run `tfds build fashion_mnist --data_dir={data_dir}`, or in a clone of dyntoken, from the idx files (apt "
+        "install dataset-fashion-mnist), `python scripts/prepare_data.py fashion_mnist "
+        "--source=/usr/share/datasets/fashion-mnist --data_dir={data_dir}`"
     ),
     "i_naturalist2019": (
-        "run `python -m dyntoken.data.inat2019 --source=DIR --data_dir={data_dir}` (DIR holds train2019.json, "
-        "val2019.json and the unpacked train_val2019.tar.gz of github.com/visipedia/inat_comp)"
+        "run, in a clone of dyntoken, `python scripts/prepare_data.py inat2019 --source=DIR --data_dir={data_dir}` "
+        "(DIR holds train2019.json, val2019.json and the unpacked train_val2019.tar.gz of "
+        "github.com/visipedia/inat_comp)"
     ),
 }
 _REAL_LABEL = "real_label"  # of imagenet2012_real: every label that fits, or none
@@ -230,7 +234,7 @@ class _TfdsRecords:
         tf = tensorflow()
 
         def reorder(files: list[Any]) -> list[Any]:
-            return [files[i] for i in stateless.permutation(len(files), *key)]
+            return [files[i] for i in hash_rng.permutation(len(files), *key)]
 
         if not parts:
             empty = (b"", np.int32(0), b"") + ((np.zeros(self._classes, bool),) if self._several else ())
@@ -327,10 +331,10 @@ class TfdsSource:
                 )
         return StreamSource(records, info, self._max_corrupt)
 
-    def train(self, plan: TrainPlan) -> Iterator[Batch]:
+    def train(self, plan: TrainRequest) -> Iterator[Batch]:
         return self._source(plan.parts, True).train(plan)
 
-    def evaluate(self, plan: EvalPlan) -> Iterator[Batch]:
+    def evaluate(self, plan: EvalRequest) -> Iterator[Batch]:
         return self._source(plan.parts, False).evaluate(plan)
 
 

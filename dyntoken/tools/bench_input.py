@@ -10,7 +10,7 @@ from typing import Any
 
 from dyntoken import config as recipes
 from dyntoken.data import input_speed
-from dyntoken.data.plan import check_size
+from dyntoken.data.requests import check_size
 from dyntoken.tools import cli
 from dyntoken.train.settings import read
 

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dyntoken.data.decode import SUFFIXES
 from dyntoken.data.files import read_files
 from dyntoken.runs import Run, load_run
 from dyntoken.tools import cli, colour
@@ -26,7 +27,6 @@ picture is named and left out, and the exit status is then 1."""
 EXAMPLES = """\
   python -m dyntoken.tools.predict --workdir=runs/mine photos
   python -m dyntoken.tools.predict --workdir=runs/mine --top=3 --out=guesses.csv cat.jpg dog.png"""
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 Guess = list[tuple[str, float]]  # (class, probability), the surest first
 
 

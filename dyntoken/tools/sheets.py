@@ -15,8 +15,8 @@ from etils import epath
 
 from dyntoken import data, paths
 from dyntoken.analysis import plot, sheet
+from dyntoken.device_augment import normalize
 from dyntoken.eval import collect, exits
-from dyntoken.mix import normalize
 from dyntoken.tools import cli
 from dyntoken.tools.budget import UNITS
 from dyntoken.train import mesh as meshes

@@ -1,7 +1,7 @@
 """Pictures of what a model keeps: `python -m dyntoken.tools.show NAME --weights=... IMAGE...`.
 
 With `--exits`: sheets of images by the exit they take, see `sheets`. With
-`--augment`: a sheet of what training sees, see `show_augment`.
+`--augment`: a sheet of what training sees, see `show_augmentation`.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from dyntoken import data, mix
+from dyntoken import data, device_augment
 from dyntoken.analysis import draw
 from dyntoken.data.decode import read_image
 from dyntoken.data.resample import resize_centre
 from dyntoken.models import Model
 from dyntoken.preprocessing import preprocess
 from dyntoken.runs import Run, load_run
-from dyntoken.tools import cli, colour, sheets, show_augment
+from dyntoken.tools import cli, colour, sheets, show_augmentation
 from dyntoken.weights import runs
 from dyntoken.weights.whole import load_whole
 
@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "--exits" in argv:
         return sheets.main(argv)
     if cli.chooses(argv, "--augment"):
-        return show_augment.main(argv)
+        return show_augmentation.main(argv)
     args = (parser := _parser()).parse_args(argv)
     run = _run(args, parser)
     model = cli.build(args) if run is None else run.model
@@ -205,7 +205,7 @@ def _open(path: Path, channels: int) -> np.ndarray:
 
 def normalised(picture: Picture, model: Model) -> jax.Array:
     """`[H, W, C]` float32 as the model takes it."""
-    return mix.normalize(picture.pixels[None], picture.facts.mean, picture.facts.std)[0]
+    return device_augment.normalize(picture.pixels[None], picture.facts.mean, picture.facts.std)[0]
 
 
 def _targets(out: Path, stems: Sequence[str]) -> list[Path]:

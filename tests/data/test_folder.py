@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from dyntoken import data
-from dyntoken.data import inat2019, tfds_source
+from dyntoken.data import tfds_source
+from scripts import prepare_data
 
 pytest.importorskip("tensorflow")
 PIL = pytest.importorskip("PIL.Image")
@@ -307,7 +308,7 @@ def test_imagenet_real_gives_every_label(tmp_path, photo):
         ("imagenet_v2/topimages:3.0.0", ["`tfds build imagenet_v2/topimages:3.0.0 --data_dir="]),
         (
             "i_naturalist2019",
-            ["`python -m dyntoken.data.inat2019 --source=DIR --data_dir=", "train2019.json"],
+            ["`python scripts/prepare_data.py inat2019 --source=DIR --data_dir=", "train2019.json"],
         ),
     ],
 )
@@ -340,9 +341,9 @@ def inat(tmp_path, photo):
 
 def test_inaturalist_is_written_as_it_is(inat, capsys):
     source, out = inat
-    flags = [f"--source={source}", f"--data_dir={out}"]
-    assert inat2019.main(flags) == 0
-    assert inat2019.main(flags) == 1 and "exists already" in capsys.readouterr().err
+    flags = ["inat2019", f"--source={source}", f"--data_dir={out}"]
+    assert prepare_data.main(flags) == 0
+    assert prepare_data.main(flags) == 1 and "exists already" in capsys.readouterr().err
     facts = data.info("i_naturalist2019", data_dir=str(out))
     assert facts.splits == {"train": 5, "validation": 2} and facts.num_classes == 3
     assert facts.class_names == ("species 0", "species 1", "species 2")
@@ -357,8 +358,8 @@ def test_inaturalist_is_written_as_it_is(inat, capsys):
 
 def test_inaturalist_errors(inat, capsys):
     source, out = inat
-    flags = [f"--source={source}", f"--data_dir={out}"]
+    flags = ["inat2019", f"--source={source}", f"--data_dir={out}"]
     (source / "val2019.json").write_text("{}")
-    assert inat2019.main(flags) == 1 and "is no iNaturalist annotation file" in capsys.readouterr().err
+    assert prepare_data.main(flags) == 1 and "is no iNaturalist annotation file" in capsys.readouterr().err
     (source / "val2019.json").unlink()
-    assert inat2019.main(flags) == 1 and "no file" in capsys.readouterr().err
+    assert prepare_data.main(flags) == 1 and "no file" in capsys.readouterr().err

@@ -9,7 +9,7 @@ import pytest
 
 from dyntoken import data
 from dyntoken.data import folder as folders
-from dyntoken.data import stateless
+from dyntoken.data import hash_rng
 from tests.faults.folder import CLASSES, HUES, make_folder, picture
 
 pytest.importorskip("tensorflow")
@@ -75,7 +75,7 @@ def test_the_order_depends_on_names_alone(tmp_path):
 
 def test_stratified_order_by_hand():
     rows = np.repeat([0, 1, 2], [4, 8, 2])
-    order = stateless.stratified(rows, 3, np.arange(14))
+    order = hash_rng.stratified(rows, 3, np.arange(14))
     assert sorted(order) == list(range(14))
     np.testing.assert_array_equal(np.bincount(rows[order[:7]]), [2, 4, 1])
 
@@ -255,7 +255,7 @@ def test_balanced_epochs(tmp_path):
 
 def test_balanced_order_by_hand():
     rows = np.repeat([4, 7, 9], [20, 3, 1])
-    order = stateless.balanced(rows, 1, 2)
+    order = hash_rng.balanced(rows, 1, 2)
     assert (np.bincount(rows[order])[[4, 7, 9]] == 8).all()
     assert np.bincount(order, minlength=24)[:20].max() == 1  # of the large class none twice
     assert sorted(np.bincount(order, minlength=24)[20:]) == [2, 3, 3, 8]

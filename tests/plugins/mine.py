@@ -8,7 +8,7 @@ import numpy as np
 import dyntoken
 from dyntoken.backbones.deit import ViT
 from dyntoken.backbones.isotropic import Isotropic, pair
-from dyntoken.data.arrays import ArrayRows, ArraySource
+from dyntoken.data.in_memory import ArrayRows, ArraySource
 from dyntoken.nn import layers
 from dyntoken.ops import select
 from dyntoken.types import Reduction

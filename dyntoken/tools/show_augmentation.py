@@ -12,9 +12,10 @@ import jax
 import numpy as np
 
 from dyntoken import config as recipes
-from dyntoken import data, mix
+from dyntoken import data, device_augment
 from dyntoken.analysis import plot, sheet
-from dyntoken.data.plan import check_size, parse_split
+from dyntoken.data.requests import check_size
+from dyntoken.data.splits import parse_split
 from dyntoken.tools import cli
 from dyntoken.train.settings import DataSettings, Settings, read
 
@@ -119,7 +120,7 @@ def look(
 
     Args:
       chosen: the recipe's data, with its augmentation.
-      mixing: keywords of `mix.mix`.
+      mixing: keywords of `device_augment.mix`.
       facts: of the data set.
       seed: of all draws.
       images: how many, even.
@@ -158,8 +159,10 @@ def look(
     @jax.jit
     def feed(step, pixels):
         key = jax.random.fold_in(jax.random.key(seed), step)
-        normal = mix.normalize(pixels, mean, std)
-        return mix.mix(key, normal, labels, np.arange(images), num_classes=facts.num_classes, **mixing)
+        normal = device_augment.normalize(pixels, mean, std)
+        return device_augment.mix(
+            key, normal, labels, np.arange(images), num_classes=facts.num_classes, **mixing
+        )
 
     fed, targets = zip(*(jax.device_get(feed(step, drawn[:, step])) for step in range(draws)), strict=True)
     plain = np.stack(fed, 1) * np.array(std, np.float32) + np.array(mean, np.float32)

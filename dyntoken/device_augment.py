@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -53,7 +54,7 @@ def soft_targets(labels: Array, num_classes: int, smoothing: float = 0.0) -> Arr
     return hot.astype(jnp.float32) * (1.0 - smoothing) + smoothing / num_classes
 
 
-@schema.checked
+@functools.partial(schema.checked, owner="mix")  # as the section of a config
 def mix(
     key: Array,
     images: Array,

@@ -7,7 +7,7 @@ import pytest
 
 from dyntoken import config as recipes
 from dyntoken import data
-from dyntoken.tools import show, show_augment
+from dyntoken.tools import show, show_augmentation
 from dyntoken.train.settings import read
 
 Image = pytest.importorskip("PIL.Image")
@@ -24,7 +24,9 @@ def settings(mix, **augment):
 
 def look(mix, images=4, draws=3, **augment):
     chosen = settings(mix, **augment)
-    return show_augment.look(chosen.data, chosen.mix, data.info(MINI), seed=0, images=images, draws=draws)
+    return show_augmentation.look(
+        chosen.data, chosen.mix, data.info(MINI), seed=0, images=images, draws=draws
+    )
 
 
 def test_the_lines_show_one_image_before_and_after_mixing():
@@ -66,18 +68,18 @@ def test_columns_are_mixed_like_batches():
 
 
 def test_shares_of_a_target():
-    assert show_augment.shares(np.array([0.02, 0.38, 0.58, 0.02]), 1) == "38 % + 58 %"
-    assert show_augment.shares(np.array([0.925, 0.025, 0.025, 0.025]), 0) == "92 %"
-    assert show_augment.shares(np.array([1.0, 0.0]), 0) == "100 %"
+    assert show_augmentation.shares(np.array([0.02, 0.38, 0.58, 0.02]), 1) == "38 % + 58 %"
+    assert show_augmentation.shares(np.array([0.925, 0.025, 0.025, 0.025]), 0) == "92 %"
+    assert show_augmentation.shares(np.array([1.0, 0.0]), 0) == "100 %"
 
 
 def test_the_note_tells_what_the_recipe_does():
-    text = show_augment.note(read(recipes.load("configs/tps_deit.py")))
+    text = show_augmentation.note(read(recipes.load("configs/tps_deit.py")))
     assert "crop (random_resized), flip, RandAugment." in text and "3 such views" in text
     assert "erased and mixed with the neighbouring image" in text
-    text = show_augment.note(read(recipes.load("configs/lvvit.py")))
+    text = show_augmentation.note(read(recipes.load("configs/lvvit.py")))
     assert "as the model gets them, erased;" in text and "MixToken mixes inside the model" in text
-    text = show_augment.note(read(recipes.load("configs/tps_deit.py:demo")))
+    text = show_augmentation.note(read(recipes.load("configs/tps_deit.py:demo")))
     assert "crop (pad), flip." in text and "erased" not in text and "views" not in text
 
 

@@ -7,7 +7,7 @@ published recipes use.
 
 from __future__ import annotations
 
-from dyntoken.data.plan import DataInfo
+from dyntoken.data.info import DataInfo
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CIFAR10_NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")

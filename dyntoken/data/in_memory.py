@@ -8,11 +8,13 @@ from typing import Protocol
 
 import numpy as np
 
-from dyntoken.data import stateless
+from dyntoken.data import hash_rng
 from dyntoken.data.augment import augment
-from dyntoken.data.distort import Distortion
-from dyntoken.data.plan import DataInfo, EvalPlan, Part, TrainPlan, check_labels, local_rows, slice_parts
+from dyntoken.data.info import DataInfo, check_labels
+from dyntoken.data.randaugment import Distortion
+from dyntoken.data.requests import EvalRequest, TrainRequest
 from dyntoken.data.resample import resize_centre
+from dyntoken.data.splits import Part, slice_parts
 from dyntoken.data.tf_import import tensorflow
 
 Batch = dict[str, np.ndarray]
@@ -33,9 +35,9 @@ class Source(Protocol):
     @property
     def info(self) -> DataInfo: ...
 
-    def train(self, plan: TrainPlan) -> Iterator[Batch]: ...
+    def train(self, plan: TrainRequest) -> Iterator[Batch]: ...
 
-    def evaluate(self, plan: EvalPlan) -> Iterator[Batch]: ...
+    def evaluate(self, plan: EvalRequest) -> Iterator[Batch]: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +55,7 @@ class ArrayRows:
 
         Any slice of it holds its share of every class; it is the same on every host.
         """
-        order = stateless.stratified(self.labels, _STORED, np.arange(len(self.labels)))
+        order = hash_rng.stratified(self.labels, _STORED, np.arange(len(self.labels)))
         return ArrayRows(self.images[order], self.labels[order])
 
 
@@ -90,7 +92,7 @@ def _spell(parts: Sequence[Part], row: int) -> str:
     return f"{name}[{start}]"
 
 
-def _places(plan: TrainPlan) -> np.ndarray:
+def _places(plan: TrainRequest) -> np.ndarray:
     """Place in the epoch's order of each row of a batch, from the batch's first, int64 `[batch]`.
 
     With repeated augmentation that order is a a a b b b c c c ..., and its
@@ -111,7 +113,7 @@ class ArraySource:
     a range of it, so what a process yields depends on nothing but its rows. Slices
     (`train[:90%]`) are ranges of the rows as they are stored, which so must lie in
     random order (`ArrayRows.stratified`). An epoch of `balance` has every class
-    equally often (`stateless.balanced`).
+    equally often (`hash_rng.balanced`).
     """
 
     def __init__(self, info: DataInfo, rows: Callable[[str], Rows] | Mapping[str, Rows]):
@@ -122,25 +124,25 @@ class ArraySource:
     def _join(self, parts: Sequence[Part]) -> _Joined:
         return _Joined([(self._rows(name), start, stop) for name, start, stop in parts])
 
-    def train(self, plan: TrainPlan) -> Iterator[Batch]:
+    def train(self, plan: TrainRequest) -> Iterator[Batch]:
         distortion = plan.augment.distortion(self.info.mean)
         if distortion is not None:
             tensorflow()  # said now if it is absent
         return self._train(plan, distortion)
 
-    def _train(self, plan: TrainPlan, distortion: Distortion | None) -> Iterator[Batch]:
-        rows, mine = self._join(plan.parts), local_rows(plan.batch, plan.process)
+    def _train(self, plan: TrainRequest, distortion: Distortion | None) -> Iterator[Batch]:
+        rows, mine = self._join(plan.parts), plan.local_rows
         known_labels = _labels(rows, plan.count) if plan.balance else None
-        places, repeats = _places(plan)[mine], plan.augment.repeats
+        places, repeats = _places(plan)[mine.start : mine.stop], plan.augment.repeats
         step, known, order = plan.start_step, -1, np.zeros(0, np.int64)
         while True:
             epoch, position = divmod(step, plan.steps_per_epoch)
             if epoch != known:
                 known, keys = epoch, (plan.seed, epoch, _ORDER)
                 if known_labels is None:
-                    order = stateless.permutation(plan.count, *keys)
+                    order = hash_rng.permutation(plan.count, *keys)
                 else:
-                    order = stateless.balanced(known_labels, *keys)
+                    order = hash_rng.balanced(known_labels, *keys)
             image, view = np.divmod(position * plan.batch + places, repeats)
             ids = order[image]
             images, labels = rows.take(ids)
@@ -151,10 +153,10 @@ class ArraySource:
             yield {"image": images, "label": labels, "mask": np.ones(len(ids), np.float32)}
             step += 1
 
-    def evaluate(self, plan: EvalPlan) -> Iterator[Batch]:
-        rows, mine = self._join(plan.parts), local_rows(plan.batch, plan.process)
+    def evaluate(self, plan: EvalRequest) -> Iterator[Batch]:
+        rows, mine = self._join(plan.parts), plan.local_rows
         for step in range(plan.steps):
-            ids = np.arange(step * plan.batch, (step + 1) * plan.batch)[mine]
+            ids = step * plan.batch + np.array(mine)
             mask = ids < plan.count
             images, labels = rows.take(np.where(mask, ids, 0))
             check_labels(labels * mask, lambda row, ids=ids: _spell(plan.parts, ids[row]), self.info)
