@@ -39,17 +39,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any
 
 from dyntoken.data.augment import AugmentOptions
-from dyntoken.data.errors import DataError, MissingDataError
-from dyntoken.data.in_memory import Batch
+from dyntoken.data.errors import DataError, MissingDataError, warn_once
+from dyntoken.data.in_memory import ArrayRows, ArraySource
 from dyntoken.data.info import DataInfo
 from dyntoken.data.prefetching import Prefetch, prefetch
 from dyntoken.data.requests import EvalRequest, TrainRequest, check_size
-from dyntoken.data.sources import SOURCES, open_source, register_data, source_options
+from dyntoken.data.sources import SOURCES, Batch, open_source, register_data, source_options
 from dyntoken.data.splits import count_rows, parse_split
 from dyntoken.schema import Count, Interpolation, Size, within
 
 __all__ = [
     "SOURCES",
+    "ArrayRows",
+    "ArraySource",
     "AugmentOptions",
     "Batch",
     "DataError",
@@ -123,11 +125,11 @@ def train_batches(
       DataError: see the message; raised by this call, not by the first `next`.
     """
     source = open_source(name, data_dir, **options)
-    facts = source.info
-    plan = TrainRequest(
-        parts=parse_split(name, split, facts.splits),
+    known = source.info
+    request = TrainRequest(
+        parts=parse_split(name, split, known.splits),
         batch=batch,
-        size=check_size(size, facts.image_shape),
+        size=check_size(size, known.image_shape),
         seed=seed,
         start_step=start_step,
         shards=shards,
@@ -135,7 +137,12 @@ def train_batches(
         augment=AugmentOptions.of(augment),
         balance=balance,
     )
-    return source.train(plan)
+    if known.num_classes == 1:
+        warn_once(
+            f"data set {name!r} has a single class{''.join(f' ({c!r})' for c in known.class_names)}, so there is "
+            "nothing to tell apart: a folder of images needs a folder per class"
+        )
+    return source.train(request)
 
 
 def eval_batches(
@@ -170,17 +177,17 @@ def eval_batches(
       DataError: see the message; raised by this call, not by the first `next`.
     """
     source = open_source(name, data_dir, **options)
-    facts = source.info
-    plan = EvalRequest(
-        parts=parse_split(name, split, facts.splits),
+    known = source.info
+    request = EvalRequest(
+        parts=parse_split(name, split, known.splits),
         batch=batch,
-        size=check_size(size, facts.image_shape),
+        size=check_size(size, known.image_shape),
         shards=shards,
         process=tuple(process),
         crop_pct=crop_pct,
         interpolation=interpolation,
     )
-    return source.evaluate(plan)
+    return source.evaluate(request)
 
 
 def steps_per_epoch(

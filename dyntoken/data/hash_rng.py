@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import numpy as np
 
-_MASK = (1 << 64) - 1
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MUL_1 = np.uint64(0xBF58476D1CE4E5B9)
 _MUL_2 = np.uint64(0x94D049BB133111EB)
@@ -24,17 +23,12 @@ def _finalise(x: np.ndarray) -> np.ndarray:
 
 def _words(part: int | np.ndarray) -> np.ndarray:
     if isinstance(part, int):
-        return np.array([part & _MASK], np.uint64)
+        part = np.uint64(part % (1 << 64))
     return np.atleast_1d(np.asarray(part)).astype(np.uint64)
 
 
 def bits(*parts: int | np.ndarray) -> np.ndarray:
-    """64 random bits per entry of the broadcast parts, uint64.
-
-    Args:
-      parts: integers or integer arrays that broadcast against each other; the
-        result has at least one axis.
-    """
+    """64 random bits per entry of the integers or integer arrays, broadcast to at least one axis, uint64."""
     state = np.array([0x243F6A8885A308D3], np.uint64)
     for part in parts:
         state = _finalise(state + _GOLDEN ^ _finalise(_words(part) + _GOLDEN))

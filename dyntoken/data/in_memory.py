@@ -14,10 +14,10 @@ from dyntoken.data.info import DataInfo, check_labels
 from dyntoken.data.randaugment import Distortion
 from dyntoken.data.requests import EvalRequest, TrainRequest
 from dyntoken.data.resample import resize_centre
+from dyntoken.data.sources import Batch
 from dyntoken.data.splits import Part, slice_parts
 from dyntoken.data.tf_import import tensorflow
 
-Batch = dict[str, np.ndarray]
 _ORDER = 0  # name of the draw that shuffles an epoch
 _STORED = 20  # key of the fixed order of what is stored class after class
 _CHUNK = 1024  # examples whose labels are read at a time
@@ -27,17 +27,6 @@ class Rows(Protocol):
     """One split: `take(indices)` gives uint8 `[n, H, W, C]`, int32 `[n]`."""
 
     def take(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]: ...
-
-
-class Source(Protocol):
-    """A data set: its description, and batches for a checked plan."""
-
-    @property
-    def info(self) -> DataInfo: ...
-
-    def train(self, plan: TrainRequest) -> Iterator[Batch]: ...
-
-    def evaluate(self, plan: EvalRequest) -> Iterator[Batch]: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,13 +44,12 @@ class ArrayRows:
 
         Any slice of it holds its share of every class; it is the same on every host.
         """
-        order = hash_rng.stratified(self.labels, _STORED, np.arange(len(self.labels)))
-        return ArrayRows(self.images[order], self.labels[order])
+        return ArrayRows(*self.take(hash_rng.stratified(self.labels, _STORED, np.arange(len(self.labels)))))
 
 
 @dataclasses.dataclass(frozen=True)
-class _Joined:
-    """Parts of splits laid end to end."""
+class ConcatRows:
+    """Parts of splits laid end to end: (rows, first, one past the last)."""
 
     parts: Sequence[tuple[Rows, int, int]]
 
@@ -79,31 +67,25 @@ class _Joined:
             base += stop - start
         return images, labels
 
-
-def _labels(rows: Rows, count: int) -> np.ndarray:
-    """All labels, `[count]`, chunk by chunk."""
-    chunks = (np.arange(start, min(start + _CHUNK, count)) for start in range(0, count, _CHUNK))
-    return np.concatenate([rows.take(chunk)[1] for chunk in chunks])
-
-
-def _spell(parts: Sequence[Part], row: int) -> str:
-    """A row of joined parts by its split and its place there."""
-    ((name, start, _),) = slice_parts(parts, row, row + 1)
-    return f"{name}[{start}]"
+    def labels(self) -> np.ndarray:
+        """All labels, chunk by chunk."""
+        count = sum(stop - start for _, start, stop in self.parts)
+        chunks = np.split(np.arange(count), range(_CHUNK, count, _CHUNK))
+        return np.concatenate([self.take(chunk)[1] for chunk in chunks])
 
 
-def _places(plan: TrainRequest) -> np.ndarray:
-    """Place in the epoch's order of each row of a batch, from the batch's first, int64 `[batch]`.
+def batch_positions(request: TrainRequest) -> np.ndarray:
+    """Position in the epoch's order of each row of a batch, from the batch's first, int64 `[batch]`.
 
     With repeated augmentation that order is a a a b b b c c c ..., and its
     entries are dealt to the virtual shards in turn, as DeiT's RASampler deals
     them to the devices: the views of an image lie in different shards, whatever
     the number of devices, and never form a pair for mixup.
     """
-    places = np.arange(plan.batch)
-    if plan.augment.repeats == 1:
-        return places
-    return places.reshape(-1, plan.shards).T.ravel()
+    positions = np.arange(request.batch)
+    if request.augment.repeats == 1:
+        return positions
+    return positions.reshape(-1, request.shards).T.ravel()
 
 
 class ArraySource:
@@ -121,49 +103,54 @@ class ArraySource:
         self.info = info
         self._rows = rows if callable(rows) else rows.__getitem__
 
-    def _join(self, parts: Sequence[Part]) -> _Joined:
-        return _Joined([(self._rows(name), start, stop) for name, start, stop in parts])
+    def _join(self, parts: Sequence[Part]) -> ConcatRows:
+        return ConcatRows([(self._rows(name), start, stop) for name, start, stop in parts])
 
-    def train(self, plan: TrainRequest) -> Iterator[Batch]:
-        distortion = plan.augment.distortion(self.info.mean)
+    def _check_labels(self, labels: np.ndarray, parts: Sequence[Part], ids: np.ndarray) -> None:
+        def spell(row: int) -> str:
+            ((name, start, _),) = slice_parts(parts, ids[row], ids[row] + 1)
+            return f"{name}[{start}]"
+
+        check_labels(labels, spell, self.info)
+
+    def train(self, request: TrainRequest) -> Iterator[Batch]:
+        distortion = request.augment.distortion(self.info.mean)
         if distortion is not None:
             tensorflow()  # said now if it is absent
-        return self._train(plan, distortion)
+        return self._train(request, distortion)
 
-    def _train(self, plan: TrainRequest, distortion: Distortion | None) -> Iterator[Batch]:
-        rows, mine = self._join(plan.parts), plan.local_rows
-        known_labels = _labels(rows, plan.count) if plan.balance else None
-        places, repeats = _places(plan)[mine.start : mine.stop], plan.augment.repeats
-        step, known, order = plan.start_step, -1, np.zeros(0, np.int64)
+    def _train(self, request: TrainRequest, distortion: Distortion | None) -> Iterator[Batch]:
+        rows, seed, options = self._join(request.parts), request.seed, request.augment
+        known_labels = rows.labels() if request.balance else None
+        positions = batch_positions(request)[request.local_rows]
+        step, ordered = request.start_step, None
         while True:
-            epoch, position = divmod(step, plan.steps_per_epoch)
-            if epoch != known:
-                known, keys = epoch, (plan.seed, epoch, _ORDER)
+            epoch, number = divmod(step, request.steps_per_epoch)
+            if epoch != ordered:
+                ordered, keys = epoch, (seed, epoch, _ORDER)
                 if known_labels is None:
-                    order = hash_rng.permutation(plan.count, *keys)
+                    order = hash_rng.permutation(request.count, *keys)
                 else:
                     order = hash_rng.balanced(known_labels, *keys)
-            image, view = np.divmod(position * plan.batch + places, repeats)
+            image, view = np.divmod(number * request.batch + positions, options.repeats)
             ids = order[image]
             images, labels = rows.take(ids)
-            check_labels(labels, lambda row, ids=ids: _spell(plan.parts, ids[row]), self.info)
+            self._check_labels(labels, request.parts, ids)
             # Every view has draws of its own, and every time that a balanced epoch shows an image.
-            draws = (ids if known_labels is None else image) + view * plan.count
-            images = augment(images, draws, plan.seed, epoch, plan.size, plan.augment, distortion)
+            draws = (ids if known_labels is None else image) + view * request.count
+            images = augment(images, draws, seed, epoch, request.size, options, distortion)
             yield {"image": images, "label": labels, "mask": np.ones(len(ids), np.float32)}
             step += 1
 
-    def evaluate(self, plan: EvalRequest) -> Iterator[Batch]:
-        rows, mine = self._join(plan.parts), plan.local_rows
-        for step in range(plan.steps):
-            ids = step * plan.batch + np.array(mine)
-            mask = ids < plan.count
+    def evaluate(self, request: EvalRequest) -> Iterator[Batch]:
+        rows = self._join(request.parts)
+        for step in range(request.steps):
+            ids = step * request.batch + np.array(request.local_rows)
+            mask = ids < request.count
             images, labels = rows.take(np.where(mask, ids, 0))
-            check_labels(labels * mask, lambda row, ids=ids: _spell(plan.parts, ids[row]), self.info)
-            if images.shape[1:3] != plan.size:
-                images = resize_centre(images, plan.size, plan.crop_pct, plan.interpolation)
-            yield {
-                "image": images * mask[:, None, None, None].astype(np.uint8),
-                "label": labels * mask.astype(np.int32),
-                "mask": mask.astype(np.float32),
-            }
+            labels = labels * mask.astype(np.int32)
+            self._check_labels(labels, request.parts, ids)
+            if images.shape[1:3] != request.size:
+                images = resize_centre(images, request.size, request.crop_pct, request.interpolation)
+            images = images * mask[:, None, None, None].astype(np.uint8)
+            yield {"image": images, "label": labels, "mask": mask.astype(np.float32)}

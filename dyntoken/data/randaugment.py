@@ -4,7 +4,7 @@ RandAugment is timm's `rand-m9-mstd0.5-inc1`, with which DeiT trains: `n`
 operations drawn with equal probability and with repetition, each applied with
 probability `p` at a magnitude drawn from a normal distribution and clipped to
 0..10. Colour jitter is torchvision's. All of it is a function of a vector of
-uniform draws; `pillow_ops` and `warps` do the work.
+uniform draws; `pillow_ops` does the work.
 """
 
 from __future__ import annotations
@@ -19,26 +19,14 @@ from typing import Any
 
 import numpy as np
 
-from dyntoken.data import pillow_ops, warps
+from dyntoken.data import pillow_ops
 from dyntoken.data.errors import DataError
 from dyntoken.data.tf_import import tensorflow
 
 OPERATIONS = (
-    "AutoContrast",
-    "Equalize",
-    "Invert",
-    "Rotate",
-    "PosterizeIncreasing",
-    "SolarizeIncreasing",
-    "SolarizeAdd",
-    "ColorIncreasing",
-    "ContrastIncreasing",
-    "BrightnessIncreasing",
-    "SharpnessIncreasing",
-    "ShearX",
-    "ShearY",
-    "TranslateXRel",
-    "TranslateYRel",
+    *("AutoContrast", "Equalize", "Invert", "Rotate", "PosterizeIncreasing", "SolarizeIncreasing"),
+    *("SolarizeAdd", "ColorIncreasing", "ContrastIncreasing", "BrightnessIncreasing"),
+    *("SharpnessIncreasing", "ShearX", "ShearY", "TranslateXRel", "TranslateYRel"),
 )
 TOP = 10.0  # the highest magnitude
 UNIFORM_STD = 100.0  # beyond it the magnitude is uniform in 0..m
@@ -152,7 +140,7 @@ def operations(
         lambda: ops.autocontrast(image),
         lambda: ops.equalize(image),
         lambda: ops.invert(image),
-        lambda: warps.rotate(image, 30.0 * signed, interpolation, fill),
+        lambda: ops.rotate(image, 30.0 * signed, interpolation, fill),
         lambda: ops.posterize(image, 4 - cut(4)),
         lambda: ops.solarize(image, 256 - cut(256)),
         lambda: ops.solarize_add(image, cut(110)),
@@ -160,10 +148,10 @@ def operations(
         lambda: ops.contrast(image, factor),
         lambda: ops.brightness(image, factor),
         lambda: ops.sharpness(image, factor),
-        lambda: warps.shear_x(image, 0.3 * signed, interpolation, fill),
-        lambda: warps.shear_y(image, 0.3 * signed, interpolation, fill),
-        lambda: warps.translate_x(image, 0.45 * signed, interpolation, fill),
-        lambda: warps.translate_y(image, 0.45 * signed, interpolation, fill),
+        lambda: ops.shear_x(image, 0.3 * signed, interpolation, fill),
+        lambda: ops.shear_y(image, 0.3 * signed, interpolation, fill),
+        lambda: ops.translate_x(image, 0.45 * signed, interpolation, fill),
+        lambda: ops.translate_y(image, 0.45 * signed, interpolation, fill),
     ]
 
 
@@ -182,7 +170,7 @@ def _layers(
     def run(image: Any, kinds: Any, how: Any) -> Any:
         def layer(i: Any, image: Any) -> tuple[Any, Any]:
             known = operations(image, how[i, 0], how[i, 1], interpolation, fill)
-            return i + 1, _switch(kinds[i], [*known, lambda: image], image)
+            return i + 1, tf.ensure_shape(tf.switch_case(kinds[i], [*known, lambda: image]), shape)
 
         return tf.while_loop(lambda i, _: i < count, layer, (0, image))[1]
 
@@ -212,19 +200,11 @@ def jitter(image: Any, draws: Any, strength: float) -> Any:
     orders = tf.constant(_ORDERS, tf.int32)
     order = orders[tf.minimum(tf.cast(draws[3] * len(_ORDERS), tf.int32), len(_ORDERS) - 1)]
     for place in range(3):
-        kind = order[place]
-        image = _switch(kind, _enhancers(image, factors[kind]), image)
+        kind, shape = order[place], image.shape
+        kinds = (pillow_ops.brightness, pillow_ops.contrast, pillow_ops.color)
+        made = tf.switch_case(kind, [functools.partial(op, image, factors[kind]) for op in kinds])
+        image = tf.ensure_shape(made, shape)
     return image
-
-
-def _enhancers(image: Any, factor: Any) -> list[Callable[[], Any]]:
-    each = (pillow_ops.brightness, pillow_ops.contrast, pillow_ops.color)
-    return [functools.partial(op, image, factor) for op in each]
-
-
-def _switch(index: Any, branches: list[Callable[[], Any]], like: Any) -> Any:
-    tf = tensorflow()
-    return tf.ensure_shape(tf.switch_case(index, branches), like.shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -249,12 +229,12 @@ class Distortion:
         layers = self.policy.layers if self.policy else 0
         return _PER_LAYER * layers + (_PER_JITTER if self.jitter else 0)
 
-    def plans(self, draws: Any) -> list[tuple[Any, ...]]:
+    def sample_ops(self, draws: Any) -> list[tuple[Any, ...]]:
         """What `apply` is to do with each of n images, of float32 draws `[n, width]`; n is static."""
-        return _plans(self, draws.shape[0])(draws)
+        return _sampler(self, draws.shape[0])(draws)
 
     def apply(self, image: Any, plan: tuple[Any, ...]) -> Any:
-        """uint8 `[h, w, C]` of static shape -> the same, distorted as one of `plans` says."""
+        """uint8 `[h, w, C]` of static shape -> the same, distorted as one of `sample_ops` says."""
         if self.policy is not None:
             kinds, how, *plan = plan
             layers = _layers(tuple(image.shape), self.interpolation, self.fill, kinds.shape[0])
@@ -268,8 +248,8 @@ class Distortion:
 
 
 @functools.lru_cache(maxsize=16)
-def _plans(distortion: Distortion, count: int) -> Callable[[Any], list[tuple[Any, ...]]]:
-    """`Distortion.plans` of so many images, by XLA: one node of the graph in place of dozens."""
+def _sampler(distortion: Distortion, count: int) -> Callable[[Any], list[tuple[Any, ...]]]:
+    """`Distortion.sample_ops` of so many images, by XLA: one node of the graph in place of dozens."""
     tf = tensorflow()
     policy, width = distortion.policy, distortion.width
 
@@ -294,7 +274,7 @@ def _compiled(distortion: Distortion, shape: tuple[int, ...]) -> Any:
 
     @tf.autograph.experimental.do_not_convert
     def one(row: tuple[Any, Any]) -> Any:
-        return distortion.apply(tf.ensure_shape(row[0], shape), distortion.plans(row[1][None])[0])
+        return distortion.apply(tf.ensure_shape(row[0], shape), distortion.sample_ops(row[1][None])[0])
 
     signature = (tf.TensorSpec((None, *shape), tf.uint8), tf.TensorSpec((None, distortion.width), tf.float32))
 

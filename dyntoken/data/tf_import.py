@@ -22,9 +22,8 @@ def tensorflow() -> Any:
     Raises:
       MissingDataError: it is not installed.
     """
-    if (
-        os.environ.get("TF_CPP_MIN_LOG_LEVEL", "1") == "1"
-    ):  # as jax sets it, with which every bad image is logged
+    # jax sets 1, with which every bad image is logged.
+    if os.environ.get("TF_CPP_MIN_LOG_LEVEL", "1") == "1":
         os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # no use to images; announced at any log level
     try:
@@ -38,3 +37,16 @@ def tensorflow() -> Any:
         with contextlib.suppress(RuntimeError):
             tf.config.set_visible_devices([], kind)
     return tf
+
+
+def optimization_barrier(x: Any, argument: Any) -> Any:
+    """`x`, of which XLA must not compute any part anew for each pixel that uses it.
+
+    Args:
+      x: what to keep.
+      argument: numbers below 1e9 that the program is called with. XLA does not
+        know them, so it cannot drop the branch below that is never taken.
+    """
+    tf = tensorflow()
+    known = tf.cast(tf.reshape(argument, [-1])[0], tf.float32) < 1e9
+    return tf.cond(known, lambda: x, lambda: tf.zeros_like(x))

@@ -17,10 +17,9 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from dyntoken.data.tf_import import tensorflow
-from dyntoken.data.xla import once
+from dyntoken.data.resample import SUPPORT, kernel
+from dyntoken.data.tf_import import optimization_barrier, tensorflow
 
-_SUPPORT = {"bilinear": 1.0, "bicubic": 2.0}  # pixels on either side where nothing is reduced
 _BITS, _LEVEL = 10, 4.0  # of a channel between the passes, and its steps per grey level
 _TERMS = (5, 8, 11)  # bicubic: enough up to 1, 1.75 and 2.5 pixels per pixel of the result
 # Of a window, in sides of the result; the last ones are for huge images and tiny results.
@@ -28,7 +27,7 @@ _SIDES = tuple(2.0**n for n in range(-2, 19))
 _FINE_SIDES = tuple(sorted({*_SIDES, *(1.5 * side for side in _SIDES if side >= 1)}))
 
 
-class Part(NamedTuple):
+class Window(NamedTuple):
     """A part of a resized image: where it lies and what makes it.
 
     Attributes:
@@ -46,9 +45,9 @@ class Part(NamedTuple):
     where: tuple[Any, Any]
 
 
-def place(
+def plan_windows(
     boxes: Any, shape: Any, size: tuple[int, int], interpolation: str, scale: Any = None, first: Any = None
-) -> list[Part]:
+) -> list[Window]:
     """Prepares `resize` of n parts of an image.
 
     Args:
@@ -77,7 +76,7 @@ def place(
         where,
     )
     return [
-        Part(start, extent, tuple(tf.unstack(programs)), tuple(tf.unstack(where)))
+        Window(start, extent, tuple(tf.unstack(programs)), tuple(tf.unstack(where)))
         for start, extent, programs, where in zip(*(tf.unstack(x) for x in parts), strict=True)
     ]
 
@@ -96,14 +95,14 @@ def _window(extent: Any, size: int, axis: int) -> Any:
 def _needed(scale: Any, interpolation: str) -> Any:
     """Terms of a sum."""
     tf = tensorflow()
-    return tf.cast(tf.math.ceil(2.0 * _SUPPORT[interpolation] * tf.maximum(scale, 1.0)), tf.int32) + 1
+    return tf.cast(tf.math.ceil(2.0 * SUPPORT[interpolation] * tf.maximum(scale, 1.0)), tf.int32) + 1
 
 
-def cover(image: Any, parts: Sequence[Part]) -> Any:
+def pad_to_windows(image: Any, windows: Sequence[Window]) -> Any:
     """The image, with black below and to the right as far as the windows reach."""
     tf = tensorflow()
     shape, channels = tf.shape(image), image.shape[-1]
-    need = tf.reduce_max(tf.stack([part.extent for part in parts]), 0)[:2]
+    need = tf.reduce_max(tf.stack([window.extent for window in windows]), 0)[:2]
 
     def grow() -> Any:  # by concatenation, which copies whole rows; tf.pad goes pixel by pixel
         missing = tf.maximum(need - shape[:2], 0)
@@ -114,23 +113,23 @@ def cover(image: Any, parts: Sequence[Part]) -> Any:
     return tf.cond(tf.reduce_any(need > shape[:2]), grow, lambda: image)
 
 
-def resize(image: Any, part: Part, size: tuple[int, int], interpolation: str, flip: Any = False) -> Any:
+def resize(image: Any, window: Window, size: tuple[int, int], interpolation: str, flip: Any = False) -> Any:
     """One part of a resized image.
 
     Args:
-      image: of `cover`, uint8 `[h, w, C]`, C up to 3.
-      part: of `place` with the same size and interpolation.
+      image: of `pad_to_windows`, uint8 `[h, w, C]`, C up to 3.
+      window: of `plan_windows` with the same size and interpolation.
       flip: bool, whether to mirror it.
 
     Returns:
       uint8 `[height, width, C]`.
     """
-    part_of = _part(size, image.shape[-1], interpolation)
-    return part_of(image, *part[:2], *part.programs, *part.where, tensorflow().convert_to_tensor(flip))
+    made = _resizer(size, image.shape[-1], interpolation)
+    return made(image, *window[:2], *window.programs, *window.where, tensorflow().convert_to_tensor(flip))
 
 
 @functools.lru_cache(maxsize=64)
-def _part(size: tuple[int, int], channels: int, interpolation: str) -> Callable[..., Any]:
+def _resizer(size: tuple[int, int], channels: int, interpolation: str) -> Callable[..., Any]:
     """`resize` as a graph that all parts share."""
     tf = tensorflow()
     terms = (*_TERMS, 0)
@@ -161,17 +160,6 @@ def _part(size: tuple[int, int], channels: int, interpolation: str) -> Callable[
     return tf.function(run, input_signature=signature, autograph=False)
 
 
-def _kernel(x: Any, interpolation: str) -> Any:
-    """Weight at a distance; bicubic is Keys' cubic with a = -0.5."""
-    tf = tensorflow()
-    x = tf.abs(x)
-    if interpolation == "bilinear":
-        return tf.maximum(1.0 - x, 0.0)
-    near = (1.5 * x - 2.5) * x * x + 1.0
-    far = ((-0.5 * x + 2.5) * x - 4.0) * x + 2.0
-    return tf.where(x < 1.0, near, tf.where(x < 2.0, far, 0.0))
-
-
 def _weighted(
     lines: Any, where: Any, count: int, interpolation: str, terms: int, read: Callable[[Any], list[Any]]
 ) -> list[Any]:
@@ -179,7 +167,7 @@ def _weighted(
 
     Args:
       lines: `[n, m]`.
-      where: float32 `[4]`, of `Part`.
+      where: float32 `[4]`, of `Window`.
       count: rows of the result.
       terms: of a sum; 0 for as many as it takes.
       read: `[count, m]` of `lines` -> float32 planes `[count, m]`.
@@ -191,13 +179,13 @@ def _weighted(
     low, extent, scale, first = tf.unstack(where)
     wide = tf.maximum(scale, 1.0)
     centre = low + (first + tf.range(count, dtype=tf.float32) + 0.5) * scale
-    start = tf.floor(centre - _SUPPORT[interpolation] * wide)
+    start = tf.floor(centre - SUPPORT[interpolation] * wide)
 
     def add(done: Any, number: int, total: Any, planes: list[Any]) -> tuple[Any, list[Any]]:
         """The terms `done` to `done + number`."""
         at = start[None] + (tf.cast(done, tf.float32) + tf.range(number, dtype=tf.float32))[:, None]
         inside = tf.cast((at >= low) & (at < low + extent), tf.float32)
-        weights = _kernel((at + 0.5 - centre) / wide, interpolation) * inside  # [number, count]
+        weights = kernel((at + 0.5 - centre) / wide, interpolation, tf) * inside  # [number, count]
         index = tf.clip_by_value(tf.cast(at, tf.int32), 0, tf.shape(lines)[0] - 1)
         for weight, chosen in zip(tf.unstack(weights), tf.unstack(index), strict=True):
             more = [weight[:, None] * plane for plane in read(tf.gather(lines, chosen))]
@@ -226,7 +214,7 @@ def _rows(height: int, channels: int, interpolation: str, terms: int) -> Callabl
         shape = tf.shape(image)
         lines = tf.reshape(image, tf.stack([shape[0], shape[1] * channels]))
         (rows,) = _weighted(lines, where, height, interpolation, terms, lambda x: [tf.cast(x, tf.float32)])
-        rows = once(tf.cast(rows * _LEVEL + 0.5, tf.int16), where)
+        rows = optimization_barrier(tf.cast(rows * _LEVEL + 0.5, tf.int16), where)
         pixels = tf.cast(tf.reshape(rows, tf.stack([height, shape[1], channels])), tf.int32)
         return tf.transpose(sum(pixels[..., c] * (1 << _BITS * c) for c in range(channels)))
 

@@ -135,8 +135,10 @@ def test_random_boxes_fall_back_to_the_centre():
     draws = np.full((1, 22), 0.999)
     boxes = augment.random_boxes(draws, 10, 30, (0.9, 1.0), (3 / 4, 4 / 3))
     np.testing.assert_array_equal(boxes, [[0, 8, 10, 13]])
-    assert augment.fallback_box(30, 10, (3 / 4, 4 / 3)) == (8, 0, 13, 10)
-    assert augment.fallback_box(10, 11, (3 / 4, 4 / 3)) == (0, 0, 10, 11)
+    boxes = augment.random_boxes(draws, 30, 10, (0.9, 1.0), (3 / 4, 4 / 3))
+    np.testing.assert_array_equal(boxes, [[8, 0, 13, 10]])
+    boxes = augment.random_boxes(draws, 10, 11, (1.1, 1.1), (3 / 4, 4 / 3))
+    np.testing.assert_array_equal(boxes, [[0, 0, 10, 11]])
 
 
 def test_random_boxes_have_the_stated_distribution():

@@ -186,7 +186,7 @@ def test_tf_images_agree_with_numpy(encode):
     # The same resize, centre crop and rounding in both pipelines, up to one grey level.
     import tensorflow as tf
 
-    from dyntoken.data.tf_image import eval_image, train_views
+    from dyntoken.data.tf_image import eval_view, train_views
 
     for index in (0, 11):
         encoded = getattr(tf.io, f"encode_{encode}")(photo(index))
@@ -194,10 +194,10 @@ def test_tf_images_agree_with_numpy(encode):
         if encode == "jpeg":
             pixels = tf.image.decode_jpeg(encoded, dct_method="INTEGER_ACCURATE").numpy()
         for size, kernel in (((18, 18), "bicubic"), ((16, 30), "bilinear"), ((40, 40), "bicubic")):
-            made = eval_image(encoded, size, 3, 0.875, kernel).numpy()
+            made = eval_view(encoded, size, 3, 0.875, kernel)[0].numpy()
             expected = resample.resize_centre(pixels[None], size, 0.875, kernel)[0]
             assert np.abs(made.astype(int) - expected.astype(int)).max() <= 1
-        np.testing.assert_array_equal(eval_image(encoded, pixels.shape[:2], 3, 0.875, "bicubic"), pixels)
+        np.testing.assert_array_equal(eval_view(encoded, pixels.shape[:2], 3, 0.875, "bicubic")[0], pixels)
         # The whole image as the only possible box, always flipped.
         ratio = pixels.shape[1] / pixels.shape[0]
         options = AugmentOptions(scale=(1, 1), ratio=(ratio, ratio), flip=1.0)
