@@ -31,7 +31,7 @@ import numpy as np
 from dyntoken.data import mini, tfds_source
 from dyntoken.data.errors import DataError, MissingDataError
 from dyntoken.data.known_datasets import FASHION_NAMES
-from dyntoken.data.tf_import import tensorflow
+from dyntoken.data.tf_import import tf
 
 IDX = {"train": "train", "test": "t10k"}  # split -> prefix of its two files
 PER_CLASS, CLASSES = {"train": 1000, "test": 200}, 10
@@ -91,7 +91,6 @@ def mini_arrays(source: str | os.PathLike) -> dict[str, np.ndarray]:
 
 def _write_tfds(data_dir: str, name: str, version: str, features: Any, **options: Any) -> str:
     """Writes a set in TFDS layout; returns its folder."""
-    tf = tensorflow()
     import tensorflow_datasets as tfds
 
     folder = os.path.join(os.path.expanduser(data_dir), name, version)
@@ -115,7 +114,6 @@ def fashion_mnist(source: str, data_dir: str) -> str:
         or `data_dir` holds the set already.
     """
     splits = {split: read_idx_split(source, split) for split in IDX}
-    tf = tensorflow()
     import tensorflow_datasets as tfds
 
     return _write_tfds(
@@ -196,7 +194,6 @@ def inat2019(source: str, data_dir: str) -> str:
 
     root = epath.Path(source).expanduser()
     names, splits = read_annotations(root)
-    tf = tensorflow()
     import tensorflow_datasets as tfds
 
     features = {

@@ -15,7 +15,7 @@ from dyntoken.data.info import DataInfo
 from dyntoken.data.requests import EvalRequest, TrainRequest
 from dyntoken.data.splits import Part
 from dyntoken.data.stream import FILE_ORDER, SHARD_BITS, StreamSource
-from dyntoken.data.tf_import import tensorflow
+from dyntoken.data.tf_import import tf
 
 Split = tuple[np.ndarray, np.ndarray]  # paths bytes `[N]`, int32 labels `[N]`
 
@@ -63,7 +63,7 @@ class FileRecords:
 
     @staticmethod
     def load(pointer: Any) -> Any:
-        return tensorflow().io.read_file(pointer)
+        return tf.io.read_file(pointer)
 
     def why(self, name: bytes, channels: int) -> str:
         from etils import epath
@@ -81,13 +81,12 @@ def _in_turn(rows: np.ndarray, block: int) -> np.ndarray:
 
 
 def _rows(paths: np.ndarray, labels: np.ndarray) -> tuple[Any, Any, Any]:
-    tf = tensorflow()
     names = tf.constant(paths, tf.string, shape=paths.shape)
     return names, tf.constant(labels, tf.int32), names
 
 
 def _dataset(*columns: Any) -> Any:
-    return tensorflow().data.Dataset.from_tensor_slices(columns)
+    return tf.data.Dataset.from_tensor_slices(columns)
 
 
 def read_files(

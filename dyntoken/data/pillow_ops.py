@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from dyntoken.data.tf_import import optimization_barrier, tensorflow
+from dyntoken.data.tf_import import optimization_barrier, tf
 
 _STAGES = 2  # of `_circular_shift`, of which XLA makes one pass over the image
 
@@ -21,28 +21,26 @@ _STAGES = 2  # of `_circular_shift`, of which XLA makes one pass over the image
 def _flat(image: Any) -> Any:
     """`[h, w, C]` -> `[h, w C]`: TensorFlow broadcasts along a row fast, along three channels slowly."""
     height, width, channels = image.shape
-    return tensorflow().reshape(image, (height, width * channels))
+    return tf.reshape(image, (height, width * channels))
 
 
 def _along(row: Any, image: Any) -> Any:
     """A value per channel `[C]` as a row `[w C]` of `_flat(image)`."""
-    return optimization_barrier(tensorflow().tile(row, [image.shape[1]]), image)
+    return optimization_barrier(tf.tile(row, [image.shape[1]]), image)
 
 
 def _float(image: Any) -> Any:
-    tf = tensorflow()
     return tf.cast(_flat(image), tf.float32)
 
 
 def _as_levels(x: Any) -> Any:
     """Float -> uint8 as C does it: clipped, the fraction cut off."""
-    tf = tensorflow()
     return tf.cast(tf.minimum(tf.maximum(x, 0.0), 255.0), tf.uint8)
 
 
 def _image(x: Any, like: Any) -> Any:
     """Float `[h, w C]` -> uint8 `[h, w, C]` shaped as `like`."""
-    return tensorflow().reshape(_as_levels(x), like.shape)
+    return tf.reshape(_as_levels(x), like.shape)
 
 
 def _grey(image: Any) -> Any:
@@ -50,7 +48,6 @@ def _grey(image: Any) -> Any:
 
     The sums are integers below 2^24: exact in float32.
     """
-    tf = tensorflow()
     shares = tf.constant([[19595.0] * 3, [38470.0] * 3, [7471.0] * 3])
     wide = tf.matmul(tf.cast(tf.reshape(image, (-1, 3)), tf.float32), shares)
     return tf.floor((wide + 32768.0) * (1.0 / 65536.0))
@@ -58,7 +55,6 @@ def _grey(image: Any) -> Any:
 
 def autocontrast(image: Any) -> Any:
     """Stretches each channel to 0..255."""
-    tf = tensorflow()
     _, width, channels = image.shape
 
     def extreme(reduce: Any) -> Any:
@@ -75,7 +71,6 @@ def autocontrast(image: Any) -> Any:
 
 def equalize(image: Any) -> Any:
     """Flattens the histogram of each channel."""
-    tf = tensorflow()
     width, channels = image.shape[1:]
     bins = 256 * channels
     rows = np.tile(256 * np.arange(channels, dtype=np.int32), width)
@@ -99,14 +94,12 @@ def invert(image: Any) -> Any:
 
 def posterize(image: Any, bits: Any) -> Any:
     """Keeps the top `bits` (int32, 0..8) of each value."""
-    tf = tensorflow()
     mask = tf.cast(256 - tf.bitwise.left_shift(1, 8 - bits), tf.uint8)
     return tf.bitwise.bitwise_and(image, mask)
 
 
 def _from(wide: Any, threshold: Any) -> Any:
     """1 for whole numbers at and above a whole threshold, else 0 (many times faster than `tf.where`)."""
-    tf = tensorflow()
     return tf.minimum(tf.maximum(wide - (tf.cast(threshold, tf.float32) - 1.0), 0.0), 1.0)
 
 
@@ -118,7 +111,6 @@ def solarize(image: Any, threshold: Any) -> Any:
 
 def solarize_add(image: Any, add: Any, threshold: int = 128) -> Any:
     """Adds an int32, at most 256 - threshold, to the values below a threshold."""
-    tf = tensorflow()
     wide = _float(image)
     return _image(wide + tf.cast(add, tf.float32) * (1.0 - _from(wide, threshold)), image)
 
@@ -130,7 +122,6 @@ def brightness(image: Any, factor: Any) -> Any:
 
 def contrast(image: Any, factor: Any) -> Any:
     """Towards the mean luma at factor 0, away from it beyond 1."""
-    tf = tensorflow()
     height, width, channels = image.shape
     grey = _float(image) if channels == 1 else tf.reshape(_grey(image), (height, -1))
     total = tf.reduce_sum(tf.cast(tf.reduce_sum(grey, 0), tf.float64))
@@ -140,7 +131,6 @@ def contrast(image: Any, factor: Any) -> Any:
 
 def color(image: Any, factor: Any) -> Any:
     """Towards grey at factor 0, away from it beyond 1."""
-    tf = tensorflow()
     if image.shape[-1] == 1:
         return image
     grey = tf.reshape(_grey(image), (image.shape[0], -1))
@@ -149,7 +139,6 @@ def color(image: Any, factor: Any) -> Any:
 
 def sharpness(image: Any, factor: Any) -> Any:
     """Towards a 3 x 3 smoothing at factor 0, away from it beyond 1; the border stays."""
-    tf = tensorflow()
     height, width, c = image.shape
     if min(height, width) < 3:
         return image
@@ -200,7 +189,6 @@ def _centres(image: Any, axis: int) -> np.ndarray:
 
 def _taps(fraction: Any, interpolation: str) -> list[Any]:
     """Weights of the pixels -1, 0, 1, 2 around a point `fraction` past pixel 0."""
-    tf = tensorflow()
     d = fraction
     if interpolation == "bilinear":
         return [tf.zeros_like(d), 1.0 - d, d, tf.zeros_like(d)]
@@ -221,7 +209,6 @@ def _shift_lines(image: Any, offset: Any, axis: int, interpolation: str, fill: t
       interpolation: "bicubic" or "bilinear".
       fill: C grey levels for what lies outside.
     """
-    tf = tensorflow()
     height, width, channels = image.shape
     size, unit = image.shape[axis], channels if axis else 1
     offset = optimization_barrier(offset, image)
@@ -260,7 +247,6 @@ def _circular_shift(lines: Any, start: Any, axis: int, count: int, unit: int, ar
       unit: values that move together.
       argument: of `optimization_barrier`.
     """
-    tf = tensorflow()
     size = lines.shape[axis] // unit
     start = optimization_barrier(tf.math.floormod(start, size), argument)
     steps = (size - 1).bit_length()
@@ -278,7 +264,6 @@ def _circular_shift(lines: Any, start: Any, axis: int, count: int, unit: int, ar
 
 def rotate(image: Any, degrees: Any, interpolation: str, fill: tuple[int, ...]) -> Any:
     """Turns the picture counter-clockwise about its centre; the size stays."""
-    tf = tensorflow()
     height, width, channels = image.shape
     angle = degrees * (3.141592653589793 / 180.0)
     cos, sin = tf.cos(angle), tf.sin(angle)

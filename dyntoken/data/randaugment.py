@@ -21,7 +21,7 @@ import numpy as np
 
 from dyntoken.data import pillow_ops
 from dyntoken.data.errors import DataError
-from dyntoken.data.tf_import import tensorflow
+from dyntoken.data.tf_import import tf
 
 OPERATIONS = (
     *("AutoContrast", "Equalize", "Invert", "Rotate", "PosterizeIncreasing", "SolarizeIncreasing"),
@@ -101,7 +101,6 @@ class RandAugment:
           (operation int32, applied bool, magnitude float32, sign float32 +-1),
           each `[...]`; the operation is a position in `OPERATIONS`.
         """
-        tf = tensorflow()
         operation = tf.cast(draws[..., 0] * len(OPERATIONS), tf.int32)
         if self.std > UNIFORM_STD:
             magnitude = draws[..., 2] * self.magnitude
@@ -128,7 +127,6 @@ def operations(
       interpolation: "bicubic" or "bilinear", of the warps.
       fill: C grey levels for what a warp uncovers.
     """
-    tf = tensorflow()
     level = magnitude / TOP
     signed = sign * level
 
@@ -165,7 +163,6 @@ def _layers(
       (image uint8 of `shape`, operations int32 `[count]` of which `len(OPERATIONS)`
       does nothing, float32 `[count, 2]` magnitude and sign) -> image.
     """
-    tf = tensorflow()
 
     def run(image: Any, kinds: Any, how: Any) -> Any:
         def layer(i: Any, image: Any) -> tuple[Any, Any]:
@@ -194,7 +191,6 @@ def jitter(image: Any, draws: Any, strength: float) -> Any:
         strength] (not below 0), and the order.
       strength: timm's `color_jitter`, 0.4 in DeiT.
     """
-    tf = tensorflow()
     low = max(0.0, 1.0 - strength)
     factors = low + draws[:3] * (1.0 + strength - low)
     orders = tf.constant(_ORDERS, tf.int32)
@@ -250,7 +246,6 @@ class Distortion:
 @functools.lru_cache(maxsize=16)
 def _sampler(distortion: Distortion, count: int) -> Callable[[Any], list[tuple[Any, ...]]]:
     """`Distortion.sample_ops` of so many images, by XLA: one node of the graph in place of dozens."""
-    tf = tensorflow()
     policy, width = distortion.policy, distortion.width
 
     def run(draws: Any) -> list[tuple[Any, ...]]:
@@ -270,7 +265,6 @@ def _sampler(distortion: Distortion, count: int) -> Callable[[Any], list[tuple[A
 
 @functools.lru_cache(maxsize=8)
 def _compiled(distortion: Distortion, shape: tuple[int, ...]) -> Any:
-    tf = tensorflow()
 
     @tf.autograph.experimental.do_not_convert
     def one(row: tuple[Any, Any]) -> Any:

@@ -32,7 +32,7 @@ from dyntoken.data.prefetching import close_at_exit
 from dyntoken.data.requests import EvalRequest, TrainRequest
 from dyntoken.data.sources import Batch
 from dyntoken.data.tf_image import compiled_eval, compiled_train
-from dyntoken.data.tf_import import tensorflow
+from dyntoken.data.tf_import import tf
 
 MAX_CORRUPT = 50  # images, before a run gives up
 FILE_ORDER, RECORD_ORDER, _AUGMENT = 3, 4, 5  # names of the draws
@@ -121,7 +121,7 @@ class StreamSource:
     ) -> Iterator[Batch]:
         """The batches from a step on, `batches(step, guarded)`: unguarded until an image fails."""
         # Not looked up later: an iterator may be closed when the modules are gone.
-        failure, guarded = tensorflow().errors.OpError, False
+        failure, guarded = tf.errors.OpError, False
         log = CorruptLog(self.info, self._max_corrupt, self._records)
         while True:
             try:
@@ -136,7 +136,6 @@ class StreamSource:
 
     def _epoch(self, request: TrainRequest, epoch: int, skip: int, guarded: bool) -> Iterator[Batch]:
         """The batches of one epoch from batch `skip` on, with `bad` and `name`."""
-        tf = tensorflow()
         per_shard, steps, repeats = request.per_shard, request.steps_per_epoch - skip, request.augment.repeats
         key, distortion = int63(request.seed, epoch, _AUGMENT), request.augment.distortion(self.info.mean)
         views_of = compiled_train(
@@ -170,7 +169,6 @@ class StreamSource:
 
     def _pass(self, request: EvalRequest, skip: int, guarded: bool) -> Iterator[Batch]:
         """The batches of one evaluation from batch `skip` on, with `bad` and `name`."""
-        tf = tensorflow()
         shape = (*request.size, self.info.channels)
         view_of = compiled_eval(
             request.size, shape[-1], request.crop_pct, request.interpolation, guarded, self._records.load
@@ -191,7 +189,6 @@ class StreamSource:
 
 def _mapped(records: Any, example: Callable[..., dict[str, Any]]) -> Any:
     """Decodes in parallel, in order."""
-    tf = tensorflow()
     example = tf.autograph.experimental.do_not_convert(example)
     options = tf.data.Options()
     options.threading.max_intra_op_parallelism = 1  # images keep the cores busy, not parts of one

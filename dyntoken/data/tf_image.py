@@ -18,7 +18,7 @@ from dyntoken.data.decode import decode as pillow_decode
 from dyntoken.data.errors import DataError
 from dyntoken.data.randaugment import Distortion
 from dyntoken.data.resample import covering_size
-from dyntoken.data.tf_import import tensorflow
+from dyntoken.data.tf_import import tf
 from dyntoken.data.tf_resize import Window, pad_to_windows, plan_windows, resize
 
 _DISTORT = 1  # what the seed of the distortion's draws is folded with
@@ -26,7 +26,6 @@ _DISTORT = 1  # what the seed of the distortion's draws is folded with
 
 def _bounded(height: Any, width: Any) -> Any:
     """Fails where `decode.check_shape` does."""
-    tf = tensorflow()
     height, width = tf.cast(height, tf.int64), tf.cast(width, tf.int64)
     low, high = tf.minimum(height, width), tf.maximum(height, width)
     fine = (low > 0) & (height * width <= MAX_PIXELS) & (high <= MAX_ASPECT * low)
@@ -49,7 +48,6 @@ def _decode(data: Any, channels: int, box: Callable[[Any, Any], Any] | None = No
     Returns:
       uint8 `[h, w, channels]`.
     """
-    tf = tensorflow()
     accurate = "INTEGER_ACCURATE"  # what Pillow decodes with
 
     def part(image: Any) -> Any:
@@ -103,7 +101,6 @@ def _pillow(data: bytes, channels: int) -> np.ndarray:
 
 def _luma(image: Any) -> Any:
     """uint8 `[h, w, 3 or 4]` to `[h, w, 1]`, with Pillow's integers."""
-    tf = tensorflow()
     red, green, blue = (tf.cast(image[..., c : c + 1], tf.int32) for c in range(3))
     return tf.cast(tf.bitwise.right_shift(19595 * red + 38470 * green + 7471 * blue + 0x8000, 16), tf.uint8)
 
@@ -111,7 +108,7 @@ def _luma(image: Any) -> Any:
 def decode_unguarded(data: Any, channels: int, box: Any = None) -> tuple[Any, Any]:
     """(image, False); an image that does not decode raises. `data` is the image or gives it."""
     data = data() if callable(data) else data
-    return _decode(data, channels, box), tensorflow().constant(False)
+    return _decode(data, channels, box), tf.constant(False)
 
 
 def decode_guarded(data: Any, channels: int, box: Any = None) -> tuple[Any, Any]:
@@ -120,7 +117,6 @@ def decode_guarded(data: Any, channels: int, box: Any = None) -> tuple[Any, Any]
     Nothing but tf.data can catch an error there, and setting a data set up for
     each image takes longer than decoding it: see `stream`.
     """
-    tf = tensorflow()
     black = tf.data.Dataset.from_tensors((tf.zeros((1, 1, channels), tf.uint8), True))
 
     @tf.autograph.experimental.do_not_convert
@@ -134,14 +130,12 @@ def decode_guarded(data: Any, channels: int, box: Any = None) -> tuple[Any, Any]
 
 def random_box(draws: Any, height: Any, width: Any, options: AugmentOptions) -> Any:
     """`augment.random_boxes`: float32 `[..., 22]`, int32 scalars -> int32 `[..., 4]`."""
-    tf = tensorflow()
     height, width = tf.cast(height, tf.float32), tf.cast(width, tf.float32)
     return tf.cast(random_boxes(draws, height, width, options.scale, options.ratio, tf), tf.int32)
 
 
 def _whole(shape: Any) -> Any:
     """int32 `[1, 4]`, the box of all of an image of shape `[2]`."""
-    tf = tensorflow()
     return tf.concat([tf.zeros_like(shape), shape], 0)[None]
 
 
@@ -168,7 +162,6 @@ def train_views(
     Returns:
       (uint8 `[options.repeats, h, w, channels]`, bool: it did not decode).
     """
-    tf = tensorflow()
     views, cropped = options.repeats, options.crop == "random_resized"
     draws = tf.random.stateless_uniform((views, 2 * TRIES + 3), seed)
     places, flips = draws[:, : 2 * TRIES + 2], tf.unstack(draws[:, 2 * TRIES + 2] < options.flip)
@@ -205,7 +198,6 @@ def _crops(size: tuple[int, int], options: AugmentOptions, cut: bool) -> Callabl
     Args:
       cut: the image is the crop.
     """
-    tf = tensorflow()
 
     def run(draws: Any, shape: Any) -> list[Window]:
         boxes = _whole(shape) if cut else random_box(draws, shape[0], shape[1], options)
@@ -226,7 +218,6 @@ def compiled_train(
     load: Callable[[Any], Any],
 ) -> Callable[[Any, Any], tuple[Any, Any]]:
     """`train_views` of (pointer, seed) as a graph that every epoch reuses; `load(pointer)` is the image."""
-    tf = tensorflow()
     decode = decode_guarded if guarded else decode_unguarded
 
     def run(pointer: Any, seed: Any) -> tuple[Any, Any]:
@@ -246,7 +237,6 @@ def compiled_eval(
     load: Callable[[Any], Any],
 ) -> Callable[[Any], tuple[Any, Any]]:
     """`eval_view` of the loaded image and whether it did not decode, likewise."""
-    tf = tensorflow()
     decode = decode_guarded if guarded else decode_unguarded
 
     def run(pointer: Any) -> tuple[Any, Any]:
@@ -270,11 +260,10 @@ def eval_view(
     """
     image, bad = decode(data, channels)
     image = _centre(image, size, crop_pct, interpolation)
-    return tensorflow().ensure_shape(image, (*size, channels)), bad
+    return tf.ensure_shape(image, (*size, channels)), bad
 
 
 def _centre(image: Any, size: tuple[int, int], crop_pct: float, interpolation: str) -> Any:
-    tf = tensorflow()
     shape = tf.shape(image)[:2]
     height, width = shape[0], shape[1]
 

@@ -39,6 +39,16 @@ def tensorflow() -> Any:
     return tf
 
 
+class _OnUse:
+    """TensorFlow's module, imported by the first look at it."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(tensorflow(), name)
+
+
+tf: Any = _OnUse()
+
+
 def optimization_barrier(x: Any, argument: Any) -> Any:
     """`x`, of which XLA must not compute any part anew for each pixel that uses it.
 
@@ -47,6 +57,5 @@ def optimization_barrier(x: Any, argument: Any) -> Any:
       argument: numbers below 1e9 that the program is called with. XLA does not
         know them, so it cannot drop the branch below that is never taken.
     """
-    tf = tensorflow()
     known = tf.cast(tf.reshape(argument, [-1])[0], tf.float32) < 1e9
     return tf.cond(known, lambda: x, lambda: tf.zeros_like(x))

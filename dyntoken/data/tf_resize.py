@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from dyntoken.data.resample import SUPPORT, kernel
-from dyntoken.data.tf_import import optimization_barrier, tensorflow
+from dyntoken.data.tf_import import optimization_barrier, tf
 
 _BITS, _LEVEL = 10, 4.0  # of a channel between the passes, and its steps per grey level
 _TERMS = (5, 8, 11)  # bicubic: enough up to 1, 1.75 and 2.5 pixels per pixel of the result
@@ -61,7 +61,6 @@ def plan_windows(
       first: float32 `[2]`, row and column of the resized box where the part
         begins; None is 0.
     """
-    tf = tensorflow()
     corner, sides = boxes[:, :2], tf.cast(boxes[:, 2:], tf.float32)  # [n, 2]
     scale = sides / tf.constant(size, tf.float32) if scale is None else scale + tf.zeros_like(sides)
     first = tf.zeros_like(sides) if first is None else first + tf.zeros_like(sides)
@@ -86,7 +85,6 @@ def _window(extent: Any, size: int, axis: int) -> Any:
 
     All columns of a window are computed, of its rows only those that count.
     """
-    tf = tensorflow()
     sides = [max(8, min(round(size * side), 2**30)) for side in (_SIDES, _FINE_SIDES)[axis]]
     sides = tf.constant(sides, tf.int32)
     return tf.reduce_min(tf.where(sides[None] >= extent[:, None], sides[None], 2**30), 1)
@@ -94,13 +92,11 @@ def _window(extent: Any, size: int, axis: int) -> Any:
 
 def _needed(scale: Any, interpolation: str) -> Any:
     """Terms of a sum."""
-    tf = tensorflow()
     return tf.cast(tf.math.ceil(2.0 * SUPPORT[interpolation] * tf.maximum(scale, 1.0)), tf.int32) + 1
 
 
 def pad_to_windows(image: Any, windows: Sequence[Window]) -> Any:
     """The image, with black below and to the right as far as the windows reach."""
-    tf = tensorflow()
     shape, channels = tf.shape(image), image.shape[-1]
     need = tf.reduce_max(tf.stack([window.extent for window in windows]), 0)[:2]
 
@@ -125,13 +121,12 @@ def resize(image: Any, window: Window, size: tuple[int, int], interpolation: str
       uint8 `[height, width, C]`.
     """
     made = _resizer(size, image.shape[-1], interpolation)
-    return made(image, *window[:2], *window.programs, *window.where, tensorflow().convert_to_tensor(flip))
+    return made(image, *window[:2], *window.programs, *window.where, tf.convert_to_tensor(flip))
 
 
 @functools.lru_cache(maxsize=64)
 def _resizer(size: tuple[int, int], channels: int, interpolation: str) -> Callable[..., Any]:
     """`resize` as a graph that all parts share."""
-    tf = tensorflow()
     terms = (*_TERMS, 0)
     rows = [_rows(size[0], channels, interpolation, n) for n in terms]
     columns = [_columns(size, channels, interpolation, n) for n in terms]
@@ -175,7 +170,6 @@ def _weighted(
     Returns:
       A float32 `[count, m]` per plane, grey levels in 0..255 with their fraction.
     """
-    tf = tensorflow()
     low, extent, scale, first = tf.unstack(where)
     wide = tf.maximum(scale, 1.0)
     centre = low + (first + tf.range(count, dtype=tf.float32) + 0.5) * scale
@@ -208,7 +202,6 @@ def _weighted(
 @functools.lru_cache(maxsize=64)
 def _rows(height: int, channels: int, interpolation: str, terms: int) -> Callable[..., Any]:
     """(uint8 `[H, W, C]`, where) -> int32 `[W, height]`, `_BITS` for each channel of a pixel."""
-    tf = tensorflow()
 
     def run(image: Any, where: Any) -> Any:
         shape = tf.shape(image)
@@ -225,7 +218,6 @@ def _rows(height: int, channels: int, interpolation: str, terms: int) -> Callabl
 @functools.lru_cache(maxsize=64)
 def _columns(size: tuple[int, int], channels: int, interpolation: str, terms: int) -> Callable[..., Any]:
     """(int32 `[W, height]` of `_rows`, where, flip) -> uint8 `[height, width, C]`."""
-    tf = tensorflow()
     height, width = size
 
     def read(packed: Any) -> list[Any]:

@@ -36,7 +36,7 @@ from dyntoken.data.stream import (
     int63,
     unreadable,
 )
-from dyntoken.data.tf_import import INSTALL, tensorflow
+from dyntoken.data.tf_import import INSTALL, tensorflow, tf
 from dyntoken.registry import UnknownNameError, suggest
 from dyntoken.schema import Natural
 
@@ -203,7 +203,7 @@ def _decoded(name: str, path: str, split: str) -> ArrayRows:
             shuffle_files=False,
         )
         arrays = tfds.as_numpy(dataset)
-    except tensorflow().errors.OpError as error:
+    except tf.errors.OpError as error:
         raise unreadable(name, error, _again(path)) from None
     rows = ArrayRows(np.ascontiguousarray(arrays[image]), arrays[label].astype(np.int32))
     in_order = builder.info.disable_shuffling or (np.diff(rows.labels) >= 0).all()
@@ -234,7 +234,7 @@ class TfdsRecords:
         return _in_turn([stream(shard) for shard in request.local_shards], block)
 
     def evaluate(self, request: EvalRequest, skip: int) -> Any:
-        tf, per_shard = tensorflow(), request.per_shard
+        per_shard = request.per_shard
 
         def stream(shard: int) -> Any:
             rows = request.shard(shard)
@@ -249,8 +249,6 @@ class TfdsRecords:
     def read(self, parts: Sequence[Part], key: tuple[int, ...] | None) -> Any:
         """(encoded image, int32 label, file and place); files in a drawn order if keyed."""
         import tensorflow_datasets as tfds
-
-        tf = tensorflow()
 
         def reorder(files: list[Any]) -> list[Any]:
             return [files[i] for i in hash_rng.permutation(len(files), *key)]
@@ -300,7 +298,7 @@ class TfdsRecords:
         ends = [self.read([(split, at, at + _ENDS)], None) for at in (0, count - _ENDS)]
         try:
             first, last = ([int(row[1]) for row in end.as_numpy_iterator()] for end in ends)
-        except tensorflow().errors.OpError as error:
+        except tf.errors.OpError as error:
             raise unreadable(self._builder.info.full_name, error, self.where) from None
         return first == sorted(first) and last == sorted(last) and first[-1] < last[0]
 
@@ -316,7 +314,7 @@ def _in_turn(streams: list[Any], block: int) -> Any:
     """`block` elements of each stream in turn."""
     if len(streams) == 1:
         return streams[0]
-    data = tensorflow().data.Dataset
+    data = tf.data.Dataset
     turns = data.range(len(streams)).repeat().flat_map(lambda i: data.from_tensors(i).repeat(block))
     return data.choose_from_datasets(streams, turns, stop_on_empty_dataset=True)
 

@@ -19,7 +19,7 @@ from dyntoken.data.known_datasets import IMAGENET_MEAN, IMAGENET_STD
 from dyntoken.data.requests import TrainRequest, check_size
 from dyntoken.data.stream import StreamSource
 from dyntoken.data.tf_image import eval_view
-from dyntoken.data.tf_import import tensorflow
+from dyntoken.data.tf_import import tf
 from dyntoken.tools import cli
 from dyntoken.train.settings import read
 
@@ -104,7 +104,6 @@ def photographs() -> list[bytes]:
     Raises:
       MissingDataError: scikit-image or scikit-learn is not installed.
     """
-    tf = tensorflow()
     encoded = []
     for package, files in PHOTOGRAPHS.items():
         found = importlib.util.find_spec(package)
@@ -128,7 +127,7 @@ class _Repeated:
         self._images = list(images)
 
     def train(self, request: TrainRequest, epoch: int, block: int, skip: int) -> Any:
-        images = tensorflow().data.Dataset.from_tensor_slices(self._images).repeat().take(request.count)
+        images = tf.data.Dataset.from_tensor_slices(self._images).repeat().take(request.count)
         return images.map(lambda content: (content, 0, "")).enumerate()
 
     @staticmethod
@@ -184,7 +183,6 @@ def measure(
       the same by processor time, which other programs on the machine hardly change;
       `kilobytes`, the mean size of a JPEG.
     """
-    tf = tensorflow()
     images = photographs()
     ready = -(-_READY // batch) + 1  # batches
     total = 10 * (rounds + 1) * batch * (steps + ready)
