@@ -99,7 +99,7 @@ def posterize(image: Any, bits: Any) -> Any:
 
 
 def _from(wide: Any, threshold: Any) -> Any:
-    """1 for whole numbers at and above a whole threshold, else 0 (many times faster than `tf.where`)."""
+    """1 for whole numbers at and above a whole threshold, else 0; many times faster than `tf.where`."""
     return tf.minimum(tf.maximum(wide - (tf.cast(threshold, tf.float32) - 1.0), 0.0), 1.0)
 
 
@@ -157,28 +157,15 @@ def sharpness(image: Any, factor: Any) -> Any:
 # image gets the fill colour; the fraction of a mixed grey level is cut off, as in Pillow.
 
 
-def shear_x(image: Any, factor: Any, interpolation: str, fill: tuple[int, ...]) -> Any:
-    """Slides rows by `factor` pixels per pixel of height."""
-    return _shift_lines(image, factor * _centres(image, 0), 1, interpolation, fill)
+def shear(image: Any, factor: Any, axis: int, interpolation: str, fill: tuple[int, ...]) -> Any:
+    """Moves pixels along an axis by `factor` per pixel of the other one."""
+    return _shift_lines(image, factor * _centres(image, 1 - axis), axis, interpolation, fill)
 
 
-def shear_y(image: Any, factor: Any, interpolation: str, fill: tuple[int, ...]) -> Any:
-    """Slides columns by `factor` pixels per pixel of width."""
-    return _shift_lines(image, factor * _centres(image, 1), 0, interpolation, fill)
-
-
-def translate_x(image: Any, share: Any, interpolation: str, fill: tuple[int, ...]) -> Any:
-    """Moves the picture left by `share` of the width."""
-    return _shift_lines(
-        image, share * np.full_like(_centres(image, 0), image.shape[1]), 1, interpolation, fill
-    )
-
-
-def translate_y(image: Any, share: Any, interpolation: str, fill: tuple[int, ...]) -> Any:
-    """Moves the picture up by `share` of the height."""
-    return _shift_lines(
-        image, share * np.full_like(_centres(image, 1), image.shape[0]), 0, interpolation, fill
-    )
+def translate(image: Any, share: Any, axis: int, interpolation: str, fill: tuple[int, ...]) -> Any:
+    """Moves the picture left (axis 1) or up (axis 0) by a share of its side."""
+    side = np.full_like(_centres(image, 1 - axis), image.shape[axis])
+    return _shift_lines(image, share * side, axis, interpolation, fill)
 
 
 def _centres(image: Any, axis: int) -> np.ndarray:
@@ -201,13 +188,7 @@ def _shift_lines(image: Any, offset: Any, axis: int, interpolation: str, fill: t
     """Pixel x of axis 1 comes from `x + offset` of its row; of axis 0 likewise.
 
     Whole pixels first, then the fraction, for which neighbours have the same weights.
-
-    Args:
-      image: uint8 `[h, w, C]`.
-      offset: float32, in pixels, of the shape that `_centres` has for the other axis.
-      axis: along which to move.
-      interpolation: "bicubic" or "bilinear".
-      fill: C grey levels for what lies outside.
+    `offset` is float32 in pixels, of the shape that `_centres` has for the other axis.
     """
     height, width, channels = image.shape
     size, unit = image.shape[axis], channels if axis else 1
@@ -236,14 +217,11 @@ def _circular_shift(lines: Any, start: Any, axis: int, count: int, unit: int, ar
 
     A line that starts at s is the sum of steps of 1, 2, 4, ... places, each of which is
     taken or not. That is a few selections among neighbouring bytes, of which a
-    processor does dozens at a time, where reading each pixel from its own place takes
-    it one after the other.
+    processor does dozens at a time; a gather takes one pixel after the other.
 
     Args:
-      lines: uint8 `[h, w]`.
+      lines: uint8 `[h, w]`, which lie along `axis`.
       start: int32 `[h, 1]` or `[1, w]`, in units.
-      axis: along which lines lie.
-      count: of values, at most as many as there are.
       unit: values that move together.
       argument: of `optimization_barrier`.
     """

@@ -21,7 +21,7 @@ import numpy as np
 
 from dyntoken.data import pillow_ops
 from dyntoken.data.errors import DataError
-from dyntoken.data.tf_import import tf
+from dyntoken.data.tf_import import graph, tf
 
 OPERATIONS = (
     *("AutoContrast", "Equalize", "Invert", "Rotate", "PosterizeIncreasing", "SolarizeIncreasing"),
@@ -146,10 +146,10 @@ def operations(
         lambda: ops.contrast(image, factor),
         lambda: ops.brightness(image, factor),
         lambda: ops.sharpness(image, factor),
-        lambda: ops.shear_x(image, 0.3 * signed, interpolation, fill),
-        lambda: ops.shear_y(image, 0.3 * signed, interpolation, fill),
-        lambda: ops.translate_x(image, 0.45 * signed, interpolation, fill),
-        lambda: ops.translate_y(image, 0.45 * signed, interpolation, fill),
+        lambda: ops.shear(image, 0.3 * signed, 1, interpolation, fill),
+        lambda: ops.shear(image, 0.3 * signed, 0, interpolation, fill),
+        lambda: ops.translate(image, 0.45 * signed, 1, interpolation, fill),
+        lambda: ops.translate(image, 0.45 * signed, 0, interpolation, fill),
     ]
 
 
@@ -171,12 +171,7 @@ def _layers(
 
         return tf.while_loop(lambda i, _: i < count, layer, (0, image))[1]
 
-    signature = (
-        tf.TensorSpec(shape, tf.uint8),
-        tf.TensorSpec((count,), tf.int32),
-        tf.TensorSpec((count, 2), tf.float32),
-    )
-    return tf.function(run, input_signature=signature, autograph=False, jit_compile=True)
+    return graph(run, ("uint8", shape), ("int32", (count,)), ("float32", (count, 2)))
 
 
 _ORDERS = tuple(itertools.permutations(range(3)))
@@ -246,7 +241,7 @@ class Distortion:
 @functools.lru_cache(maxsize=16)
 def _sampler(distortion: Distortion, count: int) -> Callable[[Any], list[tuple[Any, ...]]]:
     """`Distortion.sample_ops` of so many images, by XLA: one node of the graph in place of dozens."""
-    policy, width = distortion.policy, distortion.width
+    policy = distortion.policy
 
     def run(draws: Any) -> list[tuple[Any, ...]]:
         plan: tuple[Any, ...] = ()
@@ -259,8 +254,7 @@ def _sampler(distortion: Distortion, count: int) -> Callable[[Any], list[tuple[A
             plan = (*plan, draws)
         return list(zip(*(tf.unstack(x) for x in plan), strict=True))
 
-    signature = (tf.TensorSpec((count, width), tf.float32),)
-    return tf.function(run, input_signature=signature, autograph=False, jit_compile=True)
+    return graph(run, ("float32", (count, distortion.width)))
 
 
 @functools.lru_cache(maxsize=8)
@@ -270,13 +264,10 @@ def _compiled(distortion: Distortion, shape: tuple[int, ...]) -> Any:
     def one(row: tuple[Any, Any]) -> Any:
         return distortion.apply(tf.ensure_shape(row[0], shape), distortion.sample_ops(row[1][None])[0])
 
-    signature = (tf.TensorSpec((None, *shape), tf.uint8), tf.TensorSpec((None, distortion.width), tf.float32))
-
-    @tf.function(input_signature=signature, autograph=False)
     def run(images: Any, draws: Any) -> Any:
         return tf.map_fn(one, (images, draws), fn_output_signature=tf.TensorSpec(shape, tf.uint8))
 
-    return run
+    return graph(run, ("uint8", (None, *shape)), ("float32", (None, distortion.width)), xla=False)
 
 
 def fill_colour(mean: Sequence[float]) -> tuple[int, ...]:

@@ -31,7 +31,7 @@ from dyntoken.data.info import DataInfo, check_labels
 from dyntoken.data.prefetching import close_at_exit
 from dyntoken.data.requests import EvalRequest, TrainRequest
 from dyntoken.data.sources import Batch
-from dyntoken.data.tf_image import compiled_eval, compiled_train
+from dyntoken.data.tf_image import compiled, eval_view, train_views
 from dyntoken.data.tf_import import tf
 
 MAX_CORRUPT = 50  # images, before a run gives up
@@ -138,9 +138,8 @@ class StreamSource:
         """The batches of one epoch from batch `skip` on, with `bad` and `name`."""
         per_shard, steps, repeats = request.per_shard, request.steps_per_epoch - skip, request.augment.repeats
         key, distortion = int63(request.seed, epoch, _AUGMENT), request.augment.distortion(self.info.mean)
-        views_of = compiled_train(
-            request.size, self.info.channels, request.augment, distortion, guarded, self._records.load
-        )
+        how = request.size, self.info.channels, request.augment, distortion, guarded
+        views_of = compiled(train_views, self._records.load, *how)
 
         def example(number: Any, row: Any) -> dict[str, Any]:
             views, bad = views_of(row[0], tf.stack([key, number]))
@@ -170,9 +169,8 @@ class StreamSource:
     def _pass(self, request: EvalRequest, skip: int, guarded: bool) -> Iterator[Batch]:
         """The batches of one evaluation from batch `skip` on, with `bad` and `name`."""
         shape = (*request.size, self.info.channels)
-        view_of = compiled_eval(
-            request.size, shape[-1], request.crop_pct, request.interpolation, guarded, self._records.load
-        )
+        how = request.size, self.info.channels, request.crop_pct, request.interpolation, guarded
+        view_of = compiled(eval_view, self._records.load, *how)
 
         def example(row: Any, mask: Any) -> dict[str, Any]:
             image, bad = tf.cond(

@@ -18,7 +18,7 @@ from dyntoken.data.decode import decode as pillow_decode
 from dyntoken.data.errors import DataError
 from dyntoken.data.randaugment import Distortion
 from dyntoken.data.resample import covering_size
-from dyntoken.data.tf_import import tf
+from dyntoken.data.tf_import import graph, tf
 from dyntoken.data.tf_resize import Window, pad_to_windows, plan_windows, resize
 
 _DISTORT = 1  # what the seed of the distortion's draws is folded with
@@ -105,27 +105,25 @@ def _luma(image: Any) -> Any:
     return tf.cast(tf.bitwise.right_shift(19595 * red + 38470 * green + 7471 * blue + 0x8000, 16), tf.uint8)
 
 
-def decode_unguarded(data: Any, channels: int, box: Any = None) -> tuple[Any, Any]:
-    """(image, False); an image that does not decode raises. `data` is the image or gives it."""
-    data = data() if callable(data) else data
-    return _decode(data, channels, box), tf.constant(False)
+def _load(data: Any, channels: int, box: Any, guarded: bool) -> tuple[Any, Any]:
+    """(image, did it fail); `data` is the encoded image or gives it.
 
-
-def decode_guarded(data: Any, channels: int, box: Any = None) -> tuple[Any, Any]:
-    """(image, did it fail): a black pixel instead of an error inside the graph, also of reading it.
-
-    Nothing but tf.data can catch an error there, and setting a data set up for
-    each image takes longer than decoding it: see `stream`.
+    Unguarded, an image that does not decode raises. Guarded, also against errors of
+    reading it, it becomes a black pixel: nothing but tf.data can catch an error inside
+    the graph, and setting a data set up for each image takes longer than decoding it
+    (see `stream`).
     """
-    black = tf.data.Dataset.from_tensors((tf.zeros((1, 1, channels), tf.uint8), True))
 
     @tf.autograph.experimental.do_not_convert
-    def good(_: Any) -> tuple[Any, Any]:
-        return _decode(data() if callable(data) else data, channels, box), False
+    def image(_: Any = None) -> tuple[Any, Any]:
+        return _decode(data() if callable(data) else data, channels, box), tf.constant(False)
 
-    made = tf.data.Dataset.from_tensors(0).map(good).ignore_errors()
-    image, bad = made.concatenate(black).take(1).get_single_element()
-    return tf.ensure_shape(image, (None, None, channels)), bad
+    if not guarded:
+        return image()
+    black = tf.data.Dataset.from_tensors((tf.zeros((1, 1, channels), tf.uint8), True))
+    made = tf.data.Dataset.from_tensors(0).map(image).ignore_errors()
+    pixels, bad = made.concatenate(black).take(1).get_single_element()
+    return tf.ensure_shape(pixels, (None, None, channels)), bad
 
 
 def random_box(draws: Any, height: Any, width: Any, options: AugmentOptions) -> Any:
@@ -146,8 +144,7 @@ def train_views(
     channels: int,
     options: AugmentOptions,
     distortion: Distortion | None = None,
-    *,
-    decode: Callable[..., tuple[Any, Any]] = decode_unguarded,
+    guarded: bool = False,
 ) -> tuple[Any, Any]:
     """Decodes one image, then crops, resizes, flips and distorts it once per view.
 
@@ -157,7 +154,7 @@ def train_views(
       data: the encoded image, or a function that gives it.
       seed: int64 `[2]`, keys every draw.
       size: (h, w) of the result.
-      decode: `decode_unguarded` or `decode_guarded`.
+      guarded: see `_load`.
 
     Returns:
       (uint8 `[options.repeats, h, w, channels]`, bool: it did not decode).
@@ -167,7 +164,7 @@ def train_views(
     places, flips = draws[:, : 2 * TRIES + 2], tf.unstack(draws[:, 2 * TRIES + 2] < options.flip)
     early = cropped and views == 1
     crop = (lambda *shape: random_box(places[0], *shape, options)) if early else None
-    image, bad = decode(data, channels, crop)
+    image, bad = _load(data, channels, crop, guarded)
     if cropped:
         windows = _crops(size, options, early)(places, tf.shape(image)[:2])
         image = pad_to_windows(image, windows)
@@ -203,46 +200,7 @@ def _crops(size: tuple[int, int], options: AugmentOptions, cut: bool) -> Callabl
         boxes = _whole(shape) if cut else random_box(draws, shape[0], shape[1], options)
         return plan_windows(boxes, shape, size, options.interpolation)
 
-    draws = tf.TensorSpec((options.repeats, 2 * TRIES + 2), tf.float32)
-    signature = (draws, tf.TensorSpec((2,), tf.int32))
-    return tf.function(run, input_signature=signature, autograph=False, jit_compile=True)
-
-
-@functools.lru_cache(maxsize=16)
-def compiled_train(
-    size: tuple[int, int],
-    channels: int,
-    options: AugmentOptions,
-    distortion: Distortion | None,
-    guarded: bool,
-    load: Callable[[Any], Any],
-) -> Callable[[Any, Any], tuple[Any, Any]]:
-    """`train_views` of (pointer, seed) as a graph that every epoch reuses; `load(pointer)` is the image."""
-    decode = decode_guarded if guarded else decode_unguarded
-
-    def run(pointer: Any, seed: Any) -> tuple[Any, Any]:
-        return train_views(lambda: load(pointer), seed, size, channels, options, distortion, decode=decode)
-
-    signature = (tf.TensorSpec((), tf.string), tf.TensorSpec((2,), tf.int64))
-    return tf.function(run, input_signature=signature, autograph=False)
-
-
-@functools.lru_cache(maxsize=16)
-def compiled_eval(
-    size: tuple[int, int],
-    channels: int,
-    crop_pct: float,
-    interpolation: str,
-    guarded: bool,
-    load: Callable[[Any], Any],
-) -> Callable[[Any], tuple[Any, Any]]:
-    """`eval_view` of the loaded image and whether it did not decode, likewise."""
-    decode = decode_guarded if guarded else decode_unguarded
-
-    def run(pointer: Any) -> tuple[Any, Any]:
-        return eval_view(lambda: load(pointer), size, channels, crop_pct, interpolation, decode)
-
-    return tf.function(run, input_signature=(tf.TensorSpec((), tf.string),), autograph=False)
+    return graph(run, ("float32", (options.repeats, 2 * TRIES + 2)), ("int32", (2,)))
 
 
 def eval_view(
@@ -251,16 +209,33 @@ def eval_view(
     channels: int,
     crop_pct: float,
     interpolation: str,
-    decode: Callable[..., tuple[Any, Any]] = decode_unguarded,
+    guarded: bool = False,
 ) -> tuple[Any, Any]:
     """Decodes one image, resizes it as `resample.covering_size` says, crops the centre.
 
     Returns:
       (uint8 `[h, w, channels]`, bool: it did not decode); an image of the right size is unchanged.
     """
-    image, bad = decode(data, channels)
+    image, bad = _load(data, channels, None, guarded)
     image = _centre(image, size, crop_pct, interpolation)
     return tf.ensure_shape(image, (*size, channels)), bad
+
+
+@functools.lru_cache(maxsize=32)
+def compiled(view: Callable[..., Any], load: Callable[[Any], Any], *args: Any) -> Callable[..., Any]:
+    """`train_views` of (pointer, seed) or `eval_view` of a pointer, as a graph that every epoch reuses.
+
+    Args:
+      view: one of the two.
+      load: gives the encoded image of a pointer.
+      *args: of the view, behind data and seed.
+    """
+
+    def run(pointer: Any, *seed: Any) -> tuple[Any, Any]:
+        return view(lambda: load(pointer), *seed, *args)
+
+    seed = [("int64", (2,))] if view is train_views else []
+    return graph(run, ("string", ()), *seed, xla=False)
 
 
 def _centre(image: Any, size: tuple[int, int], crop_pct: float, interpolation: str) -> Any:

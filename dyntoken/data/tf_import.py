@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+from collections.abc import Callable
 from typing import Any
 
 from dyntoken.data.errors import MissingDataError
@@ -37,6 +38,12 @@ def tensorflow() -> Any:
         with contextlib.suppress(RuntimeError):
             tf.config.set_visible_devices([], kind)
     return tf
+
+
+def graph(run: Callable[..., Any], *signature: tuple[str, tuple[int | None, ...]], xla: bool = True) -> Any:
+    """A function of tensors as a graph, by XLA or not; the signature has (dtype, shape) for each argument."""
+    specs = [tf.TensorSpec(shape, dtype) for dtype, shape in signature]
+    return tf.function(run, input_signature=specs, autograph=False, jit_compile=xla or None)
 
 
 class _OnUse:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from dyntoken.data.resample import SUPPORT, kernel
-from dyntoken.data.tf_import import optimization_barrier, tf
+from dyntoken.data.tf_import import graph, optimization_barrier, tf
 
 _BITS, _LEVEL = 10, 4.0  # of a channel between the passes, and its steps per grey level
 _TERMS = (5, 8, 11)  # bicubic: enough up to 1, 1.75 and 2.5 pixels per pixel of the result
@@ -120,8 +120,7 @@ def resize(image: Any, window: Window, size: tuple[int, int], interpolation: str
     Returns:
       uint8 `[height, width, C]`.
     """
-    made = _resizer(size, image.shape[-1], interpolation)
-    return made(image, *window[:2], *window.programs, *window.where, tf.convert_to_tensor(flip))
+    return _resizer(size, image.shape[-1], interpolation)(image, *tf.nest.flatten(window), flip)
 
 
 @functools.lru_cache(maxsize=64)
@@ -140,19 +139,8 @@ def _resizer(size: tuple[int, int], channels: int, interpolation: str) -> Callab
         made = tf.switch_case(column, [functools.partial(op, turned, across, flip) for op in columns])
         return tf.ensure_shape(made, (*size, channels))
 
-    whole, number = tf.TensorSpec((3,), tf.int32), tf.TensorSpec((), tf.int32)
-    where, flip = tf.TensorSpec((4,), tf.float32), tf.TensorSpec((), tf.bool)
-    signature = (
-        tf.TensorSpec((None, None, channels), tf.uint8),
-        whole,
-        whole,
-        number,
-        number,
-        where,
-        where,
-        flip,
-    )
-    return tf.function(run, input_signature=signature, autograph=False)
+    window = *[("int32", (3,))] * 2, *[("int32", ())] * 2, *[("float32", (4,))] * 2
+    return graph(run, ("uint8", (None, None, channels)), *window, ("bool", ()), xla=False)
 
 
 def _weighted(
@@ -211,8 +199,7 @@ def _rows(height: int, channels: int, interpolation: str, terms: int) -> Callabl
         pixels = tf.cast(tf.reshape(rows, tf.stack([height, shape[1], channels])), tf.int32)
         return tf.transpose(sum(pixels[..., c] * (1 << _BITS * c) for c in range(channels)))
 
-    signature = (tf.TensorSpec((None, None, channels), tf.uint8), tf.TensorSpec((4,), tf.float32))
-    return tf.function(run, input_signature=signature, autograph=False, jit_compile=True)
+    return graph(run, ("uint8", (None, None, channels)), ("float32", (4,)))
 
 
 @functools.lru_cache(maxsize=64)
@@ -231,9 +218,4 @@ def _columns(size: tuple[int, int], channels: int, interpolation: str, terms: in
         packed = tf.cond(flip, lambda: packed[::-1], lambda: packed)
         return tf.bitcast(tf.transpose(packed), tf.uint8)[..., :channels]
 
-    signature = (
-        tf.TensorSpec((None, height), tf.int32),
-        tf.TensorSpec((4,), tf.float32),
-        tf.TensorSpec((), tf.bool),
-    )
-    return tf.function(run, input_signature=signature, autograph=False, jit_compile=True)
+    return graph(run, ("int32", (None, height)), ("float32", (4,)), ("bool", ()))
