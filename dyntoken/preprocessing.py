@@ -39,9 +39,13 @@ class Preprocess:
         """
         images = np.asarray(images)
         if images.dtype != np.uint8 or images.ndim not in (3, 4) or images.shape[-1] != self.channels:
+            made = {3: '.convert("RGB")', 1: '.convert("L"), and [..., None] after np.asarray,'}.get(
+                self.channels
+            )
             raise ValueError(
                 f"give uint8 images [H, W, {self.channels}] or [B, H, W, {self.channels}], "
                 f"got {images.dtype} {images.shape}"
+                + (f": {made} makes them of any PIL image" if made else "")
             )
         batch = images if images.ndim == 4 else images[None]
         if batch.shape[1:3] != self.size:

@@ -31,7 +31,7 @@ import numpy as np
 from dyntoken.data import mini, tfds_source
 from dyntoken.data.errors import DataError, MissingDataError
 from dyntoken.data.known_datasets import FASHION_NAMES
-from dyntoken.data.tf_import import tf
+from dyntoken.data.tf_import import tf, tfds
 
 IDX = {"train": "train", "test": "t10k"}  # split -> prefix of its two files
 PER_CLASS, CLASSES = {"train": 1000, "test": 200}, 10
@@ -91,8 +91,6 @@ def mini_arrays(source: str | os.PathLike) -> dict[str, np.ndarray]:
 
 def _write_tfds(data_dir: str, name: str, version: str, features: Any, **options: Any) -> str:
     """Writes a set in TFDS layout; returns its folder."""
-    import tensorflow_datasets as tfds
-
     folder = os.path.join(os.path.expanduser(data_dir), name, version)
     if tf.io.gfile.exists(os.path.join(folder, "dataset_info.json")):
         raise DataError(f"{folder} exists already: delete it to write it anew")
@@ -114,8 +112,6 @@ def fashion_mnist(source: str, data_dir: str) -> str:
         or `data_dir` holds the set already.
     """
     splits = {split: read_idx_split(source, split) for split in IDX}
-    import tensorflow_datasets as tfds
-
     return _write_tfds(
         data_dir,
         "fashion_mnist",
@@ -194,8 +190,6 @@ def inat2019(source: str, data_dir: str) -> str:
 
     root = epath.Path(source).expanduser()
     names, splits = read_annotations(root)
-    import tensorflow_datasets as tfds
-
     features = {
         "image": tfds.features.Image(shape=(None, None, 3), encoding_format="jpeg"),
         "label": tfds.features.ClassLabel(names=names),

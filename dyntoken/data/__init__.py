@@ -16,8 +16,7 @@ Batches are `{"image": uint8 [b, H, W, C], "label": int32 [b], "mask": float32
 [b]}`, mask 0 for the padding of evaluation. Normalisation is the device's job,
 with `info(name).mean` and `.std`. Evaluation batches of `imagenet2012_real`
 hold `labels` bool `[b, 1000]` besides: every label that fits the image (Beyer et
-al., arXiv:2006.07159); images that none fits have mask 0. A run is evaluated on it with
-`--mode=eval --config.data.name=imagenet2012_real --config.data.split=validation`.
+al., arXiv:2006.07159); images that none fits have mask 0.
 
 The embedded `fashion_mnist_mini` and the generated `fake` need numpy alone. Any
 other name is a TFDS data set (`name`, `name:version`, `name/config:version`)
@@ -25,12 +24,10 @@ that is already on disk under `data_dir`, else `$TFDS_DATA_DIR`, else
 `~/tensorflow_datasets`. `folder:DIR` is a folder per class (`folder`). Nothing
 is ever downloaded.
 
-Splits are cut, sharded and paired in the order in which a source has them, so that
-order is a random one for every source and the same on every host, whatever the seed
-of a run: `fake` and `fashion_mnist_mini` have no order of classes, TFDS shuffles
-what it writes, folders are put into a fixed random order any slice of which holds its
-share of each class (`hash_rng.stratified`), and so are TFDS sets in memory that
-were written in order (`disable_shuffling`); streamed ones are refused for training.
+Splits are cut, sharded and paired in the order in which a source has them, which so
+is a random one, the same on every host whatever the seed of a run: TFDS shuffles what
+it writes; folders, and sets in memory that were written in order, are put into a fixed
+random order (`hash_rng.stratified`); streamed ones in order are refused for training.
 """
 
 from __future__ import annotations
@@ -74,10 +71,9 @@ def info(name: str, data_dir: str | None = None, **options: Any) -> DataInfo:
     The common TFDS sets are described from a table while they are not on disk.
 
     Args:
-      name: a row of `SOURCES` or a TFDS name.
+      name: a row of `SOURCES`, a TFDS name or `folder:DIR`.
       data_dir: where TFDS data lies.
-      **options: of the source; `fake` takes num_classes, train, test,
-        image_size, channels.
+      **options: of the source.
 
     Raises:
       UnknownNameError: no such data set or option.
@@ -126,16 +122,9 @@ def train_batches(
     """
     source = open_source(name, data_dir, **options)
     known = source.info
+    own = {"seed": seed, "start_step": start_step, "augment": AugmentOptions.of(augment), "balance": balance}
     request = TrainRequest(
-        parts=parse_split(name, split, known.splits),
-        batch=batch,
-        size=check_size(size, known.image_shape),
-        seed=seed,
-        start_step=start_step,
-        shards=shards,
-        process=tuple(process),
-        augment=AugmentOptions.of(augment),
-        balance=balance,
+        **_rows(name, known, split, size), batch=batch, shards=shards, process=process, **own
     )
     if known.num_classes == 1:
         warn_once(
@@ -143,6 +132,10 @@ def train_batches(
             "nothing to tell apart: a folder of images needs a folder per class"
         )
     return source.train(request)
+
+
+def _rows(name: str, known: DataInfo, split: Any, size: Any) -> dict[str, Any]:
+    return {"parts": parse_split(name, split, known.splits), "size": check_size(size, known.image_shape)}
 
 
 def eval_batches(
@@ -177,17 +170,8 @@ def eval_batches(
       DataError: see the message; raised by this call, not by the first `next`.
     """
     source = open_source(name, data_dir, **options)
-    known = source.info
-    request = EvalRequest(
-        parts=parse_split(name, split, known.splits),
-        batch=batch,
-        size=check_size(size, known.image_shape),
-        shards=shards,
-        process=tuple(process),
-        crop_pct=crop_pct,
-        interpolation=interpolation,
-    )
-    return source.evaluate(request)
+    rows, own = _rows(name, source.info, split, size), {"crop_pct": crop_pct, "interpolation": interpolation}
+    return source.evaluate(EvalRequest(**rows, batch=batch, shards=shards, process=process, **own))
 
 
 def steps_per_epoch(

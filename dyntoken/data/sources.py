@@ -31,7 +31,7 @@ SOURCES = Table(
         "i_naturalist2019": _TFDS,
     },
 )
-# Of names outside the table.
+# Of names outside the table, which so needs no import of those that read it.
 _OTHERS = Table("kind of data set", {"folder": "dyntoken.data.folder:open_folder", "tfds": _TFDS})
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import os
 from collections.abc import Callable
 from typing import Any
@@ -47,13 +48,17 @@ def graph(run: Callable[..., Any], *signature: tuple[str, tuple[int | None, ...]
 
 
 class _OnUse:
-    """TensorFlow's module, imported by the first look at it."""
+    """A module that is imported by the first look at it."""
+
+    def __init__(self, load: Callable[[], Any]):
+        self._load = load
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(tensorflow(), name)
+        return getattr(self._load(), name)
 
 
-tf: Any = _OnUse()
+tf: Any = _OnUse(tensorflow)
+tfds: Any = _OnUse(lambda: importlib.import_module("tensorflow_datasets"))
 
 
 def optimization_barrier(x: Any, argument: Any) -> Any:

@@ -36,7 +36,7 @@ from dyntoken.data.stream import (
     int63,
     unreadable,
 )
-from dyntoken.data.tf_import import INSTALL, tensorflow, tf
+from dyntoken.data.tf_import import INSTALL, tensorflow, tf, tfds
 from dyntoken.registry import UnknownNameError, suggest
 from dyntoken.schema import Natural
 
@@ -111,9 +111,9 @@ def _absent(name: str, data_dir: str) -> Exception:
     if base not in _HOW:
         known = list(SOURCES)
         if importlib.util.find_spec("tensorflow_datasets") is not None:
-            import tensorflow_datasets as tfds  # no TensorFlow, no network
-
-            known += tfds.list_builders(with_community_datasets=False)
+            known += tfds.list_builders(  # no TensorFlow, no network
+                with_community_datasets=False
+            )
         if base not in known:
             return UnknownNameError(
                 f"unknown data set {name!r}, and not in {data_dir}: {suggest(base, known)}"
@@ -132,8 +132,6 @@ def features_of(builder: Any) -> tuple[str, str]:
     Raises:
       DataError: it has no 8-bit image or no class label at its top level.
     """
-    import tensorflow_datasets as tfds
-
     found = {}
     for kind, cls in (("image", tfds.features.Image), ("label", tfds.features.ClassLabel)):
         keys = [key for key, feature in builder.info.features.items() if isinstance(feature, cls)]
@@ -170,8 +168,6 @@ def _describe(name: str, builder: Any) -> DataInfo:
 def _read(name: str, path: str) -> tuple[Any, DataInfo]:
     """The builder of a prepared folder and its description."""
     tensorflow()
-    import tensorflow_datasets as tfds
-
     try:
         builder = tfds.builder_from_directory(path)
     except Exception as error:  # whatever TFDS stumbles over in its own JSON
@@ -190,8 +186,6 @@ def _again(path: str) -> str:
 def _decoded(name: str, path: str, split: str) -> ArrayRows:
     """A whole split as arrays, in the order of its files unless that is one of classes."""
     builder, _ = _read(name, path)
-    import tensorflow_datasets as tfds
-
     image, label = features_of(builder)
     config = tfds.ReadConfig(try_autocache=False, interleave_cycle_length=1, enable_ordering_guard=False)
     try:
@@ -248,7 +242,6 @@ class TfdsRecords:
 
     def read(self, parts: Sequence[Part], key: tuple[int, ...] | None) -> Any:
         """(encoded image, int32 label, file and place); files in a drawn order if keyed."""
-        import tensorflow_datasets as tfds
 
         def reorder(files: list[Any]) -> list[Any]:
             return [files[i] for i in hash_rng.permutation(len(files), *key)]
