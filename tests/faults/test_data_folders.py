@@ -314,5 +314,5 @@ def test_a_single_class_is_said(tmp_path, caplog):
 
 def test_classes_that_are_numbers_are_listed_by_value(tmp_path):
     name = put(tmp_path, *(f"train/{number}/1.jpg" for number in (1, 2, 10, 20)), "val/333/1.jpg")
-    with pytest.raises(data.DataError, match="known: 1, 2, 10, 20$"):
+    with pytest.raises(data.DataError, match=r"known: 1, 2, 10, 20$"):
         data.info(name)
