@@ -55,6 +55,7 @@ ALLOWED = {
     "tools": CORE
     | {
         "config",
+        "interrupt",
         "paths",
         "losses",
         "weights",

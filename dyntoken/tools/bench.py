@@ -14,20 +14,19 @@ import jax
 from dyntoken.analysis import macs, timing
 from dyntoken.models import Model, create_model, split_name
 from dyntoken.reducers import METHODS
-from dyntoken.tools import bench_exits, bench_input, cli
+from dyntoken.tools import bench_exits, cli
 
 TEXT = """\
 Times two models in turn on the device at hand and takes their ratio pair by
 pair: model only (no data loading), random images and weights, after warm-up.
 "share of ideal" is the speed-up over the ratio of multiply-adds. With --exits, a
 cascade that stops early is compared with the same cascade running every exit.
---input CONFIG times the input of a recipe instead: bench --input CONFIG --help."""
+tools.bench_input CONFIG times the input of a recipe."""
 EXAMPLES = """\
   python -m dyntoken.tools.bench dtps_deit_small_patch16_224 --batch=32
   python -m dyntoken.tools.bench dtps_deit_small_patch16_224 --vs dynamicvit_deit_small_patch16_224
   python -m dyntoken.tools.bench evit_deit_tiny_patch16_224 --train --dtype=bfloat16 --json
-  python -m dyntoken.tools.bench dvt_deit_small --exits=80,15,5 --batch=64
-  python -m dyntoken.tools.bench --input configs/tps_deit.py"""
+  python -m dyntoken.tools.bench dvt_deit_small --exits=80,15,5 --batch=64"""
 PAIRS = 20
 
 
@@ -36,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Times two models, or an input, and prints the comparison; returns the exit status."""
     argv = sys.argv[1:] if argv is None else argv
     if cli.chooses(argv, "--input"):
-        return bench_input.main(argv)
+        raise ValueError("--input is a program of its own: python -m dyntoken.tools.bench_input CONFIG")
     args = _parser().parse_args(argv)
     if args.exits:
         result = bench_exits.run(args)

@@ -1,11 +1,25 @@
-"""Speed of the input of a recipe: `tools.bench --input CONFIG`."""
+"""Speed of the input of a recipe.
+
+Times how fast training images are made as CONFIG asks (decoding of the crop,
+resizing, flip, RandAugment, batching) against decoding the same JPEGs alone, in
+turn and on the same cores. Random erasing and mixup run on the device and are
+not part of it.
+
+The images are made from the photographs that scikit-image and scikit-learn
+ship, 500 x 375 pixels as ImageNet's are: the data set itself is not needed.
+
+examples:
+  python -m dyntoken.tools.bench_input configs/tps_deit.py
+  python -m dyntoken.tools.bench_input configs/dynamicvit_deit.py --batch=128 --steps=20 --json
+"""
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import itertools
-import json
 import os
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -21,19 +35,7 @@ from dyntoken.data.stream import StreamSource
 from dyntoken.data.tf_image import eval_view
 from dyntoken.data.tf_import import tf
 from dyntoken.tools import cli
-from dyntoken.train.settings import read
 
-TEXT = """\
-Times how fast training images are made as CONFIG asks (decoding of the crop,
-resizing, flip, RandAugment, batching) against decoding the same JPEGs alone, in
-turn and on the same cores. Random erasing and mixup run on the device and are
-not part of it.
-
-The images are made from the photographs that scikit-image and scikit-learn
-ship, 500 x 375 pixels as ImageNet's are: the data set itself is not needed."""
-EXAMPLES = """\
-  python -m dyntoken.tools.bench --input configs/tps_deit.py
-  python -m dyntoken.tools.bench --input configs/dynamicvit_deit.py --batch=128 --steps=20 --json"""
 PHOTOGRAPHS = {
     "skimage": ("data/astronaut.png", "data/chelsea.png", "data/coffee.png", "data/rocket.jpg"),
     "sklearn": ("datasets/images/china.jpg", "datasets/images/flower.jpg"),
@@ -42,43 +44,39 @@ SHAPE, QUALITY = (375, 500), 95
 _READY = 320  # more images than the input keeps ready, in TensorFlow and out of it
 
 
-def main(argv: Sequence[str]) -> int:
-    """Times the input and prints the comparison; returns the exit status."""
-    parser = cli.Parser("bench", TEXT, EXAMPLES)
-    parser.add_argument("--input", metavar="CONFIG", required=True, help="recipe, configs/FILE.py[:args]")
+def arguments(parser: cli.Parser) -> None:
+    """The options."""
+    parser.add_argument("config", metavar="CONFIG", help="recipe, configs/FILE.py[:args]")
     parser.add_argument("--batch", type=cli.positive, default=64, help="images per batch (default 64)")
     parser.add_argument("--steps", type=cli.positive, default=8, help="batches per round (default 8)")
     parser.add_argument(
         "--rounds", type=cli.positive, default=3, help="rounds, the median counts (default 3)"
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
-    args = parser.parse_args(argv)
-    result = run(args.input, batch=args.batch, steps=args.steps, rounds=args.rounds)
-    print(json.dumps(result) if args.json else report(result))
-    return 0
 
 
-def run(config: str, *, batch: int, steps: int, rounds: int) -> dict[str, Any]:
-    """Times the input of a recipe; the object that `--json` prints.
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Times the input of a recipe.
 
     Raises:
       ValueError: no such recipe, one for small images in memory, or no
         photographs.
     """
-    chosen = read(recipes.load(config)).data
+    from dyntoken.train.settings import read
+
+    chosen = read(recipes.load(args.config)).data
     augment = dict(chosen.augment or {"crop": "none", "flip": 0.0})
     height, width = check_size(chosen.size, None)
     if height != width:
-        raise ValueError(f"{config} has images of {height} x {width} pixels: only squares are timed")
+        raise ValueError(f"{args.config} has images of {height} x {width} pixels: only squares are timed")
     if augment.get("crop") == "pad":
         raise ValueError(
-            f"{config} trains on images in memory, which nothing decodes: give a recipe for ImageNet, "
+            f"{args.config} trains on images in memory, which nothing decodes: give a recipe for ImageNet, "
             "such as configs/tps_deit.py"
         )
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    asked = {"size": height, "batch": batch, "steps": steps, "rounds": rounds}
-    speed = measure(augment, **asked)
-    return {"mode": "input", "config": config, "augment": augment, **asked, "cores": cores, **speed}
+    asked = {"size": height, "batch": args.batch, "steps": args.steps, "rounds": args.rounds}
+    speed = time_input(augment, **asked)
+    return {"mode": "input", "config": args.config, "augment": augment, **asked, "cores": cores, **speed}
 
 
 def report(result: Mapping[str, Any]) -> str:
@@ -154,7 +152,7 @@ def _settle() -> None:
             return
 
 
-def measure(
+def time_input(
     augment: Mapping[str, Any] | AugmentOptions,
     *,
     size: int = 224,
@@ -230,3 +228,8 @@ def measure(
         "cpu_ratio": median(f[1] / d[1] for d, f in timed),
         "kilobytes": sum(map(len, images)) / len(images) / 1000,
     }
+
+
+main = cli.tool(__spec__.name, __doc__, arguments, measure, report)
+if __name__ == "__main__":
+    sys.exit(main())

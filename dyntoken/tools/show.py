@@ -1,7 +1,7 @@
 """Pictures of what a model keeps: `python -m dyntoken.tools.show NAME --weights=... IMAGE...`.
 
 With `--exits`: sheets of images by the exit they take, see `sheets`. With
-`--augment`: a sheet of what training sees, see `show_augmentation`.
+`show_augmentation` draws what training sees.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from dyntoken.data.resample import resize_centre
 from dyntoken.models import Model
 from dyntoken.preprocessing import preprocess
 from dyntoken.runs import Run, load_run
-from dyntoken.tools import cli, colour, sheets, show_augmentation
+from dyntoken.tools import cli, colour, sheets
 from dyntoken.weights import runs
 from dyntoken.weights.whole import load_whole
 
@@ -36,14 +36,13 @@ IMAGE is a picture file, or data:INDEX for a picture of a data set's test split
 (fashion_mnist_mini:7).
 
 --exits draws sheets of many images by the exit they take, for a model with
-exits: show --exits --help. --augment CONFIG draws what training sees under a
-recipe: show --augment --help."""
+exits: show --exits --help. tools.show_augmentation CONFIG draws what training
+sees under a recipe."""
 EXAMPLES = """\
   python -m dyntoken.tools.show runs/mine cat.jpg
   python -m dyntoken.tools.show dtps_vit_mini_patch4_28 --weights=runs/demo fashion_mnist_mini:7
   python -m dyntoken.tools.show evit_deit_small_patch16_224 --weights=evit.pth cat.jpg dog.jpg --out=kept
-  python -m dyntoken.tools.show --exits --workdir=runs/dvt_demo
-  python -m dyntoken.tools.show --augment configs/tps_deit.py:demo"""
+  python -m dyntoken.tools.show --exits --workdir=runs/dvt_demo"""
 OF_DATA_SET = re.compile(r"([A-Za-z_][\w/]*):(\d+)")
 
 
@@ -71,7 +70,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "--exits" in argv:
         return sheets.main(argv)
     if cli.chooses(argv, "--augment"):
-        return show_augmentation.main(argv)
+        raise ValueError(
+            "--augment is a program of its own: python -m dyntoken.tools.show_augmentation CONFIG"
+        )
     args = (parser := _parser()).parse_args(argv)
     run = _run(args, parser)
     model = cli.build(args) if run is None else run.model

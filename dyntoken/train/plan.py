@@ -242,7 +242,7 @@ def build(
     model = make_model(settings.model, info, shape, "config.model")
     shrink = Shrink.of(settings.keep_schedule) if training else None
     parts = stages(model, shrink, steps_per_epoch=per_epoch, total_steps=total)
-    losses.check(settings.losses, len(getattr(model, "exits", ())))
+    losses.Objective(settings.losses).check(len(getattr(model, "exits", ())))
     teacher = make_teacher(settings, info, shape)
     variables = jax.eval_shape(lambda: init_variables(model, shape, settings.seed))
     refuse_batch_norm(model, variables, settings.accumulate)

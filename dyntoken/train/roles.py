@@ -54,7 +54,8 @@ def make_teacher(settings: Settings, info: data.DataInfo, shape: tuple[int, int,
       ValueError: a loss that needs a teacher and none, a teacher that no loss
         reads or that has no weights, or one with exits.
     """
-    wanted = sorted(s.key for s in losses.parse(settings.losses) if "teacher" in losses.needs({s.key: {}}))
+    terms = losses.Objective(settings.losses).terms
+    wanted = sorted(term.key for term in terms if "teacher" in term.loss.needs)
     section = dict(settings.teacher or {})
     source = section.pop("weights", None)
     if not section.get("name"):

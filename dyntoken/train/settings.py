@@ -189,7 +189,7 @@ def read(config: Mapping[str, Any]) -> Settings:
     settings = schema.check(Settings, config, "config")
     check_labels(settings.evals)
     data.AugmentOptions.of(settings.data.augment)
-    losses.parse(settings.losses)
+    losses.Objective(settings.losses)
     return settings
 
 

@@ -113,7 +113,8 @@ def make_gradient(
     Raises (while tracing):
       ValueError: slices of a model that normalises over its batch.
     """
-    record = tuple(what for what in ("features", "dense") if what in losses.needs(specs))
+    objective = losses.Objective(specs)
+    record = tuple(what for what in ("features", "dense") if what in objective.needs)
 
     def gradient(step, variables, teacher_variables, batch):
         refuse_batch_norm(model, variables, accumulate)
@@ -140,18 +141,18 @@ def make_gradient(
                 record=record,
                 mutable=["batch_stats"],
             )
-            parts = losses.evaluate(specs, output, data)
+            parts = objective.evaluate(output, data)
             sums, counts = ({name: pair[i] for name, pair in parts.items()} for i in (0, 1))
             return sums, counts, after
 
-        def objective(params, data, counts=None):
+        def loss(params, data, counts=None):
             sums, own, after = evaluate(params, data)
             counts = global_counts(own, axis) if counts is None else counts
             # A share of the global loss: those of all devices and slices add up, whatever their number.
-            share = losses.total(specs, {name: (sums[name], counts[name]) for name in sums})
+            share = objective.total({name: (sums[name], counts[name]) for name in sums})
             return share, (sums, counts, after)
 
-        differentiate = jax.value_and_grad(objective, has_aux=True)
+        differentiate = jax.value_and_grad(loss, has_aux=True)
         # Differentiating replicated parameters would already sum over devices, leaf by leaf.
         params = jax.lax.pcast(variables["params"], axis, to="varying")
         if accumulate == 1:
@@ -193,6 +194,8 @@ def make_update(
     before clipping and `update_norm`.
     """
 
+    objective = losses.Objective(specs)
+
     def update(state, found):
         updates, opt_state = tx.update(found.grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -205,7 +208,7 @@ def make_update(
         norms = {"grad_norm": optax.tree.norm(found.grads), "update_norm": optax.tree.norm(updates)}
         ones = {name: (value, jnp.ones(())) for name, value in {"loss": found.total, **norms}.items()}
         state = TrainState(state.step + 1, params, found.extra, opt_state, average)
-        return state, losses.metrics(specs, pairs) | ones
+        return state, objective.metrics(pairs) | ones
 
     return update
 

@@ -101,10 +101,10 @@ def _check_training(case: Case, ledger: Ledger, built: common.Built, images: np.
         out = model.apply(
             {"params": params}, batch["image"], train=True, noise=noise, record=common.records(model)
         )
-        pairs = losses.evaluate(specs, out, batch)
+        pairs = losses.Objective(specs).evaluate(out, batch)
         values = {key: losses.average(*pair) for key, pair in pairs.items()}
         values["ratio_sum"] = losses.average(*losses.LOSSES["keep_ratio"](out, batch, divisor=1.0))
-        return losses.total(specs, pairs), (out, values)
+        return losses.Objective(specs).total(pairs), (out, values)
 
     step = jax.value_and_grad(loss, has_aux=True)
     (total, (out, values)), grads = common.run(step, built.variables["params"], batch, noise)
