@@ -66,14 +66,9 @@ __all__ = [
 
 
 def info(name: str, data_dir: str | None = None, **options: Any) -> DataInfo:
-    """Describes a data set.
+    """Describes a data set: a row of `SOURCES`, a TFDS name or `folder:DIR`, with the source's own options.
 
     The common TFDS sets are described from a table while they are not on disk.
-
-    Args:
-      name: a row of `SOURCES`, a TFDS name or `folder:DIR`.
-      data_dir: where TFDS data lies.
-      **options: of the source.
 
     Raises:
       UnknownNameError: no such data set or option.
@@ -100,7 +95,7 @@ def train_batches(
     """An endless iterator of shuffled, augmented training batches.
 
     Args:
-      name: data set, as in `info`.
+      name, data_dir, **options: as in `info`.
       split: "train", "train[:90%]", "train+validation" or a sequence of these.
       batch: rows of the global batch, a multiple of `shards`.
       size: pixels of the result, one number or (height, width); None keeps the
@@ -110,12 +105,10 @@ def train_batches(
       shards: virtual shards, a multiple of the number of processes. For
         streamed sets (ImageNet) another number gives other batches.
       process: (index, number of processes).
-      data_dir: where TFDS data lies.
       augment: `AugmentOptions` or its fields; None changes nothing beyond a
         resize and centre crop where the size differs.
       balance: an epoch of the same length has every class equally often, rare
         images several times; for folders and sets in memory.
-      **options: of the source.
 
     Raises:
       DataError: see the message; raised by this call, not by the first `next`.

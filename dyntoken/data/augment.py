@@ -84,10 +84,7 @@ class AugmentOptions:
         return RandAugment.parse(self.rand_augment) if self.rand_augment else None
 
     def distortion(self, mean: Sequence[float]) -> Distortion | None:
-        """RandAugment or colour jitter, None if neither is on.
-
-        Args:
-          mean: of the data set per channel, in [0, 1].
+        """RandAugment or colour jitter, None if neither is on; `mean` is the data set's, per channel in [0, 1].
 
         Raises:
           DataError: the images are neither grey nor RGB.
@@ -102,11 +99,7 @@ class AugmentOptions:
 
     @classmethod
     def of(cls, options: Mapping[str, Any] | AugmentOptions | None) -> AugmentOptions:
-        """From a config section; None switches augmentation off.
-
-        Raises:
-          UnknownNameError: an option that does not exist, with the nearest.
-        """
+        """From a config section; None switches augmentation off. An unknown option raises `UnknownNameError`."""
         if isinstance(options, cls):
             return options
         if options is None:
@@ -130,7 +123,6 @@ def random_boxes(
     Args:
       draws: `[..., 22]` uniform in [0, 1): 10 areas, 10 ratios, 2 positions.
       height, width: of the images; TensorFlow wants floats.
-      scale, ratio: as in `AugmentOptions`.
       xp: numpy or TensorFlow, the same arithmetic.
 
     Returns:
@@ -164,18 +156,13 @@ def _reflect(position: np.ndarray, size: int) -> np.ndarray:
 def pad_crop(
     images: np.ndarray, offsets: np.ndarray, pad: int, mode: str, flip: np.ndarray | None = None
 ) -> np.ndarray:
-    """Pads every side, crops back to the same size, mirrors where asked.
+    """Pads every side by `pad` pixels, crops back to the same size, mirrors where asked: uint8 `[n, H, W, C]`.
 
     Args:
-      images: uint8 `[n, H, W, C]`.
       offsets: `[n, 2]` integers in `0 .. 2 * pad`: top and left of the crop in
         the padded image; `pad` is the image as it was.
-      pad: pixels per side.
       mode: "zero" or "reflect" (the edge pixel is not repeated).
       flip: `[n]` bool.
-
-    Returns:
-      uint8 `[n, H, W, C]`.
     """
     height, width = images.shape[1:3]
     rows = np.arange(height)[None] + offsets[:, :1] - pad  # [n, H]
@@ -199,16 +186,9 @@ def augment(
     options: AugmentOptions,
     distortion: Distortion | None = None,
 ) -> np.ndarray:
-    """Crops, flips and distorts a batch.
+    """Crops, flips and distorts a batch, uint8 `[n, H, W, C]` -> `[n, h, w, C]`.
 
-    Args:
-      images: uint8 `[n, H, W, C]`.
-      ids: `[n]` example indices; they key the draws together with seed, epoch.
-      size: (h, w) of the result.
-      distortion: of `options`; needs TensorFlow.
-
-    Returns:
-      uint8 `[n, h, w, C]`.
+    The draws are keyed by `ids [n]` together with seed and epoch; a distortion needs TensorFlow.
     """
 
     def uniform(draw: int, count: int) -> np.ndarray:

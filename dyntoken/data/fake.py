@@ -77,14 +77,7 @@ def open_fake(
     image_size: Size = 32,
     channels: Count = 3,
 ) -> ArraySource:
-    """Generated images; needs numpy only.
-
-    Args:
-      num_classes: number of classes; example i has class i modulo this.
-      train, test: examples per split.
-      image_size: pixels, one number or (height, width).
-      channels: colour channels.
-    """
+    """Generated images, `train` and `test` of them; example i has class i modulo `num_classes`."""
     if num_classes > _DIGIT**BOARD:
         raise DataError(
             f"option num_classes={num_classes} of data set {name!r} must be at most {_DIGIT**BOARD}"

@@ -98,20 +98,11 @@ def read_files(
     interpolation: str,
     batch: int,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Batch after batch of some files, in order.
-
-    Args:
-      paths: of the files; at least one.
-      size, crop_pct, interpolation: see `data.eval_batches`.
-      channels: 3, or 1 for grey.
-      batch: images at a time; the last batch is shorter.
+    """Batch after batch of some files, in order; the last is shorter. See `data.eval_batches`.
 
     Yields:
       (uint8 `[b, h, w, channels]`, bool `[b]`: the file decodes; where it does
       not, its image means nothing).
-
-    Raises:
-      MissingDataError: TensorFlow is not installed.
     """
     info = DataInfo("files", 1, None, {"all": len(paths)}, (0.0,) * channels, (1.0,) * channels)
     split = np.array([os.fsencode(path) for path in paths], object), np.zeros(len(paths), np.int32)

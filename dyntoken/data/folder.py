@@ -209,12 +209,7 @@ def open_folder(
 ) -> FolderSource:
     """The images under `folder:DIR`; a relative DIR is one of `data_dir` if that is given.
 
-    Args:
-      channels: 3, or 1 to read in grey.
-      max_corrupt: images that may fail to decode before a run gives up.
-
-    Raises:
-      DataError: a bad number of channels, or no folder given.
+    They are read in grey for one channel; `max_corrupt` may fail to decode before a run gives up.
     """
     root = name.partition(":")[2]
     if not root:

@@ -46,14 +46,10 @@ def permutation(count: int, *parts: int) -> np.ndarray:
 
 
 def balanced(labels: np.ndarray, *parts: int) -> np.ndarray:
-    """A random order in which all classes come equally often, int64 of the labels' length.
+    """A random order of labels `[N]` in which all classes that occur come equally often, int64 `[N]`.
 
     Of a class with too many examples a random choice is in it, those of a class
     with too few come several times, each as often as the others to within one.
-
-    Args:
-      labels: `[N]`; what counts as a class is what occurs.
-      parts: integers that key the draw.
     """
     count = len(labels)
     order = permutation(count, *parts, 0)
@@ -66,10 +62,8 @@ def balanced(labels: np.ndarray, *parts: int) -> np.ndarray:
 def stratified(labels: np.ndarray, *keys: int | np.ndarray) -> np.ndarray:
     """A fixed random order any range of which holds its share of every class, int64 `[N]`.
 
-    Args:
-      labels: `[N]`.
-      keys: integers, and integer arrays `[N]` that tell examples apart: an
-        example keeps its rank within its class when others are added.
+    Keyed by integers, and by integer arrays `[N]` that tell examples apart: an example
+    keeps its rank within its class when others are added.
     """
     count = len(labels)
     tie = bits(*keys, labels) + np.zeros(count, np.uint64)

@@ -100,14 +100,10 @@ class Prefetch(Generic[T]):
 
 
 def prefetch(iterator: Iterator[T], size: int = 2) -> Prefetch[T]:
-    """Runs an iterator ahead in a thread.
+    """Runs an iterator ahead in a thread, which keeps `size` items ready and closes it at the end.
 
     An exception of the iterator is raised by the `next` that reaches it. Use it
     as a context manager or call `close()`; after that it is exhausted.
-
-    Args:
-      iterator: what to run; its `close` is called at the end if it has one.
-      size: items to keep ready, at least 1.
     """
     if size < 1:
         raise ValueError(f"prefetch size is {size}; it must be at least 1")

@@ -54,13 +54,10 @@ class RandAugment:
 
     @classmethod
     def parse(cls, text: str) -> RandAugment:
-        """Reads timm's spelling, `rand-m9-mstd0.5-inc1`.
+        """Reads timm's spelling, `rand-m9-mstd0.5-inc1`; a `DataError` says what is wrong.
 
         Only the set of operations whose effect grows with the magnitude is
         there (`inc1`), with equal weights.
-
-        Raises:
-          DataError: anything else, with what is wrong.
         """
         first, *sections = str(text).split("-")
         if first != "rand":
@@ -92,14 +89,10 @@ class RandAugment:
         return policy
 
     def decode(self, draws: Any) -> tuple[Any, Any, Any, Any]:
-        """What to do, from uniform draws.
-
-        Args:
-          draws: float32 `[..., 5]` in [0, 1), one row per operation.
+        """What to do, from float32 draws `[..., 5]` in [0, 1), a row per operation.
 
         Returns:
-          (operation int32, applied bool, magnitude float32, sign float32 +-1),
-          each `[...]`; the operation is a position in `OPERATIONS`.
+          (place in `OPERATIONS` int32, applied bool, magnitude float32, sign float32 +-1), each `[...]`.
         """
         operation = tf.cast(draws[..., 0] * len(OPERATIONS), tf.int32)
         if self.std > UNIFORM_STD:
@@ -121,11 +114,7 @@ def operations(
     sign; 4 down to 0 bits; solarisation from 256 down to 0; 0 to 110 added; and
     enhancement factors that move away from 1 by up to 0.9, either way.
 
-    Args:
-      image: uint8 `[h, w, C]` of static shape.
-      magnitude, sign: float32 scalars, see `RandAugment.decode`.
-      interpolation: "bicubic" or "bilinear", of the warps.
-      fill: C grey levels for what a warp uncovers.
+    The image is uint8 `[h, w, C]` of static shape; warps fill what they uncover with C grey levels.
     """
     level = magnitude / TOP
     signed = sign * level
@@ -159,9 +148,8 @@ def _layers(
 ) -> Callable[..., Any]:
     """RandAugment as one program of XLA, which fuses the dozen passes of an operation into one or two.
 
-    Returns:
-      (image uint8 of `shape`, operations int32 `[count]` of which `len(OPERATIONS)`
-      does nothing, float32 `[count, 2]` magnitude and sign) -> image.
+    (image uint8 of `shape`, operations int32 `[count]` of which `len(OPERATIONS)` does
+    nothing, float32 `[count, 2]` magnitude and sign) -> image.
     """
 
     def run(image: Any, kinds: Any, how: Any) -> Any:
@@ -178,13 +166,10 @@ _ORDERS = tuple(itertools.permutations(range(3)))
 
 
 def jitter(image: Any, draws: Any, strength: float) -> Any:
-    """torchvision's ColorJitter of brightness, contrast and saturation.
+    """torchvision's ColorJitter of brightness, contrast and saturation on uint8 `[h, w, C]`.
 
-    Args:
-      image: uint8 `[h, w, C]`.
-      draws: float32 `[4]`: three factors, uniform in [1 - strength, 1 +
-        strength] (not below 0), and the order.
-      strength: timm's `color_jitter`, 0.4 in DeiT.
+    The draws are float32 `[4]`: three factors, uniform in [1 - strength, 1 + strength]
+    (not below 0), and the order.
     """
     low = max(0.0, 1.0 - strength)
     factors = low + draws[:3] * (1.0 + strength - low)
@@ -202,11 +187,8 @@ def jitter(image: Any, draws: Any, strength: float) -> Any:
 class Distortion:
     """What happens to the colours and the geometry of a cropped image.
 
-    Attributes:
-      policy: RandAugment, or None.
-      jitter: strength of the colour jitter, 0 for none.
-      interpolation: of the warps.
-      fill: grey level per channel for what a warp uncovers.
+    A policy or none, the strength of a colour jitter (0 for none), the interpolation of
+    warps, and the grey level per channel of what a warp uncovers.
     """
 
     policy: RandAugment | None

@@ -46,14 +46,10 @@ def weights(
     interpolation: str,
     part: slice = slice(None),
 ) -> np.ndarray:
-    """Resampling matrices along one axis.
+    """Resampling matrices along one axis, from `source` to `target` pixels, of which some `part` is wanted.
 
     Args:
       start, length: `[n]` first pixel and extent of each crop.
-      source: pixels of the uncropped axis.
-      target: pixels of the result.
-      interpolation: a key of `SUPPORT`.
-      part: which pixels of the result are wanted.
 
     Returns:
       float32 `[n, target, source]` (of a part, its rows), rows sum to 1, zero outside the crop.
@@ -92,17 +88,11 @@ def resize_boxes(
     interpolation: str,
     flip: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Crops a box of each image and resizes it.
+    """Crops a box of each image and resizes it: uint8 `[n, H, W, C]` -> `[n, h, w, C]`.
 
     Args:
-      images: uint8 `[n, H, W, C]`.
-      boxes: `[n, 4]` integers (top, left, height, width) inside the image.
-      size: (h, w) of the result.
-      interpolation: "bilinear" or "bicubic".
+      boxes: `[n, 4]` whole numbers (top, left, height, width) inside the image.
       flip: `[n]` bool, mirror left and right.
-
-    Returns:
-      uint8 `[n, h, w, C]`.
     """
     height, width = images.shape[1:3]
     out = []
@@ -139,9 +129,6 @@ def resize_centre(
     """Evaluation's resize and centre crop: uint8 `[n, H, W, C]` -> `[n, h, w, C]`.
 
     Only what the crop shows is computed, however long the resized side is.
-
-    Raises:
-      DataError: see `decode.check_shape`.
     """
     height, width = images.shape[1:3]
     check_shape(height, width)

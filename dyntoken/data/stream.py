@@ -254,13 +254,7 @@ def replace_bad(batch: Batch, per_shard: int, log: CorruptLog) -> Batch:
     Where a shard has no good row, nothing is learnt from its rows: their mask is 0. They
     hold what is mixed with, if anything is: the other image of their pair.
 
-    Args:
-      batch: with `bad` bool `[b]` and `name` bytes `[b]`, which are taken out.
-      per_shard: rows of each virtual shard.
-      log: told the names.
-
-    Raises:
-      DataError: the log's limit is reached, or a label is none of the classes.
+    `bad` bool `[b]` and `name` bytes `[b]` are taken out of the batch.
     """
     bad, names = batch.pop("bad"), batch.pop("name")
     log.check(batch, ~bad, names)

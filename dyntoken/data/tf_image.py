@@ -40,13 +40,11 @@ def _decode(data: Any, channels: int, box: Callable[[Any, Any], Any] | None = No
     levels, turns CMYK differently and knows no TIFF.
 
     Args:
-      data: the encoded image.
-      channels: 1 or 3.
       box: (height, width) -> int32 `[4]` (top, left, height, width) to keep;
         None keeps all.
 
     Returns:
-      uint8 `[h, w, channels]`.
+      uint8 `[h, w, channels]`, 1 or 3 channels.
     """
     accurate = "INTEGER_ACCURATE"  # what Pillow decodes with
 
@@ -148,13 +146,8 @@ def train_views(
 ) -> tuple[Any, Any]:
     """Decodes one image, then crops, resizes, flips and distorts it once per view.
 
-    A single view decodes its crop only; several share the whole image.
-
-    Args:
-      data: the encoded image, or a function that gives it.
-      seed: int64 `[2]`, keys every draw.
-      size: (h, w) of the result.
-      guarded: see `_load`.
+    A single view decodes its crop only; several share the whole image. `data` and
+    `guarded` are `_load`'s, the seed int64 `[2]` keys every draw.
 
     Returns:
       (uint8 `[options.repeats, h, w, channels]`, bool: it did not decode).
@@ -225,10 +218,7 @@ def eval_view(
 def compiled(view: Callable[..., Any], load: Callable[[Any], Any], *args: Any) -> Callable[..., Any]:
     """`train_views` of (pointer, seed) or `eval_view` of a pointer, as a graph that every epoch reuses.
 
-    Args:
-      view: one of the two.
-      load: gives the encoded image of a pointer.
-      *args: of the view, behind data and seed.
+    `load(pointer)` gives the encoded image; `args` are the view's, behind data and seed.
     """
 
     def run(pointer: Any, *seed: Any) -> tuple[Any, Any]:

@@ -64,10 +64,8 @@ tfds: Any = _OnUse(lambda: importlib.import_module("tensorflow_datasets"))
 def optimization_barrier(x: Any, argument: Any) -> Any:
     """`x`, of which XLA must not compute any part anew for each pixel that uses it.
 
-    Args:
-      x: what to keep.
-      argument: numbers below 1e9 that the program is called with. XLA does not
-        know them, so it cannot drop the branch below that is never taken.
+    `argument` is numbers below 1e9 that the program is called with. XLA does not know
+    them, so it cannot drop the branch below that is never taken.
     """
     known = tf.cast(tf.reshape(argument, [-1])[0], tf.float32) < 1e9
     return tf.cond(known, lambda: x, lambda: tf.zeros_like(x))

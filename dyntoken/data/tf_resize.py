@@ -55,7 +55,6 @@ def plan_windows(
         resized; pixels outside have no influence.
       shape: int32 `[2]`, height and width of the image.
       size: (height, width) of a part.
-      interpolation: "bilinear" or "bicubic".
       scale: float32 `[2]`, pixels of the image per pixel of the result; None fits
         each box to `size`.
       first: float32 `[2]`, row and column of the resized box where the part
@@ -110,15 +109,10 @@ def pad_to_windows(image: Any, windows: Sequence[Window]) -> Any:
 
 
 def resize(image: Any, window: Window, size: tuple[int, int], interpolation: str, flip: Any = False) -> Any:
-    """One part of a resized image.
+    """One part of a resized image, uint8 `[height, width, C]`, mirrored or not.
 
-    Args:
-      image: of `pad_to_windows`, uint8 `[h, w, C]`, C up to 3.
-      window: of `plan_windows` with the same size and interpolation.
-      flip: bool, whether to mirror it.
-
-    Returns:
-      uint8 `[height, width, C]`.
+    The image is of `pad_to_windows`, uint8 `[h, w, C]`, C up to 3, the window of
+    `plan_windows` with the same size and interpolation.
     """
     return _resizer(size, image.shape[-1], interpolation)(image, *tf.nest.flatten(window), flip)
 
@@ -146,13 +140,10 @@ def _resizer(size: tuple[int, int], channels: int, interpolation: str) -> Callab
 def _weighted(
     lines: Any, where: Any, count: int, interpolation: str, terms: int, read: Callable[[Any], list[Any]]
 ) -> list[Any]:
-    """Sums of weighted rows.
+    """`count` sums of weighted rows of `lines [n, m]`, `terms` in each, 0 for as many as it takes.
 
     Args:
-      lines: `[n, m]`.
       where: float32 `[4]`, of `Window`.
-      count: rows of the result.
-      terms: of a sum; 0 for as many as it takes.
       read: `[count, m]` of `lines` -> float32 planes `[count, m]`.
 
     Returns:

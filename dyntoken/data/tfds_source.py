@@ -82,10 +82,7 @@ def _versions(folder: Any) -> list[Any]:
 def _find(name: str, data_dir: str) -> Any | None:
     """The folder of `name[/config][:version]` under `data_dir`, or None.
 
-    Without a version the newest; without a config the only one.
-
-    Raises:
-      DataError: several configs are there and none was asked for.
+    Without a version the newest; without a config the only one, else it is an error.
     """
     from etils import epath
 
@@ -127,11 +124,7 @@ def _absent(name: str, data_dir: str) -> Exception:
 
 
 def features_of(builder: Any) -> tuple[str, str]:
-    """Names of the image and the label of a set's examples.
-
-    Raises:
-      DataError: it has no 8-bit image or no class label at its top level.
-    """
+    """Names of the 8-bit image and the class label of a set's examples."""
     found = {}
     for kind, cls in (("image", tfds.features.Image), ("label", tfds.features.ClassLabel)):
         keys = [key for key, feature in builder.info.features.items() if isinstance(feature, cls)]
@@ -357,12 +350,7 @@ class TfdsSource:
 def open_tfds(name: str, data_dir: str | None, *, max_corrupt: Natural = MAX_CORRUPT) -> TfdsSource:
     """The TFDS set `name[/config][:version]`, read from `data_dir`.
 
-    Args:
-      max_corrupt: images of a streamed set that may fail to decode before a run
-        gives up.
-
-    Raises:
-      UnknownNameError: the name is not of that form.
+    `max_corrupt` images of a streamed set may fail to decode before a run gives up.
     """
     if not _NAME.match(name):
         hint = f"; a folder of pictures is written folder:{name}" if os.path.isdir(name) else ""
