@@ -14,14 +14,14 @@ from dyntoken.data.errors import DataError
 from dyntoken.data.info import DataInfo
 from dyntoken.data.requests import EvalRequest, TrainRequest
 from dyntoken.data.splits import Part
-from dyntoken.data.stream import FILE_ORDER, SHARD_BITS, StreamSource
+from dyntoken.data.stream import FILE_ORDER, SHARD_BITS, Records, StreamSource
 from dyntoken.data.tf_import import tf
 
 Split = tuple[np.ndarray, np.ndarray]  # paths bytes `[N]`, int32 labels `[N]`
 
 
-class FileRecords:
-    """`Records` over files that are read at random: what a batch holds is index arithmetic."""
+class FileRecords(Records):
+    """Records over files that are read at random: what a batch holds is index arithmetic."""
 
     where = "see that its files can be read"
     labels_known = True

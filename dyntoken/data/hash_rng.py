@@ -35,6 +35,11 @@ def bits(*parts: int | np.ndarray) -> np.ndarray:
     return state
 
 
+def int63(*parts: int) -> int:
+    """A seed for TensorFlow's draws."""
+    return int(bits(*parts)[0] >> np.uint64(1))
+
+
 def uniform(*parts: int | np.ndarray) -> np.ndarray:
     """Float64 in [0, 1), shaped as `bits` of the same parts."""
     return (bits(*parts) >> np.uint64(11)).astype(np.float64) * 2.0**-53

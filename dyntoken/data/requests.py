@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dyntoken.data.augment import AugmentOptions
 from dyntoken.data.errors import DataError
 from dyntoken.data.resample import check_interpolation
-from dyntoken.data.splits import Part, count_rows, portion
+from dyntoken.data.splits import Part, count_rows, portion, slice_parts
 
 MAX_RESIZED = 8192  # pixels of the shorter side before evaluation's crop
 
@@ -94,6 +94,10 @@ class Request:
     def shard(self, number: int) -> range:
         """The rows of the split in a virtual shard."""
         return portion(self.count, self.shards, number)
+
+    def shard_parts(self, number: int) -> tuple[Part, ...]:
+        rows = self.shard(number)
+        return slice_parts(self.parts, rows.start, rows.stop)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -41,11 +41,11 @@ _GROUP = 4  # records whose views take turns
 _log = logging.getLogger(__name__)
 
 
-class Records(Protocol):
+class Records:
     """Encoded images on disk, as tf.data.Datasets of rows.
 
     A row is (pointer, int32 label, name) or (pointer, int32 label, name, bool `[K]`: every
-    label that fits); `load(pointer)`, a static method, gives the encoded image.
+    label that fits); `load(pointer)` gives the encoded image.
 
     The stored order has to be a random one, else slices and shards hold some classes only.
 
@@ -54,24 +54,24 @@ class Records(Protocol):
       labels_known: without reading, so that `request.balance` can be served.
     """
 
-    where: str
-    labels_known: bool
+    where = ""
+    labels_known = False
 
     def train(self, request: TrainRequest, epoch: int, block: int, skip: int) -> Any:
         """(number, row) of this process's shards in an epoch's order, `block` of each in turn, from block `skip` on."""
+        raise NotImplementedError
 
     def evaluate(self, request: EvalRequest, skip: int) -> Any:
         """(row, mask) of this process's shards in stored order, padded with mask 0, from batch `skip` on."""
+        raise NotImplementedError
 
-    def load(self, pointer: Any) -> Any: ...
+    @staticmethod
+    def load(pointer: Any) -> Any:
+        return pointer
 
     def why(self, name: bytes, channels: int) -> str:
         """Why an image does not decode, or ""."""
-
-
-def int63(*parts: int) -> int:
-    """A seed of TensorFlow's from a draw."""
-    return int(hash_rng.bits(*parts)[0] >> np.uint64(1))
+        return ""
 
 
 class StreamSource:
@@ -137,7 +137,10 @@ class StreamSource:
     def _epoch(self, request: TrainRequest, epoch: int, skip: int, guarded: bool) -> Iterator[Batch]:
         """The batches of one epoch from batch `skip` on, with `bad` and `name`."""
         per_shard, steps, repeats = request.per_shard, request.steps_per_epoch - skip, request.augment.repeats
-        key, distortion = int63(request.seed, epoch, _AUGMENT), request.augment.distortion(self.info.mean)
+        key, distortion = (
+            hash_rng.int63(request.seed, epoch, _AUGMENT),
+            request.augment.distortion(self.info.mean),
+        )
         how = request.size, self.info.channels, request.augment, distortion, guarded
         views_of = compiled(train_views, self._records.load, *how)
 

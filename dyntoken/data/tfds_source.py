@@ -19,23 +19,15 @@ from typing import Any
 
 import numpy as np
 
-from dyntoken.data import hash_rng
+from dyntoken.data import hash_rng, stream
 from dyntoken.data.errors import DataError, MissingDataError
 from dyntoken.data.in_memory import ArrayRows, ArraySource
 from dyntoken.data.info import DataInfo
 from dyntoken.data.known_datasets import KNOWN_DATASETS, default_moments
 from dyntoken.data.requests import EvalRequest, TrainRequest
 from dyntoken.data.sources import SOURCES, Batch
-from dyntoken.data.splits import Part, slice_parts
-from dyntoken.data.stream import (
-    FILE_ORDER,
-    MAX_CORRUPT,
-    RECORD_ORDER,
-    SHARD_BITS,
-    StreamSource,
-    int63,
-    unreadable,
-)
+from dyntoken.data.splits import Part
+from dyntoken.data.stream import MAX_CORRUPT, Records, StreamSource, unreadable
 from dyntoken.data.tf_import import INSTALL, tensorflow, tf, tfds
 from dyntoken.registry import UnknownNameError, suggest
 from dyntoken.schema import Natural
@@ -108,9 +100,7 @@ def _absent(name: str, data_dir: str) -> Exception:
     if base not in _HOW:
         known = list(SOURCES)
         if importlib.util.find_spec("tensorflow_datasets") is not None:
-            known += tfds.list_builders(  # no TensorFlow, no network
-                with_community_datasets=False
-            )
+            known += tfds.list_builders(with_community_datasets=False)  # no TensorFlow, no network
         if base not in known:
             return UnknownNameError(
                 f"unknown data set {name!r}, and not in {data_dir}: {suggest(base, known)}"
@@ -197,10 +187,8 @@ def _decoded(name: str, path: str, split: str) -> ArrayRows:
     return rows.stratified() if in_order else rows
 
 
-class TfdsRecords:
-    """`stream.Records` over a prepared builder: a shard's files are read in turn, shuffled in a buffer."""
-
-    labels_known = False
+class TfdsRecords(Records):
+    """Records of a prepared builder: a shard's files are read in turn, shuffled in a buffer."""
 
     def __init__(self, builder: Any):
         self._builder = builder
@@ -210,28 +198,23 @@ class TfdsRecords:
         self._classes = builder.info.features[self._label].num_classes
 
     def train(self, request: TrainRequest, epoch: int, block: int, skip: int) -> Any:
-        def stream(shard: int) -> Any:
-            rows = request.shard(shard)
-            parts = slice_parts(request.parts, rows.start, rows.stop)
-            records = self.read(parts, (request.seed, epoch, FILE_ORDER, shard))
-            seed = int63(request.seed, epoch, RECORD_ORDER, shard)
+        def read(shard: int) -> Any:
+            key = request.seed, epoch
+            records = self.read(request.shard_parts(shard), (*key, stream.FILE_ORDER, shard))
+            seed = hash_rng.int63(*key, stream.RECORD_ORDER, shard)
             records = records.shuffle(SHUFFLE_BUFFER, seed=seed, reshuffle_each_iteration=False)
-            return records.enumerate(shard << SHARD_BITS).skip(skip * block)
+            return records.enumerate(shard << stream.SHARD_BITS).skip(skip * block)
 
-        return _in_turn([stream(shard) for shard in request.local_shards], block)
+        return _in_turn([read(shard) for shard in request.local_shards], block)
 
     def evaluate(self, request: EvalRequest, skip: int) -> Any:
-        per_shard = request.per_shard
-
-        def stream(shard: int) -> Any:
-            rows = request.shard(shard)
-            records = self.read(slice_parts(request.parts, rows.start, rows.stop), None)
-            records = records.map(lambda *row: (row, 1.0))
+        def read(shard: int) -> Any:
+            records = self.read(request.shard_parts(shard), None).map(lambda *row: (row, 1.0))
             empty = tuple(tf.zeros(spec.shape, spec.dtype) for spec in records.element_spec[0])
             records = records.concatenate(tf.data.Dataset.from_tensors((empty, 0.0)).repeat())
-            return records.take(request.steps * per_shard).skip(skip * per_shard)
+            return records.take(request.steps * request.per_shard).skip(skip * request.per_shard)
 
-        return _in_turn([stream(shard) for shard in request.local_shards], per_shard)
+        return _in_turn([read(shard) for shard in request.local_shards], request.per_shard)
 
     def read(self, parts: Sequence[Part], key: tuple[int, ...] | None) -> Any:
         """(encoded image, int32 label, file and place); files in a drawn order if keyed."""
@@ -287,13 +270,6 @@ class TfdsRecords:
         except tf.errors.OpError as error:
             raise unreadable(self._builder.info.full_name, error, self.where) from None
         return first == sorted(first) and last == sorted(last) and first[-1] < last[0]
-
-    @staticmethod
-    def load(pointer: Any) -> Any:
-        return pointer
-
-    def why(self, name: bytes, channels: int) -> str:
-        return ""
 
 
 def _in_turn(streams: list[Any], block: int) -> Any:

@@ -31,7 +31,7 @@ from dyntoken.data.errors import MissingDataError
 from dyntoken.data.info import DataInfo
 from dyntoken.data.known_datasets import IMAGENET_MEAN, IMAGENET_STD
 from dyntoken.data.requests import TrainRequest, check_size
-from dyntoken.data.stream import StreamSource
+from dyntoken.data.stream import Records, StreamSource
 from dyntoken.data.tf_image import eval_view
 from dyntoken.data.tf_import import tf
 from dyntoken.tools import cli
@@ -116,10 +116,8 @@ def photographs() -> list[bytes]:
     return encoded
 
 
-class _Repeated:
-    """`stream.Records` of a few JPEGs in memory, over and over."""
-
-    where, labels_known = "", False
+class _Repeated(Records):
+    """A few JPEGs in memory, over and over."""
 
     def __init__(self, images: Sequence[bytes]):
         self._images = list(images)
@@ -127,13 +125,6 @@ class _Repeated:
     def train(self, request: TrainRequest, epoch: int, block: int, skip: int) -> Any:
         images = tf.data.Dataset.from_tensor_slices(self._images).repeat().take(request.count)
         return images.map(lambda content: (content, 0, "")).enumerate()
-
-    @staticmethod
-    def load(pointer: Any) -> Any:
-        return pointer
-
-    def why(self, name: bytes, channels: int) -> str:
-        return ""
 
 
 def _rates(run: Callable[[], int]) -> tuple[float, float]:
