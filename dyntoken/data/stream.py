@@ -18,6 +18,7 @@ decoded unguarded until the first one fails, and guarded, from the same batch, e
 
 from __future__ import annotations
 
+import functools
 import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -102,16 +103,14 @@ class StreamSource:
                 yield from self._epoch(request, epoch, skip, guarded)
                 step = (epoch + 1) * request.steps_per_epoch
 
-        def mend(batch: Batch, log: CorruptLog) -> Batch:
-            return replace_bad(batch, request.per_shard, log)
-
-        return close_at_exit(self._guarded(batches, request.start_step, mend))
+        return close_at_exit(
+            self._guarded(
+                batches, request.start_step, lambda batch, log: replace_bad(batch, request.per_shard, log)
+            )
+        )
 
     def evaluate(self, request: EvalRequest) -> Iterator[Batch]:
-        def batches(step: int, guarded: bool) -> Iterator[Batch]:
-            return self._pass(request, step, guarded)
-
-        return close_at_exit(self._guarded(batches, 0, mask_bad))
+        return close_at_exit(self._guarded(functools.partial(self._pass, request), 0, mask_bad))
 
     def _guarded(
         self,
@@ -137,10 +136,8 @@ class StreamSource:
     def _epoch(self, request: TrainRequest, epoch: int, skip: int, guarded: bool) -> Iterator[Batch]:
         """The batches of one epoch from batch `skip` on, with `bad` and `name`."""
         per_shard, steps, repeats = request.per_shard, request.steps_per_epoch - skip, request.augment.repeats
-        key, distortion = (
-            hash_rng.int63(request.seed, epoch, _AUGMENT),
-            request.augment.distortion(self.info.mean),
-        )
+        key = hash_rng.int63(request.seed, epoch, _AUGMENT)
+        distortion = request.augment.distortion(self.info.mean)
         how = request.size, self.info.channels, request.augment, distortion, guarded
         views_of = compiled(train_views, self._records.load, *how)
 
