@@ -9,7 +9,17 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent / "dyntoken"
 BASE = {"types", "registry", "schema"}
-CORE = BASE | {"ops", "nn", "reducers", "backbones", "heads", "cascade", "multiexit", "names", "models"}
+CORE = BASE | {
+    "ops",
+    "nn",
+    "reducers",
+    "backbones",
+    "heads",
+    "cascade",
+    "multiexit",
+    "architectures",
+    "models",
+}
 ALLOWED = {
     "__init__": {"interrupt"},
     "interrupt": set(),
@@ -20,11 +30,11 @@ ALLOWED = {
     "config": set(),
     "paths": set(),
     "cluster": {"peers"},
-    "names": set(),
+    "architectures": set(),
     "ops": {"types"},
     "nn": BASE | {"ops"},
-    "reducers": BASE | {"names", "nn", "ops"},
-    "backbones": BASE | {"names", "nn", "ops"},
+    "reducers": BASE | {"architectures", "nn", "ops"},
+    "backbones": BASE | {"architectures", "nn", "ops"},
     "heads": {"nn", "ops", "types"},
     "multiexit": BASE | {"backbones", "heads", "nn", "ops"},
     "cascade": BASE | {"backbones", "heads", "nn", "ops", "reducers"},
@@ -35,7 +45,7 @@ ALLOWED = {
     "schedules": {"registry"},
     "optim": BASE | {"nn", "ops", "schedules"},
     "data": {"registry", "paths", "schema"},
-    "preprocessing": {"data", "device_augment", "models", "names"},
+    "preprocessing": {"data", "device_augment", "models", "architectures"},
     "runs": {"preprocessing", "train", "weights"},
     "analysis": CORE,
     "eval": CORE | {"losses", "weights", "data", "analysis", "device_augment"},

@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import dyntoken
-from dyntoken.backbones.deit import ViT
 from dyntoken.backbones.isotropic import Isotropic, pair
-from dyntoken.data.in_memory import ArrayRows, ArraySource
+from dyntoken.backbones.vit import ViT
+from dyntoken.data import ArrayRows, ArraySource
 from dyntoken.nn import layers
 from dyntoken.ops import select
 from dyntoken.types import Reduction

@@ -17,7 +17,7 @@ import dyntoken
 from dyntoken import losses, main, optim, train, weights
 from dyntoken.analysis import macs
 from dyntoken.backbones import BACKBONES
-from dyntoken.nn.sites import added
+from dyntoken.nn.reduction_sites import added
 from dyntoken.ops import fuse
 from dyntoken.reducers import METHODS, SCORERS
 from dyntoken.registry import UnknownNameError, load_plugins
