@@ -54,6 +54,8 @@ class _OnUse:
         self._load = load
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # asked by those who look through a module
+            raise AttributeError(name)
         return getattr(self._load(), name)
 
 
