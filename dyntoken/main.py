@@ -136,10 +136,8 @@ def _gmacs(model) -> float | list[float]:
     """Multiply-adds (1e9) of one image, of a model with exits up to each of them."""
     from dyntoken.analysis import macs
 
-    count = macs.count(model)
-    if macs.exits(model):
-        return [round(gmacs, 6) for gmacs in macs.gmacs_per_exit(model, count)]
-    return round(count.gmacs, 6)
+    found = macs.gmacs(model)
+    return [round(value, 6) for value in found] if isinstance(found, list) else round(found, 6)
 
 
 def _spell(gmacs: float | list[float]) -> str:

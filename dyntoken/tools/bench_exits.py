@@ -87,11 +87,11 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     from dyntoken.eval.runner import Runner
 
     model = cli.build(args, dtype=args.dtype)
-    count, device = macs.exits(model), jax.devices()[0]
+    count, device = len(model.exits), jax.devices()[0]
     if count != len(args.exits):
         have = f"{count} exits" if count else "no exits"
         raise ValueError(f"{args.name} has {have}, and --exits names {len(args.exits)} shares")
-    gmacs = np.array(macs.gmacs_per_exit(model, macs.count(model)))
+    gmacs = np.array(macs.gmacs(model))
     variables = timing.random_variables(model)
     images = timing.random_images(model, args.batch)
     every = timing.evaluation(model, variables, images)

@@ -75,7 +75,7 @@ def _measure_exits(config: Config, result: train.Result, log: Log) -> list[Row]:
         start = {"model": {"name": SHIPPED}, "init": {"path": f"pretrained:{SHIPPED}"}, "optim": {}}
         top1 = train.evaluate({**config, **PLAIN, **start}, log=lambda line: None)["top1"]
         rows.append({"model": f"dense {SHIPPED}", "top1": top1, "gmacs": macs.count(reference).gmacs})
-    costs = macs.gmacs_per_exit(result.model, macs.count(result.model))
+    costs = macs.gmacs(result.model)
     for index, (top1, gmacs) in enumerate(zip(result.metrics["top1_per_exit"], costs, strict=True)):
         name = f"{result.plan.settings.model['name']}, exit {index}"
         rows.append({"model": name, "top1": top1, "gmacs": gmacs, "exit": index})
@@ -174,14 +174,14 @@ def _picture(
 
 
 def _draw_kept(result: train.Result) -> Any:
-    from dyntoken.analysis import draw
+    from dyntoken.analysis import token_maps
 
     image = next(iter(result.plan.eval_batches()))["image"][:1]
     variables = jax.device_get(result.state.variables)
     out = jax.jit(result.model.apply)(variables, result.plan.prepare(jnp.asarray(image)))
     names = result.plan.info.class_names
     title = f"{result.plan.settings.model['name']}: {names[int(out.logits[0].argmax())] if names else ''}"
-    return draw.picture(image[0], out.reductions, at=result.model.at, title=title)
+    return token_maps.picture(image[0], out.reductions, at=result.model.at, title=title)
 
 
 def _draw_exits(rows: list[Row]) -> Any:

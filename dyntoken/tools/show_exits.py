@@ -33,9 +33,9 @@ from etils import epath
 
 from dyntoken import data, paths
 from dyntoken.analysis import contact_sheet, exit_plots, figures
+from dyntoken.device_augment import normalize
 from dyntoken.eval import exits
 from dyntoken.eval.logits import collect, make_logits_step
-from dyntoken.mix import normalize
 from dyntoken.tools import cli
 from dyntoken.tools.thresholds import UNITS, read
 from dyntoken.train import mesh as meshes

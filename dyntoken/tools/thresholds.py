@@ -116,7 +116,7 @@ def load(workdir: str, args: argparse.Namespace, unit: str) -> Result:
     """What a run says about the split, and the costs of its exits."""
     opened, logits, labels = read(workdir, args.split, args.ema)
     plan, model, data = opened.plan, opened.plan.model, opened.plan.settings.data
-    gmacs = costs = macs.gmacs_per_exit(model, macs.count(model))
+    gmacs = costs = macs.gmacs(model)
     if unit == "ms":
         # On one device: the variables lie on all of them.
         variables = jax.device_put(jax.device_get(opened.variables), jax.devices()[0])

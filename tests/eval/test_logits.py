@@ -13,14 +13,14 @@ import pytest
 
 import dyntoken
 from dyntoken import config as recipes
-from dyntoken import data, mix, train
+from dyntoken import data, device_augment, train
 from dyntoken.eval.logits import classify, make_eval_step
 from dyntoken.train import mesh as meshes
 from dyntoken.types import Output
 
 MEAN, STD = (0.5,) * 3, (0.25,) * 3
 SOURCE = {"image_size": 16, "train": 8, "test": 37, "num_classes": 7}
-prepare = functools.partial(mix.normalize, mean=MEAN, std=STD)
+prepare = functools.partial(device_augment.normalize, mean=MEAN, std=STD)
 
 
 class Fixed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -18,15 +19,10 @@ _ERASE_TRIES = 10
 
 
 def normalize(images: Array, mean: Sequence[float], std: Sequence[float]) -> Array:
-    """`(images / 255 - mean) / std` in float32.
+    """`(images / 255 - mean) / std` in float32, of uint8 `[B, H, W, C]`.
 
-    Args:
-      images: `[B, H, W, C]` uint8.
-      mean: per channel, in units of the full range (0 to 1).
-      std: per channel, likewise.
-
-    Raises:
-      ValueError: if mean or std has not one number per channel.
+    Mean and deviation are per channel, in units of the full range (0 to 1); any other
+    number of them is a ValueError.
     """
     channels = images.shape[-1]
     if len(mean) != channels or len(std) != channels:
@@ -41,19 +37,14 @@ def normalize(images: Array, mean: Sequence[float], std: Sequence[float]) -> Arr
 def soft_targets(labels: Array, num_classes: int, smoothing: float = 0.0) -> Array:
     """One-hot targets with label smoothing, `[B, num_classes]` float32.
 
-    Every class gets `smoothing / num_classes`, the true one `1 - smoothing`
-    on top (timm's `one_hot`).
-
-    Args:
-      labels: `[B]` integers.
-      num_classes: number of classes K.
-      smoothing: probability mass spread evenly, in [0, 1).
+    Every class gets `smoothing / num_classes`, the true one of `labels [B]` has
+    `1 - smoothing` on top (timm's `one_hot`).
     """
     hot = labels[:, None] == jnp.arange(num_classes, dtype=labels.dtype)[None, :]
     return hot.astype(jnp.float32) * (1.0 - smoothing) + smoothing / num_classes
 
 
-@schema.checked
+@functools.partial(schema.checked, owner="mix")  # as the section of a config
 def mix(
     key: Array,
     images: Array,
@@ -139,9 +130,6 @@ def random_erase(
       prob: probability per image.
       area: share of the image that the box covers.
       aspect: height / width of the box, log-uniform.
-
-    Returns:
-      `[B, H, W, C]`, of the type of `images`.
     """
     height, width = images.shape[1:3]
     row = jnp.arange(height)[:, None, None]
@@ -149,18 +137,11 @@ def random_erase(
 
     def one(image: Array, number: Array) -> Array:
         draws, noise = jax.random.split(jax.random.fold_in(key, number))
-        top, left, tall, wide = erase_box(
-            jax.random.uniform(draws, (2 * _ERASE_TRIES + 3,)),
-            height,
-            width,
-            prob=prob,
-            area=area,
-            aspect=aspect,
-        )
+        draws = jax.random.uniform(draws, (2 * _ERASE_TRIES + 3,))
+        top, left, tall, wide = erase_box(draws, height, width, prob=prob, area=area, aspect=aspect)
         inside = (row >= top) & (row < top + tall) & (column >= left) & (column < left + wide)
-        return jnp.where(
-            inside, jax.random.normal(noise, image.shape, jnp.float32).astype(image.dtype), image
-        )
+        pixels = jax.random.normal(noise, image.shape, jnp.float32).astype(image.dtype)
+        return jnp.where(inside, pixels, image)
 
     return jax.vmap(one)(images, ids)
 
@@ -176,11 +157,7 @@ def erase_box(
 ) -> tuple[Array, Array, Array, Array]:
     """(top, left, height, width) of the box to erase, int32 scalars; of size 0 for none.
 
-    Args:
-      draws: `[23]` uniform in [0, 1): 10 areas, 10 ratios, two places, whether.
-      height: of the image.
-      width: of the image.
-      prob: see `random_erase`, as the others.
+    The draws are `[23]` uniform in [0, 1): 10 areas, 10 ratios, two places, whether.
     """
     share = area[0] + draws[:_ERASE_TRIES] * (area[1] - area[0])
     log_low, log_high = math.log(aspect[0]), math.log(aspect[1])
@@ -205,15 +182,7 @@ def draw(
     prob: float = 1.0,
     switch_prob: float = 0.5,
 ) -> tuple[Array, Array]:
-    """What `mix` draws: the share of an image's own pixels, and lambda.
-
-    Args:
-      key: the step's key.
-      shape: (H, W).
-      mixup: see `mix`; at least one of the two alphas is positive.
-      cutmix: see `mix`.
-      prob: see `mix`.
-      switch_prob: see `mix`.
+    """What `mix` draws for images of a shape (H, W) from the step's key; one of the two alphas is positive.
 
     Returns:
       `weight [H, W]` float32, lambda everywhere for mixup, 0 inside the box and

@@ -1,33 +1,34 @@
-"""Sheets of what training sees: `python -m dyntoken.tools.show --augment CONFIG`."""
+"""Sheets of what training sees.
 
-from __future__ import annotations
-
-import argparse
-import dataclasses
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
-
-import jax
-import numpy as np
-
-from dyntoken import config as recipes
-from dyntoken import data, mix
-from dyntoken.analysis import contact_sheet, figures
-from dyntoken.data.plan import check_size, parse_split
-from dyntoken.tools import cli
-from dyntoken.train.settings import DataSettings, Settings, read
-
-TEXT = """\
 A sheet of what training sees under a recipe: images of its training split, each
 several times. Of every image the upper line is what the data gives (crop, flip,
 RandAugment or colour jitter), the lower line what the model gets (erased and
 mixed), normalisation undone. Each column is drawn like one training step.
 
-The recipe's data set must be on disk; --data shows other images in its place."""
-EXAMPLES = """\
-  python -m dyntoken.tools.show --augment configs/tps_deit.py:demo
-  python -m dyntoken.tools.show --augment configs/tps_deit.py --data=folder:photos --out=seen.png"""
+The recipe's data set must be on disk; --data shows other images in its place.
+
+examples:
+  python -m dyntoken.tools.show_augmentation configs/tps_deit.py:demo
+  python -m dyntoken.tools.show_augmentation configs/tps_deit.py --data=folder:photos --out=seen.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dyntoken.tools import cli
+
+if TYPE_CHECKING:
+    from dyntoken.data import DataInfo
+    from dyntoken.train.settings import DataSettings, Settings
+
 SIDE = 1.3  # inches of a picture on the sheet
 
 
@@ -52,29 +53,9 @@ class Seen:
     rows: np.ndarray
 
 
-def main(argv: Sequence[str]) -> int:
-    """Writes the sheet; returns the exit status."""
-    args = _parser().parse_args(argv)
-    settings = read(_config(args))
-    chosen = settings.data
-    try:
-        facts = data.info(chosen.name, chosen.data_dir, **chosen.options)
-        seen = look(chosen, settings.mix, facts, seed=settings.seed, images=args.images, draws=args.draws)
-    except data.MissingDataError as error:
-        raise data.MissingDataError(
-            f"{error}; to see the recipe on other images add --data=folder:DIR or --data=NAME"
-        ) from error
-    title = f"What training sees: {args.augment}, images of {facts.name}"
-    figures.save(draw(seen, facts.class_names, title, note(settings)), args.out)
-    print(args.out)
-    print(f"data.augment: {_spell(chosen.augment or {})}")
-    print(f"mix: {_spell(settings.mix)}")
-    return 0
-
-
-def _parser() -> cli.Parser:
-    parser = cli.Parser("show", TEXT, EXAMPLES)
-    parser.add_argument("--augment", metavar="CONFIG", required=True, help="recipe, configs/FILE.py[:args]")
+def arguments(parser: cli.Parser) -> None:
+    """The options."""
+    parser.add_argument("config", metavar="CONFIG", help="recipe, configs/FILE.py[:args]")
     parser.add_argument(
         "--data", metavar="DATA", help="images of this data set (split train) in place of the recipe's"
     )
@@ -84,7 +65,6 @@ def _parser() -> cli.Parser:
     parser.add_argument(
         "--out", type=Path, default=Path("shown/augment.png"), help="file (default: shown/augment.png)"
     )
-    return parser
 
 
 def _even(text: str) -> int:
@@ -94,19 +74,42 @@ def _even(text: str) -> int:
     return count
 
 
-def _config(args: argparse.Namespace) -> dict[str, Any]:
-    config = recipes.load(args.augment).to_dict()
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Writes the sheet."""
+    from dyntoken import config as recipes
+    from dyntoken import data
+    from dyntoken.analysis import figures
+    from dyntoken.train.settings import read
+
+    config = recipes.load(args.config).to_dict()
     if args.data:
         config["data"] |= {"name": args.data, "split": "train", "options": {}}
     if args.data_dir:
         config["data"]["data_dir"] = args.data_dir
-    return config
+    settings = read(config)
+    chosen = settings.data
+    try:
+        known = data.info(chosen.name, chosen.data_dir, **chosen.options)
+        seen = look(chosen, settings.mix, known, seed=settings.seed, images=args.images, draws=args.draws)
+    except data.MissingDataError as error:
+        raise data.MissingDataError(
+            f"{error}; to see the recipe on other images add --data=folder:DIR or --data=NAME"
+        ) from error
+    title = f"What training sees: {args.config}, images of {known.name}"
+    figures.save(draw(seen, known.class_names, title, note(settings)), args.out)
+    return {"file": str(args.out), "data.augment": dict(chosen.augment or {}), "mix": dict(settings.mix)}
+
+
+def report(result: Mapping[str, Any]) -> str:
+    """The file, and what was asked for."""
+    spelt = {key: ", ".join(f"{k}={v}" for k, v in result[key].items()) for key in ("data.augment", "mix")}
+    return "\n".join([result["file"], *(f"{key}: {value}" for key, value in spelt.items())])
 
 
 def look(
     chosen: DataSettings,
     mixing: Mapping[str, Any],
-    facts: data.DataInfo,
+    known: DataInfo,
     *,
     seed: int,
     images: int,
@@ -119,8 +122,8 @@ def look(
 
     Args:
       chosen: the recipe's data, with its augmentation.
-      mixing: keywords of `mix.mix`.
-      facts: of the data set.
+      mixing: keywords of `device_augment.mix`.
+      known: of the data set.
       seed: of all draws.
       images: how many, even.
       draws: of each.
@@ -128,15 +131,22 @@ def look(
     Raises:
       DataError: see the message.
     """
-    parts = parse_split(chosen.name, chosen.split, facts.splits)
+    import jax
+
+    from dyntoken import data, device_augment
+    from dyntoken.data.requests import check_size
+    from dyntoken.data.splits import parse_split
+
+    parts = parse_split(chosen.name, chosen.split, known.splits)
     rows = _spread(parts, images)
-    size = check_size(chosen.size, facts.image_shape)
+    size = check_size(chosen.size, known.image_shape)
     source = {"size": size, "shards": 1, "data_dir": chosen.data_dir, **chosen.options}
+    crop = {key: chosen.eval[key] for key in ("crop_pct", "interpolation") if key in chosen.eval}
     augment = {**chosen.augment, "repeats": 1} if chosen.augment is not None else None
     stored, drawn, labels = [], [], []
     for name, row in rows:
         one = f"{name}[{row}:{row + 1}]"
-        first = next(data.eval_batches(chosen.name, split=one, batch=1, **{**source, **_crop(chosen)}))
+        first = next(data.eval_batches(chosen.name, split=one, batch=1, **source, **crop))
         # The same row several times over: as many examples, each with draws of its own.
         many = next(
             data.train_batches(
@@ -152,14 +162,16 @@ def look(
         labels.append(first["label"][0])
         drawn.append(many["image"])
     drawn, labels = np.stack(drawn), np.array(labels)
-    mean = facts.mean if chosen.mean is None else chosen.mean
-    std = facts.std if chosen.std is None else chosen.std
+    mean = known.mean if chosen.mean is None else chosen.mean
+    std = known.std if chosen.std is None else chosen.std
 
     @jax.jit
     def feed(step, pixels):
         key = jax.random.fold_in(jax.random.key(seed), step)
-        normal = mix.normalize(pixels, mean, std)
-        return mix.mix(key, normal, labels, np.arange(images), num_classes=facts.num_classes, **mixing)
+        normal = device_augment.normalize(pixels, mean, std)
+        return device_augment.mix(
+            key, normal, labels, np.arange(images), num_classes=known.num_classes, **mixing
+        )
 
     fed, targets = zip(*(jax.device_get(feed(step, drawn[:, step])) for step in range(draws)), strict=True)
     plain = np.stack(fed, 1) * np.array(std, np.float32) + np.array(mean, np.float32)
@@ -175,26 +187,20 @@ def look(
 
 def _spread(parts: Sequence[tuple[str, int, int]], images: int) -> list[tuple[str, int]]:
     """(split, row) of images spread evenly over the parts."""
-    count = sum(stop - start for _, start, stop in parts)
+    from dyntoken.data.splits import count_rows, slice_parts
+
+    count = count_rows(parts)
     if count < images:
         raise ValueError(f"the training split has {count} images, and --images asks for {images}")
-    found = []
-    for wanted in ((2 * n + 1) * count // (2 * images) for n in range(images)):
-        for name, start, stop in parts:
-            if wanted < stop - start:
-                found.append((name, start + wanted))
-                break
-            wanted -= stop - start
-    return found
-
-
-def _crop(chosen: DataSettings) -> dict[str, Any]:
-    return {key: chosen.eval[key] for key in ("crop_pct", "interpolation") if key in chosen.eval}
+    wanted = [(2 * n + 1) * count // (2 * images) for n in range(images)]
+    return [(name, start) for row in wanted for name, start, _ in slice_parts(parts, row, row + 1)]
 
 
 def note(settings: Settings) -> str:
     """What the lines of the sheet show, under this recipe."""
-    augment = data.AugmentOptions.of(settings.data.augment)
+    from dyntoken.data import AugmentOptions
+
+    augment = AugmentOptions.of(settings.data.augment)
     steps = [f"crop ({augment.crop})"] if augment.crop != "none" else ["centre crop"]
     steps += ["flip"] if augment.flip else []
     steps += ["RandAugment"] if augment.rand_augment else []
@@ -213,14 +219,9 @@ def note(settings: Settings) -> str:
 
 
 def draw(seen: Seen, names: Sequence[str], title: str, text: str) -> Any:
-    """The figure.
+    """The figure: what `look` drew, with the classes' names, a title above and a text below."""
+    from dyntoken.analysis import contact_sheet
 
-    Args:
-      seen: from `look`.
-      names: of the classes.
-      title: above everything.
-      text: below everything.
-    """
     groups = []
     for n, label in enumerate(seen.labels):
         name = _short(names[label] if label < len(names) else f"class {label}")
@@ -244,5 +245,6 @@ def _short(name: str) -> str:
     return name if len(name) <= 20 else name[:19] + "…"
 
 
-def _spell(options: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key}={value}" for key, value in options.items())
+main = cli.tool(__spec__.name, __doc__, arguments, measure, report)
+if __name__ == "__main__":
+    sys.exit(main())

@@ -4,7 +4,7 @@ RandAugment is timm's `rand-m9-mstd0.5-inc1`, with which DeiT trains: `n`
 operations drawn with equal probability and with repetition, each applied with
 probability `p` at a magnitude drawn from a normal distribution and clipped to
 0..10. Colour jitter is torchvision's. All of it is a function of a vector of
-uniform draws; `pillow_ops` and `warps` do the work.
+uniform draws; `pillow_ops` does the work.
 """
 
 from __future__ import annotations
@@ -19,26 +19,14 @@ from typing import Any
 
 import numpy as np
 
-from dyntoken.data import pillow_ops, warps
+from dyntoken.data import pillow_ops
 from dyntoken.data.errors import DataError
-from dyntoken.data.tf_import import tensorflow
+from dyntoken.data.tf_import import graph, tf
 
 OPERATIONS = (
-    "AutoContrast",
-    "Equalize",
-    "Invert",
-    "Rotate",
-    "PosterizeIncreasing",
-    "SolarizeIncreasing",
-    "SolarizeAdd",
-    "ColorIncreasing",
-    "ContrastIncreasing",
-    "BrightnessIncreasing",
-    "SharpnessIncreasing",
-    "ShearX",
-    "ShearY",
-    "TranslateXRel",
-    "TranslateYRel",
+    *("AutoContrast", "Equalize", "Invert", "Rotate", "PosterizeIncreasing", "SolarizeIncreasing"),
+    *("SolarizeAdd", "ColorIncreasing", "ContrastIncreasing", "BrightnessIncreasing"),
+    *("SharpnessIncreasing", "ShearX", "ShearY", "TranslateXRel", "TranslateYRel"),
 )
 TOP = 10.0  # the highest magnitude
 UNIFORM_STD = 100.0  # beyond it the magnitude is uniform in 0..m
@@ -66,13 +54,10 @@ class RandAugment:
 
     @classmethod
     def parse(cls, text: str) -> RandAugment:
-        """Reads timm's spelling, `rand-m9-mstd0.5-inc1`.
+        """Reads timm's spelling, `rand-m9-mstd0.5-inc1`; a `DataError` says what is wrong.
 
         Only the set of operations whose effect grows with the magnitude is
         there (`inc1`), with equal weights.
-
-        Raises:
-          DataError: anything else, with what is wrong.
         """
         first, *sections = str(text).split("-")
         if first != "rand":
@@ -104,16 +89,11 @@ class RandAugment:
         return policy
 
     def decode(self, draws: Any) -> tuple[Any, Any, Any, Any]:
-        """What to do, from uniform draws.
-
-        Args:
-          draws: float32 `[..., 5]` in [0, 1), one row per operation.
+        """What to do, from float32 draws `[..., 5]` in [0, 1), a row per operation.
 
         Returns:
-          (operation int32, applied bool, magnitude float32, sign float32 +-1),
-          each `[...]`; the operation is a position in `OPERATIONS`.
+          (place in `OPERATIONS` int32, applied bool, magnitude float32, sign float32 +-1), each `[...]`.
         """
-        tf = tensorflow()
         operation = tf.cast(draws[..., 0] * len(OPERATIONS), tf.int32)
         if self.std > UNIFORM_STD:
             magnitude = draws[..., 2] * self.magnitude
@@ -134,13 +114,8 @@ def operations(
     sign; 4 down to 0 bits; solarisation from 256 down to 0; 0 to 110 added; and
     enhancement factors that move away from 1 by up to 0.9, either way.
 
-    Args:
-      image: uint8 `[h, w, C]` of static shape.
-      magnitude, sign: float32 scalars, see `RandAugment.decode`.
-      interpolation: "bicubic" or "bilinear", of the warps.
-      fill: C grey levels for what a warp uncovers.
+    The image is uint8 `[h, w, C]` of static shape; warps fill what they uncover with C grey levels.
     """
-    tf = tensorflow()
     level = magnitude / TOP
     signed = sign * level
 
@@ -152,7 +127,7 @@ def operations(
         lambda: ops.autocontrast(image),
         lambda: ops.equalize(image),
         lambda: ops.invert(image),
-        lambda: warps.rotate(image, 30.0 * signed, interpolation, fill),
+        lambda: ops.rotate(image, 30.0 * signed, interpolation, fill),
         lambda: ops.posterize(image, 4 - cut(4)),
         lambda: ops.solarize(image, 256 - cut(256)),
         lambda: ops.solarize_add(image, cut(110)),
@@ -160,10 +135,10 @@ def operations(
         lambda: ops.contrast(image, factor),
         lambda: ops.brightness(image, factor),
         lambda: ops.sharpness(image, factor),
-        lambda: warps.shear_x(image, 0.3 * signed, interpolation, fill),
-        lambda: warps.shear_y(image, 0.3 * signed, interpolation, fill),
-        lambda: warps.translate_x(image, 0.45 * signed, interpolation, fill),
-        lambda: warps.translate_y(image, 0.45 * signed, interpolation, fill),
+        lambda: ops.shear(image, 0.3 * signed, 1, interpolation, fill),
+        lambda: ops.shear(image, 0.3 * signed, 0, interpolation, fill),
+        lambda: ops.translate(image, 0.45 * signed, 1, interpolation, fill),
+        lambda: ops.translate(image, 0.45 * signed, 0, interpolation, fill),
     ]
 
 
@@ -173,69 +148,47 @@ def _layers(
 ) -> Callable[..., Any]:
     """RandAugment as one program of XLA, which fuses the dozen passes of an operation into one or two.
 
-    Returns:
-      (image uint8 of `shape`, operations int32 `[count]` of which `len(OPERATIONS)`
-      does nothing, float32 `[count, 2]` magnitude and sign) -> image.
+    (image uint8 of `shape`, operations int32 `[count]` of which `len(OPERATIONS)` does
+    nothing, float32 `[count, 2]` magnitude and sign) -> image.
     """
-    tf = tensorflow()
 
     def run(image: Any, kinds: Any, how: Any) -> Any:
         def layer(i: Any, image: Any) -> tuple[Any, Any]:
             known = operations(image, how[i, 0], how[i, 1], interpolation, fill)
-            return i + 1, _switch(kinds[i], [*known, lambda: image], image)
+            return i + 1, tf.ensure_shape(tf.switch_case(kinds[i], [*known, lambda: image]), shape)
 
         return tf.while_loop(lambda i, _: i < count, layer, (0, image))[1]
 
-    signature = (
-        tf.TensorSpec(shape, tf.uint8),
-        tf.TensorSpec((count,), tf.int32),
-        tf.TensorSpec((count, 2), tf.float32),
-    )
-    return tf.function(run, input_signature=signature, autograph=False, jit_compile=True)
+    return graph(run, ("uint8", shape), ("int32", (count,)), ("float32", (count, 2)))
 
 
 _ORDERS = tuple(itertools.permutations(range(3)))
 
 
 def jitter(image: Any, draws: Any, strength: float) -> Any:
-    """torchvision's ColorJitter of brightness, contrast and saturation.
+    """torchvision's ColorJitter of brightness, contrast and saturation on uint8 `[h, w, C]`.
 
-    Args:
-      image: uint8 `[h, w, C]`.
-      draws: float32 `[4]`: three factors, uniform in [1 - strength, 1 +
-        strength] (not below 0), and the order.
-      strength: timm's `color_jitter`, 0.4 in DeiT.
+    The draws are float32 `[4]`: three factors, uniform in [1 - strength, 1 + strength]
+    (not below 0), and the order.
     """
-    tf = tensorflow()
     low = max(0.0, 1.0 - strength)
     factors = low + draws[:3] * (1.0 + strength - low)
     orders = tf.constant(_ORDERS, tf.int32)
     order = orders[tf.minimum(tf.cast(draws[3] * len(_ORDERS), tf.int32), len(_ORDERS) - 1)]
     for place in range(3):
-        kind = order[place]
-        image = _switch(kind, _enhancers(image, factors[kind]), image)
+        kind, shape = order[place], image.shape
+        kinds = (pillow_ops.brightness, pillow_ops.contrast, pillow_ops.color)
+        made = tf.switch_case(kind, [functools.partial(op, image, factors[kind]) for op in kinds])
+        image = tf.ensure_shape(made, shape)
     return image
-
-
-def _enhancers(image: Any, factor: Any) -> list[Callable[[], Any]]:
-    each = (pillow_ops.brightness, pillow_ops.contrast, pillow_ops.color)
-    return [functools.partial(op, image, factor) for op in each]
-
-
-def _switch(index: Any, branches: list[Callable[[], Any]], like: Any) -> Any:
-    tf = tensorflow()
-    return tf.ensure_shape(tf.switch_case(index, branches), like.shape)
 
 
 @dataclasses.dataclass(frozen=True)
 class Distortion:
     """What happens to the colours and the geometry of a cropped image.
 
-    Attributes:
-      policy: RandAugment, or None.
-      jitter: strength of the colour jitter, 0 for none.
-      interpolation: of the warps.
-      fill: grey level per channel for what a warp uncovers.
+    A policy or none, the strength of a colour jitter (0 for none), the interpolation of
+    warps, and the grey level per channel of what a warp uncovers.
     """
 
     policy: RandAugment | None
@@ -249,12 +202,12 @@ class Distortion:
         layers = self.policy.layers if self.policy else 0
         return _PER_LAYER * layers + (_PER_JITTER if self.jitter else 0)
 
-    def plans(self, draws: Any) -> list[tuple[Any, ...]]:
+    def sample_ops(self, draws: Any) -> list[tuple[Any, ...]]:
         """What `apply` is to do with each of n images, of float32 draws `[n, width]`; n is static."""
-        return _plans(self, draws.shape[0])(draws)
+        return _sampler(self, draws.shape[0])(draws)
 
     def apply(self, image: Any, plan: tuple[Any, ...]) -> Any:
-        """uint8 `[h, w, C]` of static shape -> the same, distorted as one of `plans` says."""
+        """uint8 `[h, w, C]` of static shape -> the same, distorted as one of `sample_ops` says."""
         if self.policy is not None:
             kinds, how, *plan = plan
             layers = _layers(tuple(image.shape), self.interpolation, self.fill, kinds.shape[0])
@@ -268,10 +221,9 @@ class Distortion:
 
 
 @functools.lru_cache(maxsize=16)
-def _plans(distortion: Distortion, count: int) -> Callable[[Any], list[tuple[Any, ...]]]:
-    """`Distortion.plans` of so many images, by XLA: one node of the graph in place of dozens."""
-    tf = tensorflow()
-    policy, width = distortion.policy, distortion.width
+def _sampler(distortion: Distortion, count: int) -> Callable[[Any], list[tuple[Any, ...]]]:
+    """`Distortion.sample_ops` of so many images, by XLA: one node of the graph in place of dozens."""
+    policy = distortion.policy
 
     def run(draws: Any) -> list[tuple[Any, ...]]:
         plan: tuple[Any, ...] = ()
@@ -284,25 +236,20 @@ def _plans(distortion: Distortion, count: int) -> Callable[[Any], list[tuple[Any
             plan = (*plan, draws)
         return list(zip(*(tf.unstack(x) for x in plan), strict=True))
 
-    signature = (tf.TensorSpec((count, width), tf.float32),)
-    return tf.function(run, input_signature=signature, autograph=False, jit_compile=True)
+    return graph(run, ("float32", (count, distortion.width)))
 
 
 @functools.lru_cache(maxsize=8)
 def _compiled(distortion: Distortion, shape: tuple[int, ...]) -> Any:
-    tf = tensorflow()
 
     @tf.autograph.experimental.do_not_convert
     def one(row: tuple[Any, Any]) -> Any:
-        return distortion.apply(tf.ensure_shape(row[0], shape), distortion.plans(row[1][None])[0])
+        return distortion.apply(tf.ensure_shape(row[0], shape), distortion.sample_ops(row[1][None])[0])
 
-    signature = (tf.TensorSpec((None, *shape), tf.uint8), tf.TensorSpec((None, distortion.width), tf.float32))
-
-    @tf.function(input_signature=signature, autograph=False)
     def run(images: Any, draws: Any) -> Any:
         return tf.map_fn(one, (images, draws), fn_output_signature=tf.TensorSpec(shape, tf.uint8))
 
-    return run
+    return graph(run, ("uint8", (None, *shape)), ("float32", (None, distortion.width)), xla=False)
 
 
 def fill_colour(mean: Sequence[float]) -> tuple[int, ...]:

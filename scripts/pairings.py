@@ -1,34 +1,26 @@
-"""Which method works on which backbone, and why not: `python -m dyntoken.tools.pairings`."""
+"""Writes README's table of methods and backbones: `python scripts/pairings.py`.
+
+Builds every method on every backbone: "yes", "at ..." where the method has sites of
+its own there, or the number of the reason below. The columns after the methods are a
+cascade and a model with exits by depth.
+"""
 
 from __future__ import annotations
 
-import json
-import sys
-from collections.abc import Sequence
+import pathlib
 
 from dyntoken import architectures, reducers
 from dyntoken.backbones import BACKBONES
 from dyntoken.models import create_model
-from dyntoken.tools import cli
 
-TEXT = """\
-Builds every method on every backbone and prints a Markdown table of what came of it:
-"yes", "at ..." where the method has sites of its own there, or the number of the reason
-below. The columns after the methods are a cascade and a model with exits by depth."""
-EXAMPLES = """\
-  python -m dyntoken.tools.pairings
-  python -m dyntoken.tools.pairings --json"""
+README = pathlib.Path(__file__).resolve().parent.parent / "README.md"
+START, END = "<!-- pairings -->\n", "\n<!-- /pairings -->"
 
 
-@cli.program
-def main(argv: Sequence[str] | None = None) -> int:
-    """Prints the table; returns the exit status."""
-    parser = cli.Parser("pairings", TEXT, EXAMPLES)
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
-    args = parser.parse_args(argv)
-    found = pairings()
-    print(json.dumps(found) if args.json else markdown(found))
-    return 0
+def main() -> None:
+    """Replaces the table between its marks."""
+    before, _, rest = README.read_text().partition(START)
+    README.write_text(f"{before}{START}{markdown(pairings())}{END}{rest.partition(END)[2]}")
 
 
 def pairings() -> dict[str, dict[str, str]]:
@@ -44,7 +36,7 @@ def _row(arch: str) -> dict[str, str]:
     body = BACKBONES[known.backbone](**known.options, parent=None)
     usual, pool = body.default_sites, {} if body.prefix else {"pool": "mean"}
     row = {}
-    for prefix in _prefixes():
+    for prefix in prefixes():
         try:
             model = create_model(f"{prefix}_{arch}", **pool)
         except ValueError as error:
@@ -55,14 +47,15 @@ def _row(arch: str) -> dict[str, str]:
     return row
 
 
-def _prefixes() -> tuple[str, ...]:
+def prefixes() -> tuple[str, ...]:
+    """First parts of a name: the methods, and the two kinds of exits."""
     return (*reducers.METHODS, architectures.CASCADE, architectures.MULTIEXIT)
 
 
 def markdown(found: dict[str, dict[str, str]]) -> str:
     """The table and, below it, the reasons, each once; `create_model` adds what works instead."""
     reasons: list[str] = []
-    lines = [f"| | {' | '.join(_prefixes())} |", f"|---|{'---|' * len(_prefixes())}"]
+    lines = [f"| | {' | '.join(prefixes())} |", f"|---|{'---|' * len(prefixes())}"]
     for arch, row in found.items():
         cells = [_cell(text, reasons) for text in row.values()]
         lines.append(f"| `{arch}` | {' | '.join(cells)} |")
@@ -80,4 +73,4 @@ def _cell(text: str, reasons: list[str]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,4 +1,4 @@
-"""`tools.show --augment`: what training sees of which images."""
+"""`tools.show_augmentation`: what training sees of which images."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 
 from dyntoken import config as recipes
 from dyntoken import data
-from dyntoken.tools import show, show_augment
+from dyntoken.tools import show_augmentation
 from dyntoken.train.settings import read
 
 Image = pytest.importorskip("PIL.Image")
@@ -24,7 +24,9 @@ def settings(mix, **augment):
 
 def look(mix, images=4, draws=3, **augment):
     chosen = settings(mix, **augment)
-    return show_augment.look(chosen.data, chosen.mix, data.info(MINI), seed=0, images=images, draws=draws)
+    return show_augmentation.look(
+        chosen.data, chosen.mix, data.info(MINI), seed=0, images=images, draws=draws
+    )
 
 
 def test_the_lines_show_one_image_before_and_after_mixing():
@@ -66,25 +68,25 @@ def test_columns_are_mixed_like_batches():
 
 
 def test_shares_of_a_target():
-    assert show_augment.shares(np.array([0.02, 0.38, 0.58, 0.02]), 1) == "38 % + 58 %"
-    assert show_augment.shares(np.array([0.925, 0.025, 0.025, 0.025]), 0) == "92 %"
-    assert show_augment.shares(np.array([1.0, 0.0]), 0) == "100 %"
+    assert show_augmentation.shares(np.array([0.02, 0.38, 0.58, 0.02]), 1) == "38 % + 58 %"
+    assert show_augmentation.shares(np.array([0.925, 0.025, 0.025, 0.025]), 0) == "92 %"
+    assert show_augmentation.shares(np.array([1.0, 0.0]), 0) == "100 %"
 
 
 def test_the_note_tells_what_the_recipe_does():
-    text = show_augment.note(read(recipes.load("configs/tps_deit.py")))
+    text = show_augmentation.note(read(recipes.load("configs/tps_deit.py")))
     assert "crop (random_resized), flip, RandAugment." in text and "3 such views" in text
     assert "erased and mixed with the neighbouring image" in text
-    text = show_augment.note(read(recipes.load("configs/lvvit.py")))
+    text = show_augmentation.note(read(recipes.load("configs/lvvit.py")))
     assert "as the model gets them, erased;" in text and "MixToken mixes inside the model" in text
-    text = show_augment.note(read(recipes.load("configs/tps_deit.py:demo")))
+    text = show_augmentation.note(read(recipes.load("configs/tps_deit.py:demo")))
     assert "crop (pad), flip." in text and "erased" not in text and "views" not in text
 
 
 def test_a_sheet_is_written(tmp_path, capsys):
     out = tmp_path / "deep" / "seen.png"
-    argv = ["--augment", "configs/dvt_deit.py:demo", f"--out={out}", "--images=2", "--draws=2"]
-    assert show.main(argv) == 0
+    argv = ["configs/dvt_deit.py:demo", f"--out={out}", "--images=2", "--draws=2"]
+    assert show_augmentation.main(argv) == 0
     assert capsys.readouterr().out.splitlines()[:2] == [
         str(out),
         "data.augment: crop=pad, flip=0.5, pad=1",
@@ -97,20 +99,20 @@ def test_a_sheet_is_written(tmp_path, capsys):
     ("argv", "words"),
     [
         (
-            ["--augment=configs/tps_deit.py", "--data_dir=/nowhere"],
+            ["configs/tps_deit.py", "--data_dir=/nowhere"],
             ["tfds build imagenet2012", "add --data="],
         ),
-        (["--augment=configs/nothing.py"], ["no recipe configs/nothing.py"]),
-        (["--augment=configs/deit.py:demo", "--images=20000"], ["has 10000 images"]),
+        (["configs/nothing.py"], ["no recipe configs/nothing.py"]),
+        (["configs/deit.py:demo", "--images=20000"], ["has 10000 images"]),
     ],
 )
 def test_errors_say_what_to_do(argv, words, capsys, tmp_path):
-    assert show.main([*argv, f"--out={tmp_path / 'x.png'}"]) == 1
+    assert show_augmentation.main([*argv, f"--out={tmp_path / 'x.png'}"]) == 1
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and all(word in err for word in words)
 
 
 def test_an_odd_number_of_images_is_refused(capsys):
     with pytest.raises(SystemExit):
-        show.main(["--augment=configs/deit.py:demo", "--images=3"])
+        show_augmentation.main(["configs/deit.py:demo", "--images=3"])
     assert "3 is odd" in capsys.readouterr().err

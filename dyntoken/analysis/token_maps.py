@@ -2,26 +2,26 @@
 
 Everything is read from `Output.reductions`: `carrier` says for each original
 patch which row stands for it now, `place` where that row lies on the first grid.
-Needs matplotlib (`pip install matplotlib`), imported on first use.
 """
 
 from __future__ import annotations
 
 import colorsys
 import dataclasses
-import importlib
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from dyntoken.analysis import figures
+from dyntoken.analysis.figures import INK
 from dyntoken.types import Reduction
 
 PANEL = 2.6  # inches
-INK = "#222222"
 PAPER = 0.93  # grey level that dropped patches fade to
 FADE = 0.82
 FUSED_COLOUR = (0.95, 0.45, 0.05)
+Palette = dict[int, tuple[float, float, float]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,16 +53,14 @@ class Fate:
 
     def summary(self) -> str:
         """One line of counts, e.g. `24 of 49 kept, 25 absorbed by 9 hosts`."""
-        parts = [f"{int(self.kept.sum())} of {self.kept.size} kept"]
         hosts = np.unique(self.host[self.absorbed]).size
-        notes = {
-            "absorbed": f" by {hosts} host{'s' * (hosts != 1)}",
-            "fused": " into one token",
-            "dropped": "",
-        }
-        for name, note in notes.items():
-            number = int(getattr(self, name).sum())
-            parts += [f"{number} {name}{note}"] if number else []
+        parts = [f"{self.kept.sum()} of {self.kept.size} kept"]
+        for which, text in (
+            (self.absorbed, f"absorbed by {hosts} host{'s' * (hosts != 1)}"),
+            (self.fused, "fused into one token"),
+            (self.dropped, "dropped"),
+        ):
+            parts += [f"{which.sum()} {text}"] if which.any() else []
         return ", ".join(parts)
 
 
@@ -102,7 +100,7 @@ def picture(
       title: a line above everything.
 
     Returns:
-      A matplotlib `Figure` (no window, no pyplot state); `save` writes it.
+      A matplotlib `Figure`; `figures.save` writes it.
 
     Raises:
       ValueError: no reductions, or an image of another rank.
@@ -112,49 +110,29 @@ def picture(
         raise ValueError(
             "nothing to draw: the model reduces no tokens (choose one with a method, e.g. dtps_...)"
         )
-    rgb = to_rgb(image)
+    rgb = figures.to_rgb(image)
     fates = [fate(reduction, index) for reduction in reductions]
     second = any(f.absorbed.any() or f.fused.any() for f in fates)
     rows, columns = 1 + second, 1 + len(fates)
-    palette = _palette(fates)
     tall = PANEL * rgb.shape[0] / rgb.shape[1]
-    figure = matplotlib("figure").Figure(
-        figsize=(PANEL * columns, (tall + 0.26) * rows + 0.4), layout="constrained", facecolor="white"
-    )
+    figure = figures.figure(PANEL * columns, (tall + 0.26) * rows + 0.4, dpi=110)
     axes = figure.subplots(rows, columns, squeeze=False)
-    grid = fates[0].grid
-    _panel(axes[0, 0], rgb, grid, f"input: {grid[0]} x {grid[1]} = {grid[0] * grid[1]} patches")
-    _lattice(axes[0, 0], grid)
+    high, wide = grid = fates[0].grid
+    _panel(axes[0, 0], rgb, grid, f"input: {high} x {wide} = {high * wide} patches")
+    axes[0, 0].hlines(range(1, high), 0, wide, colors="#888888", linewidth=0.4)
+    axes[0, 0].vlines(range(1, wide), 0, high, colors="#888888", linewidth=0.4)
+    palette = _palette(fates)
     for stage, f in enumerate(fates):
         where = f"stage {stage + 1}" if at is None else f"{noun} {at[stage]}"
         where += f", {f.grid[0]} x {f.grid[1]}" if f.grid != grid else ""
         _panel(axes[0, stage + 1], faded(rgb, f), f.grid, f"{where}: {f.kept.sum()} of {f.kept.size} kept")
-        _outline(axes[0, stage + 1], np.where(f.kept, 1, 0), f.grid, INK, 0.8)
+        _outline(axes[0, stage + 1], f.kept, f.grid, INK, 0.8)
         if second:
             _groups(axes[1, stage + 1], rgb, f, palette)
     if second:
         _legend(axes[1, 0], fates)
     figure.suptitle(title or "Tokens kept by each stage (pale: no longer a token)", fontsize=11, color=INK)
     return figure
-
-
-def save(figure: Any, path: Any, *, dpi: int = 110) -> None:
-    """Writes a figure as PNG (or what the suffix says), making the folder."""
-    import pathlib
-
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=dpi)
-
-
-def to_rgb(image: np.ndarray) -> np.ndarray:
-    """Any image to `[H, W, 3]` float32 in [0, 1]."""
-    image = np.asarray(image)
-    image = image.astype(np.float32) / (255.0 if image.dtype == np.uint8 else 1.0)
-    image = image[..., None] if image.ndim == 2 else image
-    if image.ndim != 3 or image.shape[-1] not in (1, 3):
-        raise ValueError(f"an image to draw is [H, W], [H, W, 1] or [H, W, 3], got {image.shape}")
-    return np.clip(np.broadcast_to(image, (*image.shape[:2], 3)), 0.0, 1.0)
 
 
 def faded(rgb: np.ndarray, f: Fate) -> np.ndarray:
@@ -170,35 +148,26 @@ def _pixels(cells: np.ndarray, grid: tuple[int, int], rgb: np.ndarray) -> np.nda
 
 
 def _panel(axis: Any, rgb: np.ndarray, grid: tuple[int, int], title: str) -> None:
-    axis.imshow(rgb, extent=(0, grid[1], grid[0], 0), interpolation="nearest", aspect="auto")
+    figures.picture(axis, rgb, extent=(0, grid[1], grid[0], 0), interpolation="nearest")
     axis.set_box_aspect(rgb.shape[0] / rgb.shape[1])
     axis.set_title(title, fontsize=9, color=INK)
-    axis.set_xticks([])
-    axis.set_yticks([])
-    for side in axis.spines.values():
-        side.set(color="#999999", linewidth=0.6)
 
 
-def _lattice(axis: Any, grid: tuple[int, int]) -> None:
-    axis.hlines(range(1, grid[0]), 0, grid[1], colors="#888888", linewidth=0.4)
-    axis.vlines(range(1, grid[1]), 0, grid[0], colors="#888888", linewidth=0.4)
-
-
-def _edges(labels: np.ndarray, grid: tuple[int, int]) -> list[tuple[tuple[int, int], tuple[int, int]]]:
-    """Segments between neighbouring cells with different labels."""
+def _outline(axis: Any, labels: np.ndarray, grid: tuple[int, int], colour: str, width: float) -> None:
+    """Lines between neighbouring cells with different labels."""
     cells = labels.reshape(grid)
-    rows, columns = np.nonzero(cells[1:] != cells[:-1])
-    segments = [((c, r + 1), (c + 1, r + 1)) for r, c in zip(rows, columns, strict=True)]
-    rows, columns = np.nonzero(cells[:, 1:] != cells[:, :-1])
-    return segments + [((c + 1, r), (c + 1, r + 1)) for r, c in zip(rows, columns, strict=True)]
+    below, right = np.argwhere(cells[1:] != cells[:-1]), np.argwhere(cells[:, 1:] != cells[:, :-1])
+    lines = [((c, r + 1), (c + 1, r + 1)) for r, c in below] + [
+        ((c + 1, r), (c + 1, r + 1)) for r, c in right
+    ]
+    _add_lines(axis, lines, colors=[colour], linewidths=width)
 
 
-def _outline(axis: Any, labels: np.ndarray, grid: tuple[int, int], colour: Any, width: float) -> None:
-    lines = matplotlib("collections").LineCollection(_edges(labels, grid), colors=[colour], linewidths=width)
-    axis.add_collection(lines)
+def _add_lines(axis: Any, lines: Sequence[Any], **style: Any) -> None:
+    axis.add_collection(figures.matplotlib("collections").LineCollection(lines, **style))
 
 
-def _palette(fates: Sequence[Fate]) -> dict[int, tuple[float, float, float]]:
+def _palette(fates: Sequence[Fate]) -> Palette:
     """A colour per host cell, the same at every stage; neighbours are far apart in hue."""
     hosts = np.unique(np.concatenate([f.host[f.absorbed] for f in fates]))
     golden = 0.61803
@@ -210,31 +179,24 @@ def _palette(fates: Sequence[Fate]) -> dict[int, tuple[float, float, float]]:
     }
 
 
-def _groups(axis: Any, rgb: np.ndarray, f: Fate, palette: dict[int, tuple[float, float, float]]) -> None:
-    """Paints each group in one colour and ties every absorbed patch to its host."""
-    grey = rgb.mean(axis=-1, keepdims=True)
-    colours = {host: palette[host] for host in np.unique(f.host[f.absorbed]).tolist()}
+def _groups(axis: Any, rgb: np.ndarray, f: Fate, palette: Palette) -> None:
+    """Paints each group in one colour, ties every absorbed patch to its host, and dots the host."""
+    hosts = np.unique(f.host[f.absorbed]).tolist()
     tint = np.ones((f.kept.size, 3), np.float32)
-    for host, colour in colours.items():
-        tint[f.host == host] = colour
+    for host in hosts:
+        tint[f.host == host] = palette[host]
     tint[f.fused] = FUSED_COLOUR
-    shade = 0.62 + 0.38 * grey  # the image stays visible as light and dark within a colour
+    shade = 0.62 + 0.38 * rgb.mean(axis=-1, keepdims=True)  # the image stays visible within a colour
     _panel(axis, _pixels(tint, f.grid, rgb) * shade, f.grid, f.summary().partition("kept, ")[2])
     _outline(axis, np.where(f.fused, -2, f.host), f.grid, "#ffffff", 0.7)
-    if colours:
-        _ties(axis, f, colours)
-
-
-def _ties(axis: Any, f: Fate, colours: dict[int, tuple[float, float, float]]) -> None:
-    """A line from each absorbed patch to its host, a dot at the host."""
+    if not hosts:
+        return
     y, x = np.divmod(np.arange(f.host.size), f.grid[1])
     centres = np.stack([x + 0.5, y + 0.5], axis=1)
-    lines = [(centres[i], centres[f.host[i]]) for i in np.nonzero(f.absorbed)[0]]
+    ties = [(centres[i], centres[f.host[i]]) for i in np.flatnonzero(f.absorbed)]
     scale = 7.0 / max(f.grid)  # thinner on a finer grid
-    style = {"colors": [INK], "linewidths": 0.45 + 0.4 * scale, "alpha": min(0.85, 0.3 + 0.5 * scale)}
-    axis.add_collection(matplotlib("collections").LineCollection(lines, **style))
-    hosts = list(colours)
-    fill = [colours[host] for host in hosts]
+    _add_lines(axis, ties, colors=[INK], linewidths=0.45 + 0.4 * scale, alpha=min(0.85, 0.3 + 0.5 * scale))
+    fill = [palette[host] for host in hosts]
     axis.scatter(*centres[hosts].T, s=40 * scale, c=fill, edgecolors=INK, linewidths=0.9, zorder=3)
 
 
@@ -249,11 +211,3 @@ def _legend(axis: Any, fates: Sequence[Fate]) -> None:
     lines += ["grey = a kept patch that", "stands for itself only"]
     text = "What each token stands for\n\n" + "\n".join(lines)
     axis.text(0.5, 0.5, text, ha="center", va="center", fontsize=9, color=INK, transform=axis.transAxes)
-
-
-def matplotlib(module: str) -> Any:
-    """A module of matplotlib; the error says what to install."""
-    try:
-        return importlib.import_module(f"matplotlib.{module}")
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("pictures need matplotlib: pip install matplotlib") from error

@@ -1,15 +1,10 @@
 """The table of methods and backbones, and its copy in the README."""
 
-import json
-import pathlib
-
 import pytest
 
 from dyntoken import architectures, models
 from dyntoken.backbones import BACKBONES
-from dyntoken.tools import pairings
-
-README = pathlib.Path(__file__).resolve().parents[2] / "README.md"
+from scripts import pairings
 
 
 @pytest.fixture(scope="module")
@@ -17,8 +12,8 @@ def found():
     return pairings.pairings()
 
 
-def test_the_readme_shows_what_the_tool_prints(found):
-    text = README.read_text().split("<!-- pairings -->\n")[1].split("\n<!-- /pairings -->")[0]
+def test_the_readme_shows_the_table_of_today(found):
+    text = pairings.README.read_text().split(pairings.START)[1].split(pairings.END)[0]
     assert text == pairings.markdown(found)
 
 
@@ -33,8 +28,3 @@ def test_what_works_is_what_is_listed(found):
             assert (f"{method}_{arch}" in listed) == (not row[method].startswith("no"))
     assert found["deit_tiny_patch16_224"]["dtps"] == "yes"
     assert "token grid can be chosen" in found["lvvit_t"]["dvt"]
-
-
-def test_json_is_the_same(found, capsys):
-    assert pairings.main(["--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == found

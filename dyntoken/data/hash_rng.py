@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import numpy as np
 
-_MASK = (1 << 64) - 1
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MUL_1 = np.uint64(0xBF58476D1CE4E5B9)
 _MUL_2 = np.uint64(0x94D049BB133111EB)
@@ -24,21 +23,21 @@ def _finalise(x: np.ndarray) -> np.ndarray:
 
 def _words(part: int | np.ndarray) -> np.ndarray:
     if isinstance(part, int):
-        return np.array([part & _MASK], np.uint64)
+        part = np.uint64(part % (1 << 64))
     return np.atleast_1d(np.asarray(part)).astype(np.uint64)
 
 
 def bits(*parts: int | np.ndarray) -> np.ndarray:
-    """64 random bits per entry of the broadcast parts, uint64.
-
-    Args:
-      parts: integers or integer arrays that broadcast against each other; the
-        result has at least one axis.
-    """
+    """64 random bits per entry of the integers or integer arrays, broadcast to at least one axis, uint64."""
     state = np.array([0x243F6A8885A308D3], np.uint64)
     for part in parts:
         state = _finalise(state + _GOLDEN ^ _finalise(_words(part) + _GOLDEN))
     return state
+
+
+def int63(*parts: int) -> int:
+    """A seed for TensorFlow's draws."""
+    return int(bits(*parts)[0] >> np.uint64(1))
 
 
 def uniform(*parts: int | np.ndarray) -> np.ndarray:
@@ -52,14 +51,10 @@ def permutation(count: int, *parts: int) -> np.ndarray:
 
 
 def balanced(labels: np.ndarray, *parts: int) -> np.ndarray:
-    """A random order in which all classes come equally often, int64 of the labels' length.
+    """A random order of labels `[N]` in which all classes that occur come equally often, int64 `[N]`.
 
     Of a class with too many examples a random choice is in it, those of a class
     with too few come several times, each as often as the others to within one.
-
-    Args:
-      labels: `[N]`; what counts as a class is what occurs.
-      parts: integers that key the draw.
     """
     count = len(labels)
     order = permutation(count, *parts, 0)
@@ -72,10 +67,8 @@ def balanced(labels: np.ndarray, *parts: int) -> np.ndarray:
 def stratified(labels: np.ndarray, *keys: int | np.ndarray) -> np.ndarray:
     """A fixed random order any range of which holds its share of every class, int64 `[N]`.
 
-    Args:
-      labels: `[N]`.
-      keys: integers, and integer arrays `[N]` that tell examples apart: an
-        example keeps its rank within its class when others are added.
+    Keyed by integers, and by integer arrays `[N]` that tell examples apart: an example
+    keeps its rank within its class when others are added.
     """
     count = len(labels)
     tie = bits(*keys, labels) + np.zeros(count, np.uint64)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dyntoken.mix import draw, mix, normalize, soft_targets
+from dyntoken.device_augment import draw, mix, normalize, soft_targets
 
 
 def batch(size=4, height=10, width=12):
