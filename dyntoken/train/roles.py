@@ -70,7 +70,7 @@ def make_teacher(settings: Settings, info: data.DataInfo, shape: tuple[int, int,
     if not source:
         raise ValueError("config.teacher.weights is empty: name a weight file (or a workdir) for the teacher")
     teacher = make_model(section, info, shape, "config.teacher")
-    if hasattr(teacher, "exits"):
+    if teacher.exits:
         raise ValueError(
             f"config.teacher.name is {section['name']!r}, which has exits: a teacher is one network. Name a "
             "plain model; the last exit of a model teaches its earlier ones through the loss exit_kl"

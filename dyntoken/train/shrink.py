@@ -8,9 +8,10 @@ from typing import Annotated, Any
 
 import flax.linen as nn
 
-from dyntoken import schedules, schema
+from dyntoken import schema
 from dyntoken.models import Model
 from dyntoken.reducers import METHODS
+from dyntoken.reducers.keep import quantize_keep_rates
 from dyntoken.schema import Natural, within
 
 
@@ -20,7 +21,7 @@ class Shrink:
 
     Until `start_epoch` every token stays; then the rate falls by a cosine to
     that of the model, which holds from `end_epoch` on. It fixes shapes, so it is
-    rounded to a few `levels` (see `schedules.quantize_keep_rates`).
+    rounded to a few `levels` (see `reducers.keep.quantize_keep_rates`).
 
     Attributes:
       start_epoch: whole epochs at rate 1.
@@ -66,7 +67,7 @@ def stages(model: nn.Module, shrink: Shrink | None, *, steps_per_epoch: int, tot
     if shrink is None:
         return [Stage(0, model, ())]
     _check(model)
-    rates = schedules.quantize_keep_rates(
+    rates = quantize_keep_rates(
         base=model.keep,
         steps_per_epoch=steps_per_epoch,
         warmup_epochs=shrink.start_epoch,
@@ -76,7 +77,7 @@ def stages(model: nn.Module, shrink: Shrink | None, *, steps_per_epoch: int, tot
     found: list[Stage] = []
     for first, rate in rates:
         smaller = model if rate == model.keep else model.clone(keep=rate)
-        counts = tuple(dict(site.reducer.options)["keep"] for site in smaller.sites())
+        counts = tuple(site.reducer["keep"] for site in smaller.sites())
         if first < total_steps and not (found and found[-1].counts == counts):
             found.append(Stage(first, smaller, counts))
     return found
