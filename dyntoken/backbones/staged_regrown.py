@@ -8,7 +8,7 @@ from typing import Any, Literal
 import jax
 
 from dyntoken.backbones.base import Backbone
-from dyntoken.backbones.sizes import check_heads, check_images
+from dyntoken.backbones.sizes import check_heads, check_images, of_stage
 from dyntoken.nn.reduction_sites import listed
 from dyntoken.nn.spatial import RegrownStage
 from dyntoken.nn.spec import Site, Spec
@@ -212,8 +212,3 @@ class RegrownStages(Backbone):
             noise=None if context.noise is None else (context.noise[index],),
             decisions=None if context.decisions is None else (context.decisions[index],),
         )
-
-
-def of_stage(value: Any, stage: int) -> Any:
-    """The value for a stage of a field that holds one for all, or one per stage."""
-    return value[stage] if isinstance(value, tuple) else value
