@@ -47,7 +47,7 @@ KINDS = {float: schema.Keep, tuple: tuple[int | float, ...], int: int, str: str,
 
 
 def base():
-    """All keys a run reads (`dyntoken.train.plan.Settings`), with their defaults."""
+    """All keys a run reads (`dyntoken.train.settings.Settings`), with their defaults."""
     c = ml_collections.ConfigDict()
     c.plugins = ()  # modules with methods, backbones, losses or data of your own, imported first
     c.seed = 0

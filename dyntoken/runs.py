@@ -67,6 +67,7 @@ def load_run(workdir: str | epath.PathLike, *, step: int | str = "newest", prefe
 
 def _rebuilt(config: Mapping[str, Any]) -> dict[str, Any]:
     """The description of a run whose checkpoints have none; it needs the data set."""
-    from dyntoken.train import identity, plan
+    from dyntoken import train
+    from dyntoken.train import identity
 
-    return identity.describe(plan.build(config))
+    return identity.describe(train.build(config))

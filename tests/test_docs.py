@@ -18,7 +18,7 @@ import dyntoken
 from dyntoken import cluster, main
 from dyntoken import config as recipes
 from dyntoken.eval.cascade import Runner
-from dyntoken.train import plan
+from dyntoken.train import settings as train_settings
 from tests.train.tiny import tiny_config
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -157,7 +157,7 @@ def test_a_command_parses(command, monkeypatch):
             recipes.load(recipe)
         return
     given = parse([module, *words])
-    settings = plan.read(given.config)
+    settings = train_settings.read(given.config)
     assert settings.batch % settings.data.shards == 0
     if given.coordinator:
         found = cluster.find(

@@ -10,7 +10,7 @@ import pytest
 
 import dyntoken
 from dyntoken import losses, mix, optim
-from dyntoken.train import mesh as meshes
+from dyntoken.train import sharding as meshes
 from dyntoken.train.state import create_state, init_variables
 from dyntoken.train.step import make_train_step
 from dyntoken.types import Output, Tokens

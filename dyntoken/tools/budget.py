@@ -21,7 +21,7 @@ from dyntoken.eval import calibration, collect, exits, thresholds
 from dyntoken.eval.calibration import CALIBRATION, HELD_OUT, Half, Point
 from dyntoken.eval.thresholds import Solution
 from dyntoken.tools import cli
-from dyntoken.train.workdir import open_workdir
+from dyntoken.train.evaluate import open_workdir
 
 TEXT = """\
 Finds one threshold per exit of a trained model, so that an image costs a given
@@ -146,7 +146,7 @@ def load(workdir: str, args: argparse.Namespace, unit: str) -> Loaded:
       ValueError: no run there, or a model without exits.
     """
     opened = open_workdir(workdir, split=args.split, ema=args.ema, log=_stderr)
-    plan, model = opened.plan, opened.plan.model
+    plan, model = opened.run, opened.run.model
     step = collect.make_step(model, plan.mesh, prepare=plan.prepare)
     logits, labels = collect.collect(step, opened.variables, opened.batches())
     gmacs = costs = np.array(macs.gmacs_per_exit(model, macs.count(model)))

@@ -53,7 +53,7 @@ def report(config: Mapping[str, Any], result: train.Result, *, log: Log = print)
         target.write_text(json.dumps(rows, indent=2) + "\n")
     rows = json.loads(target.read_text())
     log("")
-    log(_table(rows, result.plan.info.name))
+    log(_table(rows, result.run.info.name))
     if exits:
         _picture(
             result.workdir / "exits.png", "top-1 against multiply-adds of the exits", _draw_exits, rows, log
@@ -65,11 +65,11 @@ def report(config: Mapping[str, Any], result: train.Result, *, log: Log = print)
 
 
 def _measure_exits(config: Mapping[str, Any], result: train.Result, log: Log) -> list[dict[str, Any]]:
-    name = result.plan.settings.model["name"]
+    name = result.run.settings.model["name"]
     log("fitting the linear classifier")
-    rows = [{"model": "linear classifier", "top1": linear_top1(result.plan)}]
+    rows = [{"model": "linear classifier", "top1": linear_top1(result.run)}]
     reference = create_model(SHIPPED)
-    if (reference.input_shape, reference.num_classes) == (result.plan.shape, result.plan.info.num_classes):
+    if (reference.input_shape, reference.num_classes) == (result.run.shape, result.run.info.num_classes):
         log("evaluating the dense model of the package")
         top1 = train.evaluate(_shipped_config(config), log=_silent)["top1"]
         gmacs = macs.count(reference).gmacs
@@ -81,9 +81,9 @@ def _measure_exits(config: Mapping[str, Any], result: train.Result, log: Log) ->
 
 
 def _measure(config: Mapping[str, Any], result: train.Result, log: Log) -> list[dict[str, Any]]:
-    name = result.plan.settings.model["name"]
+    name = result.run.settings.model["name"]
     log("fitting the linear classifier")
-    rows = [{"model": "linear classifier", "top1": linear_top1(result.plan)}]
+    rows = [{"model": "linear classifier", "top1": linear_top1(result.run)}]
     log("evaluating the dense model and the drop in place of the fusion")
     dense = _dense_config(config)
     rows.append(
@@ -220,13 +220,13 @@ def _budgets(result: train.Result, log: Log) -> None:
 def _draw_kept(result: train.Result, target: epath.Path) -> None:
     from dyntoken.analysis import draw
 
-    batch = next(iter(result.plan.eval_batches()))
+    batch = next(iter(result.run.eval_batches()))
     image = batch["image"][:1]
     out = jax.jit(result.model.apply)(
-        jax.device_get(result.state.variables), result.plan.prepare(jnp.asarray(image))
+        jax.device_get(result.state.variables), result.run.prepare(jnp.asarray(image))
     )
-    names = result.plan.info.class_names
-    title = f"{result.plan.settings.model['name']}: {names[int(out.logits[0].argmax())] if names else ''}"
+    names = result.run.info.class_names
+    title = f"{result.run.settings.model['name']}: {names[int(out.logits[0].argmax())] if names else ''}"
     draw.save(draw.picture(image[0], out.reductions, at=result.model.at, title=title), target)
 
 

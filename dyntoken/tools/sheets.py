@@ -19,8 +19,8 @@ from dyntoken.eval import collect, exits
 from dyntoken.mix import normalize
 from dyntoken.tools import cli
 from dyntoken.tools.budget import UNITS
-from dyntoken.train import mesh as meshes
-from dyntoken.train.workdir import open_workdir
+from dyntoken.train import sharding as meshes
+from dyntoken.train.evaluate import open_workdir
 from dyntoken.weights.whole import load_whole
 
 TEXT = """\
@@ -177,7 +177,7 @@ def _of_run(args: argparse.Namespace) -> Seen:
     if args.weights or len(args.words) > 1 or cli.overrides(args):
         raise ValueError("--workdir knows its model, weights and data: add a split at most")
     opened = open_workdir(args.workdir, split=args.words[0] if args.words else None, ema=args.ema, log=print)
-    plan = opened.plan
+    plan = opened.run
     title = f"{plan.settings.model['name']}, {plan.settings.data.name}/{plan.settings.data.eval_split}"
     step = collect.make_step(plan.model, plan.mesh, prepare=plan.prepare)
     logits, labels = collect.collect(step, opened.variables, opened.batches())

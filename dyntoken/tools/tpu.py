@@ -17,13 +17,12 @@ from typing import Any
 
 import jax
 
-from dyntoken import __version__, losses, models
+from dyntoken import __version__, losses, models, train
 from dyntoken.analysis import hlo
 from dyntoken.config import load
 from dyntoken.nn.remat import POLICIES, Remat
 from dyntoken.ops import backend
 from dyntoken.tools import cli, tpu_report
-from dyntoken.train import plan as plans
 
 TEXT = """\
 Compiles the evaluation or the training step ahead of time with libtpu (extra
@@ -172,7 +171,7 @@ def devices(topology: str) -> Sequence[Any]:
         raise ValueError(f"libtpu makes no topology {name!r}: {cli.one_line(error)[:200]}") from error
 
 
-def _plan(args: argparse.Namespace) -> plans.Plan:
+def _plan(args: argparse.Namespace) -> train.Run:
     """The run whose step is compiled; reads no images and no weights."""
     if (args.name is None) == (args.config is None):
         raise ValueError("give the NAME of a model, or --config=RECIPE")
@@ -183,7 +182,7 @@ def _plan(args: argparse.Namespace) -> plans.Plan:
     config["batch"] = args.batch * count
     config["data"].setdefault("eval", {}).pop("batch", None)
     config |= {k: v for k in ("accumulate", "shard") if (v := getattr(args, k)) is not None}
-    return plans.build(plans.read(config), devices=devices(args.topology))
+    return train.build(config, devices=devices(args.topology))
 
 
 def _switches(args: argparse.Namespace) -> dict[str, Any]:
@@ -226,7 +225,7 @@ def _of_name(args: argparse.Namespace) -> dict[str, Any]:
     return config
 
 
-def request(args: argparse.Namespace, plan: plans.Plan) -> dict[str, Any]:
+def request(args: argparse.Namespace, plan: train.Run) -> dict[str, Any]:
     """What a report depends on, besides the code: the program, the chips, the versions."""
     settings = plan.settings
     teacher = (settings.teacher or {}).get("name") if args.train else None
@@ -274,7 +273,7 @@ def _slug(wanted: Mapping[str, Any]) -> str:
     return "".join(c if c.isalnum() or c in "._-" else "-" for c in "_".join(map(str, parts)))
 
 
-def _compiled(args: argparse.Namespace, plan: plans.Plan) -> dict[str, Any]:
+def _compiled(args: argparse.Namespace, plan: train.Run) -> dict[str, Any]:
     """Compiles and reads off the program; what does not fit is reported, not raised."""
     began, busy = time.monotonic(), time.process_time()
 

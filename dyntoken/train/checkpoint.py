@@ -25,7 +25,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from dyntoken import paths
-from dyntoken.train.mesh import gathered
+from dyntoken.train.sharding import gathered
 from dyntoken.train.state import TrainState
 from dyntoken.weights import workdirs
 

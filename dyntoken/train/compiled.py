@@ -12,8 +12,8 @@ import flax.linen as nn
 import jax
 from jax.sharding import Mesh
 
-from dyntoken.train.plan import Plan, build
-from dyntoken.train.report import duration
+from dyntoken.train.build import Run, build
+from dyntoken.train.logging import duration
 
 Log = Callable[[str], None]
 
@@ -26,22 +26,22 @@ def dry_run(config: Mapping[str, Any], *, log: Log = print) -> dict[str, Any]:
       `steps`, `eval_every`, `compile_s`, and per device in bytes `state_bytes`
       and `memory_bytes` (arguments, results and temporaries of the step).
     """
-    plan = build(config)
+    run = build(config)
     began = time.monotonic()
-    largest = plan.stages[0].model  # a keep rate only falls
-    memory = plan.train_step_for(largest).memory_analysis()
-    parameters = sum(x.size for x in jax.tree.leaves(plan.abstract_state.params))
+    largest = run.stages[0].model  # a keep rate only falls
+    memory = run.train_step_for(largest).memory_analysis()
+    parameters = sum(x.size for x in jax.tree.leaves(run.abstract_state.params))
     facts = {
-        "model": plan.settings.model["name"],
+        "model": run.settings.model["name"],
         "parameters": parameters,
-        "teacher": (plan.settings.teacher or {}).get("name") or None,
-        "devices": f"{plan.mesh.size} x {plan.mesh.devices.flat[0].device_kind}",
-        "batch": plan.settings.batch,
-        "steps_per_epoch": plan.steps_per_epoch,
-        "steps": plan.total_steps,
-        "eval_every": plan.eval_every,
+        "teacher": (run.settings.teacher or {}).get("name") or None,
+        "devices": f"{run.mesh.size} x {run.mesh.devices.flat[0].device_kind}",
+        "batch": run.settings.batch,
+        "steps_per_epoch": run.steps_per_epoch,
+        "steps": run.total_steps,
+        "eval_every": run.eval_every,
         "compile_s": round(time.monotonic() - began, 1),
-        "state_bytes": held_bytes(plan),
+        "state_bytes": held_bytes(run),
         "memory_bytes": peak(memory),
     }
     for name, value in facts.items():
@@ -53,17 +53,17 @@ class Programs:
     """The train step of each stage of a run, compiled when it is reached.
 
     Args:
-      plan: the run.
+      run: the run.
       log: takes one line of text; hears of all stages at once.
     """
 
-    def __init__(self, plan: Plan, log: Log):
-        self._plan, self._log = plan, log
-        self._firsts = [stage.first for stage in plan.stages]
+    def __init__(self, run: Run, log: Log):
+        self._run, self._log = run, log
+        self._firsts = [stage.first for stage in run.stages]
         self._stage, self._compiled = -1, None
-        if len(plan.stages) > 1:
-            parts = (f"{'/'.join(map(str, stage.counts))} from step {stage.first}" for stage in plan.stages)
-            log(f"tokens kept in {len(plan.stages)} stages, a compilation each: {', '.join(parts)}")
+        if len(run.stages) > 1:
+            parts = (f"{'/'.join(map(str, stage.counts))} from step {stage.first}" for stage in run.stages)
+            log(f"tokens kept in {len(run.stages)} stages, a compilation each: {', '.join(parts)}")
 
     def ready(self, done: int) -> bool:
         """Whether `at` costs nothing."""
@@ -73,21 +73,21 @@ class Programs:
         """The step that follows `done` steps."""
         if not self.ready(done):
             self._stage = bisect.bisect_right(self._firsts, done) - 1
-            self._compiled = compile_step(self._plan, self._plan.stages[self._stage].model, self._log)
+            self._compiled = compile_step(self._run, self._run.stages[self._stage].model, self._log)
         return self._compiled
 
 
-def compile_step(plan: Plan, model: nn.Module, log: Log) -> jax.stages.Compiled:
+def compile_step(run: Run, model: nn.Module, log: Log) -> jax.stages.Compiled:
     """A train step, and a line about it."""
     log(
-        f"compiling the training step for {spell_devices(plan.mesh)}: seconds for a small model, minutes for others"
+        f"compiling the training step for {spell_devices(run.mesh)}: seconds for a small model, minutes for others"
     )
     began = time.monotonic()
-    compiled = plan.train_step_for(model)
+    compiled = run.train_step_for(model)
     memory = peak(compiled.memory_analysis()) / 2**20
     log(
-        f"compiled in {duration(time.monotonic() - began)}: {plan.total_steps} steps of "
-        f"{plan.settings.batch} images, {memory:.0f} MiB a device"
+        f"compiled in {duration(time.monotonic() - began)}: {run.total_steps} steps of "
+        f"{run.settings.batch} images, {memory:.0f} MiB a device"
     )
     return compiled
 
@@ -106,12 +106,12 @@ def peak(memory: Any) -> int:
     return held + memory.temp_size_in_bytes
 
 
-def state_bytes(plan: Plan) -> int:
+def state_bytes(run: Run) -> int:
     """What one checkpoint holds."""
-    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(plan.abstract_state))
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(run.abstract_state))
 
 
-def held_bytes(plan: Plan) -> int:
+def held_bytes(run: Run) -> int:
     """What each device holds of the state between two steps."""
-    leaves = jax.tree.leaves(plan.abstract_state)
+    leaves = jax.tree.leaves(run.abstract_state)
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)

@@ -9,16 +9,16 @@ from dyntoken.train.checkpoint import CheckpointError
 from dyntoken.weights import runs
 
 if TYPE_CHECKING:
-    from dyntoken.train.plan import Plan
+    from dyntoken.train.build import Run
 
 
-def describe(plan: Plan) -> dict[str, Any]:
-    """What a checkpoint keeps of a plan so that it can be opened without its data: see `weights.runs`."""
-    info, chosen, shape = plan.info, plan.settings.data, plan.shape
+def describe(run: Run) -> dict[str, Any]:
+    """What a checkpoint keeps of a run so that it can be opened without its data: see `weights.runs`."""
+    info, chosen, shape = run.info, run.settings.data, run.shape
     native = info.image_shape is not None and tuple(info.image_shape[:2]) == tuple(shape[:2])
     reading = {key: chosen.eval[key] for key in ("crop_pct", "interpolation") if key in chosen.eval}
     facts = {"num_classes": info.num_classes, "img_size": list(shape[:2]), "in_chans": shape[2]}
-    given = {k: v for k, v in plan.settings.plain["model"].items() if k not in facts or v is not None}
+    given = {k: v for k, v in run.settings.plain["model"].items() if k not in facts or v is not None}
     return {
         "class_names": list(info.class_names),
         "image_shape": list(shape),
@@ -30,23 +30,23 @@ def describe(plan: Plan) -> dict[str, Any]:
     }
 
 
-def check(workdir: Any, plan: Plan, step: int | str = "newest") -> None:
-    """Refuses a run whose classes or patch grid are not those of the plan.
+def check(workdir: Any, run: Run, step: int | str = "newest") -> None:
+    """Refuses a run whose classes or patch grid are not those of the run.
 
     Their arrays may have the very same shapes. What cannot be read is left to
     those who restore it.
 
     Args:
       workdir: of the run whose checkpoint is to be restored.
-      plan: of the run that is to go on from it.
+      run: of the run that is to go on from it.
       step: which checkpoint.
 
     Raises:
       CheckpointError: names both.
     """
     meta = runs.of_workdir(workdir, step)
-    check_classes(meta, plan, workdir, "use another workdir (init.path and init.head=reset take its weights)")
-    before, now = runs.grids_of(meta), runs.grids(plan.model)
+    check_classes(meta, run, workdir, "use another workdir (init.path and init.head=reset take its weights)")
+    before, now = runs.grids_of(meta), runs.grids(run.model)
     placed = any(name.endswith("pos_embed") for name in meta.get("leaves", ()))
     if placed and before and before != now:
         raise CheckpointError(
@@ -56,12 +56,12 @@ def check(workdir: Any, plan: Plan, step: int | str = "newest") -> None:
         )
 
 
-def check_classes(meta: Mapping[str, Any], plan: Plan, where: Any, remedy: str) -> None:
-    """Raises `CheckpointError` unless a description names the classes of the plan, in their order.
+def check_classes(meta: Mapping[str, Any], run: Run, where: Any, remedy: str) -> None:
+    """Raises `CheckpointError` unless a description names the classes of the run, in their order.
 
     Names are compared without spaces; a side that names none is not compared.
     """
-    before, now = runs.class_names(meta), list(plan.info.class_names)
+    before, now = runs.class_names(meta), list(run.info.class_names)
     if not before or not now or _joined(before) == _joined(now):
         return
     gone, new = [n for n in before if n not in now], [n for n in now if n not in before]
@@ -71,7 +71,7 @@ def check_classes(meta: Mapping[str, Any], plan: Plan, where: Any, remedy: str) 
         at = next(i for i, pair in enumerate(zip(before, now, strict=False)) if pair[0] != pair[1])
         found = f"the order differs: class {at} was {before[at]!r} and is {now[at]!r}"
     raise CheckpointError(
-        f"{where} was trained on {len(before)} classes ({_listed(before)}), data set {plan.info.name!r} has "
+        f"{where} was trained on {len(before)} classes ({_listed(before)}), data set {run.info.name!r} has "
         f"{len(now)} ({_listed(now)}): {found}. Give the data as it was, or {remedy}"
     )
 

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from dyntoken.train import hosts
-from dyntoken.train.plan import Plan
-from dyntoken.train.report import finite
+from dyntoken.train.build import Run
+from dyntoken.train.logging import finite
 from dyntoken.weights import workdirs
 
 
@@ -23,10 +23,10 @@ class Keeper:
     more), and the last evaluation comes after the last checkpoint.
     """
 
-    def __init__(self, plan: Plan):
-        settings = plan.settings
+    def __init__(self, run: Run):
+        settings = run.settings
         self._metric, self._best, self._rewind = settings.best_metric, settings.keep_best, settings.rewind
-        self._periods = [settings.checkpoint_steps] + [plan.eval_every] * (self._best > 0)
+        self._periods = [settings.checkpoint_steps] + [run.eval_every] * (self._best > 0)
         self._scores: dict[int, float] = {}
 
     def planned(self, step: int) -> bool:

@@ -26,7 +26,7 @@ from typing import Any
 
 from etils import epath
 
-from dyntoken.train.report import atomic_write, duration
+from dyntoken.train.logging import atomic_write, duration
 
 Claim = dict[str, Any]
 CLAIM = re.compile(r"lock-.+\.json")

@@ -19,19 +19,18 @@ import numpy as np
 from etils import epath
 
 from dyntoken import data, interrupt, paths
-from dyntoken.train import hosts, identity
-from dyntoken.train import mesh as meshes
+from dyntoken.train import hosts, identity, sharding
+from dyntoken.train.build import Run, build
 from dyntoken.train.checkpoint import Checkpoints
 from dyntoken.train.compiled import Programs, state_bytes
-from dyntoken.train.evaluation import average_warning, check_finite, check_sets, measure
+from dyntoken.train.evaluate import average_warning, check_finite, check_sets, measure
 from dyntoken.train.keeper import Keeper
 from dyntoken.train.lock import Lock
-from dyntoken.train.plan import Plan, build
-from dyntoken.train.report import Report, Value, silent
+from dyntoken.train.logging import Report, Value, silent
+from dyntoken.train.profiler import Tracer, Window
 from dyntoken.train.start import beginning, facts, load_teacher, move_aside, start, write_config
 from dyntoken.train.state import TrainState
 from dyntoken.train.stop import Stop
-from dyntoken.train.tracing import Tracer, Window
 from dyntoken.train.watch import NotFiniteError, Watch
 
 Log = Callable[[str], None]
@@ -48,7 +47,7 @@ class Result:
         where there is a value per exit); empty if the run was stopped before
         its end.
       model: the module; `model.apply(result.state.variables, images)`.
-      plan: what was run.
+      run: what was run.
       workdir: folder of the run.
       finished: False if a signal stopped it; rerun to go on.
       signum: of that signal; 0 if it finished.
@@ -57,7 +56,7 @@ class Result:
     state: TrainState
     metrics: dict[str, Value]
     model: nn.Module
-    plan: Plan
+    run: Run
     workdir: epath.Path
     finished: bool
     signum: int = 0
@@ -69,7 +68,7 @@ def run(
     """Trains, evaluates and checkpoints; resumes by itself.
 
     Args:
-      config: see `plan.Settings`.
+      config: see `run.Settings`.
       workdir: folder of the run, made if absent; may be on `gs://`.
       restart: start anew; what is in the workdir is moved to `<workdir>/old/N`.
       log: takes one line of text.
@@ -87,37 +86,37 @@ def run(
       ImportError: when `config.tensorboard` lacks its library.
     """
     log = log if jax.process_index() == 0 else silent
-    plan = hosts.agree(lambda: build(config), facts)
+    run = hosts.agree(lambda: build(config), facts)
     workdir = hosts.agree(lambda: paths.resolve(workdir))
-    hosts.check_workdir(workdir, need=state_bytes(plan))
+    hosts.check_workdir(workdir, need=state_bytes(run))
     with contextlib.ExitStack() as stack:
         lock = Lock(workdir, log)
         hosts.agree(lambda: stack.enter_context(lock) if jax.process_index() == 0 else None)
         if restart:
             hosts.agree(lambda: move_aside(workdir, log))
-        session = _Session(plan, workdir, lock, log, stack)
+        session = _Session(run, workdir, lock, log, stack)
         state, stopped = session.state, False
-        if int(state.step) < plan.total_steps:
+        if int(state.step) < run.total_steps:
             state, stopped = session.train(state)
         if not session.save_last(state) or stopped:
             again = interrupt.go_on() or ": run the same command again to go on"
             log(f"stopped by a signal after step {int(state.step)}, which is saved{again}")
             signum = session.stop.signum or signal.SIGTERM  # of several processes, to another one
-            return Result(state, {}, plan.model, plan, workdir, finished=False, signum=signum)
-        return Result(state, session.finish(state), plan.model, plan, workdir, finished=True)
+            return Result(state, {}, run.model, run, workdir, finished=False, signum=signum)
+        return Result(state, session.finish(state), run.model, run, workdir, finished=True)
 
 
 class _Session:
     """One life of a run, from its start or restart to its end or interruption."""
 
-    def __init__(self, plan: Plan, workdir: epath.Path, lock: Lock, log: Log, stack: contextlib.ExitStack):
-        settings = plan.settings
-        self.plan, self.workdir, self.lock, self.log = plan, workdir, lock, log
-        self.keeper = Keeper(plan)
+    def __init__(self, run: Run, workdir: epath.Path, lock: Lock, log: Log, stack: contextlib.ExitStack):
+        settings = run.settings
+        self.run, self.workdir, self.lock, self.log = run, workdir, lock, log
+        self.keeper = Keeper(run)
         self.report = hosts.agree(
             lambda: Report(
                 workdir,
-                total=plan.total_steps,
+                total=run.total_steps,
                 batch=settings.batch,
                 board=settings.tensorboard,
                 curves=settings.curves,
@@ -130,13 +129,13 @@ class _Session:
         )
         stack.callback(self.checkpoints.close)
         self.stop = Stop()
-        identity.check(workdir, plan)
-        begun = start(plan, self.checkpoints, log)
+        identity.check(workdir, run)
+        begun = start(run, self.checkpoints, log)
         self.state, self.clock, self.rewinds = begun.state, begun.clock, begun.rewinds
         self.first = int(begun.state.step)
-        self.finished_before = begun.same and self.first >= plan.total_steps
+        self.finished_before = begun.same and self.first >= run.total_steps
         self._take_up(self.first, begun.meta)
-        write_config(workdir, plan)
+        write_config(workdir, run)
 
     def _take_up(self, step: int, meta: Mapping[str, Any]) -> None:
         """Makes the records those of a run that is at this step, with `meta` of its checkpoint."""
@@ -151,9 +150,9 @@ class _Session:
           TrainError: see `run`.
         """
         # Both: a set that is missing must not show up after the training.
-        batches, _ = hosts.agree(lambda: (self._batches(self.first), check_sets(self.plan)))
-        teacher = load_teacher(self.plan, self.log)
-        programs = Programs(self.plan, self.log)
+        batches, _ = hosts.agree(lambda: (self._batches(self.first), check_sets(self.run)))
+        teacher = load_teacher(self.run, self.log)
+        programs = Programs(self.run, self.log)
         self.state = None  # the first step consumes it
         while True:
             try:
@@ -165,12 +164,12 @@ class _Session:
             batches = self._batches(int(state.step))
 
     def _batches(self, step: int) -> Batches:
-        return self.plan.train_batches(step, **self.rewinds.data)
+        return self.run.train_batches(step, **self.rewinds.data)
 
     def _steps(
         self, programs: Programs, teacher: Any, state: TrainState, batches: Batches
     ) -> tuple[TrainState, bool]:
-        plan, settings, total, first = self.plan, self.plan.settings, self.plan.total_steps, int(state.step)
+        run, settings, total, first = self.run, self.run.settings, self.run.total_steps, int(state.step)
         watch, metrics = self.watch, None
         tracer = Tracer(Window.of(settings.profile), self.workdir, self.log)
         train_step = programs.at(first)
@@ -182,14 +181,14 @@ class _Session:
                         train_step = programs.at(step - 1)
                 tracer.before(step, metrics)
                 batch = self.clock.take(batches, running=metrics)
-                state, metrics = train_step(state, teacher, meshes.place(batch, plan.mesh))
+                state, metrics = train_step(state, teacher, sharding.place(batch, run.mesh))
                 tracer.after(step, metrics)
                 watch.add(step, metrics)
                 stopping = self.stop.asked or self.checkpoints.preempted(step)
                 if step % settings.log_steps == 0 or step == total:
-                    lr = float(plan.lr_fn(step - 1))
+                    lr = float(run.lr_fn(step - 1))
                     self.report.train(step, watch.means(), lr=lr, clock=self.clock)
-                evaluating = plan.eval_every > 0 and step % plan.eval_every == 0 and step < total
+                evaluating = run.eval_every > 0 and step % run.eval_every == 0 and step < total
                 saving = self.keeper.planned(step) or stopping or step == total
                 if evaluating or saving:
                     watch.flush()  # what is not finite is neither evaluated nor saved
@@ -224,16 +223,16 @@ class _Session:
         return final
 
     def _evaluate(self, step: int, state: TrainState) -> dict[str, Value]:
-        metrics = measure(self.plan, state.variables, state.ema)
+        metrics = measure(self.run, state.variables, state.ema)
         self.report.evaluation(step, metrics)
-        average_warning(self.plan, step, self.log)
+        average_warning(self.run, step, self.log)
         self.keeper.note(step, metrics)
         return metrics
 
     def _save(self, state: TrainState) -> None:
         hosts.agree(self.lock.check)
         self.report.flush()
-        facts = {"config": self.plan.settings.plain, "run": identity.describe(self.plan)}
+        facts = {"config": self.run.settings.plain, "run": identity.describe(self.run)}
         meta = {**facts, **self.rewinds.meta, **self.keeper.meta, **self.watch.meta}
         self.checkpoints.save(state, seconds=self.clock.seconds, **meta)
 
@@ -241,8 +240,8 @@ class _Session:
         """The state of the last planned checkpoint, or of the beginning."""
         self.rewinds.check(bad, self.checkpoints.newest)
         self.checkpoints.wait()
-        found = self.checkpoints.restore(self.plan.abstract_state, among=self.keeper.planned)
-        state = beginning(self.plan, self.log).state if found is None else found.state
+        found = self.checkpoints.restore(self.run.abstract_state, among=self.keeper.planned)
+        state = beginning(self.run, self.log).state if found is None else found.state
         meta = {} if found is None else found.meta
         step = int(state.step)
         self.checkpoints.forget(step)

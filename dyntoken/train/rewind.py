@@ -30,7 +30,7 @@ class Rewinds:
 
     @property
     def data(self) -> dict[str, int]:
-        """Arguments of `Plan.train_batches`."""
+        """Arguments of `Run.train_batches`."""
         return {"skipped": sum(bad - back for back, bad in self.done), "rewinds": len(self.done)}
 
     @property

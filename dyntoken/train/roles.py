@@ -1,4 +1,4 @@
-"""The student and the teacher of a plan, fitted to the data."""
+"""The student and the teacher of a run, fitted to the data."""
 
 from __future__ import annotations
 

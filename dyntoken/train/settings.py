@@ -13,10 +13,10 @@ import ml_collections
 from dyntoken import data, losses, mix, models, optim, schema, weights
 from dyntoken.registry import load_plugins
 from dyntoken.schema import Count, Natural, NonNegative, Positive, Rate, Section, Seed, Size, within
-from dyntoken.train import mesh as meshes
+from dyntoken.train import sharding
 from dyntoken.train.evalsets import EVAL_OWN, SOURCE, EvalSettings, check_labels
+from dyntoken.train.profiler import Window
 from dyntoken.train.shrink import Shrink
-from dyntoken.train.tracing import Window
 from dyntoken.weights import workdirs
 
 MOST_STEPS = 2**31 - 1  # the optimizer counts in int32
@@ -140,7 +140,7 @@ class Settings:
     losses: Annotated[Mapping[str, Any], LOSS]
     batch: Count
     accumulate: Count = 1
-    shard: Literal[tuple(meshes.SHARDS)] = "none"
+    shard: Literal[tuple(sharding.SHARDS)] = "none"
     keep_schedule: Annotated[Mapping[str, Any] | None, SHRINK] = None
     epochs: NonNegative = 0.0
     steps: Annotated[int, within(f"[0, {MOST_STEPS}]")] = 0

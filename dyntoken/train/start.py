@@ -13,12 +13,11 @@ import jax
 from etils import epath
 
 from dyntoken import paths, weights
-from dyntoken.train import hosts, identity
-from dyntoken.train import mesh as meshes
+from dyntoken.train import hosts, identity, sharding
+from dyntoken.train.build import Run
 from dyntoken.train.checkpoint import Checkpoints, Restored, restore_from
 from dyntoken.train.clock import Clock
-from dyntoken.train.plan import Plan
-from dyntoken.train.report import atomic_write
+from dyntoken.train.logging import atomic_write
 from dyntoken.train.rewind import Rewinds
 from dyntoken.train.state import TrainState
 from dyntoken.weights import runs
@@ -48,35 +47,35 @@ class Start:
     meta: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def start(plan: Plan, checkpoints: Checkpoints, log: Log) -> Start:
+def start(run: Run, checkpoints: Checkpoints, log: Log) -> Start:
     """The newest checkpoint of the run, or its beginning."""
-    found = checkpoints.restore(plan.abstract_state)
+    found = checkpoints.restore(run.abstract_state)
     if found is None:
-        return beginning(plan, log)
-    if found.step > plan.total_steps:
+        return beginning(run, log)
+    if found.step > run.total_steps:
         log(
-            f"the run is at step {found.step} already, this config ends at {plan.total_steps}: nothing to train"
+            f"the run is at step {found.step} already, this config ends at {run.total_steps}: nothing to train"
         )
     else:
-        log(f"resuming at step {found.step} of {plan.total_steps}")
-    return dataclasses.replace(_from(found, plan, log), meta=found.meta)
+        log(f"resuming at step {found.step} of {run.total_steps}")
+    return dataclasses.replace(_from(found, run, log), meta=found.meta)
 
 
-def beginning(plan: Plan, log: Log) -> Start:
+def beginning(run: Run, log: Log) -> Start:
     """Where a run without checkpoints starts: `config.resume`, `config.init` or fresh variables."""
-    settings = plan.settings
+    settings = run.settings
     if settings.resume:
-        identity.check(settings.resume, plan)
-        found = restore_from(settings.resume, plan.abstract_state, log=log)
+        identity.check(settings.resume, run)
+        found = restore_from(settings.resume, run.abstract_state, log=log)
         log(f"going on from step {found.step} of {settings.resume}")
-        return _from(found, plan, log)
-    variables = load_init(plan, log) if (settings.init or {}).get("path") else None
-    return Start(plan.new_state(variables), Clock(), Rewinds(settings.rewind), True)
+        return _from(found, run, log)
+    variables = load_init(run, log) if (settings.init or {}).get("path") else None
+    return Start(run.new_state(variables), Clock(), Rewinds(settings.rewind), True)
 
 
-def _from(found: Restored, plan: Plan, log: Log) -> Start:
-    same = _compare(found, plan.settings.plain, log)
-    rewinds = Rewinds(plan.settings.rewind, found.meta.get("rewinds", ()))
+def _from(found: Restored, run: Run, log: Log) -> Start:
+    same = _compare(found, run.settings.plain, log)
+    rewinds = Rewinds(run.settings.rewind, found.meta.get("rewinds", ()))
     return Start(found.state, Clock(found.meta.get("seconds", 0.0)), rewinds, same)
 
 
@@ -99,13 +98,13 @@ def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     return {k: v for key, node in tree.items() for k, v in flat(node, f"{prefix}.{key}".strip(".")).items()}
 
 
-def facts(plan: Plan) -> dict[str, Any]:
+def facts(run: Run) -> dict[str, Any]:
     """What has to be the same on every host; where the data lie may differ."""
-    facts = {f"config.{name}": value for name, value in flat(plan.settings.plain).items()}
+    facts = {f"config.{name}": value for name, value in flat(run.settings.plain).items()}
     facts.pop("config.data.data_dir", None)
-    info = plan.info
+    info = run.info
     facts |= {f"the size of split {name!r}": size for name, size in info.splits.items()}
-    for label, one in plan.eval_sets.items():
+    for label, one in run.eval_sets.items():
         if label:
             facts |= {f"the size of split {k!r} of {label}": size for k, size in one.info.splits.items()}
             facts.pop(f"config.evals.{label}.data_dir", None)
@@ -128,38 +127,38 @@ def move_aside(workdir: epath.Path, log: Log) -> None:
     log(f"starting anew: the old run is in {target}; leave --restart out to go on with the new one")
 
 
-def write_config(workdir: epath.Path, plan: Plan) -> None:
+def write_config(workdir: epath.Path, run: Run) -> None:
     """Writes what `open_workdir` and a later `--mode=eval` read."""
     if jax.process_index() == 0:
-        atomic_write(workdir / "config.json", json.dumps(plan.settings.plain, indent=2) + "\n")
+        atomic_write(workdir / "config.json", json.dumps(run.settings.plain, indent=2) + "\n")
 
 
 load_for_training = functools.partial(weights.load_weights, return_report=True)
 
 
-def load_init(plan: Plan, log: Log, load: Callable[..., Any] = load_for_training) -> Tree:
+def load_init(run: Run, log: Log, load: Callable[..., Any] = load_for_training) -> Tree:
     """The variables that `config.init` names; `load` as `load_weights` that returns its report."""
-    options = dict(plan.settings.init)
+    options = dict(run.settings.init)
     path = options.pop("path")
     if options.get("head", "keep") == "keep":
         remedy = "give init.head=reset for a fresh classifier"
-        identity.check_classes(runs.of_workdir(path, options.get("step", "newest")), plan, path, remedy)
-    variables, report = hosts.agree(lambda: load(plan.model, path, **options), _checksum)
+        identity.check_classes(runs.of_workdir(path, options.get("step", "newest")), run, path, remedy)
+    variables, report = hosts.agree(lambda: load(run.model, path, **options), _checksum)
     log(f"initial weights: {report}")
     return variables
 
 
-def load_teacher(plan: Plan, log: Log) -> Tree:
+def load_teacher(run: Run, log: Log) -> Tree:
     """The teacher's variables on every device, `{}` without a teacher."""
-    if plan.teacher is None:
+    if run.teacher is None:
         return {}
-    path = plan.settings.teacher["weights"]
-    identity.check_classes(runs.of_workdir(path), plan, f"the teacher in {path}", "name another teacher")
+    path = run.settings.teacher["weights"]
+    identity.check_classes(runs.of_workdir(path), run, f"the teacher in {path}", "name another teacher")
     variables, report = hosts.agree(
-        lambda: weights.load_weights(plan.teacher, path, return_report=True), _checksum
+        lambda: weights.load_weights(run.teacher, path, return_report=True), _checksum
     )
     log(f"teacher: {report}")
-    return meshes.replicate(variables, plan.mesh)
+    return sharding.replicate(variables, run.mesh)
 
 
 def _checksum(loaded: tuple[Tree, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from dyntoken.train.report import Value, spell
+from dyntoken.train.logging import Value, spell
 
 
 class NotFiniteError(Exception):

@@ -12,7 +12,7 @@ import dyntoken
 from dyntoken import mix, optim, weights
 from dyntoken.analysis import macs
 from dyntoken.backbones.cvt import key_weights, quick_gelu
-from dyntoken.train import mesh as meshes
+from dyntoken.train import sharding as meshes
 from dyntoken.train.state import create_state
 from dyntoken.train.step import make_train_step
 

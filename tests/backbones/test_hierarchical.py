@@ -14,7 +14,7 @@ from dyntoken import losses
 from dyntoken.analysis import macs
 from dyntoken.models import pairings
 from dyntoken.reducers import METHODS
-from dyntoken.train import mesh as meshes
+from dyntoken.train import sharding as meshes
 
 SMALL = {
     "swin_tiny": {"patch_size": 2, "width": 8, "heads": (1, 1, 2), "window": 2, "depths": (1, 1, 2)},

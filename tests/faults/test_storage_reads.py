@@ -12,8 +12,7 @@ import pytest
 
 import dyntoken
 from dyntoken import train
-from dyntoken.train import checkpoint, loop
-from dyntoken.train import mesh as meshes
+from dyntoken.train import checkpoint, loop, sharding
 from dyntoken.train.checkpoint import CheckpointError, Checkpoints, restore_from
 from dyntoken.weights import WeightsError, workdirs
 from tests.train.test_checkpoint import damage, files, make_state
@@ -31,7 +30,7 @@ def no_pauses(monkeypatch):
 
 @pytest.fixture
 def mesh():
-    return meshes.data_mesh()
+    return sharding.data_mesh()
 
 
 @pytest.fixture
@@ -44,7 +43,7 @@ def saved(tmp_path, mesh):
 
 
 def like(mesh):
-    return meshes.replicated_like(make_state(0, mesh), mesh)
+    return sharding.replicated_like(make_state(0, mesh), mesh)
 
 
 def restore(workdir, mesh):
@@ -236,7 +235,7 @@ class TestRecord:
             path.unlink()
         result = train.run(self.CONFIG, tmp_path, log=Log())
         assert steps_kept(tmp_path) == [2, 5]
-        assert restore_from(tmp_path, result.plan.abstract_state, step="best").step == 2
+        assert restore_from(tmp_path, result.run.abstract_state, step="best").step == 2
 
     @pytest.mark.parametrize("text", ["", "{", "null", "[]", '{"best_metric": 3}', "\0" * 20, None])
     def test_a_damaged_config(self, tmp_path, monkeypatch, text):
@@ -247,10 +246,10 @@ class TestRecord:
         path.unlink()
         if text is not None:
             path.write_text(text)
-        assert restore_from(tmp_path, result.plan.abstract_state, step="best").step == 2
+        assert restore_from(tmp_path, result.run.abstract_state, step="best").step == 2
         loaded = dyntoken.load_weights(result.model, tmp_path, step="best")
         assert_identical(
-            loaded["params"], restore_from(tmp_path, result.plan.abstract_state, step=2).state.params
+            loaded["params"], restore_from(tmp_path, result.run.abstract_state, step=2).state.params
         )
 
 

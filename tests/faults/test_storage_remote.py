@@ -17,7 +17,7 @@ from etils import epath
 
 from dyntoken import data, paths, train
 from dyntoken.data.folder import open_folder
-from dyntoken.train import report, workdir
+from dyntoken.train import logging as report
 from dyntoken.train.checkpoint import CheckpointError, folder, restore_from
 from dyntoken.weights import WeightsError, files
 from tests.faults.bucket_run import CONFIG
@@ -81,7 +81,7 @@ def test_a_uri_of_another_kind_is_refused_at_once(uri, use, tmp_path):
     uses = {
         "train": lambda: train.run(tiny_config(), uri, log=Log()),
         "evaluate": lambda: train.evaluate(tiny_config(), uri, log=Log()),
-        "open": lambda: workdir.open_workdir(uri),
+        "open": lambda: train.open_workdir(uri),
         "data": lambda: data.info("cifar10", uri),
         "folder": lambda: data.info(f"folder:{uri}"),
         "weights": lambda: files.read(uri),

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 
-from dyntoken.train import mesh as meshes
+from dyntoken.train import sharding
 from dyntoken.train.checkpoint import CheckpointError, Checkpoints, restore_from
 from dyntoken.train.state import create_state
 
@@ -27,7 +27,7 @@ def make_state(step: int, mesh, width: int = 5, ema: bool = True):
     params["a"]["half"] = jnp.full((3,), 1.5 + step, jnp.bfloat16)
     variables = {"params": params, "batch_stats": {"mean": jnp.full((3,), 0.5 * step)}}
     state = create_state(variables, optax.chain(optax.clip(1.0), optax.adam(1e-3)), ema=ema)
-    return meshes.replicate(state.replace(step=jnp.int32(step)), mesh)
+    return sharding.replicate(state.replace(step=jnp.int32(step)), mesh)
 
 
 def assert_equal(a, b):
@@ -36,7 +36,7 @@ def assert_equal(a, b):
 
 @pytest.fixture
 def mesh():
-    return meshes.data_mesh()
+    return sharding.data_mesh()
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def restore(workdir, mesh, **options):
     lines = []
     checkpoints = Checkpoints(workdir, log=lines.append)
     try:
-        return checkpoints.restore(meshes.replicated_like(make_state(0, mesh, **options), mesh)), lines
+        return checkpoints.restore(sharding.replicated_like(make_state(0, mesh, **options), mesh)), lines
     finally:
         checkpoints.close()
 
@@ -99,9 +99,9 @@ def test_without_average(tmp_path, mesh):
 @pytest.mark.parametrize(("before", "after"), [(4, 1), (1, 4), (4, 2)])
 def test_other_number_of_devices(tmp_path, before, after):
     checkpoints = Checkpoints(tmp_path)
-    checkpoints.save(make_state(7, meshes.data_mesh(jax.devices()[:before])))
+    checkpoints.save(make_state(7, sharding.data_mesh(jax.devices()[:before])))
     checkpoints.close()
-    mesh = meshes.data_mesh(jax.devices()[:after])
+    mesh = sharding.data_mesh(jax.devices()[:after])
     found, _ = restore(tmp_path, mesh)
     assert_equal(found.state, make_state(7, mesh))
     assert found.state.params["a"]["kernel"].sharding.mesh == mesh
@@ -116,7 +116,7 @@ def test_what_else_is_kept_and_forgotten(tmp_path, mesh):
     assert asked[-1] == [2, 3, 4, 5]  # 4 goes, and was there until 5 was complete
     kept = tmp_path / "checkpoints"
     assert sorted(path.name for path in kept.iterdir()) == ["2", "3", "5"]
-    like = meshes.replicated_like(make_state(0, mesh), mesh)
+    like = sharding.replicated_like(make_state(0, mesh), mesh)
     assert checkpoints.restore(like, among=lambda step: step % 2 == 0).step == 2
     assert checkpoints.restore(like, among=lambda step: step > 5) is None
     checkpoints.forget(2)
@@ -128,7 +128,7 @@ def test_what_else_is_kept_and_forgotten(tmp_path, mesh):
 
 def test_saving_again_is_no_error(saved, mesh):
     checkpoints = Checkpoints(saved)
-    checkpoints.restore(meshes.replicated_like(make_state(0, mesh), mesh))
+    checkpoints.restore(sharding.replicated_like(make_state(0, mesh), mesh))
     checkpoints.save(make_state(4, mesh))
     checkpoints.save(make_state(5, mesh))
     checkpoints.close()
@@ -147,7 +147,7 @@ def test_bit_flip_in_the_newest(saved, mesh):
 def test_the_damaged_step_can_be_saved_again(saved, mesh):
     damage(saved / "checkpoints" / "4", lambda raw: b"")
     checkpoints = Checkpoints(saved, log=lambda line: None)
-    checkpoints.restore(meshes.replicated_like(make_state(0, mesh), mesh))
+    checkpoints.restore(sharding.replicated_like(make_state(0, mesh), mesh))
     checkpoints.save(make_state(4, mesh))
     checkpoints.close()
     assert restore(saved, mesh)[0].step == 4
@@ -213,7 +213,7 @@ def test_another_model_is_named_not_set_aside(saved, mesh):
 
 
 def test_from_another_run_leaves_it_untouched(saved, mesh):
-    like = meshes.replicated_like(make_state(0, mesh), mesh)
+    like = sharding.replicated_like(make_state(0, mesh), mesh)
     damage(saved / "checkpoints" / "4", lambda raw: b"")
     lines = []
     assert restore_from(saved, like, log=lines.append).step == 2

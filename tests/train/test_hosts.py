@@ -22,7 +22,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from dyntoken import train, weights
 from dyntoken.train import hosts, loop
-from dyntoken.train.plan import Plan, build
+from dyntoken.train.build import Run, build
 from dyntoken.train.state import init_variables
 from tests.train.pair import care, config, everything, poisoned
 
@@ -92,7 +92,7 @@ def run_alone(chosen, workdir):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "build", functools.partial(build, devices=jax.devices()[:1]))
         result = train.run(chosen, workdir, log=[].append)
-    assert result.plan.mesh.size == 1
+    assert result.run.mesh.size == 1
     return result, rows(workdir)
 
 
@@ -187,8 +187,8 @@ def images(tmp_path_factory):
 
 def save_decided(chosen, path):
     """Fresh weights whose predictor has clear opinions: of scores that are alike, rounding would choose."""
-    plan = build(chosen)
-    variables = init_variables(plan.model, plan.shape, plan.settings.seed)
+    run = build(chosen)
+    variables = init_variables(run.model, run.shape, run.settings.seed)
     louder = {name: 10.0 if "reducer" in name else 1.0 for name in flatten_dict(variables, sep="/")}
     scaled = {name: leaf * louder[name] for name, leaf in flatten_dict(variables, sep="/").items()}
     weights.save_weights(path, unflatten_dict(scaled, sep="/"))
@@ -230,7 +230,7 @@ def checkpoints(workdir):
 def test_two_processes_rewind_and_keep_the_best_as_one(tmp_path, monkeypatch):
     """Rows of the second process alone are not finite: both go back, and on, and keep the same."""
     with monkeypatch.context() as patch:
-        patch.setattr(Plan, "train_batches", poisoned(Plan.train_batches))
+        patch.setattr(Run, "train_batches", poisoned(Run.train_batches))
         alone = run_alone(care(), tmp_path / "alone")
     with pair(tmp_path, "--care") as (processes, outputs):
         texts = finish(processes, outputs)

@@ -12,7 +12,7 @@ import pytest
 
 import dyntoken
 from dyntoken import train
-from dyntoken.train import loop, plan
+from dyntoken.train import loop
 from dyntoken.train.checkpoint import CheckpointError, restore_from
 from tests.train.tiny import DTPS, SMALL, tiny_config
 
@@ -166,7 +166,7 @@ def test_not_finite_names_step_and_norm_and_saves_nothing(tmp_path):
     assert steps_kept(tmp_path) == [1, 2]
     with pytest.raises(train.TrainError, match=r"at step 3"):  # the same again, from what was saved
         train.run(config, tmp_path, log=Log())
-    state = restore_from(tmp_path, plan.build(config).abstract_state).state
+    state = restore_from(tmp_path, train.build(config).abstract_state).state
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(state))
 
 

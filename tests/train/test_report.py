@@ -12,7 +12,7 @@ from etils import epath
 from dyntoken.analysis import learning
 from dyntoken.train import clock as clocks
 from dyntoken.train.clock import Clock
-from dyntoken.train.report import Report, duration
+from dyntoken.train.logging import Report, duration
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import pytest
 
 from dyntoken import create_model, train
 from dyntoken.train import loop
-from dyntoken.train.plan import Plan, build
+from dyntoken.train.build import Run, build
 from dyntoken.train.shrink import Shrink, stages
 from tests.train.test_loop import CrashError, Log, assert_identical, crash, rows
 from tests.train.tiny import DENSE, DTPS, SMALL, tiny_config
@@ -57,15 +57,15 @@ def test_a_key_that_nothing_reads():
 
 
 def test_a_run_in_stages_resumes_within_the_second(tmp_path, monkeypatch):
-    compiled, programs, real = [], {}, Plan.train_step_for
+    compiled, programs, real = [], {}, Run.train_step_for
 
-    def train_step_for(plan, model):
+    def train_step_for(run, model):
         compiled.append(model.keep)
         if model.keep not in programs:
-            programs[model.keep] = real(plan, model)
+            programs[model.keep] = real(run, model)
         return programs[model.keep]
 
-    monkeypatch.setattr(Plan, "train_step_for", train_step_for)
+    monkeypatch.setattr(Run, "train_step_for", train_step_for)
     monkeypatch.setattr(loop, "measure", lambda *_: {"top1": 0.5, "count": 37})
     model = {**EVIT, "depth": 1, "at": (0,)}
     own = tiny_config(model=model, steps=5, checkpoint_steps=3, keep_schedule={"end_epoch": 1, "levels": 2})

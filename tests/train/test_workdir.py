@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dyntoken import train
-from dyntoken.train.workdir import open_workdir
+from dyntoken.train.evaluate import open_workdir
 from tests.train.tiny import tiny_config
 
 
@@ -27,7 +27,7 @@ def test_variables_average_and_batches(trained):
     whole = np.concatenate([np.asarray(batch["mask"]) for batch in opened.batches()])
     assert whole.sum() == 37
     batch = next(opened.batches())
-    assert batch["image"].sharding.mesh.size == opened.plan.mesh.size == 4
+    assert batch["image"].sharding.mesh.size == opened.run.mesh.size == 4
     part = open_workdir(workdir, split="train[:5]")
     assert sum(float(batch["mask"].sum()) for batch in part.batches()) == 5
 

@@ -1,7 +1,9 @@
-"""Evaluates a run: every set, raw weights and their average."""
+"""A run, opened from its workdir, and its evaluation: every set, raw weights and their average."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -10,15 +12,14 @@ import jax
 import numpy as np
 from etils import epath
 
-from dyntoken import data, schedules
+from dyntoken import data, paths, schedules
 from dyntoken.eval.classify import classify
-from dyntoken.train import hosts, identity
-from dyntoken.train import mesh as meshes
-from dyntoken.train.checkpoint import folder, restore_from
+from dyntoken.train import hosts, identity, sharding
+from dyntoken.train.build import Run, build
+from dyntoken.train.checkpoint import CheckpointError, folder, restore_from
 from dyntoken.train.compiled import peak, spell_devices
 from dyntoken.train.evalsets import MAIN
-from dyntoken.train.plan import Plan, build
-from dyntoken.train.report import Value, silent
+from dyntoken.train.logging import Value, silent
 from dyntoken.train.start import facts, load_init
 from dyntoken.weights.whole import load_whole
 
@@ -56,35 +57,35 @@ def evaluate(
       CheckpointError: no such step, or it is damaged.
     """
     log = log if jax.process_index() == 0 else silent
-    plan = hosts.agree(lambda: build(config, training=False), facts)
+    run = hosts.agree(lambda: build(config, training=False), facts)
     if workdir is not None:
         if not _has_checkpoints(workdir):
             raise ValueError(
                 f"nothing to evaluate: no checkpoint in {workdir}; give the --workdir of a run, or give none "
                 "and name weights that hold the whole model, --config.init.path=WEIGHTS"
             )
-        identity.check(workdir, plan, step)
-        found = restore_from(workdir, plan.abstract_state, step=step, log=log)
+        identity.check(workdir, run, step)
+        found = restore_from(workdir, run.abstract_state, step=step, log=log)
         log(f"evaluating step {found.step} of {workdir}")
         variables, ema, extra = found.state.variables, found.state.ema, {"step": found.step}
-        average_warning(plan, found.step, log)
-    elif not (plan.settings.init or {}).get("path"):
+        average_warning(run, found.step, log)
+    elif not (run.settings.init or {}).get("path"):
         raise ValueError(
             "nothing to evaluate: give the --workdir of a run, or weights by --config.init.path=WEIGHTS"
         )
     elif step != "newest":
         raise ValueError(f"--step={step} chooses among the checkpoints of a run: give its --workdir")
     else:
-        variables, ema, extra = load_init(plan, log, load_whole), None, {}
-        variables = meshes.replicate(variables, plan.mesh)
-    hosts.agree(lambda: check_sets(plan))
-    log(f"compiling the evaluation for {spell_devices(plan.mesh)}: seconds to a minute")
-    for label in plan.eval_sets:
-        compiled = plan.eval_step_for(label)  # before the clock starts
+        variables, ema, extra = load_init(run, log, load_whole), None, {}
+        variables = sharding.replicate(variables, run.mesh)
+    hosts.agree(lambda: check_sets(run))
+    log(f"compiling the evaluation for {spell_devices(run.mesh)}: seconds to a minute")
+    for label in run.eval_sets:
+        compiled = run.eval_step_for(label)  # before the clock starts
     memory = peak(compiled.memory_analysis()) / 2**20
-    log(f"evaluating batches of {plan.eval_batch}, {memory:.0f} MiB a device")
+    log(f"evaluating batches of {run.eval_batch}, {memory:.0f} MiB a device")
     began = time.monotonic()
-    metrics = measure(plan, variables, ema)
+    metrics = measure(run, variables, ema)
     check_finite(metrics)
     images = sum(value for name, value in metrics.items() if name.rsplit("/", 1)[-1] == "count")
     passes = 1 if ema is None else 2
@@ -92,23 +93,81 @@ def evaluate(
     return metrics | extra
 
 
-def measure(plan: Plan, variables: Tree, ema: Tree | None = None) -> dict[str, Value]:
-    """Evaluates variables on every set of the plan: `top1`, ..., `ema/top1`, ..., `LABEL/top1`, ... ."""
-    variables, ema = meshes.gathered((variables, ema))
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """What a workdir holds.
+
+    Attributes:
+      run: of its `config.json`.
+      variables: of the newest intact checkpoint, on every device of `run.mesh`.
+      step: of that checkpoint.
+    """
+
+    run: Run
+    variables: Tree
+    step: int
+
+    def batches(self) -> Iterator[dict[str, jax.Array]]:
+        """One pass over the evaluation split, as global arrays split over the mesh."""
+        with data.prefetch(self.run.eval_batches()) as batches:
+            for batch in batches:
+                yield sharding.place(batch, self.run.mesh)
+
+
+def open_workdir(
+    workdir: str | epath.PathLike,
+    *,
+    split: str | None = None,
+    ema: bool = False,
+    log: Callable[[str], None] = print,
+) -> Opened:
+    """The run and the newest weights of a run, without its recipe.
+
+    Args:
+      workdir: folder of the run; may be on `gs://`.
+      split: what is read instead of the run's evaluation split, `"train[:5000]"`.
+      ema: take the weight average.
+      log: takes one line of text.
+
+    Raises:
+      ValueError: no run there, no intact checkpoint, no such split, or no
+        average in the checkpoint.
+    """
+    workdir = paths.resolve(workdir)
+    path = workdir / "config.json"
+    if not path.exists():
+        raise ValueError(f"no run in {workdir} (it has no config.json): give the workdir of a training run")
+    config = json.loads(path.read_text())
+    if split is not None:
+        config["data"]["eval_split"] = split
+    run = build(config, training=False)
+    if ema and run.settings.ema <= 0:
+        raise ValueError(f"the run in {workdir} keeps no weight average: leave --ema out")
+    try:
+        identity.check(workdir, run)
+        found = restore_from(workdir, run.abstract_state, log=log)
+    except CheckpointError as error:
+        raise ValueError(str(error)) from error
+    return Opened(run, found.state.ema if ema else found.state.variables, found.step)
+
+
+def measure(run: Run, variables: Tree, ema: Tree | None = None) -> dict[str, Value]:
+    """Evaluates variables on every set of the run: `top1`, ..., `ema/top1`, ..., `LABEL/top1`, ... ."""
+    variables, ema = sharding.gathered((variables, ema))
     metrics = {}
-    for label in plan.eval_sets:
+    for label in run.eval_sets:
         prefix = f"{label}/" if label else ""
-        found = classify(plan.eval_step_for(label), variables, _placed(plan, label))
+        found = classify(run.eval_step_for(label), variables, _placed(run, label))
         metrics |= {f"{prefix}{name}": value for name, value in found.items()}
         if ema is not None:
-            found = classify(plan.eval_step_for(label), ema, _placed(plan, label))
+            found = classify(run.eval_step_for(label), ema, _placed(run, label))
             metrics |= {f"{prefix}ema/{name}": value for name, value in found.items() if name != "count"}
     return metrics
 
 
-def average_warning(plan: Plan, step: int, log: Log) -> None:
+def average_warning(run: Run, step: int, log: Log) -> None:
     """Says where the weight average is still mostly what the run started from."""
-    settings = plan.settings
+    settings = run.settings
     warning = schedules.ema_warning(step, settings.ema, warmup=settings.ema_warmup)
     if warning:
         log(warning)
@@ -124,16 +183,16 @@ def check_finite(metrics: Mapping[str, Value | None]) -> None:
         )
 
 
-def check_sets(plan: Plan) -> None:
+def check_sets(run: Run) -> None:
     """Opens every set: what is not on disk must show up before the training, not after it."""
-    for label in plan.eval_sets:
-        plan.eval_batches(label)
+    for label in run.eval_sets:
+        run.eval_batches(label)
 
 
-def _placed(plan: Plan, label: str = MAIN) -> Iterator[dict[str, jax.Array]]:
-    with data.prefetch(plan.eval_batches(label)) as batches:
+def _placed(run: Run, label: str = MAIN) -> Iterator[dict[str, jax.Array]]:
+    with data.prefetch(run.eval_batches(label)) as batches:
         for batch in batches:
-            yield meshes.place(batch, plan.mesh)
+            yield sharding.place(batch, run.mesh)
 
 
 def _has_checkpoints(workdir: str | epath.PathLike) -> bool:

@@ -1,6 +1,6 @@
-"""From a config to a checked plan: every section goes into exactly one function.
+"""From a config to a checked run: every section goes into exactly one function.
 
-Nothing here reads an image or a weight file, so that a plan costs seconds and a
+Nothing here reads an image or a weight file, so that a run costs seconds and a
 wrong key is found before anything else happens.
 """
 
@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from dyntoken import data, losses, mix, optim
 from dyntoken.data.plan import check_eval_batch, check_size, check_topology
 from dyntoken.eval.classify import make_eval_step
-from dyntoken.train import mesh as meshes
+from dyntoken.train import sharding
 from dyntoken.train.evalsets import MAIN, EvalSet, check_metric, open_sets
 from dyntoken.train.roles import make_model, make_teacher
 from dyntoken.train.settings import MOST_STEPS, Settings, check_lengths, read
@@ -32,7 +32,7 @@ Tree = Any
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class Run:
     """All that a run is made of, except weights and images.
 
     Attributes:
@@ -66,12 +66,14 @@ class Plan:
         """Shapes, types and places of the state."""
         make = functools.partial(create_state, tx=self.tx, ema=self.settings.ema > 0)
         state = jax.eval_shape(make, self.abstract(self.model))
-        return meshes.like(state, meshes.layout_of(state, self.mesh, self.settings.shard))
+        return sharding.like(state, sharding.layout_of(state, self.mesh, self.settings.shard))
 
     @property
     def abstract_teacher(self) -> Tree:
         """Shapes and types of the teacher's variables, `{}` without a teacher."""
-        return meshes.replicated_like({} if self.teacher is None else self.abstract(self.teacher), self.mesh)
+        return sharding.replicated_like(
+            {} if self.teacher is None else self.abstract(self.teacher), self.mesh
+        )
 
     def abstract(self, model: nn.Module) -> Tree:
         """Shapes and types of a model's variables."""
@@ -85,7 +87,7 @@ class Plan:
             return create_state(fresh, self.tx, ema=self.settings.ema > 0)
 
         state = jax.jit(create)(variables)
-        return meshes.replicate(state, self.mesh, meshes.layout_of(state, self.mesh, self.settings.shard))
+        return sharding.replicate(state, self.mesh, sharding.layout_of(state, self.mesh, self.settings.shard))
 
     @functools.cached_property
     def train_step(self) -> jax.stages.Compiled:
@@ -105,11 +107,11 @@ class Plan:
         )
         update = make_update(self.tx, specs=settings.losses, ema=settings.ema, ema_warmup=settings.ema_warmup)
         if settings.shard == "none":
-            step = meshes.data_parallel(joined(gradient, update), self.mesh, replicated=2, donate=(0,))
+            step = sharding.data_parallel(joined(gradient, update), self.mesh, replicated=2, donate=(0,))
         else:
             layout = jax.tree.map(lambda x: x.sharding, self.abstract_state)
-            step = meshes.split_update(gradient, update, self.mesh, layout)
-        batch = meshes.batch_like(self.mesh, settings.batch, self.shape)
+            step = sharding.split_update(gradient, update, self.mesh, layout)
+        batch = sharding.batch_like(self.mesh, settings.batch, self.shape)
         return step.lower(self.abstract_state, self.abstract_teacher, batch).compile()
 
     @property
@@ -122,10 +124,10 @@ class Plan:
         labels = self.info.num_classes if self.eval_sets[label].info.several_labels else 0
         if labels not in self._eval_steps:
             step = make_eval_step(self.model, prepare=self.prepare)
-            step = meshes.data_parallel(step, self.mesh, replicated=1)
-            batch = meshes.batch_like(self.mesh, self.eval_batch, self.shape, labels=labels)
+            step = sharding.data_parallel(step, self.mesh, replicated=1)
+            batch = sharding.batch_like(self.mesh, self.eval_batch, self.shape, labels=labels)
             del batch["id"]
-            variables = meshes.replicated_like(self.abstract_state.variables, self.mesh)
+            variables = sharding.replicated_like(self.abstract_state.variables, self.mesh)
             self._eval_steps[labels] = step.lower(variables, batch).compile()
         return self._eval_steps[labels]
 
@@ -197,13 +199,13 @@ def build(
     *,
     devices: Sequence[jax.Device] | None = None,
     training: bool = True,
-) -> Plan:
-    """A plan from a config; reads neither images nor weights.
+) -> Run:
+    """A run from a config; reads neither images nor weights.
 
     Args:
       config: see `Settings`.
       devices: to run on, by default all.
-      training: False for a plan that evaluates: how long the run is, and what does
+      training: False for a run that evaluates: how long the run is, and what does
         not fit into it, means nothing then.
 
     Raises:
@@ -211,9 +213,9 @@ def build(
       ValueError: for values that do not fit together.
     """
     settings = config if isinstance(config, Settings) else read(config)
-    mesh = meshes.data_mesh(devices)
+    mesh = sharding.data_mesh(devices)
     mixes = max(settings.mix.get("mixup", 1), settings.mix.get("cutmix", 1)) > 0
-    meshes.check_batch(
+    sharding.check_batch(
         settings.batch,
         mesh,
         multiple=2 if mixes else 1,
@@ -221,7 +223,7 @@ def build(
         shards=settings.data.shards,
     )
     chosen = settings.data
-    meshes.check_batch(chosen.eval.get("batch", settings.batch), mesh)
+    sharding.check_batch(chosen.eval.get("batch", settings.batch), mesh)
     process = jax.process_index(), jax.process_count()
     check_topology(settings.batch, chosen.shards, process)
     check_eval_batch(chosen.eval.get("batch", settings.batch), process)
@@ -247,7 +249,7 @@ def build(
     tx, lr_fn = optim.make(
         variables["params"], total_steps=total, steps_per_epoch=per_epoch, **settings.optim
     )
-    return Plan(
+    return Run(
         settings=settings,
         mesh=mesh,
         model=model,
