@@ -12,7 +12,7 @@ import dyntoken
 from dyntoken import losses, mix, optim
 from dyntoken.train import sharding as meshes
 from dyntoken.train.state import create_state, init_variables
-from dyntoken.train.step import make_train_step
+from dyntoken.train.step import train_step
 from dyntoken.types import Output, Tokens
 
 L3 = np.log(3.0)  # logits (L3, 0) are probabilities 3/4, 1/4
@@ -100,7 +100,8 @@ def _trained(devices):
     def augment(key, images, labels, ids):
         return mix.normalize(images, (0.5,) * 3, (0.25,) * 3), mix.soft_targets(labels, CLASSES, 0.1)
 
-    step = make_train_step(model, tx, specs=SPECS, augment=augment, seed=3, ema=0.9)
+    options = {"specs": SPECS, "augment": augment, "seed": 3, "ema": 0.9}
+    step = functools.partial(train_step, model=model, tx=tx, **options)
     mesh = meshes.data_mesh(jax.devices()[:devices])
     rng = np.random.default_rng(0)
     batch = {

@@ -1,11 +1,10 @@
 """Training: a pure per-device step and the loop, checkpoints and reports around it."""
 
-from dyntoken.train.build import Run, build
-from dyntoken.train.compiled import dry_run
+from dyntoken.train.build import Run, build, dry_run
 from dyntoken.train.evaluate import evaluate, measure, open_workdir
 from dyntoken.train.loop import Result, run
 from dyntoken.train.state import TrainError, TrainState
-from dyntoken.train.step import make_train_step
+from dyntoken.train.step import train_step
 
 __all__ = [
     "Result",
@@ -15,8 +14,8 @@ __all__ = [
     "build",
     "dry_run",
     "evaluate",
-    "make_train_step",
     "measure",
     "open_workdir",
     "run",
+    "train_step",
 ]

@@ -13,15 +13,16 @@ import numpy as np
 from etils import epath
 
 from dyntoken import data, paths, schedules
+from dyntoken.checkpoints import restore_from
 from dyntoken.eval.classify import classify
-from dyntoken.train import hosts, identity, sharding
-from dyntoken.train.build import Run, build
-from dyntoken.train.checkpoint import CheckpointError, folder, restore_from
-from dyntoken.train.compiled import peak, spell_devices
-from dyntoken.train.evalsets import MAIN
-from dyntoken.train.logging import Value, silent
-from dyntoken.train.start import facts, load_init
+from dyntoken.multihost import all_or_none, only_first
+from dyntoken.train import sharding
+from dyntoken.train.build import Run, build, peak_bytes
+from dyntoken.train.eval_datasets import MAIN
+from dyntoken.train.logging import Value
+from dyntoken.train.start import check_same_run, load_init
 from dyntoken.weights.whole import load_whole
+from dyntoken.workdirs import CONFIG, FOLDER
 
 Tree = Any
 Log = Callable[[str], None]
@@ -56,19 +57,21 @@ def evaluate(
       WeightsError: if the weights leave anything to be initialised.
       CheckpointError: no such step, or it is damaged.
     """
-    log = log if jax.process_index() == 0 else silent
-    run = hosts.agree(lambda: build(config, training=False), facts)
+    log = only_first(log)
+    log(f"devices: {sharding.describe_devices(jax.devices())}")
+    run = all_or_none(lambda: build(config, training=False), lambda made: made.facts)
     if workdir is not None:
-        if not _has_checkpoints(workdir):
+        where = paths.resolve(workdir) / FOLDER
+        if not (where.exists() and any(entry.name.isdigit() for entry in where.iterdir())):
             raise ValueError(
                 f"nothing to evaluate: no checkpoint in {workdir}; give the --workdir of a run, or give none "
                 "and name weights that hold the whole model, --config.init.path=WEIGHTS"
             )
-        identity.check(workdir, run, step)
+        check_same_run(workdir, run, step)
         found = restore_from(workdir, run.abstract_state, step=step, log=log)
         log(f"evaluating step {found.step} of {workdir}")
-        variables, ema, extra = found.state.variables, found.state.ema, {"step": found.step}
-        average_warning(run, found.step, log)
+        variables, ema, extra = found.tree.variables, found.tree.ema, {"step": found.step}
+        warn_of_average(run, found.step, log)
     elif not (run.settings.init or {}).get("path"):
         raise ValueError(
             "nothing to evaluate: give the --workdir of a run, or weights by --config.init.path=WEIGHTS"
@@ -78,11 +81,11 @@ def evaluate(
     else:
         variables, ema, extra = load_init(run, log, load_whole), None, {}
         variables = sharding.replicate(variables, run.mesh)
-    hosts.agree(lambda: check_sets(run))
-    log(f"compiling the evaluation for {spell_devices(run.mesh)}: seconds to a minute")
+    all_or_none(lambda: check_sets(run))
+    log("compiling the evaluation: seconds to a minute")
     for label in run.eval_sets:
         compiled = run.eval_step_for(label)  # before the clock starts
-    memory = peak(compiled.memory_analysis()) / 2**20
+    memory = peak_bytes(compiled.memory_analysis()) / 2**20
     log(f"evaluating batches of {run.eval_batch}, {memory:.0f} MiB a device")
     began = time.monotonic()
     metrics = measure(run, variables, ema)
@@ -109,9 +112,7 @@ class Opened:
 
     def batches(self) -> Iterator[dict[str, jax.Array]]:
         """One pass over the evaluation split, as global arrays split over the mesh."""
-        with data.prefetch(self.run.eval_batches()) as batches:
-            for batch in batches:
-                yield sharding.place(batch, self.run.mesh)
+        return _placed(self.run)
 
 
 def open_workdir(
@@ -134,7 +135,7 @@ def open_workdir(
         average in the checkpoint.
     """
     workdir = paths.resolve(workdir)
-    path = workdir / "config.json"
+    path = workdir / CONFIG
     if not path.exists():
         raise ValueError(f"no run in {workdir} (it has no config.json): give the workdir of a training run")
     config = json.loads(path.read_text())
@@ -143,17 +144,14 @@ def open_workdir(
     run = build(config, training=False)
     if ema and run.settings.ema <= 0:
         raise ValueError(f"the run in {workdir} keeps no weight average: leave --ema out")
-    try:
-        identity.check(workdir, run)
-        found = restore_from(workdir, run.abstract_state, log=log)
-    except CheckpointError as error:
-        raise ValueError(str(error)) from error
-    return Opened(run, found.state.ema if ema else found.state.variables, found.step)
+    check_same_run(workdir, run)
+    found = restore_from(workdir, run.abstract_state, log=log)
+    return Opened(run, found.tree.ema if ema else found.tree.variables, found.step)
 
 
 def measure(run: Run, variables: Tree, ema: Tree | None = None) -> dict[str, Value]:
     """Evaluates variables on every set of the run: `top1`, ..., `ema/top1`, ..., `LABEL/top1`, ... ."""
-    variables, ema = sharding.gathered((variables, ema))
+    variables, ema = sharding.replicate_all((variables, ema))
     metrics = {}
     for label in run.eval_sets:
         prefix = f"{label}/" if label else ""
@@ -165,7 +163,7 @@ def measure(run: Run, variables: Tree, ema: Tree | None = None) -> dict[str, Val
     return metrics
 
 
-def average_warning(run: Run, step: int, log: Log) -> None:
+def warn_of_average(run: Run, step: int, log: Log) -> None:
     """Says where the weight average is still mostly what the run started from."""
     settings = run.settings
     warning = schedules.ema_warning(step, settings.ema, warmup=settings.ema_warmup)
@@ -193,8 +191,3 @@ def _placed(run: Run, label: str = MAIN) -> Iterator[dict[str, jax.Array]]:
     with data.prefetch(run.eval_batches(label)) as batches:
         for batch in batches:
             yield sharding.place(batch, run.mesh)
-
-
-def _has_checkpoints(workdir: str | epath.PathLike) -> bool:
-    where = folder(workdir)
-    return where.exists() and any(entry.name.isdigit() for entry in where.iterdir())

@@ -14,7 +14,7 @@ from dyntoken.analysis import macs
 from dyntoken.backbones.cvt import key_weights, quick_gelu
 from dyntoken.train import sharding as meshes
 from dyntoken.train.state import create_state
-from dyntoken.train.step import make_train_step
+from dyntoken.train.step import train_step
 
 SLOW = pytest.mark.slow
 TINY = {"widths": (8, 16), "depths": (1, 1), "heads": (1, 2), "mlp_ratios": (2, 2), "num_classes": 5}
@@ -131,9 +131,8 @@ def _trained(devices, name="dtps_cvt_13", **options):
     tx, _ = optim.make(
         variables["params"], total_steps=10, steps_per_epoch=5, name="sgd", lr=0.1, weight_decay=0.0, clip=1.0
     )
-    step = make_train_step(
-        model, tx, specs={"ce": {}, "keep_ratio": {}}, augment=augment, seed=3, ema=0.9, teacher=None
-    )
+    options = {"specs": {"ce": {}, "keep_ratio": {}}, "augment": augment, "seed": 3, "ema": 0.9}
+    step = functools.partial(train_step, model=model, tx=tx, **options)
     mesh = meshes.data_mesh(jax.devices()[:devices])
     rng = np.random.default_rng(0)
     batch = {

@@ -20,25 +20,25 @@ def parts() -> None:
     import jax
     from etils import epath
 
+    from dyntoken.checkpoints import Checkpoints
     from dyntoken.train import lock, sharding, start
     from dyntoken.train import logging as report
-    from dyntoken.train.checkpoint import Checkpoints
     from tests.train.test_checkpoint import make_state
 
     workdir, mesh = epath.Path("gs://bucket/parts"), sharding.data_mesh(jax.devices()[:1])
     with lock.Lock(workdir):
         checkpoints = Checkpoints(workdir, keep=2)
         for step in (1, 2, 3):
-            checkpoints.save(make_state(step, mesh))
+            checkpoints.save(step, make_state(step, mesh))
         checkpoints.wait()
         damaged = workdir / "checkpoints" / "3" / "meta" / "metadata"
         damaged.write_text(damaged.read_text()[:50])
-        found = checkpoints.restore(sharding.replicated_like(make_state(0, mesh), mesh))
+        found = checkpoints.restore(sharding.abstract(make_state(0, mesh), mesh))
         checkpoints.close()
-        record = report.Report(workdir, total=2, batch=1)
-        record.evaluation(1, {"top1": 0.5})
-        record.evaluation(2, {"top1": 0.6})
-        record.resume(1)
+        record = report.Report(workdir, total=2)
+        record.eval(1, {"top1": 0.5})
+        record.eval(2, {"top1": 0.6})
+        record.resume(1, {})
         record.close()
         start.move_aside(workdir, print)
         names = sorted(path.name for path in workdir.iterdir())

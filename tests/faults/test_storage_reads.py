@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 
 import dyntoken
-from dyntoken import train
-from dyntoken.train import checkpoint, loop, sharding
-from dyntoken.train.checkpoint import CheckpointError, Checkpoints, restore_from
-from dyntoken.weights import WeightsError, workdirs
+from dyntoken import checkpoints, train, workdirs
+from dyntoken.checkpoints import Checkpoints, restore_from
+from dyntoken.train import loop, sharding
+from dyntoken.weights import WeightsError
+from dyntoken.workdirs import CheckpointError
 from tests.train.test_checkpoint import damage, files, make_state
 from tests.train.test_loop import CrashError, Log, assert_identical, crash, rows, steps_kept
 from tests.train.tiny import tiny_config
@@ -25,7 +26,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptio
 
 @pytest.fixture(autouse=True)
 def no_pauses(monkeypatch):
-    monkeypatch.setattr(checkpoint, "RETRY_PAUSES_S", (0.0, 0.0), raising=False)
+    monkeypatch.setattr(checkpoints, "RETRY_PAUSES_S", (0.0, 0.0), raising=False)
 
 
 @pytest.fixture
@@ -37,13 +38,13 @@ def mesh():
 def saved(tmp_path, mesh):
     checkpoints = Checkpoints(tmp_path, keep=3)
     for step in (2, 4, 6):
-        checkpoints.save(make_state(step, mesh), seconds=1.0, config={"seed": 0})
+        checkpoints.save(step, make_state(step, mesh), seconds=1.0, config={"seed": 0})
     checkpoints.close()
     return tmp_path
 
 
 def like(mesh):
-    return sharding.replicated_like(make_state(0, mesh), mesh)
+    return sharding.abstract(make_state(0, mesh), mesh)
 
 
 def restore(workdir, mesh):
@@ -66,7 +67,7 @@ class TestUnreadable:
 
     def failing(self, monkeypatch, error, times):
         """`CheckpointManager.restore` fails some times."""
-        real, left = checkpoint.ocp.CheckpointManager.restore, [times]
+        real, left = checkpoints.ocp.CheckpointManager.restore, [times]
 
         def restore(*args, **kwargs):
             left[0] -= 1
@@ -74,7 +75,7 @@ class TestUnreadable:
                 raise error
             return real(*args, **kwargs)
 
-        monkeypatch.setattr(checkpoint.ocp.CheckpointManager, "restore", restore)
+        monkeypatch.setattr(checkpoints.ocp.CheckpointManager, "restore", restore)
 
     @pytest.mark.parametrize(
         "error",
@@ -249,7 +250,7 @@ class TestRecord:
         assert restore_from(tmp_path, result.run.abstract_state, step="best").step == 2
         loaded = dyntoken.load_weights(result.model, tmp_path, step="best")
         assert_identical(
-            loaded["params"], restore_from(tmp_path, result.run.abstract_state, step=2).state.params
+            loaded["params"], restore_from(tmp_path, result.run.abstract_state, step=2).tree.params
         )
 
 

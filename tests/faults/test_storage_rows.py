@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 import dyntoken
-from dyntoken import train
-from dyntoken.train import checkpoint, loop, sharding
+from dyntoken import checkpoints, train
+from dyntoken.train import loop, sharding
 from dyntoken.train.build import Run
 from tests.train.test_checkpoint import make_state
 from tests.train.test_loop import CrashError, Log, assert_identical, crash, rows
@@ -158,24 +158,24 @@ def test_a_full_disk_is_called_one(tmp_path, monkeypatch, error, place):
         raise error
 
     state = make_state(2, sharding.data_mesh())
-    checkpoints = checkpoint.Checkpoints(tmp_path)
+    saving = checkpoints.Checkpoints(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint.ocp.CheckpointManager, place, fail)
+        patch.setattr(checkpoints.ocp.CheckpointManager, place, fail)
         with pytest.raises(
             OSError, match=r"the disk of .*checkpoints is full.*run the same command again"
         ) as caught:
-            checkpoints.save(state)
-            checkpoints.wait()
+            saving.save(int(state.step), state)
+            saving.wait()
     assert "zarr" not in str(caught.value) and "\n" not in str(caught.value)
-    checkpoints.close()
+    saving.close()
 
 
 def test_other_errors_of_writing_are_not_called_a_full_disk(tmp_path, monkeypatch):
     def fail(*args, **kwargs):
         raise ValueError("RESOURCE_EXHAUSTED: Out of memory allocating 12 bytes")
 
-    monkeypatch.setattr(checkpoint.ocp.CheckpointManager, "save", fail)
-    checkpoints = checkpoint.Checkpoints(tmp_path)
+    monkeypatch.setattr(checkpoints.ocp.CheckpointManager, "save", fail)
+    saving = checkpoints.Checkpoints(tmp_path)
     with pytest.raises(ValueError, match="Out of memory"):
-        checkpoints.save(make_state(2, sharding.data_mesh()))
-    checkpoints.close()
+        saving.save(2, make_state(2, sharding.data_mesh()))
+    saving.close()

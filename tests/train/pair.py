@@ -101,12 +101,13 @@ def main() -> None:
 
     import jax
 
-    from dyntoken import cluster
+    from dyntoken import multihost
 
     jax.config.update("jax_num_cpu_devices", DEVICES)
     address = f"localhost:{args.port}"
-    cluster.join(
-        cluster.find("on", coordinator=address, processes=2, process=args.process, environ={}), timeout=240
+    multihost.initialize(
+        multihost.detect("on", coordinator=address, processes=2, process=args.process, environ={}),
+        timeout=240,
     )
     from dyntoken import train
 

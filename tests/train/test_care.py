@@ -14,13 +14,14 @@ import pytest
 
 import dyntoken
 from dyntoken import train
+from dyntoken.checkpoints import restore_from
 from dyntoken.data import sources
 from dyntoken.data.fake import open_fake
 from dyntoken.train import loop, sharding
 from dyntoken.train.build import Run, build
-from dyntoken.train.checkpoint import CheckpointError, restore_from
 from dyntoken.train.state import TrainError
 from dyntoken.weights import WeightsError
+from dyntoken.workdirs import CheckpointError
 from tests.train.test_loop import CrashError, Log, assert_identical, crash, rows, steps_kept
 from tests.train.tiny import tiny_config
 
@@ -29,28 +30,21 @@ pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptio
 
 config = functools.partial(tiny_config, checkpoint_steps=2, ema=0.9, model__dropout=0.1)
 FAKE = {"image_size": 16, "train": 64, "test": 21, "num_classes": 7}
-PROGRAMS = {}
 
 
 @pytest.fixture(autouse=True, scope="module")
-def one_program():
-    """The steps are the same in all these runs, so they are compiled once (per number of devices)."""
-    train_step, eval_step = Run.train_step_for, Run.eval_step_for
+def one_compilation():
+    """Many of these runs take the same steps: what lowers to the same program is compiled once."""
+    compile_, compiled = jax.stages.Lowered.compile, {}
 
-    def train_step_for(run, model):
-        if run.mesh.size not in PROGRAMS:
-            PROGRAMS[run.mesh.size] = train_step(run, model)
-        return PROGRAMS[run.mesh.size]
-
-    def eval_step_for(run, label):
-        key = run.mesh.size, run.eval_sets[label].info.several_labels
-        if key not in PROGRAMS:
-            PROGRAMS[key] = eval_step(run, label)
-        return PROGRAMS[key]
+    def compile_once(lowered, *args, **options):
+        program = lowered.as_text()
+        if program not in compiled:
+            compiled[program] = compile_(lowered, *args, **options)
+        return compiled[program]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, "train_step_for", train_step_for)
-        patch.setattr(Run, "eval_step_for", eval_step_for)
+        patch.setattr(jax.stages.Lowered, "compile", compile_once)
         yield
 
 
@@ -151,7 +145,7 @@ def test_errors_say_what_to_do(overrides, message):
 
 def test_a_set_that_is_not_on_disk_ends_the_run_before_it_starts(tmp_path, monkeypatch):
     """Common sets are described without being there: only opening them tells."""
-    monkeypatch.setattr(loop, "Programs", lambda *_: pytest.fail("compiled"))
+    monkeypatch.setattr(loop, "StepCache", lambda *_: pytest.fail("compiled"))
     card = dataclasses.replace(build(tiny_config()).info, name="imagenet_v2", splits={"test": 9})
     monkeypatch.setattr("dyntoken.data.tfds_source.CARDS", {"imagenet_v2": card})
     own = tiny_config(evals={"v2": {"name": "imagenet_v2", "data_dir": str(tmp_path / "none")}})
@@ -183,7 +177,7 @@ class TestBest:
         like = result.run.abstract_state
         steps = {which: restore_from(tmp_path, like, step=which).step for which in ("newest", "best", 4)}
         assert steps == {"newest": 6, "best": 2, 4: 4}
-        best = restore_from(tmp_path, like, step="best").state
+        best = restore_from(tmp_path, like, step="best").tree
         loaded = dyntoken.load_weights(result.model, tmp_path, step="best", prefer="params")
         assert_identical(loaded["params"], best.params)
         with pytest.raises(CheckpointError, match=r"no checkpoint of step 3; it has: 2, 4, 6"):
@@ -252,7 +246,7 @@ class TestRewind:
         for batch, rewinds in self.PATH:
             chosen = next(poison(run, batch, rewinds=rewinds))
             assert chosen["id"].tolist() == list(range(16 * rewinds, 16 * rewinds + 16))
-            state, _ = PROGRAMS[4](state, {}, sharding.place(chosen, run.mesh))
+            state, _ = run.train_step(state, {}, sharding.place(chosen, run.mesh))
         assert_identical(state, result.state)
 
     @pytest.mark.parametrize(

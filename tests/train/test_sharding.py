@@ -12,12 +12,13 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from dyntoken import train
+from dyntoken.checkpoints import Checkpoints
 from dyntoken.registry import UnknownNameError
 from dyntoken.train import sharding
-from dyntoken.train.build import build, read
-from dyntoken.train.checkpoint import Checkpoints
+from dyntoken.train.build import build
+from dyntoken.train.settings import read
 from dyntoken.train.state import create_state
-from dyntoken.train.step import joined, make_gradient, make_update
+from dyntoken.train.step import gradient, train_step, update
 from tests.train import test_step as whole
 from tests.train.tiny import tiny_config
 
@@ -32,18 +33,25 @@ CASES += [pytest.param(c, marks=pytest.mark.slow) for c in ((4, 2, "none"), (4, 
 def compiled(devices, accumulate, shard):
     model, teacher, variables, _ = whole.parts()
     mesh = sharding.data_mesh(jax.devices()[:devices])
-    options = {"specs": whole.LOSSES, "augment": whole.augment, "seed": 3, "teacher": teacher}
-    gradient = make_gradient(model, **options, accumulate=accumulate)
-    update = make_update(whole.optimizer(), specs=whole.LOSSES, ema=0.9)
+    first = {"model": model, "specs": whole.LOSSES, "augment": whole.augment, "seed": 3, "teacher": teacher}
+    first["accumulate"] = accumulate
+    second = {"tx": whole.optimizer(), "ema": 0.9}
     state = create_state(variables, whole.optimizer(), ema=True)
-    layout = sharding.layout_of(state, mesh, shard)
+    layout = sharding.state_sharding(state, mesh, shard)
     if shard == "none":
-        step = sharding.data_parallel(joined(gradient, update), mesh, replicated=2, donate=(0,))
+        step = sharding.data_parallel(
+            functools.partial(train_step, **first, **second), mesh, replicated=2, donate=(0,)
+        )
     else:
-        step = sharding.split_update(gradient, update, mesh, layout)
+        step = sharding.split_update(
+            functools.partial(gradient, **first),
+            functools.partial(update, specs=whole.LOSSES, **second),
+            mesh,
+            layout,
+        )
     _, teacher, batch = whole.inputs(mesh)
     state = sharding.replicate(state, mesh, layout)
-    return step.lower(sharding.like(state, layout), teacher, batch).compile(), state, teacher, batch
+    return step.lower(sharding.abstract(state, mesh, layout), teacher, batch).compile(), state, teacher, batch
 
 
 @functools.cache
@@ -89,10 +97,13 @@ def test_pieces_are_cut_along_the_longest_axis_that_divides():
     mesh = sharding.data_mesh(jax.devices()[:4])
     shapes = {(6, 8, 12): (None, None, "data"), (8, 8): ("data",), (7,): (), (): (), (0, 4): (None, "data")}
     for shape, spec in shapes.items():
-        assert sharding.piece(np.zeros(shape), mesh).spec == PartitionSpec(*spec)
-    assert sharding.piece(np.zeros((8,)), sharding.data_mesh(jax.devices()[:1])).spec == PartitionSpec()
+        assert sharding.shard_longest_axis(np.zeros(shape), mesh).spec == PartitionSpec(*spec)
+    assert (
+        sharding.shard_longest_axis(np.zeros((8,)), sharding.data_mesh(jax.devices()[:1])).spec
+        == PartitionSpec()
+    )
     state = create_state(whole.parts()[2], whole.optimizer(), ema=True)
-    layout = sharding.layout_of(state, mesh, "optimizer")
+    layout = sharding.state_sharding(state, mesh, "optimizer")
     assert layout.params["head"]["cls"]["kernel"].spec == PartitionSpec()
     assert layout.opt_state["trace"]["head"]["cls"]["kernel"].spec == PartitionSpec("data")
 
@@ -100,11 +111,13 @@ def test_pieces_are_cut_along_the_longest_axis_that_divides():
 def test_a_checkpoint_fits_every_layout_and_number_of_devices(tmp_path):
     state, _ = trained(BOTH)
     checkpoints = Checkpoints(tmp_path)
-    checkpoints.save(state)
+    checkpoints.save(int(state.step), state)
     checkpoints.wait()
     for devices, shard in ((1, "none"), (2, "params"), (4, "optimizer")):
         mesh = sharding.data_mesh(jax.devices()[:devices])
-        found = checkpoints.restore(sharding.like(state, sharding.layout_of(state, mesh, shard))).state
+        found = checkpoints.restore(
+            sharding.abstract(state, mesh, sharding.state_sharding(state, mesh, shard))
+        ).tree
         chex.assert_trees_all_equal(jax.device_get(found), jax.device_get(state))
         leaf = found.opt_state["trace"]["head"]["cls"]["kernel"]
         assert leaf.addressable_shards[0].data.shape == ((8 if shard == "none" else 8 // devices), 7)
@@ -127,9 +140,9 @@ def test_a_run_in_pieces_evaluates_and_goes_on_whole(tmp_path):
 
 def test_whole_again():
     state, _ = trained(BOTH)
-    leaf = sharding.gathered(state.params)["head"]["cls"]["kernel"]
+    leaf = sharding.replicate_all(state.params)["head"]["cls"]["kernel"]
     assert leaf.is_fully_replicated and leaf.addressable_shards[3].data.shape == (8, 7)
-    assert sharding.gathered(state.step) is state.step
+    assert sharding.replicate_all(state.step) is state.step
 
 
 def test_batch_norm_refuses_slices():

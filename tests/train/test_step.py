@@ -16,7 +16,7 @@ import dyntoken
 from dyntoken import mix, optim
 from dyntoken.train import sharding
 from dyntoken.train.state import create_state, init_variables
-from dyntoken.train.step import make_train_step
+from dyntoken.train.step import train_step
 from tests.train.tiny import DENSE, DTPS, SMALL
 
 CLASSES, ROWS, SHAPE = 7, 16, (16, 16, 3)
@@ -57,8 +57,15 @@ def make_batch():
 
 def make_step():
     model, teacher, _, _ = parts()
-    return make_train_step(
-        model, optimizer(), specs=LOSSES, augment=augment, seed=3, ema=0.9, teacher=teacher
+    return functools.partial(
+        train_step,
+        model=model,
+        tx=optimizer(),
+        specs=LOSSES,
+        augment=augment,
+        seed=3,
+        ema=0.9,
+        teacher=teacher,
     )
 
 
