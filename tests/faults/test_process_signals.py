@@ -86,6 +86,7 @@ def test_before_the_first_step_it_ends_at_once(tmp_path, moment, signum):
     code, errors = program.stop(signum)
     assert code == 128 + signum and len(errors) == 1 and time.monotonic() - began < 5
     assert "-m dyntoken.main --config=recipe.py --workdir=run" in errors[0]
+    assert not list(tmp_path.glob("run/lock-*"))  # the next run need not find out whose that is
 
 
 def test_the_second_one_ends_at_once(tmp_path):

@@ -70,6 +70,7 @@ def straight(tmp_path_factory):
 
 def test_what_a_run_leaves_behind(straight):
     result, workdir, log = straight
+    assert log[0] == "devices: 4 x cpu, virtual devices that share this machine's cores"
     assert result.finished and int(result.state.step) == 6
     assert result.metrics["count"] == 37
     assert set(result.metrics) == {"top1", "top5", "loss", "count", "ema/top1", "ema/top5", "ema/loss"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import types
 
 import chex
 import jax
@@ -177,3 +178,10 @@ def test_half_precision_keeps_float32_masters():
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
     assert losses["bfloat16"] != losses["float32"]
     assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.02)
+
+
+def test_devices_are_named():
+    assert sharding.describe_devices(jax.devices()[:1]) == "1 x cpu"
+    assert sharding.describe_devices(jax.devices()[:4]).startswith("4 x cpu, virtual devices")
+    gpu = types.SimpleNamespace(platform="gpu", device_kind="NVIDIA H200")
+    assert sharding.describe_devices([gpu, gpu]) == "2 x gpu (NVIDIA H200)"

@@ -146,6 +146,16 @@ def test_pmap_runs_the_same_function():
     assert float(metrics["loss"][0][0]) == pytest.approx(float(others["loss"][0]), rel=1e-5)
 
 
+def test_a_notebook_calls_it_on_one_device():
+    """Without devices to sum over it is a function of state and batch like any other."""
+    _, _, variables, teacher = parts()
+    state, metrics = jax.jit(make_step())(create_state(variables, optimizer(), ema=True), teacher, make_batch())
+    other, others = trained(1, steps=1)
+    chex.assert_trees_all_close(jax.device_get(state.params), other.params, atol=1e-5, rtol=0)
+    loss, count = metrics["loss"]
+    assert float(loss / count) == pytest.approx(others[0]["loss"], rel=1e-5)
+
+
 def test_one_all_reduce_of_gradients_and_one_of_scalars():
     text = compiled(4)[1].as_text()
     pattern = r"= (.*?) (all-reduce|all-gather|all-to-all|reduce-scatter|collective-[a-z]+)(?:-start)?\("
