@@ -11,14 +11,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dyntoken import names, reducers, schema
+from dyntoken import architectures, reducers, schema
 from dyntoken.backbones import BACKBONES
 from dyntoken.backbones.isotropic import Isotropic
 from dyntoken.cascade import Cascade, checks
 from dyntoken.heads import ClassHead, Pool, check_pool, with_dense
 from dyntoken.multiexit import MultiExit, default_exits
-from dyntoken.nn import draws, layers
 from dyntoken.nn import images as guard
+from dyntoken.nn import layers, rng
 from dyntoken.nn.trunk import Context, Site, Spec
 from dyntoken.reducers.base import Form
 from dyntoken.reducers.sites import default_sites, make_sites, refusal
@@ -140,8 +140,8 @@ class Model(nn.Module):
         ids = jnp.arange(images.shape[0], dtype=jnp.int32) if ids is None else ids
         context = Context(
             train=train,
-            dropout=draws.of_dropout(self, dict(self.backbone.options), ids) if train else None,
-            policy=draws.of_stream(self, "policy", ids),
+            dropout=rng.of_dropout(self, dict(self.backbone.options), ids) if train else None,
+            policy=rng.of_stream(self, "policy", ids),
             noise=noise,
             decisions=decisions,
             record=tuple(record),
@@ -168,11 +168,13 @@ def list_models(pattern: str = "*") -> list[str]:
 
     Any patch size and resolution can be asked for besides those listed.
     """
-    listed = names.listed()
+    listed = architectures.listed()
     reduced = [f"{m}_{n}" for n in listed for m, reason in pairings(n).items() if reason is None]
-    cascades = [f"{names.CASCADE}_{n}" for n in names.CASCADES]
-    cascades += [f"{names.CASCADE}_{m}_{n}" for m in reducers.METHODS for n in names.REDUCED_CASCADES]
-    multiexits = [f"{names.MULTIEXIT}_{n}" for n in listed if _isotropic(n) and "distilled" not in n]
+    cascades = [f"{architectures.CASCADE}_{n}" for n in architectures.CASCADES]
+    cascades += [
+        f"{architectures.CASCADE}_{m}_{n}" for m in reducers.METHODS for n in architectures.REDUCED_CASCADES
+    ]
+    multiexits = [f"{architectures.MULTIEXIT}_{n}" for n in listed if _isotropic(n) and "distilled" not in n]
     known = [*listed, *reduced, *cascades, *multiexits]
     return sorted(fnmatch.filter(known, pattern))
 
@@ -183,7 +185,7 @@ def pairings(arch_name: str) -> dict[str, str | None]:
     Args:
       arch_name: a name without a method, "deit_small_patch16_224".
     """
-    arch = names.parse(arch_name)
+    arch = architectures.parse(arch_name)
     body = _backbone(arch, arch.options, {})(parent=None)
     return {name: refusal(body, reducers.METHODS[name]) for name in reducers.METHODS}
 
@@ -197,16 +199,16 @@ def split_name(name: str) -> tuple[str | None, str]:
     Raises:
       UnknownNameError: with the nearest names.
     """
-    if names.parse(name) is not None:
+    if architectures.parse(name) is not None:
         return None, name
-    cascaded = f"{names.CASCADE}_"
-    methods = (names.CASCADE, names.MULTIEXIT, *reducers.METHODS)
+    cascaded = f"{architectures.CASCADE}_"
+    methods = (architectures.CASCADE, architectures.MULTIEXIT, *reducers.METHODS)
     for method in (*methods, *(cascaded + inner for inner in reducers.METHODS)):
         arch = name.removeprefix(f"{method}_")
-        if arch != name and names.parse(arch) is not None:
+        if arch != name and architectures.parse(arch) is not None:
             return method, arch
     wrong, _, arch = name.removeprefix(cascaded).partition("_")
-    if names.parse(arch) is not None:
+    if architectures.parse(arch) is not None:
         known = reducers.METHODS if name.startswith(cascaded) else methods
         raise UnknownNameError(f"unknown method {wrong!r}: {suggest(wrong, known)}")
     if os.path.isdir(name) or "://" in name:
@@ -247,18 +249,18 @@ def create_model(name: str, **overrides: Any) -> Model | Cascade | MultiExit:
     """
     method, arch_name = split_name(name)
     first, _, reducer = (method or "").partition("_")
-    other = f"{first}_dtps_{arch_name}" if first == names.CASCADE else f"dtps_{arch_name}"
-    if method != names.MULTIEXIT:
-        _refuse_sites(name, overrides, reducer or None if first == names.CASCADE else method, other)
+    other = f"{first}_dtps_{arch_name}" if first == architectures.CASCADE else f"dtps_{arch_name}"
+    if method != architectures.MULTIEXIT:
+        _refuse_sites(name, overrides, reducer or None if first == architectures.CASCADE else method, other)
     known = keywords(name)  # refuses a backbone of which no cascade can be made, before its values
-    if first == names.CASCADE:
+    if first == architectures.CASCADE:
         checks.one_backbone(overrides)
     overrides = schema.check(known, overrides, owner=name)
-    if method == names.MULTIEXIT:
+    if method == architectures.MULTIEXIT:
         return _multiexit(arch_name, overrides)
-    if first == names.CASCADE:
+    if first == architectures.CASCADE:
         return _cascade(reducer or None, arch_name, overrides)
-    arch = names.parse(arch_name)
+    arch = architectures.parse(arch_name)
     fields = {k: _static(v) for k, v in overrides.items() if k in OF_MODEL | OF_SITES}
     backbone = _backbone(arch, arch.options, overrides)
     fields.setdefault("num_classes", arch.num_classes)
@@ -283,22 +285,24 @@ def keywords(name: str) -> dict[str, Any]:
     """
     method, arch_name = split_name(name)
     first, _, reducer = (method or "").partition("_")
-    body = schema.fields(BACKBONES[names.parse(arch_name).backbone], but=("sites", "context", *OF_LINEN))
-    if method == names.MULTIEXIT:
+    body = schema.fields(
+        BACKBONES[architectures.parse(arch_name).backbone], but=("sites", "context", *OF_LINEN)
+    )
+    if method == architectures.MULTIEXIT:
         if not _isotropic(arch_name):
             raise ValueError(
                 f"{name}: exits at several depths need blocks of one width; {arch_name} has stages. "
-                f"multiexit_deit_small and all of list_models('{names.MULTIEXIT}_*') have one"
+                f"multiexit_deit_small and all of list_models('{architectures.MULTIEXIT}_*') have one"
             )
         kept = {
             key: kind for key, kind in body.items() if key not in DENSE
         }  # its exits have class heads only
         return kept | schema.fields(MultiExit, but=("arch", "backbone", *OF_LINEN))
-    if first == names.CASCADE:
+    if first == architectures.CASCADE:
         if "tokens" not in body:
             raise ValueError(
                 f"{name}: a cascade needs a backbone whose token grid can be chosen; those of "
-                f"{', '.join(names.CASCADES[:2])}, ... and {names.CASCADES[-1]} can, {arch_name} cannot"
+                f"{', '.join(architectures.CASCADES[:2])}, ... and {architectures.CASCADES[-1]} can, {arch_name} cannot"
             )
         kept = {key: kind for key, kind in body.items() if key not in OF_GRID}
         own = schema.fields(Cascade, but=("arch", "backbone", "reducer", "method_options", *OF_LINEN))
@@ -314,7 +318,7 @@ def keywords(name: str) -> dict[str, Any]:
 
 def _cascade(method: str | None, arch_name: str, overrides: dict[str, Any]) -> Cascade:
     """A cascade of one backbone; the exits' token grids stand in for its patches."""
-    arch = names.parse(arch_name)
+    arch = architectures.parse(arch_name)
     options = {k: v for k, v in arch.options.items() if k not in OF_GRID | {"stem"}}
     backbone = _backbone(arch, options, overrides)
     of_cascade = schema.fields(Cascade, but=("arch", "backbone", "reducer", "method_options", *OF_LINEN))
@@ -330,7 +334,7 @@ def _cascade(method: str | None, arch_name: str, overrides: dict[str, Any]) -> C
 
 def _multiexit(arch_name: str, overrides: dict[str, Any]) -> MultiExit:
     """A dense backbone with a classifier after some of its blocks."""
-    arch = names.parse(arch_name)
+    arch = architectures.parse(arch_name)
     options = {k: v for k, v in arch.options.items() if k not in DENSE}
     backbone = _backbone(arch, options, overrides)
     of_exits = schema.fields(MultiExit, but=("arch", "backbone", *OF_LINEN))
@@ -345,7 +349,7 @@ def _multiexit(arch_name: str, overrides: dict[str, Any]) -> MultiExit:
 
 def _isotropic(arch_name: str) -> bool:
     """Whether all blocks of a backbone have one width."""
-    return issubclass(BACKBONES[names.parse(arch_name).backbone], Isotropic)
+    return issubclass(BACKBONES[architectures.parse(arch_name).backbone], Isotropic)
 
 
 def _of_method(method: str) -> dict[str, Any]:
@@ -375,7 +379,7 @@ def _site_fields(
     return {"at": (at,) if isinstance(at, int) else tuple(at), "method_options": options}
 
 
-def _backbone(arch: names.Arch, options: dict[str, Any], overrides: dict[str, Any]) -> Spec:
+def _backbone(arch: architectures.Arch, options: dict[str, Any], overrides: dict[str, Any]) -> Spec:
     """The recipe of a backbone: the name's options, then the user's."""
     of_backbone = schema.fields(BACKBONES[arch.backbone])
     options = {**options, **{k: _static(v) for k, v in overrides.items() if k in of_backbone}}

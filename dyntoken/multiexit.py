@@ -17,8 +17,8 @@ import jax.numpy as jnp
 
 from dyntoken.backbones.isotropic import Isotropic, pair
 from dyntoken.heads import ClassHead, Pool
-from dyntoken.nn import draws as streams
 from dyntoken.nn import images as guard
+from dyntoken.nn import rng
 from dyntoken.nn.trunk import Context, Site, Spec
 from dyntoken.registry import UnknownNameError, suggest
 from dyntoken.schema import Natural
@@ -190,7 +190,7 @@ class MultiExit(nn.Module):
     def _context(self, images: Array, ids: Array | None, train: bool, record: tuple[str, ...]) -> Context:
         guard.check(images)
         ids = jnp.arange(images.shape[0], dtype=jnp.int32) if ids is None else ids
-        dropout = streams.of_dropout(self, dict(self.backbone.options), ids) if train else None
+        dropout = rng.of_dropout(self, dict(self.backbone.options), ids) if train else None
         return Context(train=train, dropout=dropout, record=record)
 
     def _blocks(self, index: int) -> range:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from dyntoken import schedules, schema
-from dyntoken.nn.sites import ADDED
+from dyntoken.nn.reduction_sites import ADDED
 from dyntoken.registry import UnknownNameError, suggest
 from dyntoken.schema import Natural, NonNegative, Pattern, Positive, Rate
 

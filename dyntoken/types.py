@@ -53,7 +53,7 @@ class Tokens:
       mixed: `[B, N0]` bool, cells whose content MixToken took from the row's
         partner (`ops.mixing`); None where nothing was mixed.
       last: `[B, N0, C]`, what a cell shows on a map once its row is dropped
-        (`nn.stages.to_map`); None for zeros.
+        (`nn.spatial.to_map`); None for zeros.
     """
 
     x: Array

@@ -30,6 +30,6 @@ def rows(x, place=None, alive=None):
 
 
 def one(name, output, batch, **options):
-    total, count = losses.evaluate([(name, options)], output, batch)[name]
+    total, count = losses.Objective([(name, options)]).evaluate(output, batch)[name]
     assert total.dtype == count.dtype == jnp.float32 and total.shape == count.shape == ()
     return float(total), float(count)

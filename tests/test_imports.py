@@ -9,7 +9,17 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent / "dyntoken"
 BASE = {"types", "registry", "schema"}
-CORE = BASE | {"ops", "nn", "reducers", "backbones", "heads", "cascade", "multiexit", "names", "models"}
+CORE = BASE | {
+    "ops",
+    "nn",
+    "reducers",
+    "backbones",
+    "heads",
+    "cascade",
+    "multiexit",
+    "architectures",
+    "models",
+}
 ALLOWED = {
     "__init__": {"interrupt"},
     "interrupt": set(),
@@ -22,11 +32,11 @@ ALLOWED = {
     "multihost": {"paths", "peers"},
     "workdirs": set(),
     "checkpoints": {"paths", "workdirs"},
-    "names": set(),
+    "architectures": set(),
     "ops": {"types"},
     "nn": BASE | {"ops"},
-    "reducers": BASE | {"names", "nn", "ops"},
-    "backbones": BASE | {"names", "nn", "ops"},
+    "reducers": BASE | {"architectures", "nn", "ops"},
+    "backbones": BASE | {"architectures", "nn", "ops"},
     "heads": {"nn", "ops", "types"},
     "multiexit": BASE | {"backbones", "heads", "nn", "ops"},
     "cascade": BASE | {"backbones", "heads", "nn", "ops", "reducers"},
@@ -37,7 +47,7 @@ ALLOWED = {
     "schedules": {"registry"},
     "optim": BASE | {"nn", "ops", "schedules"},
     "data": {"registry", "paths", "schema"},
-    "preprocessing": {"data", "mix", "models", "names"},
+    "preprocessing": {"data", "mix", "models", "architectures"},
     "runs": {"preprocessing", "train", "weights", "workdirs"},
     "analysis": CORE,
     "eval": CORE | {"losses", "weights", "data", "analysis", "mix"},
@@ -64,6 +74,7 @@ ALLOWED = {
     "tools": CORE
     | {
         "config",
+        "interrupt",
         "paths",
         "losses",
         "weights",

@@ -22,7 +22,9 @@ def test_ce_literal_and_padding_without_effect():
     assert count == 2
     assert total == pytest.approx(np.log(4.0) + 0.5 * np.log(4.0) + 0.5 * np.log(4.0 / 3.0), abs=1e-6)
 
-    grad = jax.grad(lambda x: losses.evaluate([("ce", {})], Output(logits=x), batch)["ce"][0])(logits)
+    grad = jax.grad(lambda x: losses.Objective([("ce", {})]).evaluate(Output(logits=x), batch)["ce"][0])(
+        logits
+    )
     np.testing.assert_allclose(grad, [[0.25 - 1.0, 0.75], [0.75 - 0.5, 0.25 - 0.5], [0.0, 0.0]], atol=1e-6)
 
 
@@ -56,8 +58,8 @@ def test_keep_ratio_gradient_reaches_decisions():
     def loss(decision):
         reduction = site([[0, 0, 0, 0], [0, 0, 0, 0]]).replace(decision=decision)
         output = Output(logits=jnp.zeros((2, 1)), reductions=(reduction,))
-        pairs = losses.evaluate([("keep_ratio", {})], output, {"mask": jnp.ones(2)})
-        return losses.total([("keep_ratio", {})], pairs)
+        pairs = losses.Objective([("keep_ratio", {})]).evaluate(output, {"mask": jnp.ones(2)})
+        return losses.Objective([("keep_ratio", {})]).total(pairs)
 
     grad = jax.grad(loss)(jnp.array([[1.0, 1.0, 1.0, 0.0], [1.0, 0.0, 0.0, 0.0]]))
     np.testing.assert_allclose(grad, [[0.0625] * 4, [-0.0625] * 4], atol=1e-7)  # 2 (share - 1/2) / 4 / 2
@@ -82,7 +84,7 @@ def test_logit_kl_literal_and_direction():
 
     def loss(logits, teacher_logits):
         given = {**batch, "teacher": Output(logits=teacher_logits)}
-        return losses.evaluate([("logit_kl", {})], Output(logits=logits), given)["logit_kl"][0]
+        return losses.Objective([("logit_kl", {})]).evaluate(Output(logits=logits), given)["logit_kl"][0]
 
     grad, to_teacher = jax.grad(loss, argnums=(0, 1))(student, teacher.logits)
     np.testing.assert_allclose(grad, [[0.5 - 0.75, 0.5 - 0.25], [0.0, 0.0], [0.0, 0.0]], atol=1e-6)
@@ -148,8 +150,8 @@ def test_nothing_alive_is_zero_with_finite_gradients(variant):
     @functools.partial(jax.grad, argnums=(0, 1, 2), has_aux=True)
     def grad_and_pairs(x, logits, decision, batch):
         output = Output(logits=logits, tokens=rows(x), reductions=(site(decision, count=1),))
-        pairs = losses.evaluate(specs, output, batch)
-        return losses.total(specs, pairs), pairs
+        pairs = losses.Objective(specs).evaluate(output, batch)
+        return losses.Objective(specs).total(pairs), pairs
 
     point = (jnp.full((2, 3, 4), 2.0), jnp.ones((2, 4)), jnp.zeros((2, 3)))
     grads, pairs = grad_and_pairs(*point, batch)
@@ -168,7 +170,7 @@ def test_counts_carry_no_gradient():
         output = Output(logits=jnp.zeros((1, 1)), tokens=rows([[[1.0], [2.0]]], alive=[[1, 1]]))
         output = output.replace(tokens=output.tokens.replace(alive=decision))
         batch = {"teacher": Output(logits=jnp.zeros((1, 1)), tokens=rows([[[0.0], [0.0]]]))}
-        total, count = losses.evaluate([("token_distill", {})], output, batch)["token_distill"]
+        total, count = losses.Objective([("token_distill", {})]).evaluate(output, batch)["token_distill"]
         return total + count
 
     np.testing.assert_array_equal(jax.grad(counts)(jnp.array([[1.0, 1.0]])), 0.0)
@@ -197,17 +199,19 @@ def test_total_of_shards_with_global_counts_is_the_total_of_the_batch():
         sites = (site(d["decision"], 0.7, count=2),)
         output = Output(logits=d["logits"], tokens=rows(d["x"]), reductions=sites)
         teacher = Output(logits=d["teacher"], tokens=rows(d["aim"]))
-        return losses.evaluate(specs, output, {"target": d["target"], "teacher": teacher, "mask": d["mask"]})
+        return losses.Objective(specs).evaluate(
+            output, {"target": d["target"], "teacher": teacher, "mask": d["mask"]}
+        )
 
     def pairs(part):
         return of({name: value[part].astype(np.float32) for name, value in data.items()})
 
     whole, first, second = pairs(slice(None)), pairs(slice(0, 2)), pairs(slice(2, 4))
     shares = [
-        losses.total(specs, {key: (part[key][0], first[key][1] + second[key][1]) for key in whole})
+        losses.Objective(specs).total({key: (part[key][0], first[key][1] + second[key][1]) for key in whole})
         for part in (first, second)
     ]
-    assert float(sum(shares)) == pytest.approx(float(losses.total(specs, whole)), rel=1e-6)
+    assert float(sum(shares)) == pytest.approx(float(losses.Objective(specs).total(whole)), rel=1e-6)
 
 
 def test_weights_and_one_loss_twice():
@@ -216,17 +220,21 @@ def test_weights_and_one_loss_twice():
         ("keep_ratio", {"weight": 2.0, "divisor": 3}),
         ("keep_ratio#batch", {"dynamic": True, "weight": 5}),
     ]
-    pairs = losses.evaluate(specs, output, {})
-    assert losses.weights(specs) == {"keep_ratio": 2.0, "keep_ratio#batch": 5.0}
+    objective = losses.Objective(specs)
+    pairs = objective.evaluate(output, {})
+    assert {term.key: term.weight for term in objective.terms} == {
+        "keep_ratio": 2.0,
+        "keep_ratio#batch": 5.0,
+    }
     assert float(pairs["keep_ratio"][0]) == pytest.approx(0.5 / 3)
     assert float(pairs["keep_ratio#batch"][0]) == 0.0
-    assert float(losses.total(specs, pairs)) == pytest.approx(2.0 * 0.25 / 3)
+    assert float(losses.Objective(specs).total(pairs)) == pytest.approx(2.0 * 0.25 / 3)
 
 
 def test_what_losses_need():
-    assert losses.needs([("ce", {}), ("keep_ratio", {})]) == frozenset()
-    assert losses.needs([("ce", {}), ("logit_kl", {})]) == {"teacher"}
-    assert losses.needs({"token_distill#a": {"variant": "kl"}}) == {"teacher", "features"}
+    assert losses.Objective([("ce", {}), ("keep_ratio", {})]).needs == frozenset()
+    assert losses.Objective([("ce", {}), ("logit_kl", {})]).needs == {"teacher"}
+    assert losses.Objective({"token_distill#a": {"variant": "kl"}}).needs == {"teacher", "features"}
 
 
 def test_every_listed_loss_imports():
@@ -248,7 +256,7 @@ def test_every_listed_loss_imports():
 )
 def test_bad_lists_are_refused(specs, message):
     with pytest.raises(ValueError, match=message):
-        losses.parse(specs)
+        losses.Objective(specs)
 
 
 def test_missing_teacher_or_features_is_one_clear_error():

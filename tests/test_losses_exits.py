@@ -21,9 +21,9 @@ PAIRS = {"target": jnp.array([[1.0, 0.0], [0.5, 0.5]])}
 def per_exit(name, output, batch, **options):
     """Sums by exit, count, and the loss as the total has it."""
     specs = {name: options}
-    pairs = losses.evaluate(specs, output, batch)
+    pairs = losses.Objective(specs).evaluate(output, batch)
     total, count = pairs[name]
-    return np.asarray(total), float(count), float(losses.total(specs, pairs))
+    return np.asarray(total), float(count), float(losses.Objective(specs).total(pairs))
 
 
 def test_ce_of_exits_is_one_sum_each_and_their_weighted_total():
@@ -44,7 +44,7 @@ def test_ce_of_exits_is_one_sum_each_and_their_weighted_total():
 def test_weights_of_exits_scale_gradients():
     def total(logits):
         specs = {"ce": {"weights": [1.0, 0.0, 0.5]}}
-        return losses.total(specs, losses.evaluate(specs, Output(logits=logits), PAIRS))
+        return (objective := losses.Objective(specs)).total(objective.evaluate(Output(logits=logits), PAIRS))
 
     grad = jax.grad(total)(jnp.asarray(EXITS))
     np.testing.assert_allclose(grad[0], [[-0.375, 0.375], [0.125, -0.125]], atol=1e-6)
@@ -55,15 +55,15 @@ def test_weights_of_exits_scale_gradients():
 def test_metrics_of_exits_are_reported_beside_their_total():
     specs = {"ce": {"weights": (1.0, 1.0, 2.0)}, "keep_ratio": {}}
     output = Output(logits=jnp.asarray(EXITS), reductions=(site([[1, 0], [1, 1]]), site([[1, 1], [0, 0]])))
-    pairs = losses.evaluate(specs, output, PAIRS)
-    rows = losses.metrics(specs, pairs)
+    pairs = losses.Objective(specs).evaluate(output, PAIRS)
+    rows = losses.Objective(specs).metrics(pairs)
     assert set(rows) == {"ce", "ce_per_exit", "keep_ratio"}
     sums = pairs["ce"][0]
     np.testing.assert_allclose(rows["ce_per_exit"][0], sums)
     assert float(rows["ce"][0]) == pytest.approx(float(sums[0] + sums[1] + 2 * sums[2]))
     assert float(rows["keep_ratio"][0]) == pytest.approx((0.25 + 0.25 + 0.25) / 2)  # all sites of all exits
-    plain = losses.evaluate({"ce": {}}, Output(logits=jnp.asarray(EXITS[0])), PAIRS)
-    assert set(losses.metrics({"ce": {}}, plain)) == {"ce"}
+    plain = losses.Objective({"ce": {}}).evaluate(Output(logits=jnp.asarray(EXITS[0])), PAIRS)
+    assert set(losses.Objective({"ce": {}}).metrics(plain)) == {"ce"}
 
 
 def test_exit_kl_literal_and_no_gradient_into_the_last_exit():
@@ -78,9 +78,9 @@ def test_exit_kl_literal_and_no_gradient_into_the_last_exit():
     soft, _, _ = per_exit("exit_kl", Output(logits=2 * logits), {}, temperature=2.0)
     np.testing.assert_allclose(soft, 4 * np.array(expected), rtol=1e-6)
 
-    grad = jax.grad(lambda x: losses.evaluate({"exit_kl": {}}, Output(logits=x), {})["exit_kl"][0].sum())(
-        logits
-    )
+    grad = jax.grad(
+        lambda x: losses.Objective({"exit_kl": {}}).evaluate(Output(logits=x), {})["exit_kl"][0].sum()
+    )(logits)
     np.testing.assert_allclose(grad[0], [[-0.25, 0.25]], atol=1e-6)
     np.testing.assert_allclose(grad[1], [[-0.5, 0.5]], atol=1e-6)
     assert not np.asarray(grad[2]).any()
@@ -89,7 +89,7 @@ def test_exit_kl_literal_and_no_gradient_into_the_last_exit():
 def test_exit_kl_ignores_padding():
     logits = jnp.array([[[0.0, 0.0], [NAN, 1.0]], [[LN3, 0.0], [NAN, NAN]]])
     batch = {"mask": jnp.array([1.0, 0.0])}
-    value = lambda x: losses.evaluate({"exit_kl": {}}, Output(logits=x), batch)["exit_kl"][0].sum()  # noqa: E731
+    value = lambda x: losses.Objective({"exit_kl": {}}).evaluate(Output(logits=x), batch)["exit_kl"][0].sum()  # noqa: E731
     assert float(value(logits)) == pytest.approx(0.75 * np.log(1.5) + 0.25 * np.log(0.5), rel=1e-6)
     assert np.isfinite(jax.grad(value)(logits)).all()
 
@@ -118,10 +118,10 @@ def test_a_dense_teacher_teaches_every_exit():
 )
 def test_losses_that_do_not_fit_the_exits(specs, exits, message):
     with pytest.raises(ValueError, match=message) as caught:
-        losses.check(specs, exits)
+        losses.Objective(specs).check(exits)
     assert "\n" not in str(caught.value)
     fits = {"ce": {"weights": (1,) * exits} if exits else {}, "keep_ratio": {}, "logit_kl": {}}
-    losses.check(fits, exits)
+    losses.Objective(fits).check(exits)
 
 
 def test_wrong_calls_on_exits_are_one_clear_error():
@@ -135,4 +135,4 @@ def test_wrong_calls_on_exits_are_one_clear_error():
     with pytest.raises(ValueError, match=r"at least two exits"):
         per_exit("exit_kl", Output(logits=jnp.zeros((2, 2))), {})
     with pytest.raises(UnknownNameError, match=r"unknown option 'weights' of loss 'keep_ratio'"):
-        losses.parse({"keep_ratio": {"weights": (1, 1)}})
+        losses.Objective({"keep_ratio": {"weights": (1, 1)}})

@@ -100,7 +100,7 @@ def _trained(devices):
     def augment(key, images, labels, ids):
         return mix.normalize(images, (0.5,) * 3, (0.25,) * 3), mix.soft_targets(labels, CLASSES, 0.1)
 
-    options = {"specs": SPECS, "augment": augment, "seed": 3, "ema": 0.9}
+    options = {"objective": losses.Objective(SPECS), "augment": augment, "seed": 3, "ema": 0.9}
     step = functools.partial(train_step, model=model, tx=tx, **options)
     mesh = meshes.data_mesh(jax.devices()[:devices])
     rng = np.random.default_rng(0)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.interpreters import partial_eval
 
 from dyntoken.analysis.jaxpr import Operation, operations
-from dyntoken.nn.sites import REDUCER, added
+from dyntoken.nn.reduction_sites import REDUCER, added
 from dyntoken.nn.trunk import Spec
 from dyntoken.ops import backend
 

@@ -8,14 +8,14 @@ from typing import Any
 
 import flax.linen as nn
 
-from dyntoken import names
-from dyntoken.nn.sites import Sites
+from dyntoken import architectures
+from dyntoken.nn.reduction_sites import ReductionSites
 from dyntoken.registry import Table, check_options
 
 BACKBONES = Table(
     "backbone",
     {
-        "vit": "dyntoken.backbones.deit:ViT",
+        "vit": "dyntoken.backbones.vit:ViT",
         "t2t": "dyntoken.backbones.t2t:T2T",
         "lvvit": "dyntoken.backbones.lvvit:LVViT",
         "psvit": "dyntoken.backbones.psvit:PSViT",
@@ -40,24 +40,26 @@ def register_backbone(
     Args:
       name: of the family.
       make: a subclass of one in `BACKBONES`, of `isotropic.Isotropic` (a stem
-        before blocks of one width), `pyramid.Pyramid` or `hierarchical.Hierarchical`.
+        before blocks of one width), `staged_regrown.RegrownStages` or `staged_dual_path.DualPathStages`.
         One that extends another reads its public checkpoints.
       models: name of a model (without a method) -> fields of `make`.
-      num_classes, crop_pct: see `names.Arch`.
+      num_classes, crop_pct: see `architectures.Arch`.
 
     Raises:
       UnknownNameError: no such field.
       ValueError: a name that is taken, or no backbone.
     """
-    if not (isinstance(make, type) and issubclass(make, Sites) and issubclass(make, nn.Module)):
-        raise ValueError(f"backbone {name!r} must subclass Isotropic, Pyramid or Hierarchical, got {make!r}")
+    if not (isinstance(make, type) and issubclass(make, ReductionSites) and issubclass(make, nn.Module)):
+        raise ValueError(
+            f"backbone {name!r} must subclass Isotropic, RegrownStages or DualPathStages, got {make!r}"
+        )
     fields = {field.name: field.default for field in dataclasses.fields(make)}
     archs = {}
     for model, options in models.items():
         check_options(f"model {model!r}", options, fields.keys() - {"sites", "parent", "name"})
         shape = {key: fields[key] for key in ("img_size", "in_chans")}
-        archs[model] = names.Arch(name, {**shape, **options}, num_classes, crop_pct)
+        archs[model] = architectures.Arch(name, {**shape, **options}, num_classes, crop_pct)
     if name in BACKBONES:
         BACKBONES.register(name, make)  # says so
-    names.register(archs)
+    architectures.register(archs)
     BACKBONES.register(name, make)

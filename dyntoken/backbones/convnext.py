@@ -8,10 +8,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dyntoken.backbones.hierarchical import Hierarchical
 from dyntoken.backbones.isotropic import pair
+from dyntoken.backbones.staged_dual_path import DualPathStages
 from dyntoken.nn import layers
-from dyntoken.nn.dualpath import Route, Streams, branch
+from dyntoken.nn.dual_path import Route, Streams, branch
 from dyntoken.nn.trunk import Context, Spec
 from dyntoken.ops import sample
 from dyntoken.schema import Count, Positive
@@ -95,12 +95,12 @@ class ConvNeXtBlock(nn.Module):
         return sample.drop_path(y, self.drop_path, draws, self.layer, stream)
 
 
-class ConvNeXt(Hierarchical):
+class ConvNeXt(DualPathStages):
     """ConvNeXt (Liu et al. 2022, "A ConvNet for the 2020s"; facebookresearch/ConvNeXt).
 
     The classifier reads the norm of the mean cell.
 
-    Attributes (besides those of `Hierarchical`):
+    Attributes (besides those of `DualPathStages`):
       widths: channels per stage.
       kernel: taps of the depthwise convolutions, odd.
       layer_scale: initial value of gamma, None for none.
@@ -166,13 +166,13 @@ class ConvNeXt(Hierarchical):
         """One convolution per patch, then a norm."""
         return self.stem_norm(self.stem_conv(images)).reshape(len(images), -1, self.widths[0])
 
-    def shrink(self, stage: int, x: Array) -> Array:
+    def downsample(self, stage: int, x: Array) -> Array:
         """Norm, then one convolution per square of four cells."""
         x = getattr(self, f"downsample_{stage}_norm")(x)
         x = x.reshape(len(x), *self.grid_of(stage - 1), self.widths[stage - 1])
         return getattr(self, f"downsample_{stage}_conv")(x).reshape(len(x), -1, self.widths[stage])
 
-    def finish(self, x: Array) -> Array:
+    def final_norm(self, x: Array) -> Array:
         """The mean cell and every cell, normalised."""
         mean = x.astype(jnp.float32).mean(axis=1, keepdims=True).astype(x.dtype)
         return self.norm(jnp.concatenate([mean, x], axis=1))

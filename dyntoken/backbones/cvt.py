@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from dyntoken.backbones.isotropic import pair
-from dyntoken.backbones.pyramid import Pyramid
+from dyntoken.backbones.staged_regrown import RegrownStages
 from dyntoken.nn import layers
 from dyntoken.nn.batchnorm import BatchNorm
-from dyntoken.nn.stages import Map, MapBlock
+from dyntoken.nn.spatial import Map, SpatialBlock
 from dyntoken.nn.trunk import Spec
 from dyntoken.ops import attend, sample, select
 from dyntoken.schema import Count, Natural, Positive
@@ -89,28 +89,28 @@ class ConvAttention(nn.Module):
         self,
         x: Array,
         *,
-        laid: Map,
+        spatial_map: Map,
         prefix: int = 0,
         train: bool = False,
-        observe: bool = False,
+        return_scores: bool = False,
         draws: sample.Draws | None = None,
         path: tuple[int, ...] = (),
     ) -> tuple[Array, Attended | None]:
         """Attends `x [B, T, C]`.
 
         Args:
-          laid: the patches as a map; a query is read where a row lies on it.
-          prefix, train, observe, draws, path: see `Attention`.
+          spatial_map: the patches as a map; a query is read where a row lies on it.
+          prefix, train, return_scores, draws, path: see `Attention`.
 
         Returns:
           `(y [B, T, C], Attended or None)`.
         """
         batch, rows, width = x.shape
-        grid = laid.cells.shape[1:3]
-        q, k, v = (self._projected(name, x[:, :prefix], laid, train) for name in "qkv")
+        grid = spatial_map.cells.shape[1:3]
+        q, k, v = (self._projected(name, x[:, :prefix], spatial_map, train) for name in "qkv")
         scale = width**-0.5  # of all heads together, as official
         seen = None
-        if observe or (draws is not None and self.attn_dropout > 0.0):
+        if return_scores or (draws is not None and self.attn_dropout > 0.0):
             p = attend.normalise(attend.logits(q, k, scale=scale), policy=None, train=train)
             p = layers.drop(p, self.attn_dropout, draws, *path, 0)
             y = jnp.einsum("bhqk,bhkd->bhqd", p.astype(v.dtype), v)
@@ -122,13 +122,13 @@ class ConvAttention(nn.Module):
         y = layers.dense(width, name="proj", dtype=self.dtype)(y)
         return layers.drop(y, self.dropout, draws, *path), seen
 
-    def _projected(self, name: str, first: Array, laid: Map, train: bool) -> Array:
+    def _projected(self, name: str, first: Array, spatial_map: Map, train: bool) -> Array:
         """Queries, keys or values `[B, heads, rows, head_dim]`."""
         stride, padding = (1, self.kernel // 2) if name == "q" else (self.stride, self.padding)
         options = (self.kernel, stride, padding, self.frozen, self.dtype)
-        x = ConvProjection(*options, name=f"conv_proj_{name}")(laid.cells, train)
-        if name == "q" and laid.place is not None:
-            x = select.take(x, laid.place)
+        x = ConvProjection(*options, name=f"conv_proj_{name}")(spatial_map.cells, train)
+        if name == "q" and spatial_map.place is not None:
+            x = select.take(x, spatial_map.place)
         x = jnp.concatenate([first, x], axis=1)
         x = layers.dense(x.shape[-1], name=f"proj_{name}", dtype=self.dtype, use_bias=self.qkv_bias)(x)
         return jnp.swapaxes(x.reshape(*x.shape[:2], self.heads, -1), 1, 2)
@@ -161,8 +161,8 @@ def _convolved(size: int, kernel: int, stride: int, padding: int) -> int:
     return (size + 2 * padding - kernel) // stride + 1
 
 
-class CvTBlock(MapBlock):
-    """`MapBlock` with convolved queries, keys and values."""
+class CvTBlock(SpatialBlock):
+    """`SpatialBlock` with convolved queries, keys and values."""
 
     kernel: int = 3
     stride: int = 2
@@ -176,7 +176,7 @@ class CvTBlock(MapBlock):
         return ConvAttention(self.heads, self.qkv_bias, *options, self.attn_dropout)
 
 
-class CvT(Pyramid):
+class CvT(RegrownStages):
     """CvT (Wu et al. 2021, "CvT: Introducing Convolutions to Vision Transformers"; microsoft/CvT).
 
     Any image size will do; odd maps round up. There are no positions. Queries,
@@ -185,7 +185,7 @@ class CvT(Pyramid):
     BatchNorm behind them shifts the zeros of dropped cells, and its training
     statistics count these cells; `dropped="last"` lets them keep their value.
 
-    Attributes (besides those of `Pyramid`):
+    Attributes (besides those of `RegrownStages`):
       patch_sizes, patch_strides, patch_paddings: of each stage's embedding.
       kernels: of the convolutions in its blocks, odd.
       kv_strides, kv_paddings: of those of keys and values.
@@ -210,7 +210,7 @@ class CvT(Pyramid):
     frozen_stats: bool = False
 
     embeds = ("patch_sizes", "patch_strides", "patch_paddings")
-    per_stage = (*Pyramid.per_stage, *embeds, "kernels", "kv_strides", "kv_paddings", "class_tokens")
+    per_stage = (*RegrownStages.per_stage, *embeds, "kernels", "kv_strides", "kv_paddings", "class_tokens")
 
     @property
     def grids(self) -> tuple[tuple[int, int], ...]:

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 
 from dyntoken.nn import layers
 from dyntoken.nn.block import Block
+from dyntoken.nn.reduction_sites import ReductionSites
 from dyntoken.nn.remat import Remat, check_policy
-from dyntoken.nn.sites import Sites
 from dyntoken.nn.trunk import Context, Site, Spec, Trunk
 from dyntoken.schema import Count, Positive, Rate, Size
 from dyntoken.types import DType, Reduction, Tokens
@@ -35,7 +35,7 @@ def check_images(images: Array, img_size: int | tuple[int, int], in_chans: int) 
         )
 
 
-class Isotropic(Sites, nn.Module):
+class Isotropic(ReductionSites, nn.Module):
     """A stem, then blocks of one width.
 
     Class (and other prefix) tokens come first, then one position embedding of
@@ -63,7 +63,7 @@ class Isotropic(Sites, nn.Module):
       remat: recompute block halves in the backward pass: True, or the name of
         what to keep, see `nn.remat.POLICIES`.
       scan: run the blocks between two sites as one loop: same parameters and
-        results, a shorter compilation, see `nn.looped`.
+        results, a shorter compilation, see `nn.scan`.
       dtype: compute type; parameters stay float32.
       sites: reduction sites.
     """

@@ -91,7 +91,7 @@ class Sampling(nn.Module):
         """`[B, P, width]` to `(rows [B, P, width], offsets [B, P, 2] float32 or None)`."""
         block = Block(**dict(self.block), name="block")
         tokens, _ = block.attend(Tokens.start(sampled, prefix=0), draws, train, False)
-        rows = block.feed(tokens, draws).x
+        rows = block.feed_forward(tokens, draws).x
         if not self.moves:
             return rows, None
         zeros = nn.initializers.zeros

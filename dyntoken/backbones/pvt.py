@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from dyntoken.backbones.isotropic import pair
-from dyntoken.backbones.pyramid import Pyramid
+from dyntoken.backbones.staged_regrown import RegrownStages
 from dyntoken.nn import layers
-from dyntoken.nn.stages import Map, MapBlock
+from dyntoken.nn.spatial import Map, SpatialBlock
 from dyntoken.nn.trunk import Spec
 from dyntoken.ops import attend, sample
 from dyntoken.schema import Count, Positive
@@ -65,20 +65,20 @@ class SpatialReductionAttention(nn.Module):
         self,
         x: Array,
         *,
-        laid: Map | None = None,
+        spatial_map: Map | None = None,
         policy: Array | None = None,
         prefix: int = 0,
         train: bool = False,
-        observe: bool = False,
+        return_scores: bool = False,
         draws: sample.Draws | None = None,
         path: tuple[int, ...] = (),
     ) -> tuple[Array, Attended | None]:
         """Attends `x [B, T, C]`.
 
         Args:
-          laid: the patches as a map, if ratio > 1.
+          spatial_map: the patches as a map, if ratio > 1.
           policy: `[B, T]` keep mask over keys if ratio is 1, or None.
-          prefix, train, observe, draws, path: see `Attention`.
+          prefix, train, return_scores, draws, path: see `Attention`.
 
         Returns:
           `(y [B, T, C], Attended or None)`.
@@ -87,7 +87,7 @@ class SpatialReductionAttention(nn.Module):
         options = {"dtype": self.dtype, "use_bias": self.qkv_bias}
         source = x
         if self.ratio > 1:
-            small = _patches(width, self.ratio, laid.cells, "sr", self.dtype)
+            small = _patches(width, self.ratio, spatial_map.cells, "sr", self.dtype)
             source = small.reshape(batch, -1, width)
             source = nn.LayerNorm(epsilon=EMBED_EPS, dtype=self.dtype, name="norm")(source)
         q = layers.dense(width, name="q", **options)(x)
@@ -97,7 +97,7 @@ class SpatialReductionAttention(nn.Module):
         k, v = jnp.moveaxis(kv, (2, 3), (0, 2))  # each [B, heads, keys, head_dim]
         scale = self.qk_scale if self.qk_scale is not None else (width // self.heads) ** -0.5
         seen = None
-        if policy is None and not observe and (draws is None or self.attn_dropout == 0.0):
+        if policy is None and not return_scores and (draws is None or self.attn_dropout == 0.0):
             y = attend.attention(q, k, v, scale=scale)
         else:
             p = attend.normalise(attend.logits(q, k, scale=scale), policy=policy, train=train)
@@ -107,11 +107,11 @@ class SpatialReductionAttention(nn.Module):
             seen = Attended(cls=cls, keys=k if self.ratio == 1 else None)
         y = jnp.swapaxes(y, 1, 2).reshape(batch, rows, width)
         y = layers.dense(width, name="proj", dtype=self.dtype)(y)
-        return layers.drop(y, self.dropout, draws, *path), seen if observe else None
+        return layers.drop(y, self.dropout, draws, *path), seen if return_scores else None
 
 
-class PVTBlock(MapBlock):
-    """`MapBlock` with spatial reduction by `ratio`."""
+class PVTBlock(SpatialBlock):
+    """`SpatialBlock` with spatial reduction by `ratio`."""
 
     ratio: int = 1
 
@@ -126,7 +126,7 @@ class PVTBlock(MapBlock):
         return SpatialReductionAttention(*options, self.attn_dropout)
 
 
-class PVT(Pyramid):
+class PVT(RegrownStages):
     """PVT v1 (Wang et al. 2021, "Pyramid Vision Transformer"; whai362/PVT).
 
     The class token joins in the last stage, whose keys are its own rows. Of
@@ -134,7 +134,7 @@ class PVT(Pyramid):
     from the reduced map, dropped cells included. What a map costs does not
     shrink: the convolutions that make keys, and the next stage's embedding.
 
-    Attributes (besides those of `Pyramid`):
+    Attributes (besides those of `RegrownStages`):
       patch_size: pixels of a patch of the first stage; later ones halve the map.
       sr_ratios: per stage, how much smaller the map of keys is along each axis;
         1 in the last stage.
@@ -145,7 +145,7 @@ class PVT(Pyramid):
     sr_ratios: tuple[Count, ...] = (8, 4, 2, 1)
     qk_scale: Positive | None = None
 
-    per_stage = (*Pyramid.per_stage, "sr_ratios")
+    per_stage = (*RegrownStages.per_stage, "sr_ratios")
     positions = True
     resize = "bilinear"
 

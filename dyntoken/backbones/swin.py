@@ -8,10 +8,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dyntoken.backbones.hierarchical import Hierarchical
 from dyntoken.backbones.isotropic import pair
+from dyntoken.backbones.staged_dual_path import DualPathStages
 from dyntoken.nn import layers
-from dyntoken.nn.dualpath import Route, Streams, branch
+from dyntoken.nn.dual_path import Route, Streams, branch
 from dyntoken.nn.trunk import Context, Spec
 from dyntoken.ops import attend, sample, select, windows
 from dyntoken.schema import Count, Positive, Rate
@@ -65,11 +65,11 @@ class WindowAttention(nn.Module):
         shape = ((2 * self.window - 1) ** 2, self.heads)
         table = self.param("relative_position_bias_table", layers.trunc_normal(), shape)
         rows = self.window**2
-        bias = select.take(table[None], jnp.asarray(windows.offsets(self.window))[None])
+        bias = select.take(table[None], jnp.asarray(windows.relative_position_index(self.window))[None])
         bias = bias.reshape(1, rows, rows, self.heads).transpose(0, 3, 1, 2)
         if not self.shift:
             return bias
-        return bias + jnp.asarray(windows.apart(self.grid, self.window, self.shift))[:, None]
+        return bias + jnp.asarray(windows.shift_mask(self.grid, self.window, self.shift))[:, None]
 
 
 class SwinBlock(nn.Module):
@@ -181,14 +181,14 @@ class PatchMerging(nn.Module):
         return layers.dense(self.width, name="reduction", dtype=self.dtype, use_bias=False)(x)
 
 
-class Swin(Hierarchical):
+class Swin(DualPathStages):
     """Swin Transformer (Liu et al. 2021; microsoft/Swin-Transformer).
 
     Odd blocks of a stage move their windows by half a window. Where a grid is no
     larger than the window, one window is the grid, and nothing moves. The
     classifier reads the mean of the normalised cells.
 
-    Attributes (besides those of `Hierarchical`):
+    Attributes (besides those of `DualPathStages`):
       width: channels of the first stage; they double from stage to stage.
       heads: attention heads per stage.
       window: side of a window, in cells.
@@ -240,7 +240,7 @@ class Swin(Hierarchical):
 
     def _tiled(self) -> tuple[int, int]:
         """The nearest image size whose grids the windows tile."""
-        units = [patch * self.unit * self.window for patch in pair(self.patch_size)]
+        units = [patch * self.total_stride * self.window for patch in pair(self.patch_size)]
         return tuple(max(u, round(s / u) * u) for s, u in zip(pair(self.img_size), units, strict=True))
 
     def window_of(self, stage: int) -> int:
@@ -302,11 +302,11 @@ class Swin(Hierarchical):
         # This layer number keys the draw: no block uses it.
         return layers.drop(x, self.dropout, context.dropout, sum(self.depths))
 
-    def shrink(self, stage: int, x: Array) -> Array:
+    def downsample(self, stage: int, x: Array) -> Array:
         """Patch merging."""
         return getattr(self, f"merge_{stage - 1}")(x)
 
-    def finish(self, x: Array) -> Array:
+    def final_norm(self, x: Array) -> Array:
         """The mean of the normalised cells, and those."""
         x = self.norm(x)
         mean = x.astype(jnp.float32).mean(axis=1, keepdims=True).astype(x.dtype)

@@ -13,8 +13,8 @@ from dyntoken.backbones.isotropic import Isotropic, pair
 from dyntoken.cascade import checks
 from dyntoken.cascade.reuse import Grid, Reuse
 from dyntoken.heads import ClassHead, Pool
-from dyntoken.nn import draws as streams
 from dyntoken.nn import images as guard
+from dyntoken.nn import rng
 from dyntoken.nn.trunk import Address, Context, Site, Spec
 from dyntoken.ops import select
 from dyntoken.ops.sample import Draws
@@ -313,8 +313,8 @@ class Cascade(nn.Module):
         ids = jnp.arange(images.shape[0], dtype=jnp.int32) if ids is None else ids
         options = dict(self.backbone.options)
         return {
-            "dropout": streams.of_dropout(self, options, ids) if train else None,
-            "policy": streams.of_stream(self, "policy", ids) if self.reducer else None,
+            "dropout": rng.of_dropout(self, options, ids) if train else None,
+            "policy": rng.of_stream(self, "policy", ids) if self.reducer else None,
         }
 
     def _run(

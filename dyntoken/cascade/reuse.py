@@ -166,7 +166,7 @@ class Reuse(nn.Module):
           rows: for each of them, `Upstream.relation_rows`.
         """
         whole = [
-            r if index is None else select.read_maps(r, select.beside_prefix(index, self.prefix))
+            r if index is None else select.read_maps(r, select.shift_past_prefix(index, self.prefix))
             for r, index in zip(relations, rows, strict=True)
         ]
         if self.relations == "all":

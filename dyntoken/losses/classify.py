@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
-from dyntoken.losses.common import blank, exits, mixed_target, row_mask
-from dyntoken.types import Array, Output
+from dyntoken.losses.common import Pair, cross_entropy, loss, row_mask
+from dyntoken.ops import mixing
+from dyntoken.types import Output
 
 
-@exits("each")
-def ce(output: Output, batch: Mapping[str, Any]) -> tuple[Array, Array]:
+@loss(exits="each")
+def ce(output: Output, batch: Mapping[str, Any]) -> Pair:
     """Soft-target cross entropy in nats, `-sum_k target_k log softmax(logits)_k`.
 
     A distilled model pays the mean of the losses of its two heads (not the
@@ -38,10 +38,11 @@ def ce(output: Output, batch: Mapping[str, Any]) -> tuple[Array, Array]:
             f"targets of shape {target.shape} do not fit logits of shape {output.logits.shape}: "
             "soft targets are [batch, num_classes]"
         )
-    target = mixed_target(target, output.mixed)
+    if output.mixed is not None:  # [B, N0]
+        share = output.mixed.astype(target.dtype).mean(axis=1, keepdims=True)
+        target = (1.0 - share) * target + share * mixing.partner(target)
     mask = row_mask(batch, target.shape[0])
     logits = output.logits if output.heads is None else output.heads
     stack = logits.reshape(-1, *target.shape)  # [S, B, K]: one classifier, two heads or all exits
-    rows = [-jnp.sum(target * jax.nn.log_softmax(blank(one, mask), axis=-1), axis=-1) for one in stack]
-    sums = jnp.stack([jnp.sum(mask * row) for row in rows])  # [S]
+    sums = jnp.stack([cross_entropy(each, target, mask) for each in stack])  # [S]
     return (sums if output.logits.ndim == 3 else jnp.mean(sums)), jnp.sum(mask)

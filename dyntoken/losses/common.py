@@ -1,40 +1,59 @@
-"""What the losses share: the mask of a batch, its teacher, stated needs, exits."""
+"""What the losses share: what a loss declares, the mask of a batch, its teacher, KL."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from dyntoken.ops import mixing
 from dyntoken.types import Array, Output
 
-
-def needs(*what: str) -> Callable[[Callable], Callable]:
-    """Marks a loss that wants a "teacher", "features" or "dense" (`losses.needs`)."""
-
-    def mark(fn: Callable) -> Callable:
-        fn.needs = frozenset(what)
-        return fn
-
-    return mark
+Pair = tuple[Array, Array]  # (sum, count)
+NEEDS = ("teacher", "features", "dense")
+EXITS = ("each", "earlier", "none", None)
 
 
-def exits(which: str) -> Callable[[Callable], Callable]:
-    """Marks what a loss makes of a model with exits.
+@dataclasses.dataclass(frozen=True)
+class Loss:
+    """A loss and what it declares.
 
-    "each": its sum is `[E]`, one per exit. "earlier": it needs exits, and its
-    sum is `[E - 1]`, one per exit before the last. "none": it refuses them. A
-    loss without a mark has a scalar sum whatever the model.
+    Attributes:
+      fn: `(output, batch, **options) -> (sum, count)`.
+      needs: what it reads besides logits, of `NEEDS`.
+      exits: what it makes of a model with exits. "each": its sum is `[E]`, one per
+        exit. "earlier": it needs exits, and its sum is `[E - 1]`, one per exit
+        before the last. "none": it refuses them. None: its sum is a scalar
+        whatever the model.
     """
 
-    def mark(fn: Callable) -> Callable:
-        fn.exits = which
-        return fn
+    fn: Callable[..., Pair]
+    needs: frozenset[str] = frozenset()
+    exits: str | None = None
 
-    return mark
+    def __call__(self, output: Output, batch: Mapping[str, Any], **options: Any) -> Pair:
+        return self.fn(output, batch, **options)
+
+
+def loss(*needs: str, exits: str | None = None) -> Callable[[Callable[..., Pair]], Loss]:
+    """Decorator: the function as a `Loss`."""
+    return lambda fn: Loss(fn, frozenset(needs), exits)
+
+
+def check_exits(name: str, mark: str | None, exits: int) -> None:
+    """Raises ValueError if a loss with this mark does not fit a model with so many exits (0: without)."""
+    if mark == "none" and exits:
+        raise ValueError(
+            f"loss {name!r} compares the final tokens of one network, a model with exits has those of "
+            "each exit: use logit_kl or exit_kl instead"
+        )
+    if mark == "earlier" and exits < 2:
+        raise ValueError(
+            f"loss {name!r} needs a model with at least two exits, whose last one teaches: dvt_..., "
+            "multiexit_..."
+        )
 
 
 def row_mask(batch: Mapping[str, Any], rows: int) -> Array:
@@ -56,31 +75,10 @@ def blank(x: Array, weight: Array) -> Array:
     return jnp.where((weight > 0)[..., None], x.astype(jnp.float32), 0.0)
 
 
-def teacher_of(batch: Mapping[str, Any], loss: str) -> Output:
-    """The teacher's output without gradient, or one clear error."""
-    teacher = batch.get("teacher")
-    if teacher is None:
-        raise ValueError(
-            f"loss {loss!r} needs a teacher and the batch has none: set a teacher or drop the loss"
-        )
-    return jax.lax.stop_gradient(teacher)
-
-
-def mixed_target(target: Array, mixed: Array | None) -> Array:
-    """`target [B, K]`, mixed with the partner row's by the share of cells `mixed [B, N0]`."""
-    if mixed is None:
-        return target
-    share = mixed.astype(target.dtype).mean(axis=1, keepdims=True)
-    return (1.0 - share) * target + share * mixing.partner(target)
-
-
-def check_unmixed(output: Output, loss: str) -> None:
-    """Raises ValueError for a student whose tokens MixToken swapped: no teacher saw what it saw."""
-    if output.mixed is not None:
-        raise ValueError(
-            f"loss {loss!r} compares with a teacher that saw the images unmixed: build the model with "
-            "mix_token=False"
-        )
+def cross_entropy(logits: Array, target: Array, weight: Array) -> Array:
+    """`-sum_k target_k log softmax(logits)_k` in nats, summed over rows with `weight [...]`."""
+    rows = -jnp.sum(target * jax.nn.log_softmax(blank(logits, weight), axis=-1), axis=-1)
+    return jnp.sum(weight * rows)
 
 
 def kl_rows(student: Array, teacher: Array) -> Array:
@@ -88,3 +86,18 @@ def kl_rows(student: Array, teacher: Array) -> Array:
     log_p = jax.nn.log_softmax(teacher, axis=-1)
     log_q = jax.nn.log_softmax(student, axis=-1)
     return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
+
+
+def teacher_of(output: Output, batch: Mapping[str, Any], name: str) -> Output:
+    """The teacher's output without gradient; raises ValueError if there is none or it saw other images."""
+    if output.mixed is not None:
+        raise ValueError(
+            f"loss {name!r} compares with a teacher that saw the images unmixed: build the model with "
+            "mix_token=False"
+        )
+    teacher = batch.get("teacher")
+    if teacher is None:
+        raise ValueError(
+            f"loss {name!r} needs a teacher and the batch has none: set a teacher or drop the loss"
+        )
+    return jax.lax.stop_gradient(teacher)

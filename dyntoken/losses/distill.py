@@ -8,23 +8,15 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from dyntoken.losses.common import blank, check_unmixed, exits, kl_rows, needs, row_mask, teacher_of
+from dyntoken.losses.common import Pair, blank, check_exits, kl_rows, loss, row_mask, teacher_of
 from dyntoken.schema import Positive
 from dyntoken.types import Array, Output, Tokens
 
 Variant = Literal["mse", "kl"]
-TWO_EXITS = (
-    "loss 'exit_kl' needs a model with at least two exits, whose last one teaches: dvt_..., multiexit_..."
-)
-NO_EXITS = (
-    "loss 'token_distill' compares the final tokens of one network, a model with exits has those of "
-    "each exit: use logit_kl or exit_kl instead"
-)
 
 
-@needs("teacher")
-@exits("each")
-def logit_kl(output: Output, batch: Mapping[str, Any]) -> tuple[Array, Array]:
+@loss("teacher", exits="each")
+def logit_kl(output: Output, batch: Mapping[str, Any]) -> Pair:
     """KL(teacher || student) of the class distributions, in nats.
 
     Temperature 1, mean over the batch (raoyongming/DynamicViT,
@@ -42,8 +34,7 @@ def logit_kl(output: Output, batch: Mapping[str, Any]) -> tuple[Array, Array]:
     Raises:
       ValueError: without a teacher, or if its classes are others.
     """
-    check_unmixed(output, "logit_kl")
-    teacher = teacher_of(batch, "logit_kl").logits
+    teacher = teacher_of(output, batch, "logit_kl").logits
     if teacher.shape != output.logits.shape[-2:]:
         raise ValueError(
             f"the teacher's logits have shape {teacher.shape}, the student's {output.logits.shape}: "
@@ -52,12 +43,12 @@ def logit_kl(output: Output, batch: Mapping[str, Any]) -> tuple[Array, Array]:
     mask = row_mask(batch, teacher.shape[0])
     aim = blank(teacher, mask)
     stack = output.logits.reshape(-1, *teacher.shape)  # [1 or E, B, K]
-    sums = jnp.stack([jnp.sum(mask * kl_rows(blank(one, mask), aim)) for one in stack])
+    sums = jnp.stack([jnp.sum(mask * kl_rows(blank(logits, mask), aim)) for logits in stack])
     return (sums if output.logits.ndim == 3 else sums[0]), jnp.sum(mask)
 
 
-@exits("earlier")
-def exit_kl(output: Output, batch: Mapping[str, Any], *, temperature: Positive = 1.0) -> tuple[Array, Array]:
+@loss(exits="earlier")
+def exit_kl(output: Output, batch: Mapping[str, Any], *, temperature: Positive = 1.0) -> Pair:
     """KL(last exit || earlier exit) of the class distributions, in nats.
 
     The last exit of a model teaches the earlier ones: it is detached, so no
@@ -76,20 +67,16 @@ def exit_kl(output: Output, batch: Mapping[str, Any], *, temperature: Positive =
     Raises:
       ValueError: for a model without exits.
     """
-    if output.logits.ndim != 3 or len(output.logits) < 2:
-        raise ValueError(TWO_EXITS)
+    check_exits("exit_kl", "earlier", len(output.logits) if output.logits.ndim == 3 else 0)
     mask = row_mask(batch, output.logits.shape[1])
-    *early, last = [blank(one, mask) / temperature for one in output.logits]
+    *early, last = [blank(logits, mask) / temperature for logits in output.logits]
     last = jax.lax.stop_gradient(last)
-    sums = [temperature**2 * jnp.sum(mask * kl_rows(one, last)) for one in early]
+    sums = [temperature**2 * jnp.sum(mask * kl_rows(logits, last)) for logits in early]
     return jnp.stack(sums), jnp.sum(mask)
 
 
-@needs("teacher", "features")
-@exits("none")
-def token_distill(
-    output: Output, batch: Mapping[str, Any], *, variant: Variant = "mse"
-) -> tuple[Array, Array]:
+@loss("teacher", "features", exits="none")
+def token_distill(output: Output, batch: Mapping[str, Any], *, variant: Variant = "mse") -> Pair:
     """Distance of the surviving tokens from the teacher's at the same place.
 
     Counts the tokens alive after the last site. In mask form rows keep their
@@ -111,24 +98,20 @@ def token_distill(
       ValueError: without a teacher, without features, if they do not fit, or
         for a model with exits.
     """
-    check_unmixed(output, "token_distill")
-    teacher = teacher_of(batch, "token_distill").tokens
+    teacher = teacher_of(output, batch, "token_distill").tokens
     tokens = output.tokens
-    if isinstance(tokens, tuple):
-        raise ValueError(NO_EXITS)
+    check_exits("token_distill", "none", len(tokens) if isinstance(tokens, tuple) else 0)
     _check("token_distill", tokens, teacher)
     if teacher.x.shape[-1] != tokens.x.shape[-1]:
         raise ValueError(
             f"the teacher's tokens have width {teacher.x.shape[-1]}, the student's {tokens.x.shape[-1]}: "
             "loss 'token_distill' needs a teacher of the same width"
         )
-    return _distance("token_distill", variant, output, batch, tokens.patches, teacher.patches)
+    return _distance(variant, output, batch, tokens.patches, teacher.patches)
 
 
-@needs("teacher", "features", "dense")
-def dense_distill(
-    output: Output, batch: Mapping[str, Any], *, variant: Variant = "kl"
-) -> tuple[Array, Array]:
+@loss("teacher", "features", "dense")
+def dense_distill(output: Output, batch: Mapping[str, Any], *, variant: Variant = "kl") -> Pair:
     """Distance of the surviving tokens' auxiliary logits from the teacher's at the same place.
 
     What DynamicViT trains LV-ViT with in place of `token_distill`
@@ -149,10 +132,9 @@ def dense_distill(
     Raises:
       ValueError: without a teacher or auxiliary logits, or if they do not fit.
     """
-    check_unmixed(output, "dense_distill")
-    teacher = teacher_of(batch, "dense_distill")
-    for who, found in (("student", output), ("teacher", teacher)):
-        if found.dense is None:
+    teacher = teacher_of(output, batch, "dense_distill")
+    for who, given in (("student", output), ("teacher", teacher)):
+        if given.dense is None:
             raise ValueError(
                 f"loss 'dense_distill' needs the {who}'s auxiliary logits: an LV-ViT, applied with "
                 "record=('features', 'dense')"
@@ -163,48 +145,43 @@ def dense_distill(
             f"the teacher has {teacher.dense.shape[-1]} classes, the student {output.dense.shape[-1]}: "
             "loss 'dense_distill' needs a teacher with the same classes"
         )
-    return _distance("dense_distill", variant, output, batch, output.dense, teacher.dense)
+    return _distance(variant, output, batch, output.dense, teacher.dense)
 
 
-def _distance(
-    loss: str, variant: str, output: Output, batch: Mapping[str, Any], student: Array, aim: Array
-) -> tuple[Array, Array]:
+def _distance(variant: str, output: Output, batch: Mapping[str, Any], student: Array, aim: Array) -> Pair:
     """Distance of the student's rows `[B, N, C]` alive from the teacher's `[B, N0, C]` at their places."""
     tokens = output.tokens
     masked = _decision(output)
-    alive = (tokens.place >= 0) if masked is None else (masked > 0.5) & (tokens.place >= 0)  # [B, N]
+    alive = tokens.place >= 0  # [B, N]
+    if masked is not None:
+        alive &= masked > 0.5
     weight = row_mask(batch, alive.shape[0])[:, None] * jax.lax.stop_gradient(alive).astype(jnp.float32)
     if masked is None or tokens.count != aim.shape[1]:
         aim = jnp.take_along_axis(aim, jnp.maximum(tokens.place, 0)[:, :, None], axis=1)
     student, aim = blank(student, weight), blank(aim, weight)
-    if variant == "mse":
-        rows = jnp.mean(jnp.square(student - aim), axis=-1)
-    else:
-        rows = kl_rows(student, aim)
+    rows = jnp.mean(jnp.square(student - aim), axis=-1) if variant == "mse" else kl_rows(student, aim)
     return jnp.sum(weight * rows), jnp.sum(weight)
 
 
 def _decision(output: Output) -> Array | None:
     """`[B, N]` aliveness of the final rows, or None if all are (gather form)."""
     tokens = output.tokens
-    if tokens.alive is not None:
-        return tokens.alive
-    if output.reductions:
+    if tokens.alive is None and output.reductions:
         last = output.reductions[-1]
         # Gather form keeps exactly `count` rows, mask form all that came in.
         if last.decision.shape[1] == tokens.count and last.count < tokens.count:
             return last.decision
-    return None
+    return tokens.alive
 
 
-def _check(loss: str, tokens: Tokens | None, teacher: Tokens | None) -> None:
-    for who, found in (("student", tokens), ("teacher", teacher)):
-        if found is None:
+def _check(name: str, tokens: Tokens | None, teacher: Tokens | None) -> None:
+    for who, given in (("student", tokens), ("teacher", teacher)):
+        if given is None:
             raise ValueError(
-                f"loss {loss!r} needs the {who}'s final tokens: apply it with record=('features',)"
+                f"loss {name!r} needs the {who}'s final tokens: apply it with record=('features',)"
             )
     if teacher.count != tokens.initial:
         raise ValueError(
             f"the teacher returns {teacher.count} patch tokens but the student starts from {tokens.initial}: "
-            f"loss {loss!r} needs a dense teacher with the same patch grid"
+            f"loss {name!r} needs a dense teacher with the same patch grid"
         )

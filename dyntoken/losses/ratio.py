@@ -7,14 +7,15 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from dyntoken.losses.common import row_mask
+from dyntoken.losses.common import Pair, loss, row_mask
 from dyntoken.schema import Positive
-from dyntoken.types import Array, Output
+from dyntoken.types import Output
 
 
+@loss()
 def keep_ratio(
     output: Output, batch: Mapping[str, Any], *, divisor: Positive | None = None, dynamic: bool = False
-) -> tuple[Array, Array]:
+) -> Pair:
     """Squared distance of the share of kept tokens from its target.
 
     `sum_s mean_b (mean_n decision_s[b, n] - ratio_s)^2 / divisor` over the
@@ -43,7 +44,6 @@ def keep_ratio(
         raise ValueError(
             "loss 'keep_ratio' needs a model that reduces tokens: this one has no reduction site"
         )
-    divisor = len(sites) if divisor is None else divisor
     mask = row_mask(batch, sites[0].decision.shape[0])
     count = jnp.sum(mask)
     total = jnp.zeros((), jnp.float32)
@@ -55,4 +55,4 @@ def keep_ratio(
             total += count * jnp.square(share - site.ratio)
         else:
             total += jnp.sum(mask * jnp.square(share - site.ratio))
-    return total / divisor, count
+    return total / (divisor or len(sites)), count

@@ -8,13 +8,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dyntoken.losses.common import blank, needs, row_mask
+from dyntoken.losses.common import Pair, cross_entropy, loss, row_mask
 from dyntoken.ops import mixing
-from dyntoken.types import Array, Output, Tokens
+from dyntoken.types import Output
 
 
-@needs("dense", "features")
-def token_label(output: Output, batch: Mapping[str, Any]) -> tuple[Array, Array]:
+@loss("dense", "features")
+def token_label(output: Output, batch: Mapping[str, Any]) -> Pair:
     """Soft-target cross entropy of the auxiliary logits, one target per patch token, in nats.
 
     Jiang et al. 2021, "All Tokens Matter", equation 4 (zihangJiang/TokenLabeling,
@@ -45,7 +45,12 @@ def token_label(output: Output, batch: Mapping[str, Any]) -> tuple[Array, Array]
     Raises:
       ValueError: without auxiliary logits, or if the targets do not fit.
     """
-    tokens, dense = _recorded(output)
+    tokens, dense = output.tokens, output.dense
+    if dense is None or tokens is None:
+        raise ValueError(
+            "loss 'token_label' needs a model with an auxiliary head (LV-ViT), applied with "
+            "record=('dense', 'features')"
+        )
     rows, cells, classes = dense.shape[0], tokens.initial, dense.shape[-1]
     target = batch.get("dense")
     if target is None:
@@ -64,14 +69,4 @@ def token_label(output: Output, batch: Mapping[str, Any]) -> tuple[Array, Array]
     if tokens.count != cells or tokens.alive is None:
         target = jnp.take_along_axis(target, jnp.maximum(tokens.place, 0)[:, :, None], axis=1)
     weight = row_mask(batch, rows)[:, None] * jax.lax.stop_gradient(alive).astype(jnp.float32)  # [B, N]
-    each = -jnp.sum(target * jax.nn.log_softmax(blank(dense, weight), axis=-1), axis=-1)
-    return jnp.sum(weight * each), jnp.sum(weight)
-
-
-def _recorded(output: Output) -> tuple[Tokens, Array]:
-    if output.dense is None or output.tokens is None:
-        raise ValueError(
-            "loss 'token_label' needs a model with an auxiliary head (LV-ViT), applied with "
-            "record=('dense', 'features')"
-        )
-    return output.tokens, output.dense
+    return cross_entropy(dense, target, weight), jnp.sum(weight)

@@ -48,8 +48,8 @@ class Attention(nn.Module):
         *,
         prefix: int = 1,
         train: bool = False,
-        observe: bool = False,
-        relate: bool = False,
+        return_scores: bool = False,
+        return_logits: bool = False,
         bias: Array | None = None,
         draws: sample.Draws | None = None,
         path: tuple[int, ...] = (),
@@ -60,8 +60,8 @@ class Attention(nn.Module):
           policy: `[B, T]` keep mask over keys, or None.
           prefix: rows that are no patches; row 0 is the class token.
           train: applies the policy as the references train it.
-          observe: also return what a reducer may look at.
-          relate: also return the logits.
+          return_scores: also return what a reducer may look at.
+          return_logits: also return the logits.
           bias: `[B, heads, T, T]`, added to the scaled logits.
           draws, path: randomness and layer number; None switches dropout off.
 
@@ -81,16 +81,16 @@ class Attention(nn.Module):
         scale = self.qk_scale if self.qk_scale is not None else (width // self.heads) ** -0.5
         seen = None
         thinned = draws is not None and self.attn_dropout > 0.0
-        if policy is None and not observe and not relate and not thinned:
+        if policy is None and not return_scores and not return_logits and not thinned:
             y = attend.attention(q, k, v, scale=scale, bias=bias)
         else:
             logits = attend.logits(q, k, scale=scale, bias=bias)
             p = attend.normalise(logits, policy=policy, train=train)
             p = layers.drop(p, self.attn_dropout, draws, *path, 0)
             y = jnp.einsum("bhqk,bhkd->bhqd", p.astype(v.dtype), v)
-            cls = attend.class_attention(p, prefix) if prefix and observe else None
-            shown = {"cls": cls, "keys": k, "probs": p} if observe else {}
-            seen = Attended(**shown, logits=logits if relate else None)
+            cls = attend.class_attention(p, prefix) if prefix and return_scores else None
+            shown = {"cls": cls, "keys": k, "probs": p} if return_scores else {}
+            seen = Attended(**shown, logits=logits if return_logits else None)
         y = jnp.swapaxes(y, 1, 2).reshape(batch, rows, width)
         y = layers.dense(width, name="proj", dtype=self.dtype, use_bias=self.proj_bias)(y)
-        return layers.drop(y, self.dropout, draws, *path), seen if observe or relate else None
+        return layers.drop(y, self.dropout, draws, *path), seen if return_scores or return_logits else None

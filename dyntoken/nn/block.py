@@ -19,7 +19,7 @@ Array = jax.Array
 ATTENTION, MLP, ATTENTION_PATH, MLP_PATH = range(4)
 
 
-class Layer(NamedTuple):
+class LayerArgs(NamedTuple):
     """What tells a block from the other ones of a loop, where both are traced.
 
     Attributes:
@@ -46,7 +46,7 @@ class Block(nn.Module):
       layer_scale: initial LayerScale value, None for none.
       norm_eps: LayerNorm epsilon (1e-6 in DeiT).
       skip_lam: what both residual branches are divided by (LV-ViT).
-      context: channels of the features that `feed` gets besides the tokens.
+      context: channels of the features that `feed_forward` gets besides the tokens.
       dtype: compute type.
       attn_dropout: on the attention weights.
       proj_bias: biases of the attention projection and the MLP.
@@ -102,30 +102,30 @@ class Block(nn.Module):
         tokens: Tokens,
         draws: sample.Draws | None,
         train: bool,
-        observe: bool,
-        relate: bool = False,
+        return_scores: bool,
+        return_logits: bool = False,
         bias: Callable[[], Array] | None = None,
-        layer: Layer | None = None,
+        layer: LayerArgs | None = None,
     ) -> tuple[Tokens, Attended | None]:
         """First half: attention over the rows alive, residual added.
 
         Args:
-          observe: return what a reducer may look at.
-          relate: return the attention logits.
+          return_scores: return what a reducer may look at.
+          return_logits: return the attention logits.
           bias: makes the `[B, heads, T, T]` that is added to them; called here,
             so that recomputing this half recomputes it.
           layer: replaces the fields of these names (of `drop_path` only whether
             it is 0 counts then).
         """
-        layer = layer or Layer(self.layer, self.drop_path)
+        layer = layer or LayerArgs(self.layer, self.drop_path)
         policy = None if tokens.alive is None else attend.with_prefix(tokens.alive, tokens.prefix)
         y, seen = self.attn(
             self.norm1(tokens.x),
             policy,
             prefix=tokens.prefix,
             train=train,
-            observe=observe,
-            relate=relate,
+            return_scores=return_scores,
+            return_logits=return_logits,
             bias=None if bias is None else bias(),
             draws=draws,
             path=(layer.number, ATTENTION),
@@ -133,12 +133,12 @@ class Block(nn.Module):
         y = self.ls1(y) if self.layer_scale is not None else y
         return tokens.replace(x=tokens.x + self._path(y, draws, ATTENTION_PATH, layer)), seen
 
-    def feed(
+    def feed_forward(
         self,
         tokens: Tokens,
         draws: sample.Draws | None,
         extra: Array | None = None,
-        layer: Layer | None = None,
+        layer: LayerArgs | None = None,
     ) -> Tokens:
         """Second half: MLP, residual added.
 
@@ -147,7 +147,7 @@ class Block(nn.Module):
             norm; the residual goes without it.
           layer: as in `attend`.
         """
-        layer = layer or Layer(self.layer, self.drop_path)
+        layer = layer or LayerArgs(self.layer, self.drop_path)
         x = tokens.x
         if (extra is None) == bool(self.context):
             raise ValueError(
@@ -159,7 +159,7 @@ class Block(nn.Module):
         y = self.ls2(y) if self.layer_scale is not None else y
         return tokens.replace(x=tokens.x + self._path(y, draws, MLP_PATH, layer))
 
-    def _path(self, y: Array, draws: sample.Draws | None, stream: int, layer: Layer) -> Array:
+    def _path(self, y: Array, draws: sample.Draws | None, stream: int, layer: LayerArgs) -> Array:
         if draws is not None and self.drop_path > 0.0:
             y = sample.drop_path(y, layer.drop_path, draws, layer.number, stream)
         return y if self.skip_lam == 1.0 else y / self.skip_lam

@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dyntoken.nn import looped
+from dyntoken.nn import scan
 from dyntoken.nn.block import Block
 from dyntoken.nn.remat import rematerialised
 from dyntoken.ops import sample, select
@@ -135,7 +135,7 @@ class Trunk(nn.Module):
         """
         reductions: list[Reduction] = []
         stages, outs, relations, addresses = [], [], [], []
-        relate = "relations" in context.record
+        return_logits = "relations" in context.record
         stage_at = {site.at: stage for stage, site in enumerate(self.sites)}
         if context.train and self._masks():
             # The references run every block under the policy softmax, also those before the first site.
@@ -150,7 +150,7 @@ class Trunk(nn.Module):
                 reductions.append(reduction)
                 stages.append((before, tokens.x))
             if len(run) > 1:
-                address = [self._address(index, tokens, fed=fed) for fed in (False, True)]
+                address = [self._address(index, tokens, after_mlp=after_mlp) for after_mlp in (False, True)]
                 addresses.extend([address] * len(run))
                 tokens, rows, logits = self._loop(run, tokens, context)
                 outs.extend(rows)
@@ -159,16 +159,16 @@ class Trunk(nn.Module):
             block = getattr(self, f"blocks_{index}")
             inside = site is not None and site.inside
             bias = self._bias(index, tokens, context)
-            addresses.append([self._address(index, tokens, fed=False)])
-            tokens, seen = block.attend(tokens, context.dropout, context.train, inside, relate, bias)
-            relations.append(seen.logits if relate else None)
+            addresses.append([self._address(index, tokens, after_mlp=False)])
+            tokens, seen = block.attend(tokens, context.dropout, context.train, inside, return_logits, bias)
+            relations.append(seen.logits if return_logits else None)
             if inside:
                 before = tokens.x
                 tokens, reduction = self._reduce(stage, tokens, seen, context)
                 reductions.append(reduction)
                 stages.append((before, tokens.x))
-            addresses[-1].append(self._address(index, tokens, fed=True))
-            tokens = block.feed(tokens, context.dropout, self._extra(index, tokens, context))
+            addresses[-1].append(self._address(index, tokens, after_mlp=True))
+            tokens = block.feed_forward(tokens, context.dropout, self._extra(index, tokens, context))
             outs.append(tokens.x)
         records = {
             "blocks": tuple(outs),
@@ -183,14 +183,14 @@ class Trunk(nn.Module):
         if not self.scan or self.is_initializing():  # each block makes its own parameters
             return [(index,) for index in numbers]
         cuts = [at for site in self.sites for at in (site.at, site.at + int(site.inside))]
-        return looped.runs(self.blocks, cuts, numbers)
+        return scan.runs(self.blocks, cuts, numbers)
 
     def _loop(
         self, run: tuple[int, ...], tokens: Tokens, context: Context
     ) -> tuple[Tokens, tuple[Array, ...], tuple[Array | None, ...]]:
-        """The blocks of a run, see `looped.run_blocks`."""
+        """The blocks of a run, see `scan.run_blocks`."""
         params = self.variables["params"]
-        return looped.run_blocks(
+        return scan.run_blocks(
             _rematerialised(self.blocks[run[0]].make, self.remat, looped=True),
             [dict(self.blocks[index].options) for index in run],
             [params[f"blocks_{index}"] for index in run],
@@ -199,20 +199,22 @@ class Trunk(nn.Module):
             train=context.train,
             bias=[self._bias(index, tokens, context) for index in run],
             extra=[self._extra(index, tokens, context) for index in run],
-            wanted=looped.Wanted("blocks" in context.record, "relations" in context.record),
+            wanted=scan.Records("blocks" in context.record, "relations" in context.record),
         )
 
-    def _reduced(self, index: int, *, fed: bool) -> bool:
-        """Whether a site lies ahead of the attention of a block, or of its MLP (`fed`)."""
-        return any(site.at < index or (site.at == index and (fed or not site.inside)) for site in self.sites)
+    def _reduced(self, index: int, *, after_mlp: bool) -> bool:
+        """Whether a site lies ahead of the attention of a block, or of its MLP (`after_mlp`)."""
+        return any(
+            site.at < index or (site.at == index and (after_mlp or not site.inside)) for site in self.sites
+        )
 
-    def _address(self, index: int, tokens: Tokens, *, fed: bool) -> Address | None:
-        return Address(tokens.carrier, tokens.place) if self._reduced(index, fed=fed) else None
+    def _address(self, index: int, tokens: Tokens, *, after_mlp: bool) -> Address | None:
+        return Address(tokens.carrier, tokens.place) if self._reduced(index, after_mlp=after_mlp) else None
 
     def _bias(self, index: int, tokens: Tokens, context: Context) -> Callable[[], Array] | None:
         """The bias of a block, for the rows that are left."""
         bias = None if context.bias is None else context.bias(index)
-        if bias is None or not self._reduced(index, fed=False):
+        if bias is None or not self._reduced(index, after_mlp=False):
             return bias
         # A pytree, so that recomputing the attention takes its arrays as inputs.
         rows, new = _rows(tokens)
@@ -221,7 +223,7 @@ class Trunk(nn.Module):
     def _extra(self, index: int, tokens: Tokens, context: Context) -> Array | None:
         """The features of a block, for the rows that are left."""
         extra = None if context.extra is None else context.extra[index]
-        if extra is None or not self._reduced(index, fed=True):
+        if extra is None or not self._reduced(index, after_mlp=True):
             return extra
         rows, new = _rows(tokens)
         return _of_rows(extra, rows, new, axes=(1,))
@@ -252,7 +254,7 @@ def _rows(tokens: Tokens) -> tuple[Array | None, int]:
     """
     if tokens.alive is not None:
         return None, tokens.count - tokens.initial
-    return select.beside_prefix(tokens.place, tokens.prefix), 0
+    return select.shift_past_prefix(tokens.place, tokens.prefix), 0
 
 
 def _of_rows(x: Array, rows: Array | None, new: int, axes: tuple[int, ...]) -> Array:
@@ -260,7 +262,7 @@ def _of_rows(x: Array, rows: Array | None, new: int, axes: tuple[int, ...]) -> A
     if rows is None:
         return jnp.pad(x, [(0, new if axis in axes else 0) for axis in range(x.ndim)]) if new else x
     for axis in axes:
-        x = select.read(x, rows, axis)
+        x = select.gather_or_zero(x, rows, axis)
     return x
 
 
@@ -274,6 +276,6 @@ def _bias_of_rows(bias: Callable[[], Array], rows: Array | None, *, new: int) ->
 
 
 def _rematerialised(block: type[Block], remat: bool | str, *, looped: bool = False) -> type[Block]:
-    """`block` with each half recomputed in the backward pass (train, observe, relate are static)."""
-    half = rematerialised(block, remat, method="feed", looped=looped)
+    """`block` with each half recomputed in the backward pass (train, return_scores, return_logits are static)."""
+    half = rematerialised(block, remat, method="feed_forward", looped=looped)
     return rematerialised(half, remat, method="attend", static=(3, 4, 5), looped=looped)

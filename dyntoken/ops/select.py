@@ -66,7 +66,7 @@ def take(x: Array, rows: Array) -> Array:
     return jnp.take_along_axis(x, index, axis=1)
 
 
-def read(x: Array, rows: Array, axis: int = 1) -> Array:
+def gather_or_zero(x: Array, rows: Array, axis: int = 1) -> Array:
     """Rows of `x [B, ...]` along one axis at `rows [B, k]`, zero where `rows` is -1.
 
     A gather, or on a TPU a one-hot product (exact), as in `take`.
@@ -85,10 +85,10 @@ def read(x: Array, rows: Array, axis: int = 1) -> Array:
 
 def read_maps(x: Array, rows: Array) -> Array:
     """`S x S^T` with S the one-hot rows: maps `[B, heads, n, n]` to `[B, heads, k, k]`."""
-    return read(read(x, rows, axis=2), rows, axis=3)
+    return gather_or_zero(gather_or_zero(x, rows, axis=2), rows, axis=3)
 
 
-def beside_prefix(rows: Array, prefix: int) -> Array:
+def shift_past_prefix(rows: Array, prefix: int) -> Array:
     """Numbers of patch rows `[B, k]` (or -1) to numbers among all rows, `[B, prefix + k]`."""
     first = jnp.broadcast_to(jnp.arange(prefix, dtype=jnp.int32)[None], (rows.shape[0], prefix))
     return jnp.concatenate([first, jnp.where(rows >= 0, rows + prefix, -1)], axis=1)

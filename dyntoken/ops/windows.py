@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 Array = jax.Array
-APART = -100.0  # added where two cells lie side by side only because the grid was rolled
+MASKED = -100.0  # added where two cells lie side by side only because the grid was rolled
 
 
 def partition(x: Array, grid: tuple[int, int], side: int, shift: int = 0) -> Array:
@@ -38,7 +38,7 @@ def merge(x: Array, grid: tuple[int, int], shift: int = 0) -> Array:
 
 
 @functools.cache
-def offsets(side: int) -> np.ndarray:
+def relative_position_index(side: int) -> np.ndarray:
     """Which row of a table of `(2 side - 1)^2` relative positions a pair (query, key) reads.
 
     Row-major in (row, column) of query minus key: `[side^2 * side^2]` int32.
@@ -50,12 +50,12 @@ def offsets(side: int) -> np.ndarray:
 
 
 @functools.cache
-def apart(grid: tuple[int, int], side: int, shift: int) -> np.ndarray:
+def shift_mask(grid: tuple[int, int], side: int, shift: int) -> np.ndarray:
     """What is added to the attention logits of a rolled grid.
 
     Returns:
       `[n, side^2, side^2]` float32: 0 where two cells of a square were within one
-      reach before the roll, else `APART`.
+      reach before the roll, else `MASKED`.
     """
     regions = [
         np.searchsorted([cells - side, cells - shift], np.arange(cells), side="right") for cells in grid
@@ -63,4 +63,4 @@ def apart(grid: tuple[int, int], side: int, shift: int) -> np.ndarray:
     region = 3 * regions[0][:, None] + regions[1][None, :]
     high, wide = (cells // side for cells in grid)
     region = region.reshape(high, side, wide, side).transpose(0, 2, 1, 3).reshape(-1, side * side)
-    return np.where(region[:, :, None] == region[:, None, :], 0.0, APART).astype(np.float32)
+    return np.where(region[:, :, None] == region[:, None, :], 0.0, MASKED).astype(np.float32)

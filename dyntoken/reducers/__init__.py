@@ -6,7 +6,7 @@ import dataclasses
 import functools
 from typing import Any
 
-from dyntoken import names
+from dyntoken import architectures
 from dyntoken.reducers.base import Reducer, ScoreSelectFuse
 from dyntoken.reducers.fuse import FUSERS, register_fuser
 from dyntoken.reducers.score import SCORERS, VARIANTS, Scores, check_declared, register_scorer
@@ -126,7 +126,7 @@ def register_method(
     if not (isinstance(make, type) and issubclass(make, Reducer)):
         raise ValueError(f"method {name!r} must be a subclass of dyntoken.Reducer, got {make!r}")
     check_options(f"method {name!r}", options, _fields(make))
-    if name.partition("_")[0] in (names.CASCADE, names.MULTIEXIT):
+    if name.partition("_")[0] in (architectures.CASCADE, architectures.MULTIEXIT):
         raise ValueError(f"method {name!r}: names of models with exits begin like this, choose another name")
     row = Method.of(make, source, **options)
     check_declared(f"method {name!r}", row.plain.needs, row.published)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from dyntoken.nn import layers
-from dyntoken.nn.sites import NEEDS
+from dyntoken.nn.reduction_sites import NEEDS
 from dyntoken.ops import sample
 from dyntoken.registry import Table, UnknownNameError, check_call, suggest
 from dyntoken.types import Attended, Tokens

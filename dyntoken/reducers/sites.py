@@ -23,7 +23,7 @@ def make_sites(
     """The sites of a method in a backbone.
 
     Args:
-      body: the backbone: `depth`, and the answers of `nn.sites.Sites`.
+      body: the backbone: `depth`, and the answers of `nn.reduction_sites.ReductionSites`.
       method: row of `METHODS`; options: replacements of its own fields.
       keep: keep rate or counts, see `ops.select.keep_counts`.
       at: 0-based positions, of blocks or (hierarchical) as the backbone says.

@@ -1,30 +1,50 @@
-"""What the programs share: options of a model, and errors of one line."""
+"""What the programs share: their frame, the options of a model, tables.
+
+A program is a module that ends with
+
+    main = cli.tool(__spec__.name, __doc__, arguments, measure, report)
+
+`arguments(parser)` declares its options, `measure(args)` does the work and returns a dict (or a
+list of rows) of plain values, `report(result)` puts it into words. The frame adds `--json`, which
+prints the result itself, and `--plugins`, and ends what a user did wrong in one line. It needs no
+jax: what does is imported by `measure`, so that --help and a mistyped option answer at once.
+"""
 
 from __future__ import annotations
 
 import argparse
 import functools
+import json
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-from dyntoken import schema
-from dyntoken.models import Model, create_model
-from dyntoken.reducers import FUSERS
+from dyntoken import interrupt, schema
 from dyntoken.registry import load_plugins
 
-Main = Callable[[Sequence[str] | None], int]
+if TYPE_CHECKING:
+    from dyntoken.models import Model
+
 USER_ERRORS = (ValueError, OSError, ImportError)
 
 
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line; exit status 2."""
+class UsageError(ValueError):
+    """Options that do not go together; the exit status is 2, as for an unknown one."""
 
-    def __init__(self, program: str, text: str, examples: str):
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line; exit status 2.
+
+    Args:
+      program: name of its module.
+      text: what it does, and after a line "examples:" some commands.
+    """
+
+    def __init__(self, program: str, text: str, examples: str = ""):
         super().__init__(
-            prog=f"python -m dyntoken.tools.{program}",
+            prog=f"python -m {program if '.' in program else f'dyntoken.tools.{program}'}",
             description=text,
-            epilog=f"examples:\n{examples}",
+            epilog=examples and f"examples:\n{examples}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
@@ -39,7 +59,57 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (--help explains the options)\n")
 
 
-def program(main: Main) -> Main:
+def tool(
+    name: str,
+    text: str,
+    arguments: Callable[[Parser], None],
+    measure: Callable[[argparse.Namespace], Any],
+    report: Callable[[Any], str],
+    *,
+    moved: Mapping[str, str] | None = None,
+) -> Callable[[Sequence[str] | None], int]:
+    """The `main` of a program: from arguments (by default those of the process) to the exit status.
+
+    Args:
+      name: `__spec__.name` of its module, which holds under `python -m`, too.
+      text: see `Parser`.
+      arguments: declares the options.
+      measure: from the options to the result; `args.argv` has the words themselves. A result with
+        "failed", some lines, is printed, these on stderr, and the status is 1.
+      report: the result in words.
+      moved: options that have become programs of their own, by name.
+    """
+
+    def main(argv: Sequence[str] | None = None) -> int:
+        argv = sys.argv[1:] if argv is None else list(argv)
+        parser = Parser(name, text)
+        arguments(parser)
+        parser.add_argument("--json", action="store_true", help="print the result as JSON")
+        for option in {word.partition("=")[0] for word in argv} & set(moved or ()):
+            parser.error(f"{option} is a program of its own, python -m dyntoken.tools.{moved[option]}")
+        args = parser.parse_intermixed_args(argv)
+        args.argv = argv
+        if interrupt.is_program() and sys.stderr.isatty():
+            print("starting takes some seconds", file=sys.stderr, flush=True)
+        try:
+            result = measure(args)
+            shown = json.dumps(result) if args.json else report(result)
+        except UsageError as error:
+            parser.error(str(error))
+        except USER_ERRORS as error:
+            print(f"{parser.prog}: error: {one_line(error)}", file=sys.stderr)
+            return 1
+        if shown:
+            print(shown)
+        failed = result.get("failed") if isinstance(result, dict) else None
+        for line in failed or ():
+            print(line, file=sys.stderr)
+        return 1 if failed else 0
+
+    return main
+
+
+def program(main: Callable[[Sequence[str] | None], int]) -> Callable[[Sequence[str] | None], int]:
     """Decorator: a bad input ends in one line on stderr and exit status 1."""
 
     @functools.wraps(main)
@@ -83,7 +153,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--at", type=ints, help="blocks that reduce, counted from 0 (3,6,9 or 3-6-9)")
     group.add_argument("--img_size", type=size, help="pixels, 224 or HEIGHTxWIDTH")
-    group.add_argument("--fuse", help=f"what becomes of dropped tokens: {', '.join(FUSERS)}, ...")
+    group.add_argument("--fuse", help="what becomes of dropped tokens: squeeze, mean, one_token, drop, ...")
     group.add_argument(
         "--set",
         action="append",
@@ -95,6 +165,16 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_prefer(parser: argparse.ArgumentParser) -> None:
+    """Adds `--prefer`, the weights to take from a run that keeps their average, too."""
+    parser.add_argument(
+        "--prefer",
+        choices=("ema", "params"),
+        default="ema",
+        help="where there are both: the average of the weights (ema, the default) or the weights themselves",
+    )
+
+
 def overrides(args: argparse.Namespace) -> dict[str, Any]:
     """The keywords of `create_model` that were given."""
     named = {key: getattr(args, key) for key in ("keep", "at", "img_size", "fuse")}
@@ -103,6 +183,8 @@ def overrides(args: argparse.Namespace) -> dict[str, Any]:
 
 def build(args: argparse.Namespace, **more: Any) -> Model:
     """The model that NAME and its options describe."""
+    from dyntoken.models import create_model
+
     return create_model(args.name, **{**overrides(args), **more})
 
 
@@ -143,14 +225,12 @@ def assignment(text: str) -> tuple[str, Any]:
 
 def table(rows: Sequence[Sequence[str]]) -> str:
     """Rows of cells to aligned lines; the first column to the left, the rest to the right."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        "  ".join(
-            cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    ]
-    return "\n".join(line.rstrip() for line in lines)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for first, *rest in rows:
+        cells = [first.ljust(widths[0]), *map(str.rjust, rest, widths[1:])]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
 
 
 def short(number: float) -> str:

@@ -1,35 +1,52 @@
-"""Weights between formats: `python -m dyntoken.tools.convert IN OUT --model=NAME`."""
+"""Weights between formats.
+
+Converts a weight file. IN may be in timm's (DeiT's) keys, in those of
+DynamicViT, TPS or EViT, or in ours: .safetensors, .npz, .pth (with torch), a
+workdir, or hf:org/name. OUT is .safetensors in our own keys, or with --to=timm
+.safetensors or .npz in the keys and layouts of the public checkpoints.
+
+examples:
+  python -m dyntoken.tools.convert deit.pth deit.safetensors --model=deit_small_patch16_224
+  python -m dyntoken.tools.convert runs/dtps timm.npz --model=dtps_deit_small_patch16_224 --to=timm
+"""
 
 from __future__ import annotations
 
 import argparse
 import logging
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-
-import numpy as np
-from etils import epath
+from typing import Any
 
 from dyntoken.tools import cli
-from dyntoken.weights import export_reference, files, load_weights, runs, save_weights
-from dyntoken.weights.buffers import with_buffers
 
-TEXT = """\
-Converts a weight file. IN may be in timm's (DeiT's) keys, in those of
-DynamicViT, TPS or EViT, or in ours: .safetensors, .npz, .pth (with torch), a
-workdir, or hf:org/name. OUT is .safetensors in our own keys, or with --to=timm
-.safetensors or .npz in the keys and layouts of the public checkpoints."""
-EXAMPLES = """\
-  python -m dyntoken.tools.convert deit.pth deit.safetensors --model=deit_small_patch16_224
-  python -m dyntoken.tools.convert runs/dtps timm.npz --model=dtps_deit_small_patch16_224 --to=timm"""
 SUFFIXES = {"ours": (".safetensors",), "timm": (".safetensors", ".npz")}
 
 
-@cli.program
-def main(argv: Sequence[str] | None = None) -> int:
-    """Converts one file; returns the exit status."""
-    args = _parser().parse_args(argv)
+def arguments(parser: cli.Parser) -> None:
+    """The options."""
+    parser.add_argument("source", metavar="IN", help="weights to read")
+    parser.add_argument("target", metavar="OUT", help="file to write")
+    parser.add_argument(
+        "--model", dest="name", metavar="NAME", required=True, help="model the weights belong to"
+    )
+    parser.add_argument("--to", choices=tuple(SUFFIXES), default="ours", help="keys of OUT (default: ours)")
+    cli.add_prefer(parser)
+    parser.add_argument(
+        "--partial",
+        action="store_true",
+        help="accept arrays that IN lacks (they start fresh) or that the model has no place for (left out)",
+    )
+    cli.add_model_options(parser)
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Converts one file."""
+    from etils import epath
+
+    from dyntoken import weights
+    from dyntoken.weights import buffers, files, runs
+
     suffix = Path(args.target).suffix.lower()
     if suffix not in SUFFIXES[args.to]:
         raise ValueError(f"{args.target}: --to={args.to} writes {' or '.join(SUFFIXES[args.to])}")
@@ -37,65 +54,36 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ValueError(f"{args.source}: no such weight file or workdir")
     model = cli.build(args)
     logging.getLogger("dyntoken.weights").addHandler(logging.NullHandler())  # its report is printed here
-    variables, report = load_weights(
-        model,
-        args.source,
-        prefer=args.prefer,
-        unexpected="ignore" if args.partial else "error",
-        return_report=True,
+    unexpected = "ignore" if args.partial else "error"
+    variables, loaded = weights.load_weights(
+        model, args.source, prefer=args.prefer, unexpected=unexpected, return_report=True
     )
-    if (report.missing or report.unexpected) and not args.partial:
-        raise ValueError(_misfit(args, report))
-    if args.to == "ours":
-        save_weights(args.target, variables, model=model)
-    else:
-        tensors = with_buffers(model, export_reference(model, variables))
-        _write_official(args.target, suffix, tensors, runs.grids(model))
-    print(f"{report}\nwritten: {args.target}")
-    return 0
-
-
-def _write_official(
-    target: str, suffix: str, tensors: dict[str, np.ndarray], metadata: dict[str, str]
-) -> None:
-    if suffix == ".npz":
-        files.write_npz(target, tensors)
-    else:
-        files.write_safetensors(target, tensors, {"format": "pt", **metadata})
-
-
-def _parser() -> cli.Parser:
-    parser = cli.Parser("convert", TEXT, EXAMPLES)
-    parser.add_argument("source", metavar="IN", help="weights to read")
-    parser.add_argument("target", metavar="OUT", help="file to write")
-    parser.add_argument(
-        "--model", dest="name", metavar="NAME", required=True, help="model the weights belong to"
-    )
-    parser.add_argument("--to", choices=tuple(SUFFIXES), default="ours", help="keys of OUT (default: ours)")
-    parser.add_argument(
-        "--prefer",
-        choices=files.PREFERENCES,
-        default="ema",
-        help="where IN holds both (default: ema, the average)",
-    )
-    parser.add_argument(
-        "--partial",
-        action="store_true",
-        help="accept arrays that IN lacks (they start fresh) or that the model has no place for (left out)",
-    )
-    cli.add_model_options(parser)
-    return parser
-
-
-def _misfit(args: argparse.Namespace, report: object) -> str:
-    parts = [
+    misfits = [
         f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
         for what in ("missing", "unexpected")
-        if (names := getattr(report, what))
+        if (names := getattr(loaded, what))
     ]
-    what = f"{args.source} does not fit {args.name} exactly: {', '.join(parts)}"
-    return f"{what}; name another --model, or add --partial"
+    if misfits and not args.partial:
+        raise ValueError(
+            f"{args.source} does not fit {args.name} exactly: {', '.join(misfits)}; "
+            "name another --model, or add --partial"
+        )
+    if args.to == "ours":
+        weights.save_weights(args.target, variables, model=model)
+    else:
+        tensors = buffers.with_buffers(model, weights.export_reference(model, variables))
+        if suffix == ".npz":
+            files.write_npz(args.target, tensors)
+        else:
+            files.write_safetensors(args.target, tensors, {"format": "pt", **runs.grids(model)})
+    return {"read": str(loaded), "written": args.target}
 
 
+def report(found: dict[str, Any]) -> str:
+    """What was read and written."""
+    return f"{found['read']}\nwritten: {found['written']}"
+
+
+main = cli.tool(__spec__.name, __doc__, arguments, measure, report)
 if __name__ == "__main__":
     sys.exit(main())

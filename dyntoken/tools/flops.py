@@ -1,47 +1,40 @@
-"""Multiply-adds, tokens and parameters of a model: `python -m dyntoken.tools.flops NAME`."""
+"""Multiply-adds, tokens and parameters of a model.
 
-from __future__ import annotations
-
-import json
-import re
-import sys
-from collections.abc import Sequence
-from typing import Any
-
-from dyntoken.analysis import macs
-from dyntoken.tools import cli
-
-TEXT = """\
 Counts what one image costs, from shapes alone: one multiply-add is 1, products
 and convolutions count, biases, norms, softmax and gathers do not (the papers'
-"FLOPs"). Interpolation stands on its own line, outside the total."""
-EXAMPLES = """\
+"FLOPs"). Interpolation stands on its own line, outside the total.
+
+examples:
   python -m dyntoken.tools.flops deit_small_patch16_224
   python -m dyntoken.tools.flops dtps_deit_small_patch16_224 --keep=0.5 --at=3,5,7,9
   python -m dyntoken.tools.flops evit_deit_base_patch16_384 --json
-  python -m dyntoken.tools.flops dvt_t2t_vit_12 --set=exits=7,14"""
+  python -m dyntoken.tools.flops dvt_t2t_vit_12 --set=exits=7,14
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from typing import Any
+
+from dyntoken.tools import cli
 
 
-@cli.program
-def main(argv: Sequence[str] | None = None) -> int:
-    """Prints the count of one model; returns the exit status."""
-    parser = cli.Parser("flops", TEXT, EXAMPLES)
+def arguments(parser: cli.Parser) -> None:
+    """The options."""
     cli.add_model(parser)
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
-    args = parser.parse_args(argv)
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Counts in whole multiply-adds, `gmacs` in 1e9; of a cascade a list, the cost up to each exit."""
+    from dyntoken.analysis import macs
+
     model = cli.build(args)
     count = macs.count(model)
-    print(json.dumps(as_json(args.name, model, count)) if args.json else report(args.name, model, count))
-    return 0
-
-
-def as_json(name: str, model: Any, count: macs.Count) -> dict[str, Any]:
-    """The object that `--json` prints; multiply-adds are whole numbers, `gmacs` is in 1e9.
-
-    Of a cascade, `gmacs` is a list: the cost up to each exit.
-    """
+    units = dict.fromkeys(map(macs.unit, count.by_module))
     return {
-        "name": name,
+        "name": args.name,
         "image": list(count.image_shape),
         "gmacs": macs.gmacs_per_exit(model, count) if macs.exits(model) else count.gmacs,
         "conv": count.conv,
@@ -50,7 +43,8 @@ def as_json(name: str, model: Any, count: macs.Count) -> dict[str, Any]:
         "params": count.params,
         "tokens": list(count.tokens),
         "at": list(model.at),
-        "keep": kept(model),
+        "keep": [dict(site.reducer.options)["keep"] for site in model.sites()],  # without fused tokens
+        "sites": {model.plain().site_noun: [site.at for site in model.sites()]} if model.sites() else {},
         "blocks": [
             {
                 "name": block.name,
@@ -68,76 +62,62 @@ def as_json(name: str, model: Any, count: macs.Count) -> dict[str, Any]:
                 "macs": stage.macs,
                 "reducer": stage.reducer,
                 "exit": stage.exit,
+                "names": list(stage.names),
             }
             for stage in count.stages
         ],
         "modules": {path: value.total for path, value in count.by_module.items()},
+        "units": {
+            unit: {"macs": count.under(unit).total, "params": count.params_under(unit)} for unit in units
+        },
     }
 
 
-def kept(model: Any) -> list[int]:
-    """Patch tokens that stay at each site (fused tokens not counted)."""
-    return [dict(site.reducer.options)["keep"] for site in model.sites()]
-
-
-def report(name: str, model: Any, count: macs.Count) -> str:
-    """The tables as text."""
-    height, width, channels = count.image_shape
-    head = f"{name}: image {height} x {width} x {channels}"
-    if model.sites():
-        keeps, sites = (
-            ", ".join(map(str, values)) for values in (kept(model), [site.at for site in model.sites()])
-        )
-        head += f", {keeps} patch tokens stay at {model.plain().site_noun}s {sites}"
-    parts = [head, cli.table(_modules(count))]
-    if macs.exits(model):
-        costs = macs.gmacs_per_exit(model, count)
-        parts.append("up to each exit: " + ", ".join(cli.short(cost * 1e9) for cost in costs))
-    if len(count.stages) > 1:
-        parts.append(cli.table(_stages(count)))
-    if count.resize:
-        parts.append(f"resize (outside the total): {cli.short(count.resize)}")
+def report(found: dict[str, Any]) -> str:
+    """The tables."""
+    height, width, channels = found["image"]
+    head = f"{found['name']}: image {height} x {width} x {channels}"
+    for noun, sites in found["sites"].items():
+        keeps, places = (", ".join(map(str, numbers)) for numbers in (found["keep"], sites))
+        head += f", {keeps} patch tokens stay at {noun}s {places}"
+    parts = [head, _modules(found)]
+    if isinstance(found["gmacs"], list):
+        costs = ", ".join(cli.short(cost * 1e9) for cost in found["gmacs"])
+        parts.append(f"up to each exit: {costs}")
+    if len(found["stages"]) > 1:
+        parts.append(_stages(found["stages"]))
+    if found["resize"]:
+        parts.append(f"resize (outside the total): {cli.short(found['resize'])}")
     return "\n\n".join(parts)
 
 
-def _modules(count: macs.Count) -> list[list[str]]:
-    blocks = {block.name: block for block in count.by_block}
-    units = dict.fromkeys(macs.unit(path) for path in count.by_module)
+def _modules(found: dict[str, Any]) -> str:
+    total = found["conv"] + found["dot"]
+    blocks = {block["name"]: (block["tokens"], block["tokens_out"]) for block in found["blocks"]}
     rows = [["module", "tokens", "MACs", "share", "parameters"]]
-    named = 0
-    for unit in units:
-        cost, size = count.under(unit).total, count.params_under(unit)
-        named += size
-        share = f"{100 * cost / count.total:.1f} %"
-        label = unit.replace("backbone/", "").replace("trunk/", "")
-        rows.append([label, _tokens(blocks.get(unit)), cli.short(cost), share, cli.short(size)])
-    if count.params > named:
-        rows.append(["embeddings, last norm", "", "", "", cli.short(count.params - named)])
-    rows.append(["total", "", cli.short(count.total), "", cli.short(count.params)])
-    return rows
+    for path, unit in found["units"].items():
+        tokens = " > ".join(map(str, dict.fromkeys(blocks.get(path, ()))))
+        share = f"{100 * unit['macs'] / total:.1f} %"
+        label = path.replace("backbone/", "").replace("trunk/", "")
+        rows.append([label, tokens, cli.short(unit["macs"]), share, cli.short(unit["params"])])
+    rest = found["params"] - sum(unit["params"] for unit in found["units"].values())
+    if rest > 0:
+        rows.append(["embeddings, last norm", "", "", "", cli.short(rest)])
+    return cli.table([*rows, ["total", "", cli.short(total), "", cli.short(found["params"])]])
 
 
-def _tokens(block: macs.Block | None) -> str:
-    if block is None:
-        return ""
-    return str(block.tokens) if block.tokens == block.tokens_out else f"{block.tokens} > {block.tokens_out}"
-
-
-def _number(block: str) -> str:
-    """`4` for a fifth block, `2.4` for that of a third stage."""
-    return ".".join(re.findall(r"(?:stage|blocks)_(\d+)", block))
-
-
-def _stages(count: macs.Count) -> list[list[str]]:
+def _stages(stages: list[dict[str, Any]]) -> str:
     rows = [["stage", "tokens", "blocks", "MACs", "reducer"]]
-    for number, stage in enumerate(count.stages):
-        span = f"{_number(stage.names[0])}-{_number(stage.names[-1])}" if stage.names else "-"
-        reducer = cli.short(stage.reducer) if stage.reducer else ""
-        rows.append([str(number), str(stage.tokens), span, cli.short(stage.macs), reducer])
-        if stage.exit is not None:
-            rows[-1][0] += f" (exit {stage.exit})"
-    return rows
+    for number, stage in enumerate(stages):
+        # `4` for a fifth block, `2.4` for that of a third stage of the backbone.
+        numbers = [".".join(re.findall(r"(?:stage|blocks)_(\d+)", name)) for name in stage["names"]]
+        span = f"{numbers[0]}-{numbers[-1]}" if numbers else "-"
+        label = f"{number}" if stage["exit"] is None else f"{number} (exit {stage['exit']})"
+        reducer = cli.short(stage["reducer"]) if stage["reducer"] else ""
+        rows.append([label, str(stage["tokens"]), span, cli.short(stage["macs"]), reducer])
+    return cli.table(rows)
 
 
+main = cli.tool(__spec__.name, __doc__, arguments, measure, report)
 if __name__ == "__main__":
     sys.exit(main())

@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Sequence
 
-from dyntoken import names, reducers
+from dyntoken import architectures, reducers
 from dyntoken.backbones import BACKBONES
 from dyntoken.models import create_model
 from dyntoken.tools import cli
@@ -36,11 +36,11 @@ def pairings() -> dict[str, dict[str, str]]:
 
     A backbone is stood for by the first name of its family.
     """
-    return {family.listed[0]: _row(family.listed[0]) for family in names.FAMILIES}
+    return {family.listed[0]: _row(family.listed[0]) for family in architectures.FAMILIES}
 
 
 def _row(arch: str) -> dict[str, str]:
-    known = names.parse(arch)
+    known = architectures.parse(arch)
     body = BACKBONES[known.backbone](**known.options, parent=None)
     usual, pool = body.default_sites, {} if body.prefix else {"pool": "mean"}
     row = {}
@@ -56,7 +56,7 @@ def _row(arch: str) -> dict[str, str]:
 
 
 def _prefixes() -> tuple[str, ...]:
-    return (*reducers.METHODS, names.CASCADE, names.MULTIEXIT)
+    return (*reducers.METHODS, architectures.CASCADE, architectures.MULTIEXIT)
 
 
 def markdown(found: dict[str, dict[str, str]]) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 
-from dyntoken import __version__, losses, models, train
+from dyntoken import __version__, models, train
 from dyntoken.analysis import hlo
 from dyntoken.config import load
 from dyntoken.nn.remat import POLICIES, Remat
@@ -234,7 +234,7 @@ def request(args: argparse.Namespace, plan: train.Run) -> dict[str, Any]:
         "model": {key: value for key, value in settings.plain["model"].items() if value is not None},
         "config": args.config,
         "step": "train" if args.train else "eval",
-        "losses": sorted(losses.weights(settings.losses)) if args.train else [],
+        "losses": sorted(settings.losses) if args.train else [],
         "teacher": teacher,
         "topology": name,
         "chips": count,

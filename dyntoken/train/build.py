@@ -62,6 +62,7 @@ class Run:
       shape: `(H, W, C)` of the batches.
       steps_per_epoch, total_steps, eval_every: in steps.
       phases: what is trained from which step on; several if the keep rate falls.
+      objective: the losses.
       tx, lr_fn: the optimizer and its learning rate.
     """
 
@@ -76,6 +77,7 @@ class Run:
     total_steps: int
     eval_every: int
     phases: Sequence[Phase]
+    objective: losses.Objective
     tx: optax.GradientTransformation
     lr_fn: Callable[[Any], Any]
 
@@ -118,7 +120,7 @@ class Run:
         settings = self.settings
         first = {
             "model": model,
-            "specs": settings.losses,
+            "objective": self.objective,
             "augment": self.augment,
             "seed": settings.seed,
             "teacher": self.teacher,
@@ -131,7 +133,7 @@ class Run:
         else:
             step = sharding.split_update(
                 functools.partial(gradient, **first),
-                functools.partial(update, specs=settings.losses, **second),
+                functools.partial(update, objective=self.objective, **second),
                 self.mesh,
                 jax.tree.map(lambda x: x.sharding, self.abstract_state),
             )
@@ -324,8 +326,9 @@ def build(
     model = _make_model(settings.model, info, shape, "config.model")
     schedule = settings.keep_schedule if training else None
     phases = keep_phases(model, schedule, steps_per_epoch=per_epoch, total_steps=total)
-    losses.check(settings.losses, len(getattr(model, "exits", ())))
-    teacher = _make_teacher(settings, info, shape)
+    objective = losses.Objective(settings.losses)
+    objective.check(len(getattr(model, "exits", ())))
+    teacher = _make_teacher(settings, objective, info, shape)
     variables = jax.eval_shape(lambda: init_variables(model, shape, settings.seed))
     refuse_batch_norm(model, variables, settings.accumulate)
     tx, lr_fn = optim.make(
@@ -343,6 +346,7 @@ def build(
         total_steps=total,
         eval_every=eval_every,
         phases=phases,
+        objective=objective,
         tx=tx,
         lr_fn=lr_fn,
     )
@@ -416,14 +420,16 @@ def _make_model(
     return model
 
 
-def _make_teacher(settings: Settings, info: data.DataInfo, shape: tuple[int, int, int]) -> nn.Module | None:
+def _make_teacher(
+    settings: Settings, objective: losses.Objective, info: data.DataInfo, shape: tuple[int, int, int]
+) -> nn.Module | None:
     """The teacher that `config.teacher` names, None without one.
 
     Raises:
       ValueError: a loss that needs a teacher and none, a teacher that no loss
         reads or that has no weights, or one with exits.
     """
-    wanted = sorted(s.key for s in losses.parse(settings.losses) if "teacher" in losses.needs({s.key: {}}))
+    wanted = sorted(term.key for term in objective.terms if "teacher" in term.loss.needs)
     section = dict(settings.teacher or {})
     source = section.pop("weights", None)
     if not section.get("name"):

@@ -250,7 +250,7 @@ def read(config: Mapping[str, Any]) -> Settings:
         if not label or "/" in label or label == "ema":
             raise ValueError(f"config.evals has the label {label!r}: use a word without '/', not 'ema'")
     data.AugmentOptions.of(settings.data.augment)
-    losses.parse(settings.losses)
+    losses.Objective(settings.losses)
     return settings
 
 

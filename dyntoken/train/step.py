@@ -51,7 +51,7 @@ def train_step(
     *,
     model: nn.Module,
     tx: optax.GradientTransformation,
-    specs: losses.Specs,
+    objective: losses.Objective,
     augment: Augment,
     seed: int,
     ema: float = 0.0,
@@ -66,7 +66,7 @@ def train_step(
       state: see `TrainState`.
       teacher_variables: `{}` without a teacher.
       batch: see `gradient`.
-      model, specs, augment, seed, teacher, accumulate, axis: see `gradient`.
+      model, objective, augment, seed, teacher, accumulate, axis: see `gradient`.
       tx, ema, ema_warmup: see `update`.
     """
     result = gradient(
@@ -75,14 +75,14 @@ def train_step(
         teacher_variables,
         batch,
         model=model,
-        specs=specs,
+        objective=objective,
         augment=augment,
         seed=seed,
         teacher=teacher,
         accumulate=accumulate,
         axis=axis,
     )
-    return update(state, result, tx=tx, specs=specs, ema=ema, ema_warmup=ema_warmup)
+    return update(state, result, tx=tx, objective=objective, ema=ema, ema_warmup=ema_warmup)
 
 
 def gradient(
@@ -92,7 +92,7 @@ def gradient(
     batch: Mapping[str, Array],
     *,
     model: nn.Module,
-    specs: losses.Specs,
+    objective: losses.Objective,
     augment: Augment,
     seed: int,
     teacher: nn.Module | None = None,
@@ -108,7 +108,7 @@ def gradient(
         (global positions), and optionally `dense` `[b, N, K]` for the loss `token_label` (`augment` must
         then not mix, which `MixToken` does in its place).
       model: returns an `Output`; takes `ids` and the rngs `policy`, `dropout`.
-      specs: the loss list, see `dyntoken.losses`.
+      objective: the losses.
       augment: `(key, images, labels, ids) -> (images, targets)`, uint8 in,
         normalised and mixed out; its draws may depend on the key and the global positions only.
       seed: of every draw, together with the step.
@@ -125,7 +125,7 @@ def gradient(
     mapped = axis_size(axis) > 0
     mixing, policy, dropout = jax.random.split(jax.random.fold_in(jax.random.key(seed), step), 3)
     extra = {name: tree for name, tree in variables.items() if name != "params"}
-    record = tuple(what for what in ("features", "dense") if what in losses.needs(specs))
+    record = tuple(what for what in ("features", "dense") if what in objective.needs)
 
     def over_devices(tree):
         return jax.lax.psum(tree, axis) if mapped else tree
@@ -158,7 +158,7 @@ def gradient(
             record=record,
             mutable=["batch_stats"],
         )
-        parts = losses.evaluate(specs, output, data)
+        parts = objective.evaluate(output, data)
         sums, counts = ({name: pair[i] for name, pair in parts.items()} for i in (0, 1))
         return sums, counts, after
 
@@ -166,7 +166,7 @@ def gradient(
         sums, own, after = evaluate(params, data)
         counts = global_counts(own) if counts is None else counts
         # A share of the global loss: those of all devices and slices add up, whatever their number.
-        share = losses.total(specs, {name: (sums[name], counts[name]) for name in sums})
+        share = objective.total({name: (sums[name], counts[name]) for name in sums})
         return share, (sums, counts, after)
 
     differentiate = jax.value_and_grad(loss, has_aux=True)
@@ -198,7 +198,7 @@ def update(
     result: GradientResult,
     *,
     tx: optax.GradientTransformation,
-    specs: losses.Specs,
+    objective: losses.Objective,
     ema: float = 0.0,
     ema_warmup: bool = True,
 ) -> tuple[TrainState, Metrics]:
@@ -210,7 +210,7 @@ def update(
     Args:
       state, result: before the step, and of `gradient`.
       tx: the optimizer, clipping included.
-      specs: the loss list.
+      objective: the losses.
       ema: decay of the moving average of the variables; 0 for none.
       ema_warmup: the decay rises to it from 0.1, see `schedules.ema_decay`.
     """
@@ -225,7 +225,7 @@ def update(
     norms = {"grad_norm": optax.tree.norm(result.grads), "update_norm": optax.tree.norm(updates)}
     ones = {name: (value, jnp.ones(())) for name, value in {"loss": result.total, **norms}.items()}
     state = TrainState(state.step + 1, params, result.extra, opt_state, average)
-    return state, losses.metrics(specs, pairs) | ones
+    return state, objective.metrics(pairs) | ones
 
 
 def refuse_batch_norm(model: nn.Module, variables: Tree, accumulate: int) -> None:

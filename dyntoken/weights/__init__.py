@@ -19,7 +19,7 @@ import numpy as np
 
 from dyntoken.cascade import Cascade
 from dyntoken.models import Model
-from dyntoken.nn.sites import added
+from dyntoken.nn.reduction_sites import added
 from dyntoken.ops import resample
 from dyntoken.weights import dense_start, files, keys, layouts, placing, positions, references, runs
 from dyntoken.weights.files import WeightsError

@@ -43,8 +43,8 @@ def _of_windows(body: Any) -> dict[str, np.ndarray]:
         side = body.window_of(stage)
         for index in range(depth):
             block, shift = f"layers.{stage}.blocks.{index}", body.shift_of(stage, index)
-            table = windows.offsets(side).reshape(side**2, side**2)
+            table = windows.relative_position_index(side).reshape(side**2, side**2)
             found[f"{block}.attn.relative_position_index"] = table.astype(np.int64)
             if shift:
-                found[f"{block}.attn_mask"] = windows.apart(body.grid_of(stage), side, shift)
+                found[f"{block}.attn_mask"] = windows.shift_mask(body.grid_of(stage), side, shift)
     return found

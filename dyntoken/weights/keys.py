@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from dyntoken.nn.sites import added
+from dyntoken.nn.reduction_sites import added
 from dyntoken.registry import Table
 
 # Leaf names of linen layers as torch spells them.

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import dyntoken
-from dyntoken import mix, optim, weights
+from dyntoken import losses, mix, optim, weights
 from dyntoken.analysis import macs
 from dyntoken.backbones.cvt import key_weights, quick_gelu
 from dyntoken.train import sharding as meshes
@@ -131,7 +131,12 @@ def _trained(devices, name="dtps_cvt_13", **options):
     tx, _ = optim.make(
         variables["params"], total_steps=10, steps_per_epoch=5, name="sgd", lr=0.1, weight_decay=0.0, clip=1.0
     )
-    options = {"specs": {"ce": {}, "keep_ratio": {}}, "augment": augment, "seed": 3, "ema": 0.9}
+    options = {
+        "objective": losses.Objective({"ce": {}, "keep_ratio": {}}),
+        "augment": augment,
+        "seed": 3,
+        "ema": 0.9,
+    }
     step = functools.partial(train_step, model=model, tx=tx, **options)
     mesh = meshes.data_mesh(jax.devices()[:devices])
     rng = np.random.default_rng(0)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import dyntoken
-from dyntoken import backbones, names
+from dyntoken import architectures, backbones
 from dyntoken.backbones.isotropic import Isotropic
 from dyntoken.models import pairings
 
@@ -24,9 +24,9 @@ BACKBONES = {
     # A small gamma: random weights would throw the points off the map.
     "psvit_b_4": {"iterations": 2, "gamma": 0.1, "stem_channels": (4, 4, 8, 4)},
 }
-COVERED = {"vit", "t2t"} | {names.parse(name).backbone for name in BACKBONES}
-for first in (family.listed[0] for family in names.FAMILIES):
-    arch = names.parse(first)
+COVERED = {"vit", "t2t"} | {architectures.parse(name).backbone for name in BACKBONES}
+for first in (family.listed[0] for family in architectures.FAMILIES):
+    arch = architectures.parse(first)
     make = backbones.BACKBONES[arch.backbone]
     if arch.backbone not in COVERED and issubclass(make, Isotropic):
         fields = {field.name for field in dataclasses.fields(make)}

@@ -112,7 +112,7 @@ def test_reading_rows_with_zeros_for_none(platform):
     rows = jnp.array([[0, 2, -1, 2]])
     s = np.array([[1, 0, 0], [0, 0, 1], [0, 0, 0], [0, 0, 1]], np.float32)
     with backend.trace_for(platform):
-        np.testing.assert_array_equal(select.read(jnp.asarray(maps[:, 0]), rows), [s @ maps[0, 0]])
+        np.testing.assert_array_equal(select.gather_or_zero(jnp.asarray(maps[:, 0]), rows), [s @ maps[0, 0]])
         np.testing.assert_array_equal(select.read_maps(jnp.asarray(maps), rows), s @ maps @ s.T)
 
 
@@ -120,4 +120,4 @@ def test_survivors_and_rows_beside_the_prefix():
     carrier, place = jnp.array([[1, 1, -1, 0, 2]]), jnp.array([[3, 1, -1]])
     found = select.survivors(carrier, place)  # patch 0 was absorbed, 2 dropped, 4 fused
     np.testing.assert_array_equal(found, [[-1, 1, -1, 0, -1]])
-    np.testing.assert_array_equal(select.beside_prefix(found, 2), [[0, 1, -1, 3, -1, 2, -1]])
+    np.testing.assert_array_equal(select.shift_past_prefix(found, 2), [[0, 1, -1, 3, -1, 2, -1]])

@@ -21,14 +21,15 @@ def test_partition_by_hand_and_back():
 
 def test_offsets_are_relative_positions():
     np.testing.assert_array_equal(
-        windows.offsets(2).reshape(4, 4), [[4, 3, 1, 0], [5, 4, 2, 1], [7, 6, 4, 3], [8, 7, 5, 4]]
+        windows.relative_position_index(2).reshape(4, 4),
+        [[4, 3, 1, 0], [5, 4, 2, 1], [7, 6, 4, 3], [8, 7, 5, 4]],
     )
-    index = windows.offsets(3).reshape(9, 9)
+    index = windows.relative_position_index(3).reshape(9, 9)
     assert index[8, 0] == 24 and index[0, 8] == 0 and (np.diag(index) == 12).all()
 
 
 def test_cells_from_opposite_edges_do_not_see_each_other():
-    mask = windows.apart((4, 4), 2, 1)
+    mask = windows.shift_mask((4, 4), 2, 1)
     assert mask.shape == (4, 4, 4)
     assert (mask[0] == 0).all()  # inside the grid
     # The square at the right edge: its second column came round from the left.
@@ -42,4 +43,4 @@ def test_apart_agrees_with_neighbourhood_after_the_roll():
     cells = jnp.asarray(np.stack([rows, columns], axis=-1))[None]
     squares = np.asarray(windows.partition(cells, grid, side, shift))  # original coordinates of each row
     near = np.abs(squares[:, :, None] - squares[:, None]).max(axis=-1) < side
-    np.testing.assert_array_equal(windows.apart(grid, side, shift) == 0, near)
+    np.testing.assert_array_equal(windows.shift_mask(grid, side, shift) == 0, near)

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from dyntoken import data, losses, names
+from dyntoken import architectures, data, losses
 from dyntoken.backbones import BACKBONES
 from dyntoken.reducers import FUSERS, METHODS, SCORERS
 
@@ -15,7 +15,7 @@ PLUGIN = "tests.plugins.mine"
 def as_before():
     """Forgets what a module of tests registers."""
     tables = (SCORERS, FUSERS, METHODS, BACKBONES, losses.LOSSES, data.SOURCES)
-    before = [(held, held.copy()) for held in (names.FAMILIES, *(table._rows for table in tables))]
+    before = [(held, held.copy()) for held in (architectures.FAMILIES, *(table._rows for table in tables))]
     loaded = sys.modules.get(PLUGIN)  # by DYNTOKEN_PLUGINS
     yield
     for held, rows in before:

@@ -17,7 +17,7 @@ import dyntoken
 from dyntoken import losses, main, optim, train, weights
 from dyntoken.analysis import macs
 from dyntoken.backbones import BACKBONES
-from dyntoken.nn.sites import added
+from dyntoken.nn.reduction_sites import added
 from dyntoken.ops import fuse
 from dyntoken.reducers import METHODS, SCORERS
 from dyntoken.registry import UnknownNameError, load_plugins
@@ -361,9 +361,12 @@ class Curved:
 )
 def test_options_of_mine_need_no_annotation_that_can_be_read(name, loss):
     dyntoken.register_loss(name, loss)
-    assert losses.parse({name: {"power": (1, "a"), "form": {}}})[0].options == {"power": (1, "a"), "form": {}}
+    assert losses.Objective({name: {"power": (1, "a"), "form": {}}}).terms[0].options == {
+        "power": (1, "a"),
+        "form": {},
+    }
     with pytest.raises(UnknownNameError, match="power"):
-        losses.parse({name: {"powr": 1}})
+        losses.Objective({name: {"powr": 1}})
 
 
 def test_a_run_of_a_plugin_that_is_not_imported_names_it():

@@ -5,7 +5,7 @@ import pathlib
 
 import pytest
 
-from dyntoken import models, names
+from dyntoken import architectures, models
 from dyntoken.backbones import BACKBONES
 from dyntoken.tools import pairings
 
@@ -23,7 +23,7 @@ def test_the_readme_shows_what_the_tool_prints(found):
 
 
 def test_every_backbone_has_a_row(found):
-    assert {names.parse(arch).backbone for arch in found} == set(BACKBONES)
+    assert {architectures.parse(arch).backbone for arch in found} == set(BACKBONES)
 
 
 def test_what_works_is_what_is_listed(found):

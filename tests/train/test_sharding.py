@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from dyntoken import train
+from dyntoken import losses, train
 from dyntoken.checkpoints import Checkpoints
 from dyntoken.registry import UnknownNameError
 from dyntoken.train import sharding
@@ -34,7 +34,13 @@ CASES += [pytest.param(c, marks=pytest.mark.slow) for c in ((4, 2, "none"), (4, 
 def compiled(devices, accumulate, shard):
     model, teacher, variables, _ = whole.parts()
     mesh = sharding.data_mesh(jax.devices()[:devices])
-    first = {"model": model, "specs": whole.LOSSES, "augment": whole.augment, "seed": 3, "teacher": teacher}
+    first = {
+        "model": model,
+        "objective": losses.Objective(whole.LOSSES),
+        "augment": whole.augment,
+        "seed": 3,
+        "teacher": teacher,
+    }
     first["accumulate"] = accumulate
     second = {"tx": whole.optimizer(), "ema": 0.9}
     state = create_state(variables, whole.optimizer(), ema=True)
@@ -46,7 +52,7 @@ def compiled(devices, accumulate, shard):
     else:
         step = sharding.split_update(
             functools.partial(gradient, **first),
-            functools.partial(update, specs=whole.LOSSES, **second),
+            functools.partial(update, objective=losses.Objective(whole.LOSSES), **second),
             mesh,
             layout,
         )

@@ -13,7 +13,7 @@ import optax
 import pytest
 
 import dyntoken
-from dyntoken import mix, optim
+from dyntoken import losses, mix, optim
 from dyntoken.train import sharding
 from dyntoken.train.state import create_state, init_variables
 from dyntoken.train.step import train_step
@@ -61,7 +61,7 @@ def make_step():
         train_step,
         model=model,
         tx=optimizer(),
-        specs=LOSSES,
+        objective=losses.Objective(LOSSES),
         augment=augment,
         seed=3,
         ema=0.9,
@@ -149,7 +149,9 @@ def test_pmap_runs_the_same_function():
 def test_a_notebook_calls_it_on_one_device():
     """Without devices to sum over it is a function of state and batch like any other."""
     _, _, variables, teacher = parts()
-    state, metrics = jax.jit(make_step())(create_state(variables, optimizer(), ema=True), teacher, make_batch())
+    state, metrics = jax.jit(make_step())(
+        create_state(variables, optimizer(), ema=True), teacher, make_batch()
+    )
     other, others = trained(1, steps=1)
     chex.assert_trees_all_close(jax.device_get(state.params), other.params, atol=1e-5, rtol=0)
     loss, count = metrics["loss"]

@@ -91,7 +91,7 @@ def captured(built: Built, images: np.ndarray, kinds: tuple[type, ...]) -> tuple
 def shrunk(built: Built, stage: int, cells: np.ndarray) -> Any:
     """What a hierarchical backbone makes of the last cells of a stage for the next one, `stage`."""
     return run(
-        lambda v, x: built.model.apply(v, x, method=lambda m, x: m.body.shrink(stage, x)),
+        lambda v, x: built.model.apply(v, x, method=lambda m, x: m.body.downsample(stage, x)),
         built.variables,
         cells,
     )

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dyntoken import losses
-from dyntoken.backbones.hierarchical import SPARSE
+from dyntoken.backbones.staged_dual_path import SPARSE_STAGE
 from dyntoken.types import Output, Tokens
 from tests.golden.case import Case
 from tests.golden.checkers import common, dynamicvit
@@ -54,8 +54,8 @@ def _offer_map(ledger: Ledger, name: str, cells: np.ndarray) -> None:
 def _own_blocks(built: common.Built, out: Output) -> list[Any]:
     """Records of the blocks of the third stage."""
     depths = built.model.plain().depths
-    first = sum(depths[:SPARSE])
-    return list(out.records["blocks"][first : first + depths[SPARSE]])
+    first = sum(depths[:SPARSE_STAGE])
+    return list(out.records["blocks"][first : first + depths[SPARSE_STAGE]])
 
 
 def _check_evaluation(case: Case, ledger: Ledger, built: common.Built, images: np.ndarray) -> None:
@@ -64,8 +64,8 @@ def _check_evaluation(case: Case, ledger: Ledger, built: common.Built, images: n
     ledger.offer("eval.logits", out.logits)
     ledger.close("eval.logits", masked.logits)
     depths = built.model.plain().depths
-    before = out.records["blocks"][sum(depths[:SPARSE]) - 1]
-    ledger.offer("eval.stage3.tokens_in", common.shrunk(built, SPARSE, before))
+    before = out.records["blocks"][sum(depths[:SPARSE_STAGE]) - 1]
+    ledger.offer("eval.stage3.tokens_in", common.shrunk(built, SPARSE_STAGE, before))
     for stage, reduction in enumerate(out.reductions):
         name = f"eval.stage{stage}."
         ledger.offer(name + "scores_log", reduction.log_probs)
@@ -101,10 +101,10 @@ def _check_training(case: Case, ledger: Ledger, built: common.Built, images: np.
         out = model.apply(
             {"params": params}, batch["image"], train=True, noise=noise, record=common.records(model)
         )
-        pairs = losses.evaluate(specs, out, batch)
+        pairs = losses.Objective(specs).evaluate(out, batch)
         values = {key: losses.average(*pair) for key, pair in pairs.items()}
         values["ratio_sum"] = losses.average(*losses.LOSSES["keep_ratio"](out, batch, divisor=1.0))
-        return losses.total(specs, pairs), (out, values)
+        return losses.Objective(specs).total(pairs), (out, values)
 
     step = jax.value_and_grad(loss, has_aux=True)
     (total, (out, values)), grads = common.run(step, built.variables["params"], batch, noise)

@@ -175,11 +175,11 @@ def _check_training(case: Case, ledger: Ledger, built: common.Built, images: np.
             record=common.records(model),
             mutable=["batch_stats"],
         )
-        pairs = losses.evaluate(specs, out, batch)
+        pairs = losses.Objective(specs).evaluate(out, batch)
         values = {key: losses.average(*pair) for key, pair in pairs.items()}
         for key, (name, options) in variants.items():
             values[key] = losses.average(*losses.LOSSES[name](out, batch, **options))
-        return losses.total(specs, pairs), (out, values, statistics)
+        return losses.Objective(specs).total(pairs), (out, values, statistics)
 
     step = jax.value_and_grad(loss, has_aux=True)
     (total, (out, values, statistics)), grads = common.run(step, built.variables["params"], batch, noise)

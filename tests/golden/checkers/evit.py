@@ -141,7 +141,7 @@ def _check_training(ledger: Ledger, built: common.Built, variant: str) -> None:
     def loss(params, batch):
         variables = {**built.variables, "params": params}
         out = built.model.apply(variables, batch["image"], train=True, record=common.RECORD)
-        return losses.total(specs, losses.evaluate(specs, out, batch)), out
+        return (objective := losses.Objective(specs)).total(objective.evaluate(out, batch)), out
 
     step = jax.value_and_grad(loss, has_aux=True)
     (value, out), grads = common.run(step, built.variables["params"], batch)

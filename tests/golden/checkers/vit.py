@@ -31,7 +31,7 @@ def check(case: Case, ledger: Ledger) -> None:
 
     def loss(params, batch):
         output = built.model.apply({**built.variables, "params": params}, batch["image"], train=True)
-        return losses.total(specs, losses.evaluate(specs, output, batch))
+        return (objective := losses.Objective(specs)).total(objective.evaluate(output, batch))
 
     value, grads = common.run(jax.value_and_grad(loss), built.variables["params"], batch)
     ledger.loss("train.loss.ce", value)

@@ -14,16 +14,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dyntoken.nn.block import Layer
+from dyntoken.nn.block import LayerArgs
 from dyntoken.ops import sample
 from dyntoken.types import Tokens
 
 Array = jax.Array
 Tree = Any
-OWN = ("layer", "drop_path")  # what blocks of one run may differ in
+VARYING = ("layer", "drop_path")  # what blocks of one run may differ in
 
 
-class Wanted(NamedTuple):
+class Records(NamedTuple):
     """Whether the rows after each block, and its attention logits, are asked for."""
 
     blocks: bool
@@ -49,7 +49,7 @@ def runs(recipes: Sequence[Any], cuts: Sequence[int], numbers: Sequence[int]) ->
 
 
 def _shared(recipe: Any) -> tuple[Any, tuple[tuple[str, Any], ...]]:
-    return recipe.make, tuple((key, value) for key, value in recipe.options if key not in OWN)
+    return recipe.make, tuple((key, value) for key, value in recipe.options if key not in VARYING)
 
 
 def run_blocks(
@@ -62,17 +62,17 @@ def run_blocks(
     train: bool,
     bias: Sequence[Callable[[], Array] | None],
     extra: Sequence[Array | None],
-    wanted: Wanted,
+    wanted: Records,
 ) -> tuple[Tokens, tuple[Array, ...], tuple[Array | None, ...]]:
     """Runs alike blocks one after the other.
 
     Args:
       make: the class of the blocks.
-      options: fields of each block, equal but for `OWN`.
+      options: fields of each block, equal but for `VARYING`.
       params: parameters of each block.
       tokens: of which the blocks change `x` alone.
       bias: per block, see `Block.attend`; pytrees of one structure, or all None.
-      extra: per block, see `Block.feed`; all alike, or all None.
+      extra: per block, see `Block.feed_forward`; all alike, or all None.
 
     Returns:
       The tokens, per block the rows after it (only those of the last unless
@@ -80,7 +80,7 @@ def run_blocks(
     """
     highest = max(o["drop_path"] for o in options)
     block = make(**{**options[0], "drop_path": highest}, parent=None)
-    layers = Layer(
+    layers = LayerArgs(
         np.asarray([o["layer"] for o in options], np.int32),
         # 1 - (1 - rate) in these types is what a block on its own computes from its Python float.
         1 - np.asarray([1 - o["drop_path"] for o in options], np.float32),
@@ -90,7 +90,7 @@ def run_blocks(
         held, layer, bias, extra = step
         given = (tokens.replace(x=x), draws, train, False, wanted.relations, bias, layer)
         after, seen = block.apply({"params": held}, *given, method="attend")
-        after = block.apply({"params": held}, after, draws, extra, layer, method="feed")
+        after = block.apply({"params": held}, after, draws, extra, layer, method="feed_forward")
         return after.x, (after.x if wanted.blocks else None, seen.logits if wanted.relations else None)
 
     steps = (_stack(params), layers, _stack(bias), _stack(extra))

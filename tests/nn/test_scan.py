@@ -10,8 +10,8 @@ import pytest
 
 import dyntoken
 from dyntoken.analysis import macs
-from dyntoken.nn import looped
 from dyntoken.nn.block import Block
+from dyntoken.nn.scan import runs
 from dyntoken.nn.trunk import Spec
 
 SMALL = {"img_size": 16, "patch_size": 4, "width": 16, "heads": 2, "num_classes": 5}
@@ -89,9 +89,9 @@ def test_runs_end_at_sites_and_where_blocks_differ():
         return Spec.of(Block, layer=layer, heads=2, width=8, drop_path=0.1 * layer, **more)
 
     recipes = [*(recipe(i) for i in range(6)), recipe(6, context=3)]
-    assert looped.runs(recipes, (), range(7)) == [(0, 1, 2, 3, 4, 5), (6,)]
-    assert looped.runs(recipes, (2, 4, 5), range(6)) == [(0, 1), (2, 3), (4,), (5,)]
-    assert looped.runs(recipes, (2,), range(3, 6)) == [(3, 4, 5)]
+    assert runs(recipes, (), range(7)) == [(0, 1, 2, 3, 4, 5), (6,)]
+    assert runs(recipes, (2, 4, 5), range(6)) == [(0, 1), (2, 3), (4,), (5,)]
+    assert runs(recipes, (2,), range(3, 6)) == [(3, 4, 5)]
 
 
 @pytest.mark.parametrize(("case", "blocks", "bodies"), [("dtps", 4, 2), ("evit", 5, 3)])

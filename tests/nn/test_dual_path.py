@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dyntoken.nn.dualpath import Route, Streams, branch
+from dyntoken.nn.dual_path import Route, Streams, branch
 from dyntoken.ops import backend
 from dyntoken.types import Reduction
 

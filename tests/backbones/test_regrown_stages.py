@@ -13,7 +13,7 @@ import pytest
 
 import dyntoken
 from dyntoken.models import pairings
-from dyntoken.nn.stages import to_map
+from dyntoken.nn.spatial import to_map
 from dyntoken.reducers import METHODS
 from dyntoken.types import Tokens
 

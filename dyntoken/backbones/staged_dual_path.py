@@ -10,22 +10,22 @@ import jax
 import jax.numpy as jnp
 
 from dyntoken.backbones.isotropic import check_images, pair
-from dyntoken.nn.dualpath import Route, Streams
+from dyntoken.nn.dual_path import Route, Streams
+from dyntoken.nn.reduction_sites import ReductionSites
 from dyntoken.nn.remat import Remat, check_policy, rematerialised
-from dyntoken.nn.sites import Sites
 from dyntoken.nn.trunk import Context, Site, Spec
 from dyntoken.schema import Count, Rate, Size
 from dyntoken.types import DType, Reduction, Tokens
 
 Array = jax.Array
-SPARSE = 2  # index of the stage whose cells a method tells apart
+SPARSE_STAGE = 2  # index of the stage whose cells a method tells apart
 
 
-class Stage(nn.Module):
+class DualPathStage(nn.Module):
     """Blocks on one grid, with reducers at their sites.
 
     No cell leaves: from the first site on a block sends those that are not kept
-    through its fast path (`nn.dualpath`), which earlier blocks do not have.
+    through its fast path (`nn.dual_path`), which earlier blocks do not have.
 
     Attributes:
       blocks: one recipe of a block per layer; it takes `(x [B, N, C] or Streams,
@@ -88,7 +88,7 @@ class Stage(nn.Module):
         return Route.of(reduction, reducer.resolved(context.train), context.train), reduction
 
 
-class Hierarchical(Sites, nn.Module):
+class DualPathStages(ReductionSites, nn.Module):
     """A stem, then stages, each on a grid half as fine as the one before.
 
     Sites are blocks of the third stage, `at` counts from its first block. All cells
@@ -133,7 +133,7 @@ class Hierarchical(Sites, nn.Module):
         raise NotImplementedError(f"{type(self).__name__} does not say its widths")
 
     @property
-    def unit(self) -> int:
+    def total_stride(self) -> int:
         """What the sides of the first grid must divide by."""
         return 2 ** (len(self.depths) - 1)
 
@@ -143,7 +143,7 @@ class Hierarchical(Sites, nn.Module):
         if not self.depths:
             raise ValueError("depths is empty: it names the blocks of each stage")
         size, patch = pair(self.img_size), pair(self.patch_size)
-        units = [p * self.unit for p in patch]
+        units = [p * self.total_stride for p in patch]
         if any(s % u for s, u in zip(size, units, strict=True)):
             near = tuple(max(u, round(s / u) * u) for s, u in zip(size, units, strict=True))
             raise ValueError(
@@ -173,7 +173,7 @@ class Hierarchical(Sites, nn.Module):
     @property
     def depth(self) -> int:
         """Blocks of the stage that sites lie in."""
-        return self.depths[SPARSE] if len(self.depths) > SPARSE else 0
+        return self.depths[SPARSE_STAGE] if len(self.depths) > SPARSE_STAGE else 0
 
     @property
     def default_sites(self) -> tuple[int, ...]:
@@ -188,7 +188,7 @@ class Hierarchical(Sites, nn.Module):
 
     def site_grid(self, at: int) -> tuple[int, int]:
         """(rows, columns) of the third stage."""
-        return self.grid_of(SPARSE)
+        return self.grid_of(SPARSE_STAGE)
 
     def shows(self, at: int) -> frozenset[str]:
         """Nothing: the sites lie before the blocks."""
@@ -210,7 +210,7 @@ class Hierarchical(Sites, nn.Module):
 
     def refuse(self, reducer: Any, at: tuple[int, ...]) -> str | None:
         """Only methods that drop fit: here what they drop takes the cheap path."""
-        if len(self.depths) <= SPARSE:
+        if len(self.depths) <= SPARSE_STAGE:
             return f"sites lie in the third stage, and it has {len(self.depths)}"
         reason = super().refuse(reducer, at)
         if reason is None and reducer.where == "inside":
@@ -222,13 +222,13 @@ class Hierarchical(Sites, nn.Module):
             )
         return reason
 
-    def make_stages(self, blocks: Sequence[Sequence[Spec]]) -> list[Stage]:
+    def make_stages(self, blocks: Sequence[Sequence[Spec]]) -> list[DualPathStage]:
         """The stages from their blocks' recipes; called in `setup`."""
         return [
-            Stage(
+            DualPathStage(
                 tuple(own),
                 self.grid_of(number),
-                self.sites if number == SPARSE else (),
+                self.sites if number == SPARSE_STAGE else (),
                 self.predictor_eps,
                 self.remat,
                 name=f"stage_{number}",
@@ -248,13 +248,13 @@ class Hierarchical(Sites, nn.Module):
         """Images `[B, H, W, in_chans]` to the cells `[B, N, C]` that enter block 0."""
         raise NotImplementedError(f"{type(self).__name__} does not build a stem")
 
-    def shrink(self, stage: int, x: Array) -> Array:
+    def downsample(self, stage: int, x: Array) -> Array:
         """Cells `[B, N, C]` of the stage before to those that enter `stage`, `[B, N / 4, C']`."""
-        raise NotImplementedError(f"{type(self).__name__} does not shrink its grid")
+        raise NotImplementedError(f"{type(self).__name__} does not downsample its grid")
 
-    def finish(self, x: Array) -> Array:
+    def final_norm(self, x: Array) -> Array:
         """Cells of the last block `[B, N, C]` to the final rows `[B, 1 + N, C]`."""
-        raise NotImplementedError(f"{type(self).__name__} does not finish its cells")
+        raise NotImplementedError(f"{type(self).__name__} has no final norm")
 
     def __call__(
         self, images: Array, context: Context
@@ -269,11 +269,11 @@ class Hierarchical(Sites, nn.Module):
         records: dict[str, Any] = {"embed": x, "blocks": (), "stages": ()}
         reductions: tuple[Reduction, ...] = ()
         for number, stage in enumerate(self.stages):
-            x = self.shrink(number, x) if number else x
+            x = self.downsample(number, x) if number else x
             x, found, more = stage(x, context)
             reductions += found
             records |= {what: records[what] + rows for what, rows in more.items()}
-        tokens = Tokens.start(self.finish(x), prefix=1, grid=self.grid)
+        tokens = Tokens.start(self.final_norm(x), prefix=1, grid=self.grid)
         if self.sites:  # said outright, since the last decision is about cells too
             tokens = tokens.replace(alive=jnp.ones(tokens.place.shape, jnp.float32))
         return tokens, reductions, {what: v for what, v in records.items() if what in context.record}

@@ -21,7 +21,7 @@ def added(path: str) -> bool:
     return re.search(ADDED, path) is not None
 
 
-class Sites:
+class ReductionSites:
     """The answers of an isotropic backbone; a hierarchical one overrides them.
 
     A backbone has `depth` positions for a site, numbered from 0, `grid` and

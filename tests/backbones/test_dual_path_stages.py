@@ -93,8 +93,8 @@ def _trained(arch):
 
     def loss(params, images, ids, target, teacher):
         out = model.apply({"params": params}, images, train=True, ids=ids, rngs=_rngs(), record=("features",))
-        pairs = losses.evaluate(specs, out, {"target": target, "teacher": teacher})
-        return losses.total(specs, pairs)
+        pairs = losses.Objective(specs).evaluate(out, {"target": target, "teacher": teacher})
+        return losses.Objective(specs).total(pairs)
 
     run = jax.value_and_grad(loss)
     rows = (IMAGES, jnp.arange(4), jax.nn.one_hot(jnp.arange(4), 5), teacher)

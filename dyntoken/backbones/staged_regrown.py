@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from dyntoken.backbones.isotropic import check_images
+from dyntoken.nn.reduction_sites import ReductionSites, listed
 from dyntoken.nn.remat import Remat, check_policy
-from dyntoken.nn.sites import Sites, listed
-from dyntoken.nn.stages import Stage
+from dyntoken.nn.spatial import RegrownStage
 from dyntoken.nn.trunk import Context, Site, Spec
 from dyntoken.ops import sample
 from dyntoken.schema import Count, Positive, Rate, Size
@@ -21,7 +21,7 @@ from dyntoken.types import DType, Reduction, Tokens
 Array = jax.Array
 
 
-class Pyramid(Sites, nn.Module):
+class RegrownStages(ReductionSites, nn.Module):
     """Stages of falling resolution, each with blocks of its own width.
 
     `at` counts stages, from 0. A site lies in the first block of its stage:
@@ -118,7 +118,7 @@ class Pyramid(Sites, nn.Module):
         raise NotImplementedError(f"{type(self).__name__} does not embed")
 
     def block(self, stage: int) -> Spec:
-        """A block of a stage; `Pyramid` adds the fields that all kinds share."""
+        """A block of a stage; `RegrownStages` adds the fields that all kinds share."""
         raise NotImplementedError(f"{type(self).__name__} has no blocks")
 
     def check(self) -> None:
@@ -168,8 +168,8 @@ class Pyramid(Sites, nn.Module):
             setattr(self, f"stage_{number}", self._stage(number, at.get(number)))
         self.norm = nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype)
 
-    def _stage(self, number: int, site: Site | None) -> Stage:
-        return Stage(
+    def _stage(self, number: int, site: Site | None) -> RegrownStage:
+        return RegrownStage(
             embed=self.embed(number),
             blocks=tuple(self._block(number, index, site) for index in range(self.depths[number])),
             sites=() if site is None else (dataclasses.replace(site, at=0),),
@@ -233,7 +233,7 @@ class Pyramid(Sites, nn.Module):
             reductions.extend(reduced)
             records.append(found)
             if number < self.depth - 1:
-                x = stage.left(tokens)
+                x = stage.to_next_stage(tokens)
         merged = {name: tuple(v for found in records for v in found[name]) for name in records[0]}
         if "embed" in merged:
             merged["embed"] = merged["embed"][0]

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from dyntoken.nn import layers
-from dyntoken.nn.block import ATTENTION, ATTENTION_PATH, Block, Layer
+from dyntoken.nn.block import ATTENTION, ATTENTION_PATH, Block, LayerArgs
 from dyntoken.nn.trunk import Context, Site, Spec, Trunk
 from dyntoken.ops import attend, sample, select
 from dyntoken.types import Attended, Reduction, Tokens
@@ -53,16 +53,16 @@ def to_map(tokens: Tokens, rows: Array, empty: Array | None = None) -> Array:
         cells = rows * alive if empty is None else rows * alive + empty * (1 - alive)
     else:
         at = select.survivors(tokens.carrier, tokens.place)
-        cells = select.read(rows, at)
+        cells = select.gather_or_zero(rows, at)
         cells = cells if empty is None else jnp.where(at[..., None] >= 0, cells, empty)
     return cells.reshape(rows.shape[0], *tokens.grid, rows.shape[-1])
 
 
-class MapBlock(Block):
+class SpatialBlock(Block):
     """A pre-norm block whose attention takes keys and values from a map of the whole grid.
 
     A subclass says in `attention` what attends: a module called like
-    `Attention`, with a `Map` as `laid` and no policy where `convolves`.
+    `Attention`, with a `Map` as `spatial_map` and no policy where `convolves`.
 
     Keys that come from a map are those of the grid: dropped tokens are in them
     as empty cells, and none is masked, in either form. Without a map dropped
@@ -99,28 +99,28 @@ class MapBlock(Block):
         tokens: Tokens,
         draws: sample.Draws | None,
         train: bool,
-        observe: bool,
-        relate: bool = False,
+        return_scores: bool,
+        return_logits: bool = False,
         bias: Callable[[], Array] | None = None,
-        layer: Layer | None = None,
+        layer: LayerArgs | None = None,
     ) -> tuple[Tokens, Attended | None]:
-        """First half, see `Block.attend`; attention maps over rows (`relate`, `bias`) there are none."""
-        layer = layer or Layer(self.layer, self.drop_path)
-        if relate or bias is not None:
+        """First half, see `Block.attend`; attention maps over rows (`return_logits`, `bias`) there are none."""
+        layer = layer or LayerArgs(self.layer, self.drop_path)
+        if return_logits or bias is not None:
             raise ValueError("keys of a stage are those of its map: there are no logits per pair of rows")
         x = self.norm1(tokens.x)
-        options = {"prefix": tokens.prefix, "train": train, "observe": observe}
+        options = {"prefix": tokens.prefix, "train": train, "return_scores": return_scores}
         if self.convolves:
-            options["laid"] = self._laid(tokens, x[:, tokens.prefix :])
+            options["spatial_map"] = self._spatial_map(tokens, x[:, tokens.prefix :])
         elif tokens.alive is not None:
             options["policy"] = attend.with_prefix(tokens.alive, tokens.prefix)
         y, seen = self.attn(x, **options, draws=draws, path=(layer.number, ATTENTION))
         tokens = tokens.replace(x=tokens.x + self._path(y, draws, ATTENTION_PATH, layer))
-        if observe and self.dropped == "last":
+        if return_scores and self.dropped == "last":
             tokens = tokens.replace(last=tokens.patches)
         return tokens, seen
 
-    def _laid(self, tokens: Tokens, rows: Array) -> Map:
+    def _spatial_map(self, tokens: Tokens, rows: Array) -> Map:
         """The normed patch rows on the grid."""
         if not self.reduced:
             return Map(rows.reshape(rows.shape[0], *tokens.grid, rows.shape[-1]), None)
@@ -128,12 +128,12 @@ class MapBlock(Block):
         return Map(to_map(tokens, rows, empty), tokens.place if tokens.alive is None else None)
 
 
-class Stage(nn.Module):
+class RegrownStage(nn.Module):
     """One resolution: embedding, class token, positions, blocks.
 
     Attributes:
       embed: recipe of the module that takes a map to this stage's, of `width` channels.
-      blocks: one recipe of a `MapBlock` per block.
+      blocks: one recipe of a `SpatialBlock` per block.
       sites: the site in block 0, or none.
       grid: (rows, columns) of the map.
       width: channels.
@@ -141,7 +141,7 @@ class Stage(nn.Module):
       positions: add a position embedding (to the class token, too).
       dropout: after the positions.
       layer: number that keys its draws; no block has it.
-      dropped: see `MapBlock`.
+      dropped: see `SpatialBlock`.
       remat: see `Trunk`.
     """
 
@@ -185,7 +185,7 @@ class Stage(nn.Module):
         x = layers.drop(x, self.dropout, context.dropout, self.layer)
         return Tokens.start(x, prefix=self.prefix, grid=self.grid)
 
-    def left(self, tokens: Tokens) -> Array:
+    def to_next_stage(self, tokens: Tokens) -> Array:
         """The tokens of this stage as the map that the next one takes, class token left out."""
         if self.sites:
             return to_map(tokens, tokens.patches, tokens.last)
