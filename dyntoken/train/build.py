@@ -120,20 +120,20 @@ class Run:
         settings = self.settings
         first = {
             "model": model,
-            "objective": self.objective,
             "augment": self.augment,
             "seed": settings.seed,
             "teacher": self.teacher,
             "accumulate": settings.accumulate,
         }
-        second = {"tx": self.tx, "ema": settings.ema, "ema_warmup": settings.ema_warmup}
+        second = {"objective": self.objective, "tx": self.tx}
+        second |= {"ema": settings.ema, "ema_warmup": settings.ema_warmup}
         if settings.shard == "none":
             step = functools.partial(train_step, **first, **second)
             step = sharding.data_parallel(step, self.mesh, replicated=2, donate=(0,))
         else:
             step = sharding.split_update(
-                functools.partial(gradient, **first),
-                functools.partial(update, objective=self.objective, **second),
+                functools.partial(gradient, objective=self.objective, **first),
+                functools.partial(update, **second),
                 self.mesh,
                 jax.tree.map(lambda x: x.sharding, self.abstract_state),
             )

@@ -49,40 +49,24 @@ def train_step(
     teacher_variables: Tree,
     batch: Mapping[str, Array],
     *,
-    model: nn.Module,
-    tx: optax.GradientTransformation,
     objective: losses.Objective,
-    augment: Augment,
-    seed: int,
+    tx: optax.GradientTransformation,
     ema: float = 0.0,
     ema_warmup: bool = True,
-    teacher: nn.Module | None = None,
-    accumulate: int = 1,
-    axis: str = "data",
+    **options: Any,
 ) -> tuple[TrainState, Metrics]:
-    """One step on this device's rows: the new state, and metrics as of `update`.
+    """One step on this device's rows: the new state, and metrics.
 
     Args:
       state: see `TrainState`.
       teacher_variables: `{}` without a teacher.
       batch: see `gradient`.
-      model, objective, augment, seed, teacher, accumulate, axis: see `gradient`.
-      tx, ema, ema_warmup: see `update`.
+      objective, tx, ema, ema_warmup: see `update`.
+      **options: of `gradient`.
     """
-    result = gradient(
-        state.step,
-        state.variables,
-        teacher_variables,
-        batch,
-        model=model,
-        objective=objective,
-        augment=augment,
-        seed=seed,
-        teacher=teacher,
-        accumulate=accumulate,
-        axis=axis,
-    )
-    return update(state, result, tx=tx, objective=objective, ema=ema, ema_warmup=ema_warmup)
+    variables = state.variables
+    result = gradient(state.step, variables, teacher_variables, batch, objective=objective, **options)
+    return update(state, result, objective=objective, tx=tx, ema=ema, ema_warmup=ema_warmup)
 
 
 def gradient(

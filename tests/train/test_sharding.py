@@ -36,13 +36,12 @@ def compiled(devices, accumulate, shard):
     mesh = sharding.data_mesh(jax.devices()[:devices])
     first = {
         "model": model,
-        "objective": losses.Objective(whole.LOSSES),
+        "teacher": teacher,
         "augment": whole.augment,
         "seed": 3,
-        "teacher": teacher,
+        "accumulate": accumulate,
     }
-    first["accumulate"] = accumulate
-    second = {"tx": whole.optimizer(), "ema": 0.9}
+    second = {"objective": losses.Objective(whole.LOSSES), "tx": whole.optimizer(), "ema": 0.9}
     state = create_state(variables, whole.optimizer(), ema=True)
     layout = sharding.state_sharding(state, mesh, shard)
     if shard == "none":
@@ -51,8 +50,8 @@ def compiled(devices, accumulate, shard):
         )
     else:
         step = sharding.split_update(
-            functools.partial(gradient, **first),
-            functools.partial(update, objective=losses.Objective(whole.LOSSES), **second),
+            functools.partial(gradient, objective=second["objective"], **first),
+            functools.partial(update, **second),
             mesh,
             layout,
         )
