@@ -74,10 +74,8 @@ class Checkpoints:
     """The checkpoints of one run.
 
     Args:
-      workdir: folder of the run; may be on `gs://`.
       keep: how many of the newest to keep; at least 2 leave one to fall back to.
       also: which of some steps to keep besides; asked at every save.
-      log: takes one line of text.
 
     Attributes:
       newest: the step that was saved or restored last, None for none.
@@ -109,7 +107,6 @@ class Checkpoints:
         """Starts writing a copy of a tree, unless this step is saved already.
 
         Args:
-          step: its number.
           tree: arrays, replicated over the devices or in pieces on them.
           **meta: JSON values to keep beside it.
 
@@ -209,11 +206,9 @@ def restore_from(
     """The newest intact checkpoint of another run, which is left untouched.
 
     Args:
-      workdir: of that run.
       like: as in `Checkpoints.restore`.
       step: "newest", "best" (by the run's `best_metric`, the next best where
         it is damaged) or the number of a step.
-      log: takes one line of text.
 
     Raises:
       CheckpointError: if there is none, all are damaged, or they hold another model.

@@ -155,7 +155,6 @@ def initialize(cluster: Cluster, *, timeout: float = 300.0, lost_after: float = 
     nothing for a single process.
 
     Args:
-      cluster: from `detect`.
       timeout: seconds to wait for the others.
       lost_after: seconds without a sign of life after which another one counts as lost.
 

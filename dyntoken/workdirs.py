@@ -67,8 +67,6 @@ def candidates(workdir: epath.Path, steps: Iterable[int], which: int | str = "ne
     """The checkpoints to try, in order.
 
     Args:
-      workdir: folder of the run.
-      steps: of the checkpoints there are.
       which: "newest"; "best", by the run's `best_metric`; or a step.
 
     Raises:

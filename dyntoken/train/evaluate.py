@@ -42,7 +42,6 @@ def evaluate(
       workdir: of the run; None evaluates the weights that `config.init` names,
         which must hold every array of the model.
       step: "newest", "best" (by the run's `best_metric`) or the number of a step.
-      log: takes one line of text.
 
     Returns:
       `top1`, `top5` (fractions), `loss`, `count`, `images_per_s`, of a model
@@ -125,10 +124,8 @@ def open_workdir(
     """The run and the newest weights of a run, without its recipe.
 
     Args:
-      workdir: folder of the run; may be on `gs://`.
       split: what is read instead of the run's evaluation split, `"train[:5000]"`.
       ema: take the weight average.
-      log: takes one line of text.
 
     Raises:
       ValueError: no run there, no intact checkpoint, no such split, or no

@@ -45,7 +45,6 @@ class Lock:
 
     Args:
       workdir: an existing folder; may be on `gs://`.
-      log: takes one line of text.
     """
 
     def __init__(self, workdir: epath.Path, log: Callable[[str], None] = print):

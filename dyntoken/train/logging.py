@@ -127,8 +127,6 @@ class MetricBuffer(Observer):
     Args:
       clock: of the run.
       every: steps between two reports.
-      total: steps of the run.
-      batch: rows of the global batch.
       lr_fn: the learning rate of a step.
 
     Attributes:
@@ -190,12 +188,8 @@ class Report(Observer):
     """Writes `<workdir>/metrics.jsonl` (process 0 only) and console lines.
 
     Args:
-      workdir: folder of the run.
-      total: number of steps of the run.
-      metrics: where the rows of steps come from.
       curves: also draws `<workdir>/curves.png` at every evaluation; without
         matplotlib it says so once.
-      log: takes one line of text.
     """
 
     def __init__(
@@ -297,10 +291,6 @@ class Report(Observer):
 class TensorBoard(Observer):
     """Writes `<workdir>/tensorboard` (process 0 only) by tensorboardX: the rows of `metrics.jsonl`.
 
-    Args:
-      workdir: folder of the run.
-      metrics: where the rows of steps come from.
-
     Raises:
       ImportError: tensorboardX is absent; the message says what to install.
     """
@@ -350,7 +340,6 @@ class Retention(Observer):
     scores so far, with its checksum: a record that is lost or damaged does not cost the best one.
 
     Args:
-      workdir: folder of the run.
       metric: by which evaluations are ranked.
       best: how many of the best stay.
       rewind: whether the newest planned one stays.

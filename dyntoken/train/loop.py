@@ -55,7 +55,6 @@ class Result:
         its end.
       model: the module; `model.apply(result.state.variables, images)`.
       run: what was run.
-      workdir: folder of the run.
       finished: False if a signal stopped it; rerun to go on.
       signum: of that signal; 0 if it finished.
     """
@@ -78,7 +77,6 @@ def run(
       config: see `settings.Settings`.
       workdir: folder of the run, made if absent; may be on `gs://`.
       restart: start anew; what is in the workdir is moved to `<workdir>/old/N`.
-      log: takes one line of text.
 
     Raises:
       TrainError: when the loss or the gradient stops being finite, and
@@ -177,9 +175,9 @@ def train(run: Run, workdir: str | epath.PathLike, *, restart: bool = False, log
                         train_step = programs.at(step - 1)
                         batch = sharding.place(clock.take(batches, running=newest), run.mesh)
                         state, newest = train_step(state, teacher, batch)
+                        stopping = (stop.asked or checkpoints.preempted(step)) and step < total
                         for observer in observers:
                             observer.step(step, newest)
-                        stopping = (stop.asked or checkpoints.preempted(step)) and step < total
                         evaluating = run.eval_every > 0 and step % run.eval_every == 0 and step < total
                         saving = retention.planned(step) or stopping or step == total
                         if evaluating or saving:
@@ -193,6 +191,7 @@ def train(run: Run, workdir: str | epath.PathLike, *, restart: bool = False, log
                             break
             except NotFiniteError as error:
                 rewinds.check(error, checkpoints.newest)
+                stopping = False  # after the next step, then
                 bad = error.with_traceback(None)  # whose frames hold the state
                 state = newest = batch = batches = None
                 checkpoints.wait()
@@ -227,7 +226,6 @@ class StepCache:
     """The train step of each phase of a run, compiled when it is reached.
 
     Args:
-      run: the run.
       clock: does not count compilations.
       log: takes one line of text; hears of all phases at once.
     """

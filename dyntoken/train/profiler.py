@@ -24,9 +24,6 @@ class Profiler(Observer):
 
     Args:
       steps: which are traced.
-      workdir: folder of the run; may be on `gs://`.
-      total: steps of the run.
-      log: takes one line of text.
     """
 
     def __init__(self, steps: ProfileConfig, workdir: epath.Path, *, total: int, log: Callable[[str], None]):

@@ -158,7 +158,6 @@ class Settings:
       data: see `DataSettings`.
       keep_schedule: a keep rate that falls during training, see `KeepSchedule`.
       losses: name -> {weight, options}, see `dyntoken.losses`.
-      batch: rows of the global batch.
       accumulate: slices that a device's rows are split into, forward and
         backward one after the other: the same step from less memory. Not for
         models with BatchNorm.

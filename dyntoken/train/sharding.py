@@ -44,8 +44,6 @@ def check_batch(batch: int, mesh: Mesh, *, multiple: int = 1, slices: int = 1, s
     """Raises ValueError unless every device gets the same number of rows.
 
     Args:
-      batch: rows of the global batch.
-      mesh: from `data_mesh`.
       multiple: what the rows of one slice must divide by; 2 where mixup pairs
         neighbouring rows.
       slices: of the rows of one device, see `config.accumulate`.
@@ -75,7 +73,6 @@ def data_parallel(
       fn: takes `replicated` replicated arguments, then one batch whose leaves
         are split by rows; returns replicated results (what differs between
         devices must have been reduced over the axis, which is checked).
-      mesh: from `data_mesh`.
       replicated: number of leading arguments that every device holds whole.
       donate: positions of arguments whose memory the results may reuse.
     """
@@ -101,7 +98,6 @@ def split_update(
 
     Args:
       gradient, update: `(step, variables, teacher, batch) -> result` and `(state, result) -> (state, metrics)`.
-      mesh: from `data_mesh`.
       layout: a state of shardings, from `state_sharding`.
     """
     specs = (PartitionSpec(),) * 3 + (PartitionSpec(AXIS),)
@@ -130,7 +126,6 @@ def state_sharding(state: Tree, mesh: Mesh, shard: str) -> Tree:
 
     Args:
       state: arrays, or their shapes and types.
-      mesh: from `data_mesh`.
       shard: row of `SHARDS`. With "params" each step gathers the parameters once.
     """
     whole = jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), state)
@@ -169,8 +164,6 @@ def replicate(tree: Tree, mesh: Mesh, layout: Tree | None = None) -> Tree:
     """A tree of arrays, the same on every process, on the devices of the mesh, in buffers of their own.
 
     Args:
-      tree: arrays.
-      mesh: from `data_mesh`.
       layout: a tree of shardings; by default every device holds all.
     """
     sharding = NamedSharding(mesh, PartitionSpec())
@@ -199,9 +192,6 @@ def abstract_batch(
     """Shapes and types of a batch split over the mesh.
 
     Args:
-      mesh: from `data_mesh`.
-      batch: rows of the global batch.
-      shape: `(H, W, C)` of an image.
       labels: classes, if the batch holds every label that fits; else 0.
     """
     rows = functools.partial(jax.ShapeDtypeStruct, sharding=NamedSharding(mesh, PartitionSpec(AXIS)))

@@ -197,7 +197,6 @@ def check_same_run(workdir: Any, run: Run, step: int | str = "newest") -> None:
     Args:
       workdir: of the run whose checkpoint is to be restored.
       run: of the run that is to go on from it.
-      step: which checkpoint.
 
     Raises:
       CheckpointError: names both.
