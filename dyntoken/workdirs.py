@@ -55,7 +55,7 @@ def step_folder(path: epath.Path, step: int | str = "newest") -> epath.Path:
     root = path / FOLDER if (path / FOLDER).is_dir() else path
     if (root / "state").exists() or (root / "_METADATA").exists():
         return root
-    steps = [step for step in numbered(root) if (root / str(step)).is_dir()]
+    steps = [number for number in numbered(root) if (root / str(number)).is_dir()]
     if not steps:
         raise CheckpointError(
             f"{path}: no finished checkpoint; expected a workdir with checkpoints/<step>/ in it"
