@@ -461,25 +461,26 @@ def dry_run(config: Mapping[str, Any], *, log: Log = print) -> dict[str, Any]:
       and `memory_bytes` (arguments, results and temporaries of the step).
     """
     run = build(config)
-    began = time.monotonic()
-    largest = run.phases[0].model  # a keep rate only falls
-    memory = run.train_step_for(largest).memory_analysis()
     facts = {
+        "devices": sharding.describe_devices(run.mesh.devices.flat),
         "model": run.settings.model["name"],
         "parameters": sum(x.size for x in jax.tree.leaves(run.abstract_state.params)),
         "teacher": (run.settings.teacher or {}).get("name") or None,
-        "devices": sharding.describe_devices(run.mesh.devices.flat),
         "batch": run.settings.batch,
         "steps_per_epoch": run.steps_per_epoch,
         "steps": run.total_steps,
         "eval_every": run.eval_every,
-        "compile_s": round(time.monotonic() - began, 1),
         "state_bytes": run.held_bytes,
-        "memory_bytes": peak_bytes(memory),
     }
     for name, value in facts.items():
         log(f"{name}: {value}")
-    return facts
+    began = time.monotonic()
+    largest = run.phases[0].model  # a keep rate only falls
+    memory = peak_bytes(run.train_step_for(largest).memory_analysis())
+    compiled = {"memory_bytes": memory, "compile_s": round(time.monotonic() - began, 1)}
+    for name, value in compiled.items():
+        log(f"{name}: {value}")
+    return facts | compiled
 
 
 def peak_bytes(memory: Any) -> int:

@@ -207,8 +207,9 @@ def check_same_run(workdir: Any, run: Run, step: int | str = "newest") -> None:
     placed = any(name.endswith("pos_embed") for name in meta.get("leaves", ()))
     if placed and before and before != now:
         raise CheckpointError(
-            f"{workdir} was trained on patches of {_grids(before)}, this config has {_grids(now)}: its position "
-            "embedding belongs to other places. Set data.size as it was, or start another workdir from its "
+            f"{workdir} was trained on patches of {' / '.join(before.values())}, this config has "
+            f"{' / '.join(now.values())}: its position embedding belongs to other places. "
+            "Set data.size as it was, or start another workdir from its "
             "weights (init.path), which resizes them"
         )
 
@@ -219,7 +220,8 @@ def check_classes(meta: Mapping[str, Any], run: Run, where: Any, remedy: str) ->
     Names are compared without spaces; a side that names none is not compared.
     """
     before, now = runs.class_names(meta), list(run.info.class_names)
-    if not before or not now or _joined(before) == _joined(now):
+    joined = [["".join(name.split()) for name in names] for names in (before, now)]
+    if not before or not now or joined[0] == joined[1]:
         return
     gone, new = [n for n in before if n not in now], [n for n in now if n not in before]
     if gone or new:
@@ -233,13 +235,5 @@ def check_classes(meta: Mapping[str, Any], run: Run, where: Any, remedy: str) ->
     )
 
 
-def _joined(names: Sequence[str]) -> list[str]:
-    return ["".join(name.split()) for name in names]
-
-
 def _listed(names: Sequence[str]) -> str:
     return ", ".join(map(repr, names[:5])) + (", ..." if len(names) > 5 else "") or "none"
-
-
-def _grids(grids: Mapping[str, str]) -> str:
-    return " / ".join(grids.values())
