@@ -153,18 +153,14 @@ def main(argv: list[str]) -> int:
     default = os.path.join("runs", re.sub(r"\W+", "_", os.path.basename(RECIPE.path).replace(".py", "")))
     try:
         workdir = FLAGS.workdir or default
-        if FLAGS.mode == "eval" and FLAGS.workdir is None and chosen("config.init.path"):
+        names_weights = any(word.partition("=")[0].lstrip("-") == "config.init.path" for word in sys.argv[1:])
+        if FLAGS.mode == "eval" and FLAGS.workdir is None and names_weights:
             workdir = None  # these weights, not the run that may lie in the default folder
         start(FLAGS.config, describe(FLAGS.config, workdir))
         return run(FLAGS.config, workdir, FLAGS.mode, FLAGS.dry_run, FLAGS.step, restart=FLAGS.restart)
     except USER_ERRORS as error:
         peers.blame(error)
         fail(error)
-
-
-def chosen(option: str) -> bool:
-    """Whether the command line has `--option`."""
-    return any(word.partition("=")[0].lstrip("-") == option for word in sys.argv[1:])
 
 
 def describe(config, workdir: str | None) -> str:
