@@ -83,8 +83,8 @@ CONVNEXT = {  # width of the first stage, blocks of the third; facebookresearch/
 }
 
 
-def _vit(found: re.Match[str]) -> Arch:
-    size, distilled, patch, pixels = found.groups()
+def _vit(match: re.Match[str]) -> Arch:
+    size, distilled, patch, pixels = match.groups()
     usual = (4, 28) if size == "mini" else (16, 224)
     options = {
         **dict(zip(("width", "depth", "heads"), VIT[size], strict=True)),
@@ -98,48 +98,48 @@ def _vit(found: re.Match[str]) -> Arch:
     return Arch("vit", options)
 
 
-def _t2t(found: re.Match[str]) -> Arch:
-    kind, number = found.groups()
+def _t2t(match: re.Match[str]) -> Arch:
+    kind, number = match.groups()
     fields = dict(zip(("width", "depth", "heads", "mlp_ratio"), T2T[number], strict=True))
     kind = "transformer" if kind else "performer"
     return Arch("t2t", {**fields, "tokens_type": kind, "img_size": 224, "in_chans": 3})
 
 
-def _lvvit(found: re.Match[str]) -> Arch:
-    fields = dict(zip(("width", "depth", "heads", "skip_lam", "stem_width"), LVVIT[found[1]], strict=True))
+def _lvvit(match: re.Match[str]) -> Arch:
+    fields = dict(zip(("width", "depth", "heads", "skip_lam", "stem_width"), LVVIT[match[1]], strict=True))
     options = {**fields, "aux_weight": 0.5, "img_size": 224, "in_chans": 3}
-    return Arch("lvvit", options, crop_pct=0.9 if found[1] in "ts" else 1.0)
+    return Arch("lvvit", options, crop_pct=0.9 if match[1] in "ts" else 1.0)
 
 
-def _psvit(found: re.Match[str]) -> Arch:
-    width, depth, heads, middle = PSVIT[found[1]]
-    fields = {"width": width, "depth": depth, "heads": heads, "points": int(found[2])}
+def _psvit(match: re.Match[str]) -> Arch:
+    width, depth, heads, middle = PSVIT[match[1]]
+    fields = {"width": width, "depth": depth, "heads": heads, "points": int(match[2])}
     options = {**fields, "stem_channels": (64, 64, middle, 64), "img_size": 224, "in_chans": 3}
     return Arch("psvit", options, crop_pct=0.9)
 
 
-def _pvt(found: re.Match[str]) -> Arch:
-    return Arch("pvt", {"depths": PVT[found[1]], "img_size": 224, "in_chans": 3})
+def _pvt(match: re.Match[str]) -> Arch:
+    return Arch("pvt", {"depths": PVT[match[1]], "img_size": 224, "in_chans": 3})
 
 
-def _cvt(found: re.Match[str]) -> Arch:
-    widths, depths, heads, usual = CVT[found[1]]
-    size = int(found[2] or usual)
+def _cvt(match: re.Match[str]) -> Arch:
+    widths, depths, heads, usual = CVT[match[1]]
+    size = int(match[2] or usual)
     options = {"widths": widths, "depths": depths, "heads": heads, "img_size": size, "in_chans": 3}
     return Arch("cvt", options, crop_pct=1.0 if size >= 384 else 0.875)
 
 
-def _swin(found: re.Match[str]) -> Arch:
-    width, depth, heads = SWIN[found[1]]
+def _swin(match: re.Match[str]) -> Arch:
+    width, depth, heads = SWIN[match[1]]
     fields = {"width": width, "depths": (2, 2, depth, 2), "heads": tuple(heads * 2**s for s in range(4))}
     patch, window, pixels = (
-        int(given or usual) for given, usual in zip(found.groups()[1:], (4, 7, 224), strict=True)
+        int(given or usual) for given, usual in zip(match.groups()[1:], (4, 7, 224), strict=True)
     )
     return Arch("swin", {**fields, "patch_size": patch, "window": window, "img_size": pixels, "in_chans": 3})
 
 
-def _convnext(found: re.Match[str]) -> Arch:
-    width, depth = CONVNEXT[found[1]]
+def _convnext(match: re.Match[str]) -> Arch:
+    width, depth = CONVNEXT[match[1]]
     fields = {"widths": tuple(width * 2**s for s in range(4)), "depths": (3, 3, depth, 3)}
     return Arch("convnext", {**fields, "img_size": 224, "in_chans": 3})
 
@@ -204,13 +204,13 @@ def register(archs: Mapping[str, Arch]) -> None:
             raise ValueError(f"model {name!r}: a name is one word of letters, digits, dots and underscores")
         if parse(name) is not None:
             raise ValueError(f"model {name!r} is registered already: choose another name")
-    FAMILIES.append(Family("|".join(map(re.escape, archs)), lambda found: archs[found[0]], tuple(archs)))
+    FAMILIES.append(Family("|".join(map(re.escape, archs)), lambda match: archs[match[0]], tuple(archs)))
 
 
 def parse(name: str) -> Arch | None:
     """The architecture of a name without its method, or None."""
     for family in FAMILIES:
-        found = re.fullmatch(family.pattern, name)
-        if found:
-            return family.build(found)
+        match = re.fullmatch(family.pattern, name)
+        if match:
+            return family.build(match)
     return None

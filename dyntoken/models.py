@@ -7,84 +7,61 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from dyntoken import architectures, reducers, schema
 from dyntoken.backbones import BACKBONES
 from dyntoken.backbones.isotropic import Isotropic
-from dyntoken.cascade import Cascade, checks
-from dyntoken.heads import ClassHead, Pool, check_pool, with_dense
+from dyntoken.cascade import Cascade
+from dyntoken.classifier import Classifier
+from dyntoken.heads import ClassHead, with_dense
 from dyntoken.multiexit import MultiExit, default_exits
-from dyntoken.nn import images as guard
-from dyntoken.nn import layers, rng
-from dyntoken.nn.trunk import Context, Site, Spec
+from dyntoken.nn import layers
+from dyntoken.nn.spec import Site, Spec
 from dyntoken.reducers.base import Form
-from dyntoken.reducers.sites import default_sites, make_sites, refusal
+from dyntoken.reducers.methods import OF_SITE, make_sites
 from dyntoken.registry import UnknownNameError, suggest
-from dyntoken.schema import Count, Keep, Natural
+from dyntoken.schema import Count, Keep
 from dyntoken.types import Output
 
 Array = jax.Array
-RECORDS = ("features", "dense", "embed", "blocks", "stages")
-OF_MODEL = {"num_classes", "pool", "representation_size", "fc_norm"}
+KINDS: dict[str, type[Classifier]] = {architectures.CASCADE: Cascade, architectures.MULTIEXIT: MultiExit}
+OF_NAME = ("arch", "backbone", "method", "reducer", "method_options", "parent", "name")  # no keywords
 OF_SITES = {"keep", "at", "form"}  # keywords that say where and how much a method reduces
 OF_METHODS = OF_SITES | {"fuse", "score", "dropped"}  # what a dense model is often told by mistake
-OF_GRID = {"tokens", "patch_size"}  # what the exits of a cascade decide
-OF_LINEN = ("parent", "name")  # fields of every module
-DENSE = {"aux_weight", "mix_token"}  # fields that only a model with an auxiliary head can honour
+OF_BACKBONE = ("sites", "context", "parent", "name")  # fields of a backbone that are no keywords
 
 
-class Model(nn.Module):
+class Model(Classifier):
     """A classifier: backbone, reducers at their sites, head.
 
     Built by `create_model`. `model.clone(keep=...)`, `clone(at=...)` and
     `clone(form=...)` run the same variables another way (`at` may not change
     the number of sites of a method with parameters).
 
-    Attributes:
-      arch: name without the method.
-      backbone: recipe of the backbone, without its sites.
-      num_classes: 0 returns pooled features.
+    Attributes (besides those of `Classifier`):
       method: row of `reducers.METHODS`, or None for a dense model.
       method_options: replacements of the method's own fields.
-      keep: keep rate or counts, see `ops.select.keep_counts`.
+      keep: keep rate or counts, see `reducers.keep.keep_counts`.
       at: 0-based block indices of the sites.
       form: "auto", "mask" or "gather".
-      pool, representation_size: see `heads.ClassHead`.
+      representation_size: see `heads.ClassHead`.
       fc_norm: a norm on the pooled features, with the backbone's epsilon.
     """
 
-    arch: str
-    backbone: Spec
-    num_classes: Natural = 1000
     method: str | None = None
     method_options: tuple[tuple[str, Any], ...] = ()
     keep: Keep = 0.7
     at: tuple[int, ...] = ()
     form: Form = "auto"
-    pool: Pool = "token"
     representation_size: Count | None = None
     fc_norm: bool = False
 
-    def plain(self, sites: tuple[Site, ...] = ()) -> Any:
-        """The backbone as a free-standing module, to read its static properties."""
-        return self.backbone(sites=sites, parent=None)
-
-    @property
-    def input_shape(self) -> tuple[int, int, int]:
-        """(height, width, channels) of an image."""
-        options = dict(self.backbone.options)
-        size = options["img_size"]
-        return (*((size, size) if isinstance(size, int) else tuple(size)), options["in_chans"])
+    RECORDS = ("features", "dense", "embed", "blocks", "stages")
 
     def sites(self) -> tuple[Site, ...]:
-        """The reduction sites with their static counts.
-
-        Raises:
-          ValueError: a site outside the depth, or a keep that leaves no token.
-        """
+        """The reduction sites with their static counts."""
         if self.method is None:
             return ()
         options = {"keep": self.keep, "at": self.at, "form": self.form, "arch": self.arch}
@@ -92,7 +69,7 @@ class Model(nn.Module):
 
     def setup(self) -> None:
         self.body = self.backbone(sites=self.sites(), name="backbone")
-        distilled = dict(self.backbone.options).get("distilled", False)
+        distilled = self.backbone.get("distilled", False)
         eps = self.plain().norm_eps if self.fc_norm else None
         self.head = ClassHead(self.num_classes, self.pool, distilled, self.representation_size, eps)
         if self.aux_weight is not None:
@@ -126,9 +103,7 @@ class Model(nn.Module):
             auxiliary logits), "embed" (rows entering block 0), "blocks" (rows
             after each block), "stages" (rows before and after each site).
         """
-        for what in record:
-            if what not in RECORDS:
-                raise UnknownNameError(f"unknown record {what!r}: {suggest(what, RECORDS)}")
+        self._check_record(record)
         if "dense" in record and self.aux_weight is None:
             raise ValueError(
                 f"{self.arch} has no auxiliary head to record 'dense' from: LV-ViT has, unless aux_weight is None"
@@ -136,16 +111,7 @@ class Model(nn.Module):
         for what, given in (("noise", noise), ("decisions", decisions)):
             if given is not None and len(given) != len(self.at):
                 raise ValueError(f"{what} has {len(given)} entries for {len(self.at)} sites")
-        guard.check(images)
-        ids = jnp.arange(images.shape[0], dtype=jnp.int32) if ids is None else ids
-        context = Context(
-            train=train,
-            dropout=rng.of_dropout(self, dict(self.backbone.options), ids) if train else None,
-            policy=rng.of_stream(self, "policy", ids),
-            noise=noise,
-            decisions=decisions,
-            record=tuple(record),
-        )
+        context = self._context(images, ids, train, noise=noise, decisions=decisions, record=tuple(record))
         tokens, reductions, records = self.body(images, context)
         logits, heads = self.head(tokens)
         dense = None
@@ -187,7 +153,7 @@ def pairings(arch_name: str) -> dict[str, str | None]:
     """
     arch = architectures.parse(arch_name)
     body = _backbone(arch, arch.options, {})(parent=None)
-    return {name: refusal(body, reducers.METHODS[name]) for name in reducers.METHODS}
+    return {name: method.refusal(body) for name, method in reducers.METHODS.items()}
 
 
 def split_name(name: str) -> tuple[str | None, str]:
@@ -247,32 +213,24 @@ def create_model(name: str, **overrides: Any) -> Model | Cascade | MultiExit:
       ValueError: a value of another type or out of range, or several that do not
         fit together.
     """
-    method, arch_name = split_name(name)
-    first, _, reducer = (method or "").partition("_")
-    other = f"{first}_dtps_{arch_name}" if first == architectures.CASCADE else f"dtps_{arch_name}"
-    if method != architectures.MULTIEXIT:
-        _refuse_sites(name, overrides, reducer or None if first == architectures.CASCADE else method, other)
+    kind, method, arch_name = _kind(name)
+    if method is None and kind is not MultiExit:
+        _refuse_sites(name, overrides, f"{'dvt_' if kind is Cascade else ''}dtps_{arch_name}")
     known = keywords(name)  # refuses a backbone of which no cascade can be made, before its values
-    if first == architectures.CASCADE:
-        checks.one_backbone(overrides)
+    kind.check_options(overrides)
     overrides = schema.check(known, overrides, owner=name)
-    if method == architectures.MULTIEXIT:
-        return _multiexit(arch_name, overrides)
-    if first == architectures.CASCADE:
-        return _cascade(reducer or None, arch_name, overrides)
     arch = architectures.parse(arch_name)
-    fields = {k: _static(v) for k, v in overrides.items() if k in OF_MODEL | OF_SITES}
-    backbone = _backbone(arch, arch.options, overrides)
-    fields.setdefault("num_classes", arch.num_classes)
+    options = {key: value for key, value in arch.options.items() if key not in kind.decides | kind.resets}
+    backbone = _backbone(arch, options, overrides)
+    own = schema.fields(kind, but=OF_NAME)
+    fields = {"num_classes": arch.num_classes, **{k: _static(v) for k, v in overrides.items() if k in own}}
+    if kind is MultiExit:
+        fields.setdefault("exits", default_exits(backbone(parent=None).depth))
     if method is not None:
-        fields |= _site_fields(method, fields, overrides, backbone)
-    model = Model(arch=arch_name, backbone=backbone, method=method, **fields)
-    body = model.plain()
-    body.check()
-    if model.pool == "token" and getattr(body, "registers", 0) and not body.class_token:
-        raise ValueError(f"{name}: pool='token' needs a class token; use pool='mean'")
-    model.sites()  # so that a bad value fails here, not inside a jitted step
-    check_pool(model.pool, model.plain().prefix)
+        fields |= _site_fields(method, fields.get("at"), overrides, backbone)
+        fields["reducer" if kind is Cascade else "method"] = method
+    model = kind(arch=arch_name, backbone=backbone, **fields)
+    model.validate()
     return model
 
 
@@ -283,68 +241,34 @@ def keywords(name: str) -> dict[str, Any]:
       UnknownNameError: no such model.
       ValueError: a backbone that the first part of the name does not go with.
     """
-    method, arch_name = split_name(name)
-    first, _, reducer = (method or "").partition("_")
-    body = schema.fields(
-        BACKBONES[architectures.parse(arch_name).backbone], but=("sites", "context", *OF_LINEN)
-    )
-    if method == architectures.MULTIEXIT:
-        if not _isotropic(arch_name):
-            raise ValueError(
-                f"{name}: exits at several depths need blocks of one width; {arch_name} has stages. "
-                f"multiexit_deit_small and all of list_models('{architectures.MULTIEXIT}_*') have one"
-            )
-        kept = {
-            key: kind for key, kind in body.items() if key not in DENSE
-        }  # its exits have class heads only
-        return kept | schema.fields(MultiExit, but=("arch", "backbone", *OF_LINEN))
-    if first == architectures.CASCADE:
-        if "tokens" not in body:
-            raise ValueError(
-                f"{name}: a cascade needs a backbone whose token grid can be chosen; those of "
-                f"{', '.join(architectures.CASCADES[:2])}, ... and {architectures.CASCADES[-1]} can, {arch_name} cannot"
-            )
-        kept = {key: kind for key, kind in body.items() if key not in OF_GRID}
-        own = schema.fields(Cascade, but=("arch", "backbone", "reducer", "method_options", *OF_LINEN))
-        if reducer:
-            return kept | own | {"at": own["at"] | None} | _of_method(reducer)
-        return kept | {key: kind for key, kind in own.items() if key not in OF_SITES | {"dropped"}}
-    own = schema.fields(Model)
-    found = body | {key: own[key] for key in sorted(OF_MODEL)}
-    if method is not None:
-        found |= {key: own[key] for key in sorted(OF_SITES)} | {"at": own["at"] | None} | _of_method(method)
-    return found
+    kind, method, arch_name = _kind(name)
+    body = schema.fields(BACKBONES[architectures.parse(arch_name).backbone], but=OF_BACKBONE)
+    if kind is MultiExit and not _isotropic(arch_name):
+        raise ValueError(
+            f"{name}: exits at several depths need blocks of one width; {arch_name} has stages. "
+            f"multiexit_deit_small and all of list_models('{architectures.MULTIEXIT}_*') have one"
+        )
+    if kind is Cascade and "tokens" not in body:
+        fitting = architectures.CASCADES
+        raise ValueError(
+            f"{name}: a cascade needs a backbone whose token grid can be chosen; those of "
+            f"{', '.join(fitting[:2])}, ... and {fitting[-1]} can, {arch_name} cannot"
+        )
+    own = schema.fields(kind, but=OF_NAME)
+    if method is None:
+        own = {key: value for key, value in own.items() if key not in OF_METHODS}
+    else:
+        own |= {"at": own["at"] | None} | _of_method(method)
+    return {key: value for key, value in body.items() if key not in kind.decides} | own
 
 
-def _cascade(method: str | None, arch_name: str, overrides: dict[str, Any]) -> Cascade:
-    """A cascade of one backbone; the exits' token grids stand in for its patches."""
-    arch = architectures.parse(arch_name)
-    options = {k: v for k, v in arch.options.items() if k not in OF_GRID | {"stem"}}
-    backbone = _backbone(arch, options, overrides)
-    of_cascade = schema.fields(Cascade, but=("arch", "backbone", "reducer", "method_options", *OF_LINEN))
-    fields = {k: _static(v) for k, v in overrides.items() if k in of_cascade}
-    fields.setdefault("num_classes", arch.num_classes)
-    if method is not None:
-        fields |= {"reducer": method, **_site_fields(method, fields, overrides, backbone)}
-    model = Cascade(arch=arch_name, backbone=backbone, **fields)
-    model.validate()
-    check_pool(model.pool, model.plain().prefix)
-    return model
-
-
-def _multiexit(arch_name: str, overrides: dict[str, Any]) -> MultiExit:
-    """A dense backbone with a classifier after some of its blocks."""
-    arch = architectures.parse(arch_name)
-    options = {k: v for k, v in arch.options.items() if k not in DENSE}
-    backbone = _backbone(arch, options, overrides)
-    of_exits = schema.fields(MultiExit, but=("arch", "backbone", *OF_LINEN))
-    fields = {k: _static(v) for k, v in overrides.items() if k in of_exits}
-    fields.setdefault("num_classes", arch.num_classes)
-    fields.setdefault("exits", default_exits(backbone(parent=None).depth))
-    model = MultiExit(arch=arch_name, backbone=backbone, **fields)
-    model.validate()
-    check_pool(model.pool, model.plain().prefix)
-    return model
+def _kind(name: str) -> tuple[type[Classifier], str | None, str]:
+    """A model's name as its class, its reduction method and its backbone."""
+    first, arch_name = split_name(name)
+    prefix, _, reducer = (first or "").partition("_")
+    if prefix in KINDS:
+        return KINDS[prefix], reducer or None, arch_name
+    return Model, first, arch_name
 
 
 def _isotropic(arch_name: str) -> bool:
@@ -354,28 +278,23 @@ def _isotropic(arch_name: str) -> bool:
 
 def _of_method(method: str) -> dict[str, Any]:
     """Keywords that a method takes, with their annotations."""
-    placed = ("keep", "current", "ratio", "form", "stage", "predictor_eps")
-    return schema.fields(reducers.METHODS[method].make, but=(*placed, *OF_LINEN))
+    return schema.fields(reducers.METHODS[method].make, but=(*OF_SITE, "predictor_eps"))
 
 
-def _refuse_sites(name: str, overrides: dict[str, Any], method: str | None, other: str) -> None:
+def _refuse_sites(name: str, overrides: dict[str, Any], other: str) -> None:
     """Raises UnknownNameError where a model without a method is told how to reduce."""
     for key in overrides:
-        if method is None and key in OF_METHODS:
+        if key in OF_METHODS:
             raise UnknownNameError(
                 f"{name} is dense and takes no {key!r}: put a method into its name, as in {other}"
             )
 
 
-def _site_fields(
-    method: str, fields: dict[str, Any], overrides: dict[str, Any], backbone: Spec
-) -> dict[str, Any]:
+def _site_fields(method: str, at: Any, overrides: dict[str, Any], backbone: Spec) -> dict[str, Any]:
     """`at` (by default the backbone's) and the method's own options."""
-    at = fields.get("at", ())
-    of_method = _of_method(method)
-    options = tuple(sorted((k, _static(v)) for k, v in overrides.items() if k in of_method))
+    options = tuple(sorted((k, _static(v)) for k, v in overrides.items() if k in _of_method(method)))
     if at is None or at == ():
-        at = default_sites(backbone(parent=None), reducers.method(method, **dict(options)))
+        at = backbone(parent=None).sites_of(reducers.method(method, **dict(options)).plain)
     return {"at": (at,) if isinstance(at, int) else tuple(at), "method_options": options}
 
 

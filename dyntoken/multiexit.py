@@ -1,9 +1,7 @@
 """Adaptive depth: one network with a classifier after several of its blocks.
 
-The multi-exit idea of MSDNet (Huang et al. 2018, arXiv 1703.09844, section 4) on a
-vision transformer: an image that is easy leaves after a few blocks. It is the
-baseline for cascades that adapt the number of tokens instead (`cascade`), under
-the same exit rules, thresholds and runner.
+MSDNet's multi-exit idea (Huang et al. 2018, arXiv 1703.09844, section 4) on a vision
+transformer, the baseline for cascades that adapt the number of tokens (`cascade`).
 """
 
 from __future__ import annotations
@@ -15,18 +13,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dyntoken.backbones.isotropic import Isotropic, pair
-from dyntoken.heads import ClassHead, Pool
-from dyntoken.nn import images as guard
-from dyntoken.nn import rng
-from dyntoken.nn.trunk import Context, Site, Spec
-from dyntoken.registry import UnknownNameError, suggest
-from dyntoken.schema import Natural
+from dyntoken.classifier import Classifier, check_upstream
+from dyntoken.heads import ClassHead
 from dyntoken.types import Output, Tokens
 
 Array = jax.Array
-PER_BLOCK = ("blocks",)
-RECORDS = ("features", "embed", *PER_BLOCK)
 
 
 class Early(nn.Module):
@@ -45,7 +36,7 @@ class Early(nn.Module):
         return ClassHead(self.classes, self.pool, name="head")(tokens)[0], tokens
 
 
-class MultiExit(nn.Module):
+class MultiExit(Classifier):
     """A dense backbone that can be left after some of its blocks.
 
     Built by `create_model("multiexit_...")`. The backbone and the last
@@ -53,54 +44,27 @@ class MultiExit(nn.Module):
     load; the early classifiers are `early_0`, `early_1`, ... Every loss trains
     the blocks before its exit.
 
-    Attributes:
-      arch: name of the backbone.
-      backbone: its recipe.
+    Attributes (besides those of `Classifier`):
       exits: 0-based block after which each exit sits; the last one is the last
         block.
-      num_classes, pool: see `heads.ClassHead`.
     """
 
-    arch: str
-    backbone: Spec
-    exits: tuple[int, ...]
-    num_classes: Natural = 1000
-    pool: Pool = "token"
+    exits: tuple[int, ...] = ()
 
-    @property
-    def method(self) -> str:
-        """What stands before the backbone in the model's name."""
-        return "multiexit"
-
-    @property
-    def at(self) -> tuple[int, ...]:
-        """No block reduces tokens."""
-        return ()
-
-    def sites(self) -> tuple[Site, ...]:
-        """No reduction sites."""
-        return ()
-
-    def plain(self) -> Isotropic:
-        """The backbone as a free-standing module, to read its static properties."""
-        return self.backbone(parent=None)
-
-    @property
-    def input_shape(self) -> tuple[int, int, int]:
-        """(height, width, channels) of an image."""
-        body = self.plain()
-        return (*pair(body.img_size), body.in_chans)
+    method = "multiexit"
+    decides = frozenset({"aux_weight", "mix_token"})  # what only an auxiliary head could honour
+    RECORDS = ("features", "embed", "blocks")
 
     def validate(self) -> None:
         """Raises ValueError for exits that do not fit the backbone."""
-        body, exits = self.plain(), self.exits
-        body.check()
-        if not exits or list(exits) != sorted(set(exits)) or exits[0] < 0 or exits[-1] != body.depth - 1:
+        super().validate()
+        exits, depth = self.exits, self.plain().depth
+        if not exits or list(exits) != sorted(set(exits)) or exits[0] < 0 or exits[-1] != depth - 1:
             raise ValueError(
                 f"exits={exits} must be increasing block indices that end with the last block, "
-                f"{body.depth - 1}, as in exits={default_exits(body.depth)}"
+                f"{depth - 1}, as in exits={default_exits(depth)}"
             )
-        if dict(self.backbone.options).get("distilled"):
+        if self.backbone.get("distilled"):
             raise ValueError("exits have one classifier each: build the model without distilled=True")
 
     def setup(self) -> None:
@@ -132,27 +96,23 @@ class MultiExit(nn.Module):
         Returns:
           `Output` with `logits [exits, B, classes]`.
         """
-        for what in record:
-            if what not in RECORDS:
-                raise UnknownNameError(f"unknown record {what!r}: {suggest(what, RECORDS)}")
-        last = len(self.exits) - 1 if upto is None else upto
-        if not 0 <= last < len(self.exits):
-            raise ValueError(f"upto={upto}: this model has the exits 0 to {len(self.exits) - 1}")
-        context = self._context(images, ids, train, tuple(record))
+        self._check_record(record)
+        last = self._last_exit(upto)
+        context = self._context(images, ids, train, record=tuple(record))
         logits, features, blocks = [], [], []
         state = self.body.embed(images, context)
         embed = state.x
         for index in range(last + 1):
-            state, _, found = self.body.trunk(state, context, self._blocks(index))
+            state, _, records = self.body.trunk(state, context, self._blocks(index))
             result, seen = self._classify(index, state)
             logits.append(result)
             features.append(seen)
-            blocks.extend(found.get("blocks", ()))
-        records = {"embed": embed, "blocks": tuple(blocks)}
+            blocks.extend(records.get("blocks", ()))
+        kept = {"embed": embed, "blocks": tuple(blocks)}
         return Output(
             logits=jnp.stack(logits),
             tokens=tuple(features) if "features" in record else None,
-            records={what: records[what] for what in record if what in records},
+            records={what: kept[what] for what in record if what in kept},
         )
 
     def step(
@@ -175,23 +135,14 @@ class MultiExit(nn.Module):
           `(logits [B, classes], rows after its last block [B, prefix + N, width])`;
           None instead of the rows after the last exit.
         """
-        if (upstream is None) == (index > 0):
-            raise ValueError(
-                f"exit {index} takes {'the result of the exit before' if index else 'no upstream'}"
-            )
-        context = self._context(images, ids, train, ())
+        check_upstream(index, upstream, index > 0)
+        context = self._context(images, ids, train)
         if index:
             state = Tokens.start(upstream, prefix=self.body.prefix, grid=self.body.grid)
         else:
             state = self.body.embed(images, context)
         state, _, _ = self.body.trunk(state, context, self._blocks(index))
         return self._classify(index, state)[0], state.x if index + 1 < len(self.exits) else None
-
-    def _context(self, images: Array, ids: Array | None, train: bool, record: tuple[str, ...]) -> Context:
-        guard.check(images)
-        ids = jnp.arange(images.shape[0], dtype=jnp.int32) if ids is None else ids
-        dropout = rng.of_dropout(self, dict(self.backbone.options), ids) if train else None
-        return Context(train=train, dropout=dropout, record=record)
 
     def _blocks(self, index: int) -> range:
         """The blocks between the exit before and this one."""

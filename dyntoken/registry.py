@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import fnmatch
 import importlib
 import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -69,10 +68,6 @@ class Table(Mapping[str, Any]):
             raise ValueError(f"{self.kind} {name!r} is registered already: choose another name")
         self._rows[name] = row
 
-    def match(self, pattern: str = "*") -> list[str]:
-        """Sorted names that match an `fnmatch` pattern."""
-        return sorted(fnmatch.filter(self._rows, pattern))
-
 
 def check_call(what: str, fn: Any, *args: Any, **options: Any) -> None:
     """Raises ValueError unless `fn` is a function that may be called with such arguments."""
@@ -105,7 +100,7 @@ def load_plugins(modules: str | Sequence[str]) -> tuple[str, ...]:
 
 
 def check_options(what: str, given: Iterable[str], known: Iterable[str]) -> None:
-    """Raises `UnknownNameError` for the first option nobody would read."""
+    """Raises `UnknownNameError` for the first option that is not known."""
     known = set(known)
     for name in given:
         if name not in known:

@@ -1,8 +1,7 @@
-"""Exact functions of the training step: learning rates, EViT's keep rate, the weight average's decay."""
+"""Exact functions of the training step: learning rates and the weight average's decay."""
 
 from __future__ import annotations
 
-import bisect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -166,83 +165,3 @@ def ema_warning(steps: int, decay: float, *, warmup: bool) -> str | None:
         "the trained weights are those without average (load_weights: prefer='params'); ema_warmup=True or a "
         "smaller ema would forget the start sooner"
     )
-
-
-def keep_rate_schedule(
-    step: int, *, base: float, steps_per_epoch: int, warmup_epochs: int, total_epochs: int
-) -> float:
-    """EViT's keep rate at a step: 1 at first, then a cosine down to `base`.
-
-    youweiliang/evit, `adjust_keep_rate`. A keep rate fixes shapes, so this is
-    a function of a Python int; `quantize_keep_rates` bounds how many different
-    rates, hence compilations, a run sees.
-
-    Args:
-      step: training step, from 0.
-      base: final keep rate, in (0, 1].
-      steps_per_epoch: steps per epoch.
-      warmup_epochs: epochs at rate 1 (`shrink_start_epoch`).
-      total_epochs: first epoch at `base` (`shrink_start_epoch + shrink_epochs`).
-    """
-    _check_keep(base, steps_per_epoch, warmup_epochs, total_epochs)
-    epoch = step // steps_per_epoch
-    if epoch < warmup_epochs:
-        return 1.0
-    if epoch >= total_epochs:
-        return float(base)
-    done = (step - warmup_epochs * steps_per_epoch) / ((total_epochs - warmup_epochs) * steps_per_epoch)
-    return base + (1.0 - base) * 0.5 * (math.cos(math.pi * done) + 1.0)
-
-
-def quantize_keep_rates(
-    *, base: float, steps_per_epoch: int, warmup_epochs: int, total_epochs: int, levels: int = 5
-) -> list[tuple[int, float]]:
-    """`keep_rate_schedule` rounded to a few rates, one compilation each.
-
-    The rates are evenly spaced from 1 to `base`; at each step the one nearest
-    to the exact schedule holds, so it is off by at most
-    `(1 - base) / (levels - 1) / 2`.
-
-    Args:
-      base: see `keep_rate_schedule`.
-      steps_per_epoch: see `keep_rate_schedule`.
-      warmup_epochs: see `keep_rate_schedule`.
-      total_epochs: see `keep_rate_schedule`.
-      levels: number of rates, 1 and `base` included; at least 2.
-
-    Returns:
-      `[(first_step, rate), ...]`, steps ascending from 0, rates descending; the
-      last rate is `base` exactly.
-    """
-    _check_keep(base, steps_per_epoch, warmup_epochs, total_epochs)
-    if levels < 2:
-        raise ValueError(f"levels={levels} must be at least 2: the first rate is 1, the last {base}")
-    if base == 1:
-        return [(0, 1.0)]
-    end = total_epochs * steps_per_epoch
-
-    def fallen(step: int) -> float:
-        return -keep_rate_schedule(
-            step,
-            base=base,
-            steps_per_epoch=steps_per_epoch,
-            warmup_epochs=warmup_epochs,
-            total_epochs=total_epochs,
-        )
-
-    gap = (1.0 - base) / (levels - 1)
-    first = {0: 1.0}
-    for level in range(1, levels):
-        rate = float(base) if level == levels - 1 else round(1.0 - level * gap, 10)
-        first[bisect.bisect_left(range(end), -(rate + gap / 2), key=fallen)] = rate
-    return list(first.items())
-
-
-def _check_keep(base: float, steps_per_epoch: int, warmup_epochs: int, total_epochs: int) -> None:
-    if not 0 < base <= 1:
-        raise ValueError(f"the base keep rate must lie in (0, 1], not {base}")
-    if steps_per_epoch < 1 or not 0 <= warmup_epochs <= total_epochs:
-        raise ValueError(
-            f"steps_per_epoch={steps_per_epoch} must be at least 1 and 0 <= warmup_epochs={warmup_epochs} "
-            f"<= total_epochs={total_epochs}"
-        )

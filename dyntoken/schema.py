@@ -82,7 +82,7 @@ Rate = Annotated[float, within("[0, 1)")]  # of dropout: 1 would drop all
 Positive = Annotated[float, within("(0, inf)")]
 NonNegative = Annotated[float, within("[0, inf)")]
 Size = Count | tuple[Count, Count]  # n, or (rows, columns)
-Keep = float | int | tuple[float | int, ...]  # see `ops.select.keep_counts`
+Keep = float | int | tuple[float | int, ...]  # see `reducers.keep.keep_counts`
 Interpolation = Literal["bicubic", "bilinear"]
 Seed = Annotated[int, within("[0, 4294967295]")]  # jax.random.key takes larger ones for smaller ones
 

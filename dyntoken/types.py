@@ -1,8 +1,7 @@
-"""The records that travel through a model: `Tokens` in, `Output` out.
+"""The records that pass through a model: `Tokens` in, `Output` out.
 
-Design rule: a token keeps its address. From any stage one can say which
-original patches a row stands for (`carrier`), where a row lies on the first
-grid (`place`) and how many patches it absorbed (`size`).
+A token keeps its address: at any stage `carrier` says which original patches a row
+stands for, `place` where it lies on the first grid, `size` how many it absorbed.
 """
 
 from __future__ import annotations
@@ -25,10 +24,10 @@ def float_type(value: Any) -> jnp.dtype:
     Raises:
       ValueError: none of float32, bfloat16 and float16.
     """
-    found = jnp.dtype(SHORT.get(value, value) if isinstance(value, str) else value)
-    if value is None or found.name not in SHORT.values():
+    dtype = jnp.dtype(SHORT.get(value, value) if isinstance(value, str) else value)
+    if value is None or dtype.name not in SHORT.values():
         raise ValueError(f"{value} is no compute type")
-    return found
+    return dtype
 
 
 DType = Annotated[Any, Rule(float_type, "float32 (fp32), bfloat16 (bf16) or float16 (fp16)")]
@@ -36,7 +35,7 @@ DType = Annotated[Any, Rule(float_type, "float32 (fp32), bfloat16 (bf16) or floa
 
 @flax.struct.dataclass
 class Tokens:
-    """A batch of token rows, the only thing that travels between modules.
+    """A batch of token rows, which all modules take and return.
 
     Attributes:
       x: `[B, prefix + N, C]`; class and distillation tokens first. They are
@@ -68,13 +67,7 @@ class Tokens:
 
     @classmethod
     def start(cls, x: Array, *, prefix: int = 1, grid: tuple[int, int] | None = None) -> Tokens:
-        """Wraps the rows that enter the first block.
-
-        Args:
-          x: `[B, prefix + N, C]`.
-          prefix: rows that are no patches (class token, distillation token).
-          grid: (rows, columns) with rows * columns = N; by default `(1, N)`.
-        """
+        """The rows `x [B, prefix + N, C]` that enter the first block, on a grid (default `(1, N)`)."""
         batch, rows = x.shape[0], x.shape[1] - prefix
         grid = (1, rows) if grid is None else tuple(grid)
         if grid[0] * grid[1] != rows:
@@ -144,7 +137,7 @@ class Reduction:
 
 @flax.struct.dataclass
 class Attended:
-    """What an attention layer shows a reducer that sits inside its block.
+    """What an attention layer shows a reducer inside its block.
 
     Attributes:
       cls: `[B, N]` float32, mean over heads of the class token's attention to
@@ -165,7 +158,7 @@ class Attended:
 
 @flax.struct.dataclass
 class Upstream:
-    """What one exit of a cascade hands to the next; every array leads with the batch.
+    """What one exit of a cascade hands to the next.
 
     Attributes:
       features: one array, or one per block: `[B, prefix + n, C]`, rows after the

@@ -175,7 +175,7 @@ def test_bad_requests_say_what_to_do(options, message):
 
 def test_bad_calls_say_what_to_do():
     model, variables = _model("none"), _variables("none")
-    with pytest.raises(ValueError, match="upto=3: this cascade has the exits 0 to 2"):
+    with pytest.raises(ValueError, match="upto=3: this model has the exits 0 to 2"):
         model.apply(variables, IMAGES, upto=3)
     with pytest.raises(UnknownNameError, match=r"unknown record 'relation'.*relations"):
         model.apply(variables, IMAGES, record=("relation",))

@@ -186,7 +186,7 @@ def test_multiply_adds_per_exit_are_fewer():
 
 def test_keep_and_at_per_exit():
     make = functools.partial(dyntoken.create_model, "dvt_dtps_deit_tiny", **TINY)
-    counts = lambda model: [dict(site.reducer.options)["keep"] for site in model.sites()]  # noqa: E731
+    counts = lambda model: [site.reducer["keep"] for site in model.sites()]  # noqa: E731
     assert counts(make(at=(0, 1), keep=(0.9, 4))) == [8, 4, 14, 4]
     model = make(at=((0, 1), (1,)), keep=((8, 7), (6,)))
     assert counts(model) == [8, 7, 6] and [site.at for site in model.sites()] == [0, 1, 1]

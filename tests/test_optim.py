@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from dyntoken import optim
-from dyntoken.schedules import keep_rate_schedule, learning_rate, quantize_keep_rates
+from dyntoken.schedules import learning_rate
 
 CONSTANT = {"total_steps": 10, "steps_per_epoch": 1, "schedule": "constant", "lr": 0.1}
 
@@ -124,41 +124,6 @@ def test_schedule_errors():
         schedule("constant", cooldown_epochs=1)
     with pytest.raises(ValueError, match="warm-up of 40 steps does not fit into a run of 40"):
         schedule("cosine", warmup_epochs=10, cooldown_epochs=20)
-
-
-EVIT = {"base": 0.7, "steps_per_epoch": 5, "warmup_epochs": 2, "total_epochs": 8}
-
-
-def test_keep_rate_schedule():
-    rates = [keep_rate_schedule(step, **EVIT) for step in range(45)]
-    assert rates[:11] == [1.0] * 11
-    assert rates[11] == pytest.approx(0.999178284305241, rel=1e-14)
-    assert rates[25] == pytest.approx(0.85, rel=1e-14)
-    assert rates[39] == pytest.approx(0.7008217156947589, rel=1e-14)
-    assert rates[40:] == [0.7] * 5
-
-
-@pytest.mark.parametrize("levels", [2, 4, 7])
-def test_quantized_keep_rates_stay_near_the_schedule(levels):
-    plan = quantize_keep_rates(**EVIT, levels=levels)
-    steps, rates = zip(*plan, strict=True)
-    assert len(plan) == levels and steps[0] == 0 and rates[0] == 1.0 and rates[-1] == 0.7
-    assert list(steps) == sorted(set(steps)) and list(rates) == sorted(rates, reverse=True)
-    for step in range(60):
-        held = [rate for first, rate in plan if first <= step][-1]
-        assert abs(held - keep_rate_schedule(step, **EVIT)) <= 0.3 / (levels - 1) / 2 + 1e-9
-
-
-def test_quantized_keep_rates_at_the_limits():
-    assert quantize_keep_rates(**{**EVIT, "base": 1.0}) == [(0, 1.0)]
-    assert quantize_keep_rates(**{**EVIT, "warmup_epochs": 8}) == [(0, 1.0), (40, 0.7)]
-    assert quantize_keep_rates(**{**EVIT, "warmup_epochs": 0, "total_epochs": 0}) == [(0, 0.7)]
-    with pytest.raises(ValueError, match=r"\(0, 1\]"):
-        keep_rate_schedule(0, **{**EVIT, "base": 1.1})
-    with pytest.raises(ValueError, match="warmup_epochs=9"):
-        keep_rate_schedule(0, **{**EVIT, "warmup_epochs": 9})
-    with pytest.raises(ValueError, match="levels=1"):
-        quantize_keep_rates(**EVIT, levels=1)
 
 
 def test_groups_follow_dynamicvit():

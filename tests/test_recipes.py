@@ -62,7 +62,7 @@ def test_a_row_is_the_model_it_names(recipe, argument, gmacs, top1):
             1 if size == "t" else 3
         )
     else:
-        assert dict(model.backbone.options)["width"] == width
+        assert model.backbone["width"] == width
     assert model.input_shape[0] == int(given.get("pixels", 224))
     if model.method:
         assert model.keep == float(given["keep"]) and len(model.sites()) == len(model.at)

@@ -19,7 +19,7 @@ from jax.interpreters import partial_eval
 
 from dyntoken.analysis.jaxpr import Operation, operations
 from dyntoken.nn.reduction_sites import REDUCER, added
-from dyntoken.nn.trunk import Spec
+from dyntoken.nn.spec import Spec
 from dyntoken.ops import backend
 
 RESIZE = "resize"  # the named scope whose work stands on its own line
@@ -163,9 +163,9 @@ def count(model: Any, image_shape: Sequence[int] | None = None, *, upto: int | N
 def _unlooped(model: Any) -> Any:
     """The model with every block by its name, where it runs some of them as one loop."""
     recipe = getattr(model, "backbone", None)
-    if not isinstance(recipe, Spec) or not dict(recipe.options).get("scan"):
+    if not isinstance(recipe, Spec) or not recipe.get("scan"):
         return model
-    return model.clone(backbone=Spec.of(recipe.make, **{**dict(recipe.options), "scan": False}))
+    return model.clone(backbone=recipe.with_(scan=False))
 
 
 def default_image_shape(model: Any) -> tuple[int, int, int]:

@@ -53,6 +53,9 @@ def register_backbone(
         raise ValueError(
             f"backbone {name!r} must subclass Isotropic, RegrownStages or DualPathStages, got {make!r}"
         )
+    missing = [wanted for wanted in make.required if not hasattr(make, wanted)]
+    if missing:
+        raise ValueError(f"backbone {name!r} does not define {', '.join(missing)}")
     fields = {field.name: field.default for field in dataclasses.fields(make)}
     archs = {}
     for model, options in models.items():

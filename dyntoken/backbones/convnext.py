@@ -8,11 +8,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dyntoken.backbones.isotropic import pair
+from dyntoken.backbones.sizes import pair
 from dyntoken.backbones.staged_dual_path import DualPathStages
 from dyntoken.nn import layers
 from dyntoken.nn.dual_path import Route, Streams, branch
-from dyntoken.nn.trunk import Context, Spec
+from dyntoken.nn.spec import Spec
+from dyntoken.nn.trunk import Context
 from dyntoken.ops import sample
 from dyntoken.schema import Count, Positive
 
@@ -26,16 +27,11 @@ class ConvNeXtBlock(nn.Module):
     The fast path is one linear layer after a norm, `fast_path` of
     raoyongming/DynamicViT; both paths share the convolution.
 
-    Attributes:
-      layer: number of the block, which keys its random draws.
-      width: channels.
+    Attributes (besides those of `nn.block.Block`):
       grid: (rows, columns) of cells.
       kernel: taps of the convolution, odd.
-      drop_path: stochastic depth rate.
       layer_scale: initial value of gamma, None for none.
-      norm_eps: LayerNorm epsilon.
       fast: whether it has a fast path.
-      dtype: compute type.
     """
 
     layer: int
@@ -72,13 +68,17 @@ class ConvNeXtBlock(nn.Module):
         self, x: Array | Streams, draws: sample.Draws | None, route: Route | None
     ) -> Array | Streams:
         """Cells `[B, N, C]` in and out; `route` is None ahead of the first site."""
+
+        def path(y: Array, stream: int) -> Array:
+            return layers.drop_path(y, self.drop_path, draws, self.layer, stream)
+
         if isinstance(x, Streams):
             both = x.renewed(self._mix(x.mixed(route.mask)), route.mask)
-            slow = x.slow + self._path(self._slow(both.slow), draws, SLOW_PATH)
-            return Streams(slow, x.fast + self._path(self._fast(both.fast), draws, FAST_PATH))
+            slow = path(self._slow(both.slow), SLOW_PATH)
+            return Streams(x.slow + slow, x.fast + path(self._fast(both.fast), FAST_PATH))
         y = self._mix(x)
         y = self._slow(y) if route is None else branch(route, y, self._slow, self._fast)
-        return x + self._path(y, draws, SLOW_PATH)
+        return x + path(y, SLOW_PATH)
 
     def _mix(self, x: Array) -> Array:
         return self.dwconv(x.reshape(len(x), *self.grid, self.width)).reshape(x.shape)
@@ -88,11 +88,6 @@ class ConvNeXtBlock(nn.Module):
 
     def _fast(self, x: Array) -> Array:
         return _scaled(self.fast_path_1(self.fast_path_0(x)), self.fast_path_gamma)
-
-    def _path(self, y: Array, draws: sample.Draws | None, stream: int) -> Array:
-        if draws is None or self.drop_path == 0.0:
-            return y
-        return sample.drop_path(y, self.drop_path, draws, self.layer, stream)
 
 
 class ConvNeXt(DualPathStages):
@@ -116,7 +111,6 @@ class ConvNeXt(DualPathStages):
     predictor_eps = 1e-6
 
     def check(self) -> None:
-        """Raises ValueError for fields that do not fit together."""
         super().check()
         if len(self.widths) != len(self.depths):
             raise ValueError(f"widths={self.widths} needs one entry for each of depths={self.depths}")
@@ -130,37 +124,19 @@ class ConvNeXt(DualPathStages):
 
     def setup(self) -> None:
         self.stem_conv = self._conv(self.widths[0], pair(self.patch_size))
-        self.stem_norm = self._norm()
+        self.stem_norm = self.make_norm()
         for number, width in enumerate(self.widths[1:], start=1):
-            setattr(self, f"downsample_{number}_norm", self._norm())
+            setattr(self, f"downsample_{number}_norm", self.make_norm())
             setattr(self, f"downsample_{number}_conv", self._conv(width, (2, 2)))
-        rates, layer, recipes = self.rates(), 0, []
-        for number, depth in enumerate(self.depths):
-            own = [self._block(layer + index, number, rates[number][index]) for index in range(depth)]
-            recipes.append(own)
-            layer += depth
-        self.stages = self.make_stages(recipes)
-        self.norm = self._norm()
-
-    def _norm(self) -> nn.LayerNorm:
-        return nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype)
+        self.stages = self.make_stages()
+        self.norm = self.make_norm()
 
     def _conv(self, width: int, side: tuple[int, int]) -> nn.Conv:
         init = layers.trunc_normal()
         return nn.Conv(width, side, side, "VALID", kernel_init=init, dtype=self.dtype)
 
-    def _block(self, layer: int, stage: int, rate: float) -> Spec:
-        return Spec.of(
-            ConvNeXtBlock,
-            layer=layer,
-            width=self.widths[stage],
-            grid=self.grid_of(stage),
-            kernel=self.kernel,
-            drop_path=rate,
-            layer_scale=self.layer_scale,
-            norm_eps=self.norm_eps,
-            dtype=self.dtype,
-        )
+    def block(self, stage: int, index: int) -> Spec:
+        return Spec.of(ConvNeXtBlock, kernel=self.kernel, layer_scale=self.layer_scale)
 
     def embed(self, images: Array, context: Context) -> Array:
         """One convolution per patch, then a norm."""

@@ -9,22 +9,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dyntoken.backbones.isotropic import pair
+from dyntoken.backbones.sizes import pair
 from dyntoken.backbones.staged_regrown import RegrownStages
 from dyntoken.nn import layers
 from dyntoken.nn.batchnorm import BatchNorm
 from dyntoken.nn.spatial import Map, SpatialBlock
-from dyntoken.nn.trunk import Spec
-from dyntoken.ops import attend, sample, select
+from dyntoken.nn.spec import Spec
+from dyntoken.ops import attend, sample, select, unfold
 from dyntoken.schema import Count, Natural, Positive
 from dyntoken.types import Attended
 
 Array = jax.Array
-
-
-def quick_gelu(x: Array) -> Array:
-    """`x sigmoid(1.702 x)`."""
-    return x * jax.nn.sigmoid(1.702 * x)
 
 
 class ConvEmbed(nn.Module):
@@ -65,13 +60,10 @@ class ConvProjection(nn.Module):
 class ConvAttention(nn.Module):
     """Attention whose queries, keys and values are convolved on a map; class tokens pass by.
 
-    Attributes:
-      heads, qkv_bias, dropout: as timm's.
+    Attributes (besides those of `nn.attention.Attention`):
       kernel: of the convolutions, odd.
       stride, padding: of those of keys and values; queries keep the map's size.
       frozen: see `BatchNorm`.
-      dtype: compute type; softmax and statistics stay in float32.
-      attn_dropout: rate on the attention weights.
     """
 
     heads: int
@@ -98,12 +90,8 @@ class ConvAttention(nn.Module):
     ) -> tuple[Array, Attended | None]:
         """Attends `x [B, T, C]`.
 
-        Args:
+        Args (the others, and the result, are those of `Attention`):
           spatial_map: the patches as a map; a query is read where a row lies on it.
-          prefix, train, return_scores, draws, path: see `Attention`.
-
-        Returns:
-          `(y [B, T, C], Attended or None)`.
         """
         batch, rows, width = x.shape
         grid = spatial_map.cells.shape[1:3]
@@ -150,15 +138,10 @@ class ConvAttention(nn.Module):
 
 def key_weights(cells: int, kernel: int, stride: int, padding: int) -> np.ndarray:
     """Weights `[cells, keys]` float32 of a linear interpolation between the centres of keys, along one axis."""
-    keys = _convolved(cells, kernel, stride, padding)
+    keys = unfold.count(cells, kernel, stride, padding)
     at = (np.arange(cells) + padding - (kernel - 1) / 2) / stride
     at = np.clip(at, 0, keys - 1)
     return np.maximum(0.0, 1.0 - np.abs(at[:, None] - np.arange(keys)[None])).astype(np.float32)
-
-
-def _convolved(size: int, kernel: int, stride: int, padding: int) -> int:
-    """Outputs of a convolution along an axis."""
-    return (size + 2 * padding - kernel) // stride + 1
 
 
 class CvTBlock(SpatialBlock):
@@ -168,10 +151,9 @@ class CvTBlock(SpatialBlock):
     stride: int = 2
     padding: int = 1
     frozen: bool = False
-    activation = staticmethod(quick_gelu)
+    act: str = "quick_gelu"
 
     def attention(self) -> nn.Module:
-        """The attention layer."""
         options = (self.kernel, self.stride, self.padding, self.frozen, self.dropout, self.dtype)
         return ConvAttention(self.heads, self.qkv_bias, *options, self.attn_dropout)
 
@@ -214,16 +196,14 @@ class CvT(RegrownStages):
 
     @property
     def grids(self) -> tuple[tuple[int, int], ...]:
-        """(rows, columns) of patches of each stage."""
-        size, found = pair(self.img_size), []
+        size, grids = pair(self.img_size), []
         for options in zip(*(getattr(self, name) for name in self.embeds), strict=True):
-            size = tuple(_convolved(s, *options) for s in size)
-            found.append(size)
-        return tuple(found)
+            size = tuple(unfold.count(s, *options) for s in size)
+            grids.append(size)
+        return tuple(grids)
 
     @property
     def prefixes(self) -> tuple[int, ...]:
-        """Number of class tokens of each stage."""
         return tuple(int(token) for token in self.class_tokens)
 
     def convolves(self, stage: int) -> bool:
@@ -231,24 +211,21 @@ class CvT(RegrownStages):
         return True
 
     def check(self) -> None:
-        """Raises ValueError for fields that do not fit together."""
         super().check()
         if any(kernel % 2 == 0 for kernel in self.kernels):
             raise ValueError(f"kernels={self.kernels} must be odd, so that queries keep the map's size")
         keys = zip(self.grids, self.kernels, self.kv_strides, self.kv_paddings, strict=True)
         for (high, wide), *options in keys:
-            if min(high, wide) < 1 or _convolved(min(high, wide), *options) < 1:
+            if min(high, wide) < 1 or unfold.count(min(high, wide), *options) < 1:
                 raise ValueError(f"img_size {pair(self.img_size)} is too small: the maps are {self.grids}")
 
     def embed(self, stage: int) -> Spec:
-        """The embedding that a stage starts with."""
         kernel, stride, padding = (getattr(self, name)[stage] for name in self.embeds)
         options = {"kernel": kernel, "stride": stride, "padding": padding}
         options |= {"norm_eps": self.norm_eps, "dtype": self.dtype}
         return Spec.of(ConvEmbed, width=self.widths[stage], **options)
 
     def block(self, stage: int) -> Spec:
-        """A block of a stage."""
         options = {"stride": self.kv_strides[stage], "padding": self.kv_paddings[stage]}
         return Spec.of(CvTBlock, kernel=self.kernels[stage], frozen=self.frozen_stats, **options)
 

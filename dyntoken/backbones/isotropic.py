@@ -9,38 +9,30 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from dyntoken.backbones.sizes import check_heads, check_images
 from dyntoken.nn import layers
 from dyntoken.nn.block import Block
 from dyntoken.nn.reduction_sites import ReductionSites
 from dyntoken.nn.remat import Remat, check_policy
-from dyntoken.nn.trunk import Context, Site, Spec, Trunk
+from dyntoken.nn.spec import Site, Spec
+from dyntoken.nn.trunk import Context, Trunk
 from dyntoken.schema import Count, Positive, Rate, Size
 from dyntoken.types import DType, Reduction, Tokens
 
 Array = jax.Array
-
-
-def pair(value: int | tuple[int, int]) -> tuple[int, int]:
-    """`n` or `(rows, columns)` to a pair."""
-    return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
-
-
-def check_images(images: Array, img_size: int | tuple[int, int], in_chans: int) -> None:
-    """Raises ValueError unless `images` are `[B, *img_size, in_chans]`."""
-    size = pair(img_size)
-    if images.ndim != 4 or images.shape[1:] != (*size, in_chans):
-        raise ValueError(
-            f"this model takes images [B, {size[0]}, {size[1]}, {in_chans}], got {images.shape}; "
-            "create_model(..., img_size=, in_chans=) builds it for others"
-        )
+# Fields that a block takes from its backbone as they are.
+OF_BLOCK = ("width", "heads", "mlp_ratio", "qkv_bias", "qk_scale", "dropout", "attn_dropout", "proj_bias")
+OF_BLOCK += ("qk_norm", "layer_scale", "norm_eps", "skip_lam", "dtype")
 
 
 class Isotropic(ReductionSites, nn.Module):
     """A stem, then blocks of one width.
 
     Class (and other prefix) tokens come first, then one position embedding of
-    length prefix + N is added to all rows. A subclass gives the stem
-    (`setup_stem`, `stem_rows`), the `grid`, its prefix tokens and its positions.
+    length prefix + N is added to all rows. A subclass gives the (rows, columns)
+    of its `grid`, builds the modules of the stem in `setup_stem()` and runs them
+    in `stem_rows(images, context)`, which returns the patch rows `[B, N, width]`;
+    it may have other `prefix_rows` and `positions`.
 
     Attributes:
       img_size: pixels, `n` or `(height, width)`.
@@ -94,6 +86,8 @@ class Isotropic(ReductionSites, nn.Module):
     dtype: DType = jnp.float32
     sites: tuple[Site, ...] = ()
 
+    required = ("grid", "setup_stem", "stem_rows")
+
     @property
     def default_sites(self) -> tuple[int, ...]:
         """Three sites at the quarters of the depth: (3, 6, 9) of 12 blocks."""
@@ -109,30 +103,13 @@ class Isotropic(ReductionSites, nn.Module):
         """Rows that are no patches."""
         return sum(self.prefix_rows.values())
 
-    @property
-    def grid(self) -> tuple[int, int]:
-        """(rows, columns) of patches."""
-        raise NotImplementedError(f"{type(self).__name__} does not say its grid")
-
     def check(self) -> None:
         """Raises ValueError for fields that do not fit together."""
-        if self.width % self.heads:
-            raise ValueError(f"width {self.width} is not divisible by {self.heads} heads")
+        check_heads((self.width,), (self.heads,))
         check_policy(self.remat)
 
-    def setup_stem(self) -> None:
-        """Builds the modules of the stem."""
-        raise NotImplementedError(f"{type(self).__name__} does not build a stem")
-
-    def stem_rows(self, images: Array, context: Context) -> Array:
-        """Images to patch rows `[B, N, width]`."""
-        raise NotImplementedError(f"{type(self).__name__} does not run a stem")
-
     def positions(self) -> Array | None:
-        """The position embedding `[1, prefix + N, width]`; called once, in `setup`.
-
-        None: the stem's rows know where they are; nothing is added to them.
-        """
+        """The position embedding `[1, prefix + N, width]`, or None; called once, in `setup`."""
         rows = self.prefix + self.grid[0] * self.grid[1]
         return self.param("pos_embed", layers.trunc_normal(), (1, rows, self.width))
 
@@ -155,22 +132,10 @@ class Isotropic(ReductionSites, nn.Module):
         return Spec.of(
             Block,
             layer=index,
-            width=self.width,
-            heads=self.heads,
-            mlp_ratio=self.mlp_ratio,
-            qkv_bias=self.qkv_bias,
-            qk_scale=self.qk_scale,
-            dropout=self.dropout,
             drop_path=linear if self.drop_path_rule == "linear" else self.drop_path,
-            layer_scale=self.layer_scale,
-            norm_eps=self.norm_eps,
-            skip_lam=self.skip_lam,
             context=self.context if isinstance(self.context, int) else self.context[index],
-            dtype=self.dtype,
-            attn_dropout=self.attn_dropout,
-            proj_bias=self.proj_bias,
-            qk_norm=self.qk_norm,
             act=self.activation,
+            **{name: getattr(self, name) for name in OF_BLOCK},
         )
 
     def embed(self, images: Array, context: Context) -> Tokens:
@@ -189,11 +154,7 @@ class Isotropic(ReductionSites, nn.Module):
     def __call__(
         self, images: Array, context: Context
     ) -> tuple[Tokens, tuple[Reduction, ...], dict[str, Any]]:
-        """Runs stem, trunk and final norm.
-
-        Returns:
-          Normalised tokens, one `Reduction` per site, records by name.
-        """
+        """Runs stem, trunk and final norm; returns tokens, one `Reduction` per site, records by name."""
         tokens = self.embed(images, context)
         chex.assert_shape(tokens.x, (images.shape[0], self.prefix + tokens.initial, self.width))
         embed = {"embed": tokens.x} if "embed" in context.record else {}

@@ -8,7 +8,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dyntoken.backbones.isotropic import Isotropic, pair
+from dyntoken.backbones.isotropic import Isotropic
+from dyntoken.backbones.sizes import check_multiple, pair
 from dyntoken.nn import layers
 from dyntoken.nn.batchnorm import BatchNorm
 from dyntoken.nn.trunk import Context
@@ -88,15 +89,10 @@ class LVViT(Isotropic):
     def grid(self) -> tuple[int, int]:
         """(rows, columns) of patches."""
         size, patch = pair(self.img_size), pair(self.patch_size)
-        if size[0] % patch[0] or size[1] % patch[1]:
-            near = tuple(max(p, round(s / p) * p) for s, p in zip(size, patch, strict=True))
-            raise ValueError(
-                f"img_size {size} is not divisible by patch_size {patch}; the nearest that fits is {near}"
-            )
+        check_multiple(size, patch, f"is not divisible by patch_size {patch}")
         return size[0] // patch[0], size[1] // patch[1]
 
     def check(self) -> None:
-        """Raises ValueError for fields that do not fit together."""
         super().check()
         if self.stem == "conv" and any(p % 2 for p in pair(self.patch_size)):
             raise ValueError(f"stem='conv' halves the patches: patch_size {self.patch_size} must be even")
@@ -113,7 +109,6 @@ class LVViT(Isotropic):
             self.patch_embed = layers.PatchEmbed(patch, self.width, dtype=self.dtype)
 
     def stem_rows(self, images: Array, context: Context) -> Array:
-        """`[B, H, W, Cin]` to `[B, N, width]`."""
         more = (context.train,) if self.stem == "conv" else ()
         return self.patch_embed(images, *more).reshape(images.shape[0], -1, self.width)
 

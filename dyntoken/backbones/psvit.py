@@ -9,12 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dyntoken.backbones.isotropic import Isotropic, pair
+from dyntoken.backbones.isotropic import Isotropic
+from dyntoken.backbones.sizes import check_multiple, pair
 from dyntoken.nn import layers
 from dyntoken.nn.batchnorm import BatchNorm
-from dyntoken.nn.block import Block
 from dyntoken.nn.remat import rematerialised
-from dyntoken.nn.trunk import Context, Spec
+from dyntoken.nn.spec import Spec
+from dyntoken.nn.trunk import Context
 from dyntoken.ops import bilinear, sample
 from dyntoken.schema import Count, Positive, Size
 from dyntoken.types import Tokens
@@ -77,19 +78,19 @@ class Sampling(nn.Module):
     """One step of progressive sampling (section 3.2): sample, attend, say where to look next.
 
     Attributes:
-      block: fields of its transformer block.
+      block: recipe of its transformer block.
       moves: whether it predicts offsets; the last step does not.
       offset_bias: bias of that prediction.
     """
 
-    block: tuple[tuple[str, Any], ...]
+    block: Spec
     moves: bool
     offset_bias: bool = True
 
     @nn.compact
     def __call__(self, sampled: Array, draws: sample.Draws | None, train: bool) -> tuple[Array, Array | None]:
         """`[B, P, width]` to `(rows [B, P, width], offsets [B, P, 2] float32 or None)`."""
-        block = Block(**dict(self.block), name="block")
+        block = self.block(name="block")
         tokens, _ = block.attend(Tokens.start(sampled, prefix=0), draws, train, False)
         rows = block.feed_forward(tokens, draws).x
         if not self.moves:
@@ -143,12 +144,8 @@ class PSViT(Isotropic):
         return {"cls_token": 1} if self.class_token else {}
 
     def check(self) -> None:
-        """Raises ValueError for fields that do not fit together."""
         super().check()
-        size = pair(self.img_size)
-        if any(s % STRIDE for s in size):
-            near = tuple(max(STRIDE, round(s / STRIDE) * STRIDE) for s in size)
-            raise ValueError(f"img_size {size} is not divisible by {STRIDE}; the nearest that fits is {near}")
+        check_multiple(self.img_size, STRIDE, f"is not divisible by {STRIDE}")
 
     def positions(self) -> None:
         """None: every row has the embedding of its point."""
@@ -163,10 +160,9 @@ class PSViT(Isotropic):
             moves = index < self.iterations - 1
             setattr(self, f"sampling_{index}", make(self._sampling_block(index), moves, self.offset_bias))
 
-    def _sampling_block(self, index: int) -> tuple[tuple[str, Any], ...]:
+    def _sampling_block(self, index: int) -> Spec:
         # Numbers past those of the trunk key the draws; the rate grows from the first iteration on.
-        options = dict(self._block(0).options)
-        return tuple({**options, "layer": self.depth + index, "drop_path": self._rate(index)}.items())
+        return self._block(0).with_(layer=self.depth + index, drop_path=self._rate(index))
 
     def _rate(self, index: int) -> float:
         """Stochastic depth of a block, counted over sampling steps and trunk."""
@@ -175,9 +171,7 @@ class PSViT(Isotropic):
         return self.drop_path * index / max(1, self.iterations + self.depth - 1)
 
     def _block(self, index: int) -> Spec:
-        spec = super()._block(index)
-        rate = self._rate(self.iterations + index)
-        return Spec.of(spec.make, **{**dict(spec.options), "drop_path": rate})
+        return super()._block(index).with_(drop_path=self._rate(self.iterations + index))
 
     def stem_rows(self, images: Array, context: Context) -> Array:
         """`[B, H, W, Cin]` to `[B, P, width]`."""

@@ -8,11 +8,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dyntoken.backbones.isotropic import pair
+from dyntoken.backbones.sizes import check_multiple, pair
 from dyntoken.backbones.staged_regrown import RegrownStages
 from dyntoken.nn import layers
 from dyntoken.nn.spatial import Map, SpatialBlock
-from dyntoken.nn.trunk import Spec
+from dyntoken.nn.spec import Spec
 from dyntoken.ops import attend, sample
 from dyntoken.schema import Count, Positive
 from dyntoken.types import Attended
@@ -44,12 +44,8 @@ def _patches(width: int, patch: int, x: Array, name: str, dtype: Any) -> Array:
 class SpatialReductionAttention(nn.Module):
     """Queries of all rows, keys and values of a map that one convolution made smaller.
 
-    Attributes:
-      heads, qkv_bias, dropout: as timm's.
-      qk_scale: factor on the logits; None is head_dim ** -0.5.
+    Attributes (besides those of `nn.attention.Attention`):
       ratio: kernel and stride of that convolution; with 1 the rows themselves are keys.
-      dtype: compute type; the softmax stays in float32.
-      attn_dropout: rate on the attention weights.
     """
 
     heads: int
@@ -75,13 +71,8 @@ class SpatialReductionAttention(nn.Module):
     ) -> tuple[Array, Attended | None]:
         """Attends `x [B, T, C]`.
 
-        Args:
-          spatial_map: the patches as a map, if ratio > 1.
-          policy: `[B, T]` keep mask over keys if ratio is 1, or None.
-          prefix, train, return_scores, draws, path: see `Attention`.
-
-        Returns:
-          `(y [B, T, C], Attended or None)`.
+        Args (the others, and the result, are those of `Attention`):
+          spatial_map: the patches as a map, if ratio > 1; `policy` only if it is 1.
         """
         batch, rows, width = x.shape
         options = {"dtype": self.dtype, "use_bias": self.qkv_bias}
@@ -117,11 +108,9 @@ class PVTBlock(SpatialBlock):
 
     @property
     def convolves(self) -> bool:
-        """Whether the attention takes a map."""
         return self.ratio > 1
 
     def attention(self) -> nn.Module:
-        """The attention layer."""
         options = (self.heads, self.qkv_bias, self.qk_scale, self.ratio, self.dropout, self.dtype)
         return SpatialReductionAttention(*options, self.attn_dropout)
 
@@ -151,24 +140,17 @@ class PVT(RegrownStages):
 
     @property
     def grids(self) -> tuple[tuple[int, int], ...]:
-        """(rows, columns) of patches of each stage."""
         size, whole = pair(self.img_size), self.patch_size * 2 ** (self.depth - 1)
-        if any(s % whole or s < whole for s in size):
-            near = tuple(max(whole, round(s / whole) * whole) for s in size)
-            raise ValueError(
-                f"img_size {size} is not divisible by {whole} (patch_size {self.patch_size}, halved "
-                f"{self.depth - 1} times); the nearest that fits is {near}"
-            )
+        halved = f"(patch_size {self.patch_size}, halved {self.depth - 1} times)"
+        check_multiple(size, whole, f"is not divisible by {whole} {halved}")
         first = tuple(s // self.patch_size for s in size)
         return tuple((first[0] >> stage, first[1] >> stage) for stage in range(self.depth))
 
     @property
     def prefixes(self) -> tuple[int, ...]:
-        """Number of class tokens of each stage."""
         return (0,) * (self.depth - 1) + (1,)
 
     def convolves(self, stage: int) -> bool:
-        """Whether the blocks of a stage take keys from a map."""
         return self.sr_ratios[stage] > 1
 
     def shows(self, at: int) -> frozenset[str]:
@@ -176,7 +158,6 @@ class PVT(RegrownStages):
         return super().shows(at) | ({"keys"} if self.sr_ratios[at] == 1 else set())
 
     def check(self) -> None:
-        """Raises ValueError for fields that do not fit together."""
         super().check()
         if self.sr_ratios[-1] != 1:
             raise ValueError(
@@ -187,10 +168,8 @@ class PVT(RegrownStages):
                 raise ValueError(f"sr_ratios={self.sr_ratios}: stage {stage} has a map of {grid}")
 
     def embed(self, stage: int) -> Spec:
-        """The embedding that a stage starts with."""
         patch = self.patch_size if stage == 0 else 2
         return Spec.of(Embed, patch=patch, width=self.widths[stage], dtype=self.dtype)
 
     def block(self, stage: int) -> Spec:
-        """A block of a stage."""
         return Spec.of(PVTBlock, ratio=self.sr_ratios[stage], qk_scale=self.qk_scale)

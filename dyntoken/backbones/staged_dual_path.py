@@ -1,19 +1,20 @@
-"""What Swin and ConvNeXt share: stages of shrinking grids, sites in the third of them."""
+"""Swin and ConvNeXt: stages of shrinking grids whose cells stay and take one of two paths."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dyntoken.backbones.isotropic import check_images, pair
+from dyntoken.backbones.sizes import check_images, check_multiple, pair
 from dyntoken.nn.dual_path import Route, Streams
 from dyntoken.nn.reduction_sites import ReductionSites
 from dyntoken.nn.remat import Remat, check_policy, rematerialised
-from dyntoken.nn.trunk import Context, Site, Spec
+from dyntoken.nn.spec import Site, Spec
+from dyntoken.nn.trunk import Context
 from dyntoken.schema import Count, Rate, Size
 from dyntoken.types import DType, Reduction, Tokens
 
@@ -33,8 +34,7 @@ class DualPathStage(nn.Module):
       grid: (rows, columns) of cells.
       sites: in order.
       predictor_eps: LayerNorm epsilon of learnt scorers.
-      remat: recompute each block in the backward pass (never a reducer): True, or
-        what to keep, see `nn.remat.POLICIES`.
+      remat: recompute each block in the backward pass, see `nn.remat.POLICIES`.
     """
 
     blocks: tuple[Spec, ...]
@@ -47,7 +47,7 @@ class DualPathStage(nn.Module):
         first = self.sites[0].at if self.sites else len(self.blocks)
         for index, spec in enumerate(self.blocks):
             make = rematerialised(spec.make, self.remat)
-            setattr(self, f"blocks_{index}", Spec(make, spec.options)(fast=index >= first))
+            setattr(self, f"blocks_{index}", dataclasses.replace(spec, make=make)(fast=index >= first))
         for number, site in enumerate(self.sites):
             reducer = site.reducer(stage=number, predictor_eps=self.predictor_eps)
             setattr(self, f"reducer_{number}", reducer)
@@ -99,16 +99,18 @@ class DualPathStages(ReductionSites, nn.Module):
     The final tokens are one row that the classifier reads, the pooled one, then
     the cells of the last grid, each normalised.
 
-    Attributes:
-      img_size: pixels, `n` or `(height, width)`.
-      in_chans: image channels.
+    A subclass has `widths` (channels per stage) and `norm_eps`, and gives
+    `site_step` (blocks from one default site to the next),
+    `embed(images, context)` (images to the cells `[B, N, C]` that enter block 0),
+    `downsample(stage, x)` (cells of the stage before to those that enter `stage`,
+    `[B, N / 4, C']`), `final_norm(x)` (cells of the last block `[B, N, C]` to the
+    final rows `[B, 1 + N, C]`) and `block(stage, index)`, the recipe of a block;
+    `layer`, `width`, `grid`, `drop_path`, `norm_eps` and `dtype` are added.
+
+    Attributes (img_size, in_chans, remat, dtype and sites as in `isotropic.Isotropic`):
       patch_size: pixels, `n` or `(height, width)`.
       depths: blocks per stage.
       drop_path: stochastic depth of the last block, growing linearly from 0.
-      remat: recompute blocks in the backward pass: True, or the name of what to
-        keep, see `nn.remat.POLICIES`.
-      dtype: compute type; parameters stay float32.
-      sites: reduction sites.
     """
 
     img_size: Size = 224
@@ -120,7 +122,9 @@ class DualPathStages(ReductionSites, nn.Module):
     dtype: DType = jnp.float32
     sites: tuple[Site, ...] = ()
 
+    required = ("widths", "norm_eps", "site_step", "embed", "downsample", "final_norm", "block")
     nested = False
+    prefix = 1  # row of the final tokens that is no cell: the pooled one
     predictor_eps = 1e-5
 
     def __post_init__(self) -> None:
@@ -128,32 +132,18 @@ class DualPathStages(ReductionSites, nn.Module):
         super().__post_init__()
 
     @property
-    def widths(self) -> tuple[int, ...]:
-        """Channels per stage."""
-        raise NotImplementedError(f"{type(self).__name__} does not say its widths")
-
-    @property
     def total_stride(self) -> int:
         """What the sides of the first grid must divide by."""
         return 2 ** (len(self.depths) - 1)
 
     def check(self) -> None:
-        """Raises ValueError for fields that do not fit together."""
         check_policy(self.remat)
         if not self.depths:
             raise ValueError("depths is empty: it names the blocks of each stage")
-        size, patch = pair(self.img_size), pair(self.patch_size)
-        units = [p * self.total_stride for p in patch]
-        if any(s % u for s, u in zip(size, units, strict=True)):
-            near = tuple(max(u, round(s / u) * u) for s, u in zip(size, units, strict=True))
-            raise ValueError(
-                f"img_size {size} does not fit {self.needs()}: it must be a multiple of {tuple(units)}; "
-                f"the nearest that fits is {near}"
-            )
-
-    def needs(self) -> str:
-        """What the image size has to fit, for messages."""
-        return f"patch_size {pair(self.patch_size)} and {len(self.depths)} stages"
+        patch = pair(self.patch_size)
+        units = (patch[0] * self.total_stride, patch[1] * self.total_stride)
+        needs = f"patch_size {patch} and {len(self.depths)} stages"
+        check_multiple(self.img_size, units, f"does not fit {needs}: it must be a multiple of {units}")
 
     def grid_of(self, stage: int) -> tuple[int, int]:
         """(rows, columns) of a stage."""
@@ -166,11 +156,6 @@ class DualPathStages(ReductionSites, nn.Module):
         return self.grid_of(len(self.depths) - 1)
 
     @property
-    def prefix(self) -> int:
-        """Rows of the final tokens that are no cells: the pooled one."""
-        return 1
-
-    @property
     def depth(self) -> int:
         """Blocks of the stage that sites lie in."""
         return self.depths[SPARSE_STAGE] if len(self.depths) > SPARSE_STAGE else 0
@@ -180,11 +165,6 @@ class DualPathStages(ReductionSites, nn.Module):
         """Three sites from an early block of the third stage on, as the official models have them."""
         step = self.site_step
         return tuple(step * number for number in (1, 2, 3) if step * number < self.depth) or (0,)
-
-    @property
-    def site_step(self) -> int:
-        """Blocks from one default site to the next."""
-        raise NotImplementedError(f"{type(self).__name__} does not say its sites")
 
     def site_grid(self, at: int) -> tuple[int, int]:
         """(rows, columns) of the third stage."""
@@ -209,7 +189,7 @@ class DualPathStages(ReductionSites, nn.Module):
         return rates
 
     def refuse(self, reducer: Any, at: tuple[int, ...]) -> str | None:
-        """Only methods that drop fit: here what they drop takes the cheap path."""
+        """Only methods that drop work: cells that are not kept take the fast path."""
         if len(self.depths) <= SPARSE_STAGE:
             return f"sites lie in the third stage, and it has {len(self.depths)}"
         reason = super().refuse(reducer, at)
@@ -222,58 +202,49 @@ class DualPathStages(ReductionSites, nn.Module):
             )
         return reason
 
-    def make_stages(self, blocks: Sequence[Sequence[Spec]]) -> list[DualPathStage]:
-        """The stages from their blocks' recipes; called in `setup`."""
+    def make_stages(self) -> list[DualPathStage]:
+        """The stages; called in `setup`."""
         return [
             DualPathStage(
-                tuple(own),
-                self.grid_of(number),
-                self.sites if number == SPARSE_STAGE else (),
+                tuple(self._block(stage, index) for index in range(depth)),
+                self.grid_of(stage),
+                self.sites if stage == SPARSE_STAGE else (),
                 self.predictor_eps,
                 self.remat,
-                name=f"stage_{number}",
+                name=f"stage_{stage}",
             )
-            for number, own in enumerate(blocks)
+            for stage, depth in enumerate(self.depths)
         ]
 
-    def rates(self) -> list[list[float]]:
-        """Stochastic depth rate of every block, by stage."""
-        whole, firsts = sum(self.depths), [sum(self.depths[:n]) for n in range(len(self.depths))]
-        return [
-            [self.drop_path * (first + index) / max(1, whole - 1) for index in range(depth)]
-            for first, depth in zip(firsts, self.depths, strict=True)
-        ]
+    def _block(self, stage: int, index: int) -> Spec:
+        layer = sum(self.depths[:stage]) + index
+        return self.block(stage, index).with_(
+            layer=layer,
+            width=self.widths[stage],
+            grid=self.grid_of(stage),
+            drop_path=self.drop_path * layer / max(1, sum(self.depths) - 1),
+            norm_eps=self.norm_eps,
+            dtype=self.dtype,
+        )
 
-    def embed(self, images: Array, context: Context) -> Array:
-        """Images `[B, H, W, in_chans]` to the cells `[B, N, C]` that enter block 0."""
-        raise NotImplementedError(f"{type(self).__name__} does not build a stem")
-
-    def downsample(self, stage: int, x: Array) -> Array:
-        """Cells `[B, N, C]` of the stage before to those that enter `stage`, `[B, N / 4, C']`."""
-        raise NotImplementedError(f"{type(self).__name__} does not downsample its grid")
-
-    def final_norm(self, x: Array) -> Array:
-        """Cells of the last block `[B, N, C]` to the final rows `[B, 1 + N, C]`."""
-        raise NotImplementedError(f"{type(self).__name__} has no final norm")
+    def make_norm(self) -> nn.LayerNorm:
+        """A LayerNorm of the backbone's own epsilon and type."""
+        return nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype)
 
     def __call__(
         self, images: Array, context: Context
     ) -> tuple[Tokens, tuple[Reduction, ...], dict[str, Any]]:
-        """Runs stem, stages and final norm.
-
-        Returns:
-          The final tokens, one `Reduction` per site, records by name.
-        """
+        """Runs stem, stages and final norm; returns tokens, one `Reduction` per site, records by name."""
         check_images(images, self.img_size, self.in_chans)
         x = self.embed(images.astype(self.dtype), context)
         records: dict[str, Any] = {"embed": x, "blocks": (), "stages": ()}
         reductions: tuple[Reduction, ...] = ()
         for number, stage in enumerate(self.stages):
             x = self.downsample(number, x) if number else x
-            x, found, more = stage(x, context)
-            reductions += found
+            x, of_stage, more = stage(x, context)
+            reductions += of_stage
             records |= {what: records[what] + rows for what, rows in more.items()}
         tokens = Tokens.start(self.final_norm(x), prefix=1, grid=self.grid)
-        if self.sites:  # said outright, since the last decision is about cells too
+        if self.sites:  # written down, since the last decision is about cells too
             tokens = tokens.replace(alive=jnp.ones(tokens.place.shape, jnp.float32))
         return tokens, reductions, {what: v for what, v in records.items() if what in context.record}

@@ -1,4 +1,4 @@
-"""What hierarchical backbones share whose tokens are reduced stage by stage (PVT, CvT)."""
+"""PVT and CvT: tokens are reduced within a stage, and the next stage has its whole grid again."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dyntoken.backbones.isotropic import check_images
+from dyntoken.backbones.sizes import check_heads, check_images
 from dyntoken.nn.reduction_sites import ReductionSites, listed
 from dyntoken.nn.remat import Remat, check_policy
 from dyntoken.nn.spatial import RegrownStage
-from dyntoken.nn.trunk import Context, Site, Spec
+from dyntoken.nn.spec import Site, Spec
+from dyntoken.nn.trunk import Context
 from dyntoken.ops import sample
 from dyntoken.schema import Count, Positive, Rate, Size
 from dyntoken.types import DType, Reduction, Tokens
@@ -36,25 +37,18 @@ class RegrownStages(ReductionSites, nn.Module):
     stage that has one, and EViT's fused token needs a stage without maps, as it
     has no cell.
 
-    A subclass gives `grids`, `prefixes`, the embedding and block of a stage.
+    A subclass gives, per stage, the (rows, columns) of patches in `grids` and the
+    number of class tokens in `prefixes`; it says in `convolves(stage)` whether its
+    blocks take keys from a map; `embed(stage)` and `block(stage)` are the recipes
+    of the embedding it starts with and of a block (fields that all kinds share
+    are added).
 
-    Attributes:
-      img_size: pixels, `n` or `(height, width)`.
-      in_chans: image channels.
+    Attributes (besides those of `isotropic.Isotropic` of the same name):
       widths, depths, heads, mlp_ratios: one number per stage.
-      qkv_bias: as timm's; one flag, or one per stage.
-      attn_dropout: on the attention weights, likewise.
-      dropout: after the positions, attention projection and in the MLP; one
-        rate, or one per stage.
+      qkv_bias, dropout, attn_dropout: one for all stages, or one per stage.
       drop_path: stochastic depth of the last block, or of the last one of each stage.
-      drop_path_rule: "linear" (the official one) or "constant" (TPS).
-      norm_eps: LayerNorm epsilon of the blocks and the last norm.
       dropped: what a map shows where a token was dropped: "zero" (as TPS
         describes it), or "last", its value when it was dropped.
-      remat: recompute block halves in the backward pass: True, or the name of
-        what to keep, see `nn.remat.POLICIES`.
-      dtype: compute type; parameters stay float32.
-      sites: reduction sites.
     """
 
     img_size: Size = 224
@@ -74,6 +68,7 @@ class RegrownStages(ReductionSites, nn.Module):
     dtype: DType = jnp.float32
     sites: tuple[Site, ...] = ()
 
+    required = ("grids", "prefixes", "convolves", "embed", "block")
     nested = False
     site_noun = "stage"
     per_stage = ("depths", "heads", "mlp_ratios")
@@ -90,16 +85,6 @@ class RegrownStages(ReductionSites, nn.Module):
         return tuple(range(self.depth))
 
     @property
-    def grids(self) -> tuple[tuple[int, int], ...]:
-        """(rows, columns) of patches of each stage."""
-        raise NotImplementedError(f"{type(self).__name__} does not say its grids")
-
-    @property
-    def prefixes(self) -> tuple[int, ...]:
-        """Number of class tokens of each stage."""
-        raise NotImplementedError(f"{type(self).__name__} does not say where its class token is")
-
-    @property
     def grid(self) -> tuple[int, int]:
         """(rows, columns) of the last stage."""
         return self.grids[-1]
@@ -109,18 +94,6 @@ class RegrownStages(ReductionSites, nn.Module):
         """Class tokens of the last stage."""
         return self.prefixes[-1]
 
-    def convolves(self, stage: int) -> bool:
-        """Whether the blocks of a stage take keys from a map."""
-        raise NotImplementedError(f"{type(self).__name__} does not say where it convolves")
-
-    def embed(self, stage: int) -> Spec:
-        """The embedding that a stage starts with."""
-        raise NotImplementedError(f"{type(self).__name__} does not embed")
-
-    def block(self, stage: int) -> Spec:
-        """A block of a stage; `RegrownStages` adds the fields that all kinds share."""
-        raise NotImplementedError(f"{type(self).__name__} has no blocks")
-
     def check(self) -> None:
         """Raises ValueError for fields that do not fit together."""
         for name in (*self.per_stage, "qkv_bias", "dropout", "attn_dropout", "drop_path"):
@@ -129,9 +102,7 @@ class RegrownStages(ReductionSites, nn.Module):
                 raise ValueError(
                     f"{name}={values} has {len(values)} entries for {self.depth} stages (widths={self.widths})"
                 )
-        for width, heads in zip(self.widths, self.heads, strict=True):
-            if width % heads:
-                raise ValueError(f"width {width} is not divisible by {heads} heads")
+        check_heads(self.widths, self.heads)
         check_policy(self.remat)
 
     # Where sites may lie
@@ -150,7 +121,7 @@ class RegrownStages(ReductionSites, nn.Module):
         return self.prefixes[stage], self.grids[stage]
 
     def refuse(self, reducer: Any, at: tuple[int, ...]) -> str | None:
-        """What needs more than a stage shows; a fused token in a stage with maps."""
+        """Also refuses a fused token in a stage that needs a map."""
         reason = super().refuse(reducer, at)
         if reason is None and reducer.adds_row:
             free = [s for s in range(self.depth) if s == self.depth - 1 and not self.convolves(s)]
@@ -177,24 +148,21 @@ class RegrownStages(ReductionSites, nn.Module):
             width=self.widths[number],
             prefix=self.prefixes[number],
             positions=self.positions,
-            dropout=_at(self.dropout, number),
+            dropout=of_stage(self.dropout, number),
             layer=sum(self.depths) + number,
             dropped=self.dropped,
             remat=self.remat,
         )
 
     def _block(self, number: int, index: int, site: Site | None) -> Spec:
-        spec = self.block(number)
-        return Spec.of(
-            spec.make,
-            **dict(spec.options),
+        return self.block(number).with_(
             layer=sum(self.depths[:number]) + index,
             width=self.widths[number],
             heads=self.heads[number],
             mlp_ratio=self.mlp_ratios[number],
-            qkv_bias=_at(self.qkv_bias, number),
-            dropout=_at(self.dropout, number),
-            attn_dropout=_at(self.attn_dropout, number),
+            qkv_bias=of_stage(self.qkv_bias, number),
+            dropout=of_stage(self.dropout, number),
+            attn_dropout=of_stage(self.attn_dropout, number),
             drop_path=self.path_rate(number, index),
             norm_eps=self.norm_eps,
             reduced=site is not None and (index > 0 or not site.inside),
@@ -220,8 +188,8 @@ class RegrownStages(ReductionSites, nn.Module):
         """Runs the stages and the last norm.
 
         Returns:
-          Normalised tokens of the last stage, one `Reduction` per site, records by
-          name: those of the trunk stage after stage, and "embed" of the first.
+          Tokens of the last stage, one `Reduction` per site, records by name (those
+          of the trunk stage after stage, and "embed" of the first).
         """
         check_images(images, self.img_size, self.in_chans)
         x = images.astype(self.dtype)
@@ -229,12 +197,12 @@ class RegrownStages(ReductionSites, nn.Module):
         records: list[dict[str, Any]] = []
         for number in range(self.depth):
             stage = getattr(self, f"stage_{number}")
-            tokens, reduced, found = stage(x, self._context(context, number))
-            reductions.extend(reduced)
-            records.append(found)
+            tokens, of_stage, more = stage(x, self._context(context, number))
+            reductions.extend(of_stage)
+            records.append(more)
             if number < self.depth - 1:
                 x = stage.to_next_stage(tokens)
-        merged = {name: tuple(v for found in records for v in found[name]) for name in records[0]}
+        merged = {name: tuple(value for more in records for value in more[name]) for name in records[0]}
         if "embed" in merged:
             merged["embed"] = merged["embed"][0]
         return tokens.replace(x=self.norm(tokens.x), last=None), tuple(reductions), merged
@@ -256,6 +224,6 @@ class RegrownStages(ReductionSites, nn.Module):
         )
 
 
-def _at(value: Any, stage: int) -> Any:
-    """What one value, or one per stage, is in a stage."""
+def of_stage(value: Any, stage: int) -> Any:
+    """The value for a stage of a field that holds one for all, or one per stage."""
     return value[stage] if isinstance(value, tuple) else value

@@ -8,11 +8,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dyntoken.backbones.isotropic import pair
+from dyntoken.backbones.sizes import check_heads, nearest_multiple, pair
 from dyntoken.backbones.staged_dual_path import DualPathStages
 from dyntoken.nn import layers
 from dyntoken.nn.dual_path import Route, Streams, branch
-from dyntoken.nn.trunk import Context, Spec
+from dyntoken.nn.spec import Spec
+from dyntoken.nn.trunk import Context
 from dyntoken.ops import attend, sample, select, windows
 from dyntoken.schema import Count, Positive, Rate
 
@@ -25,11 +26,10 @@ ATTENTION, MLP, ATTENTION_PATH, MLP_PATH, FAST, FAST_PATH = range(6)
 class WindowAttention(nn.Module):
     """Self-attention inside the squares of a grid, with a bias per relative position.
 
-    Attributes:
+    Attributes (besides those of `nn.attention.Attention`):
       grid: (rows, columns) of cells.
       window: side of a square.
       shift: rows and columns that the squares are moved by.
-      heads, qkv_bias, qk_scale, dropout, dtype, attn_dropout: see `nn.attention.Attention`.
     """
 
     grid: tuple[int, int]
@@ -78,15 +78,9 @@ class SwinBlock(nn.Module):
     The fast path is one linear layer after a norm in place of `mlp(norm2(.))`,
     `fastmlp` of raoyongming/DynamicViT; both paths share the attention.
 
-    Attributes:
-      layer: number of the block, which keys its random draws.
-      width: channels.
-      grid: (rows, columns) of cells.
-      window, shift: see `WindowAttention`.
-      heads, mlp_ratio, qkv_bias, qk_scale, dropout, drop_path, norm_eps: see `nn.block.Block`.
+    Attributes (besides those of `nn.block.Block`):
+      grid, window, shift: see `WindowAttention`.
       fast: whether it has a fast path.
-      dtype: compute type.
-      attn_dropout: on the attention weights.
     """
 
     layer: int
@@ -141,21 +135,16 @@ class SwinBlock(nn.Module):
             both = both.renewed(x, route.mask)
             # Officially the residual of either path is the mixed one.
             return Streams(
-                x + self._path(slow(both.slow), draws, MLP_PATH),
-                x + self._path(fast(both.fast), draws, FAST_PATH),
+                x + layers.drop_path(slow(both.slow), self.drop_path, draws, self.layer, MLP_PATH),
+                x + layers.drop_path(fast(both.fast), self.drop_path, draws, self.layer, FAST_PATH),
             )
         x = self._attended(x, draws)
         y = slow(x) if route is None else branch(route, x, slow, fast)
-        return x + self._path(y, draws, MLP_PATH)
+        return x + layers.drop_path(y, self.drop_path, draws, self.layer, MLP_PATH)
 
     def _attended(self, x: Array, draws: sample.Draws | None) -> Array:
         y = self.attn(self.norm1(x), draws, (self.layer, ATTENTION))
-        return x + self._path(y, draws, ATTENTION_PATH)
-
-    def _path(self, y: Array, draws: sample.Draws | None, stream: int) -> Array:
-        if draws is None or self.drop_path == 0.0:
-            return y
-        return sample.drop_path(y, self.drop_path, draws, self.layer, stream)
+        return x + layers.drop_path(y, self.drop_path, draws, self.layer, ATTENTION_PATH)
 
 
 class PatchMerging(nn.Module):
@@ -192,11 +181,8 @@ class Swin(DualPathStages):
       width: channels of the first stage; they double from stage to stage.
       heads: attention heads per stage.
       window: side of a window, in cells.
-      mlp_ratio, qkv_bias, qk_scale: as timm's.
-      dropout: after the patch embedding, attention projection and MLP.
-      norm_eps: LayerNorm epsilon.
+      mlp_ratio, qkv_bias, qk_scale, dropout, attn_dropout, norm_eps: see `isotropic.Isotropic`.
       patch_norm: a norm after the patch embedding.
-      attn_dropout: on the attention weights.
       position: adds a position embedding to the first stage's cells (officially `ape`).
     """
 
@@ -214,7 +200,6 @@ class Swin(DualPathStages):
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """Channels per stage."""
         return tuple(self.width * 2**stage for stage in range(len(self.depths)))
 
     @property
@@ -223,25 +208,19 @@ class Swin(DualPathStages):
         return 1 if self.depth < 12 else 2
 
     def check(self) -> None:
-        """Raises ValueError for fields that do not fit together."""
         super().check()
         if len(self.heads) != len(self.depths):
             raise ValueError(f"heads={self.heads} needs one entry for each of depths={self.depths}")
-        for width, heads in zip(self.widths, self.heads, strict=True):
-            if width % heads:
-                raise ValueError(f"width {width} of a stage is not divisible by its {heads} heads")
+        check_heads(self.widths, self.heads)
+        units = tuple(patch * self.total_stride * self.window for patch in pair(self.patch_size))
+        near = nearest_multiple(pair(self.img_size), units)
         for stage in range(len(self.depths)):
             side, grid = self.window_of(stage), self.grid_of(stage)
             if any(cells % side for cells in grid):
                 raise ValueError(
                     f"img_size {pair(self.img_size)} gives stage {stage} a grid of {grid}, which windows of "
-                    f"{side} x {side} do not tile: choose img_size {self._tiled()}, or another window"
+                    f"{side} x {side} do not tile: choose img_size {near}, or another window"
                 )
-
-    def _tiled(self) -> tuple[int, int]:
-        """The nearest image size whose grids the windows tile."""
-        units = [patch * self.total_stride * self.window for patch in pair(self.patch_size)]
-        return tuple(max(u, round(s / u) * u) for s, u in zip(pair(self.img_size), units, strict=True))
 
     def window_of(self, stage: int) -> int:
         """Side of the windows of a stage."""
@@ -258,29 +237,20 @@ class Swin(DualPathStages):
     def setup(self) -> None:
         self.patch_embed = layers.PatchEmbed(pair(self.patch_size), self.width, dtype=self.dtype)
         if self.patch_norm:
-            self.patch_embed_norm = self._norm()
+            self.patch_embed_norm = self.make_norm()
         if self.position:
             rows = self.grid_of(0)[0] * self.grid_of(0)[1]
             self.added = self.param("absolute_pos_embed", layers.trunc_normal(), (1, rows, self.width))
         for number, width in enumerate(self.widths[1:], start=1):
             merging = PatchMerging(self.grid_of(number - 1), width, self.norm_eps, self.dtype)
             setattr(self, f"merge_{number - 1}", merging)  # officially at the end of the stage before
-        rates, layer, recipes = self.rates(), 0, []
-        for number, depth in enumerate(self.depths):
-            recipes.append([self._block(layer + i, number, i, rates[number][i]) for i in range(depth)])
-            layer += depth
-        self.stages = self.make_stages(recipes)
-        self.norm = self._norm()
+        self.stages = self.make_stages()
+        self.norm = self.make_norm()
 
-    def _norm(self) -> nn.LayerNorm:
-        return nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype)
-
-    def _block(self, layer: int, stage: int, index: int, rate: float) -> Spec:
+    def block(self, stage: int, index: int) -> Spec:
+        """A block of a stage; those of odd index have shifted windows."""
         return Spec.of(
             SwinBlock,
-            layer=layer,
-            width=self.widths[stage],
-            grid=self.grid_of(stage),
             window=self.window_of(stage),
             shift=self.shift_of(stage, index),
             heads=self.heads[stage],
@@ -288,9 +258,6 @@ class Swin(DualPathStages):
             qkv_bias=self.qkv_bias,
             qk_scale=self.qk_scale,
             dropout=self.dropout,
-            drop_path=rate,
-            norm_eps=self.norm_eps,
-            dtype=self.dtype,
             attn_dropout=self.attn_dropout,
         )
 

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dyntoken.backbones.isotropic import Isotropic, pair
+from dyntoken.backbones.isotropic import Isotropic
+from dyntoken.backbones.sizes import pair
 from dyntoken.nn import layers
 from dyntoken.nn.trunk import Context
 from dyntoken.ops import attend, unfold
@@ -163,7 +164,6 @@ class T2T(Isotropic):
         return tuple(zip(*axes, strict=True))
 
     def check(self) -> None:
-        """Raises ValueError for fields that do not fit together."""
         super().check()
         _ = self.split
 
@@ -173,7 +173,6 @@ class T2T(Isotropic):
         self.tokens_to_token = TokensToToken(*options, self.token_dim, self.dtype)
 
     def stem_rows(self, images: Array, context: Context) -> Array:
-        """`[B, H, W, Cin]` to `[B, N, width]`."""
         return self.tokens_to_token(images)
 
     def positions(self) -> Array:

@@ -6,7 +6,8 @@ from typing import Literal
 
 import jax
 
-from dyntoken.backbones.isotropic import Isotropic, pair
+from dyntoken.backbones.isotropic import Isotropic
+from dyntoken.backbones.sizes import check_multiple, pair
 from dyntoken.nn import layers
 from dyntoken.nn.trunk import Context
 from dyntoken.schema import Natural, Size
@@ -28,7 +29,7 @@ class ViT(Isotropic):
         patches are powers of 2: with `tokens`, the next one).
       distilled: a distillation token beside the class token.
       class_token: False leaves the class token out (mean pooling only).
-      registers: rows after the class token that are no patches and that nobody reads.
+      registers: rows after the class token that are no patches and that no head reads.
       pre_norm: a norm before the first block, and no bias in the patch product (CLIP).
       position: False adds no position embedding.
     """
@@ -48,11 +49,7 @@ class ViT(Isotropic):
         size = pair(self.img_size)
         if self.tokens is None:
             patch = pair(self.patch_size)
-            if size[0] % patch[0] or size[1] % patch[1]:
-                near = tuple(max(p, round(s / p) * p) for s, p in zip(size, patch, strict=True))
-                raise ValueError(
-                    f"img_size {size} is not divisible by patch_size {patch}; the nearest that fits is {near}"
-                )
+            check_multiple(size, patch, f"is not divisible by patch_size {patch}")
             return patch, (0, 0)
         tokens = pair(self.tokens)
         if min(tokens) < 1 or any(n > s for n, s in zip(tokens, size, strict=True)):
@@ -80,7 +77,6 @@ class ViT(Isotropic):
         return {name: count for name, count in rows.items() if count}
 
     def check(self) -> None:
-        """Raises ValueError for fields that do not fit together."""
         super().check()
         if self.distilled and not self.class_token:
             raise ValueError("a distilled model needs its class token")
@@ -112,5 +108,4 @@ class ViT(Isotropic):
         return super().shows(at) - ({"cls"} if not self.class_token else set())
 
     def stem_rows(self, images: Array, context: Context) -> Array:
-        """`[B, H, W, Cin]` to `[B, N, width]`."""
         return self.patch_embed(images).reshape(images.shape[0], -1, self.width)

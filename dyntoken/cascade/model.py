@@ -1,29 +1,48 @@
-"""The cascade itself: exits, what travels between them, `upto` and `step`."""
+"""The cascade itself: exits, what one hands to the next, `upto` and `step`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+import itertools
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dyntoken.backbones.isotropic import Isotropic, pair
-from dyntoken.cascade import checks
-from dyntoken.cascade.reuse import Grid, Reuse
-from dyntoken.heads import ClassHead, Pool
-from dyntoken.nn import images as guard
-from dyntoken.nn import rng
-from dyntoken.nn.trunk import Address, Context, Site, Spec
+from dyntoken.backbones.isotropic import Isotropic
+from dyntoken.backbones.sizes import pair
+from dyntoken.cascade.reuse import OF_CASCADE, Grid, Reuse
+from dyntoken.classifier import Classifier, check_upstream
+from dyntoken.heads import ClassHead
+from dyntoken.nn.spec import Site, Spec
+from dyntoken.nn.trunk import Address, Context
 from dyntoken.ops import select
 from dyntoken.ops.sample import Draws
 from dyntoken.reducers.base import Form
-from dyntoken.reducers.sites import make_sites
+from dyntoken.reducers.methods import make_sites
 from dyntoken.schema import Count, Keep, Natural
 from dyntoken.types import Output, Reduction, Tokens, Upstream
 
 Array = jax.Array
+OF_TRUNK = ("embed", "blocks", "stages", "relations")  # records of the backbone
+# Fields that only one of the reuses reads, with their defaults.
+OF_REUSE = {
+    "feature_reuse": {
+        "feature_source": "last",
+        "feature_class_token": False,
+        "feature_layers": "all",
+        "feature_norm": True,
+    },
+    "relation_reuse": {
+        "relation_source": "all",
+        "relation_mixer": "mlp",
+        "relation_resize": "grid",
+        "relation_chunks": 1,
+    },
+}
+ONE_BACKBONE = ("depth", "heads", "width", "mlp_ratio")
 
 
 class Exit(nn.Module):
@@ -45,7 +64,7 @@ class Exit(nn.Module):
         return self.head(tokens)[0], tokens, reductions, records
 
 
-class Cascade(nn.Module):
+class Cascade(Classifier):
     """Exits on growing token grids, each reusing the one before.
 
     Built by `create_model("dvt_...")`. Nothing is detached between exits, so
@@ -60,12 +79,10 @@ class Cascade(nn.Module):
     of the tokens it still has. `model.clone(keep=...)` runs the same variables
     with other counts.
 
-    Attributes:
-      arch: name of the backbone.
-      backbone: its recipe, without the token grid; all exits share it, so depth
-        and heads are equal, which relation reuse needs.
+    Attributes (besides those of `Classifier`):
+      backbone: without the token grid; all exits share it, so depth and heads are
+        equal, which relation reuse needs.
       exits: token grid of each exit, `n` or `(rows, columns)`.
-      num_classes, pool: see `heads.ClassHead`.
       feature_reuse: a context embedding, made of the features of the exit
         before, enters every MLP (section 3.2).
       feature_source: the features are those after the "last" block of the exit
@@ -100,11 +117,7 @@ class Cascade(nn.Module):
         always takes zeros.
     """
 
-    arch: str
-    backbone: Spec
     exits: tuple[int | Grid, ...] = (7, 10, 14)
-    num_classes: Natural = 1000
-    pool: Pool = "token"
     feature_reuse: bool = True
     feature_source: Literal["last", "layer"] = "last"
     feature_class_token: bool = False
@@ -124,16 +137,14 @@ class Cascade(nn.Module):
     form: Form = "auto"
     dropped: Literal["host", "zero"] = "host"
 
+    decides = frozenset({"tokens", "patch_size"})
+    resets = frozenset({"stem"})
+    RECORDS = ("features", *OF_TRUNK, "context", "maps", "biases")
+
     @property
     def method(self) -> str:
         """What stands before the backbone in the model's name."""
         return "dvt" if self.reducer is None else f"dvt_{self.reducer}"
-
-    @property
-    def input_shape(self) -> tuple[int, int, int]:
-        """(height, width, channels) of an image."""
-        body = self.plain()
-        return (*pair(body.img_size), body.in_chans)
 
     @property
     def grids(self) -> tuple[Grid, ...]:
@@ -157,8 +168,8 @@ class Cascade(nn.Module):
         """
         if self.reducer is None:
             return ()
-        keep = checks.per_exit("keep", self.keep, len(self.exits))[index]
-        at = checks.per_exit("at", self.at, len(self.exits))[index]
+        keep = _per_exit("keep", self.keep, len(self.exits))[index]
+        at = _per_exit("at", self.at, len(self.exits))[index]
         if not at and at is not self.at:  # its own, empty entry
             return ()
         at = (at,) if isinstance(at, int) else at
@@ -168,27 +179,63 @@ class Cascade(nn.Module):
         except ValueError as error:
             raise type(error)(f"exit {index}: {error}") from error
 
+    @staticmethod
+    def check_options(options: Mapping[str, Any]) -> None:
+        """Raises ValueError where a field of the backbone is given per exit."""
+        for name in ONE_BACKBONE:
+            if isinstance(options.get(name), (tuple, list)):
+                raise ValueError(
+                    f"{name}={options[name]}: the exits of a cascade share one backbone, since relation reuse "
+                    "adds their attention logits block by block and head by head; give one number"
+                )
+
     def validate(self) -> None:
         """Raises ValueError for fields that make no cascade."""
-        checks.exits(self)
-        checks.switches(self)
+        self._check_exits()
+        self._check_switches()
         for index in range(len(self.exits)):
             self.plain(index).check()
-        self.sites()
+        super().validate()
+
+    def _check_exits(self) -> None:
+        if not isinstance(self.exits, tuple) or not all(_is_grid(tokens) for tokens in self.exits):
+            raise ValueError(
+                f"exits={self.exits!r}: give the token grid of each exit as n or (rows, columns), as in "
+                "exits=(7, 10, 14)"
+            )
+        if not self.exits:
+            raise ValueError("exits is empty: give the token grid of each exit, as in exits=(7, 10, 14)")
+        for old, new in itertools.pairwise(self.grids):
+            if new == old or new[0] < old[0] or new[1] < old[1]:
+                raise ValueError(
+                    f"exits={self.exits}: each exit needs a finer token grid than the one before"
+                )
+
+    def _check_switches(self) -> None:
+        if self.backbone.get("distilled"):
+            raise ValueError("a cascade distils from its own last exit: build it without distilled=True")
+        for reuse, fields in OF_REUSE.items():
+            changed = [name for name, default in fields.items() if getattr(self, name) != default]
+            if changed and not getattr(self, reuse):
+                raise ValueError(f"{changed[0]} says how {reuse} works, which is off: leave it out")
+        if self.feature_reuse and min(self.context_width, self.context_hidden) < 1:
+            raise ValueError(
+                "context_width and context_hidden must be at least 1; feature_reuse=False needs none"
+            )
+        if self.feature_class_token and not self.plain().prefix:
+            raise ValueError("feature_class_token=True needs a backbone with a class token")
 
     def _recipe(self, index: int, sites: tuple[Site, ...] = ()) -> Spec:
         """The backbone of one exit."""
-        dense = self.dense_recipe(index)
-        context = self._context_widths(index)
-        return Spec.of(dense.make, **{**dict(dense.options), "context": context, "sites": sites})
+        return self.dense_recipe(index).with_(context=self._context_widths(index), sites=sites)
 
     def dense_recipe(self, index: int) -> Spec:
         """The backbone of one exit on its own: without reuse and reduction."""
-        return Spec.of(self.backbone.make, **{**dict(self.backbone.options), "tokens": self.grids[index]})
+        return self.backbone.with_(tokens=self.grids[index])
 
     def _context_widths(self, index: int) -> tuple[int, ...]:
         """Channels of the context embedding of each block of an exit."""
-        depth = dict(self.backbone.options)["depth"]
+        depth = self.backbone["depth"]
         if not index or not self.feature_reuse:
             return (0,) * depth
         rest = self.context_width if self.feature_layers == "all" else 0
@@ -206,19 +253,11 @@ class Cascade(nn.Module):
         return Reuse(
             old=self.grids[index - 1],
             new=self.grids[index],
-            heads=body.heads,
-            prefix=body.prefix,
-            norm_eps=body.norm_eps,
-            context=body.context,
-            hidden=self.context_hidden,
-            with_prefix=self.feature_class_token,
-            normalise=self.feature_norm,
-            relations=self.relation_source if self.relation_reuse else None,
-            mixer=self.relation_mixer,
-            resize=self.relation_resize,
-            chunks=self.relation_chunks,
-            remat=body.remat,
-            dtype=body.dtype,
+            **{
+                name: getattr(body, name)
+                for name in ("heads", "prefix", "norm_eps", "context", "remat", "dtype")
+            },
+            **{name: getattr(self, name) for name in OF_CASCADE},
         )
 
     def __call__(
@@ -249,20 +288,18 @@ class Cascade(nn.Module):
           `Output` with `logits [exits, B, classes]` and the `reductions` of all
           exits, exit after exit.
         """
-        checks.records(record)
-        last = len(self.exits) - 1 if upto is None else upto
-        checks.upto(upto, last, len(self.exits))
+        self._check_record(record)
+        last = self._last_exit(upto)
         counts = [len(self.exit_sites(index)) for index in range(len(self.exits))]
-        noise = checks.by_exit("noise", noise, counts)
-        decisions = checks.by_exit("decisions", decisions, counts)
-        draws = self._draws(images, ids, train)
+        noise = _by_exit("noise", noise, counts)
+        decisions = _by_exit("decisions", decisions, counts)
+        context = self._context(images, ids, train, record=tuple(record))
         logits, tokens, reductions, records, upstream = [], [], [], [], None
         for index in range(last + 1):
-            imposed = {"noise": noise[index], "decisions": decisions[index]}
-            needed = index < last
-            result = self._run(index, images, upstream, train, draws, imposed, tuple(record), needed)
-            for found, held in zip(result, (logits, tokens, reductions, records), strict=False):
-                held.append(found)
+            own = dataclasses.replace(context, noise=noise[index], decisions=decisions[index])
+            result = self._run(index, images, upstream, own, index < last)
+            for value, values in zip(result, (logits, tokens, reductions, records), strict=False):
+                values.append(value)
             upstream = result[-1]
         return Output(
             logits=jnp.stack(logits),
@@ -294,39 +331,15 @@ class Cascade(nn.Module):
         Returns:
           `(logits [B, classes], what the next exit needs)`.
         """
-        if (upstream is None) == (index > 0 and (self.feature_reuse or self.relation_reuse)):
-            raise ValueError(
-                f"exit {index} takes {'the result of the exit before' if index else 'no upstream'}"
-            )
+        check_upstream(index, upstream, index > 0 and (self.feature_reuse or self.relation_reuse))
         counts = [len(self.exit_sites(index))]
-        imposed = {
-            "noise": checks.by_exit("noise", noise, counts)[0],
-            "decisions": checks.by_exit("decisions", decisions, counts)[0],
-        }
-        needed = index + 1 < len(self.exits)
-        draws = self._draws(images, ids, train)
-        logits, *_, upstream = self._run(index, images, upstream, train, draws, imposed, (), needed)
+        (noise,), (decisions,) = _by_exit("noise", noise, counts), _by_exit("decisions", decisions, counts)
+        context = self._context(images, ids, train, noise=noise, decisions=decisions)
+        logits, *_, upstream = self._run(index, images, upstream, context, index + 1 < len(self.exits))
         return logits, upstream
 
-    def _draws(self, images: Array, ids: Array | None, train: bool) -> dict[str, Draws | None]:
-        guard.check(images)
-        ids = jnp.arange(images.shape[0], dtype=jnp.int32) if ids is None else ids
-        options = dict(self.backbone.options)
-        return {
-            "dropout": rng.of_dropout(self, options, ids) if train else None,
-            "policy": rng.of_stream(self, "policy", ids) if self.reducer else None,
-        }
-
     def _run(
-        self,
-        index: int,
-        images: Array,
-        upstream: Upstream | None,
-        train: bool,
-        draws: dict[str, Draws | None],
-        imposed: dict[str, Sequence[Array] | None],
-        record: tuple[str, ...],
-        needed: bool,
+        self, index: int, images: Array, upstream: Upstream | None, context: Context, needed: bool
     ) -> tuple[Array, Tokens, tuple[Reduction, ...], dict[str, Any], Upstream]:
         """One exit: logits, final tokens, reductions, records, and what the next one needs."""
         contexts, maps, bias = None, (), None
@@ -337,38 +350,36 @@ class Cascade(nn.Module):
             reuse = getattr(self, f"reuse_{index}")
             maps = reuse.maps(upstream.relations, upstream.relation_rows)
             bias = reuse.bias(maps)
-        handed = ("addresses", *(("relations",) * self.relation_reuse)) if needed else ()
-        # Exits have their own draws, also where their blocks or sites share a number.
-        own = {k: d and d.replace(key=jax.random.fold_in(d.key, index)) for k, d in draws.items()}
-        context = Context(
-            train=train,
-            **own,
-            **imposed,
+        for_next = ("addresses", *(("relations",) * self.relation_reuse)) if needed else ()
+        own = dataclasses.replace(
+            context,
+            dropout=_of_exit(context.dropout, index),
+            policy=_of_exit(context.policy, index),
             bias=bias,
             extra=contexts,
-            record=("blocks", *(r for r in record if r in checks.OF_TRUNK), *handed),
+            record=("blocks", *(what for what in context.record if what in OF_TRUNK), *for_next),
         )
-        logits, tokens, reductions, found = getattr(self, f"exit_{index}")(images, context)
-        upstream = self._hand_on(found) if needed else Upstream()
-        found |= {"context": contexts or (), "maps": maps}
-        if "biases" in record:
-            found["biases"] = tuple(bias(layer)() for layer in range(len(maps)))
-        return logits, tokens, reductions, found, upstream
+        logits, tokens, reductions, records = getattr(self, f"exit_{index}")(images, own)
+        upstream = self._hand_on(records) if needed else Upstream()
+        records |= {"context": contexts or (), "maps": maps}
+        if "biases" in context.record:
+            records["biases"] = tuple(bias(layer)() for layer in range(len(maps)))
+        return logits, tokens, reductions, records, upstream
 
-    def _hand_on(self, found: dict[str, Any]) -> Upstream:
-        """What the next exit reads of the records of this one."""
-        attended, fed = zip(*found["addresses"], strict=True)
+    def _hand_on(self, records: dict[str, Any]) -> Upstream:
+        """What the next exit reuses, of the records of this one."""
+        attention, mlp = zip(*records["addresses"], strict=True)
         upstream = Upstream()
         if self.feature_reuse:
             layers = slice(-1, None)
             if self.feature_source == "layer":
                 layers = slice(None) if self.feature_layers == "all" else slice(1)
-            rows = tuple(self._rows(address) for address in fed[layers])
-            upstream = upstream.replace(features=found["blocks"][layers], feature_rows=rows)
+            rows = tuple(self._rows(address) for address in mlp[layers])
+            upstream = upstream.replace(features=records["blocks"][layers], feature_rows=rows)
         if self.relation_reuse:
             layers = slice(-1, None) if self.relation_source == "last" else slice(None)
-            rows = tuple(self._rows(address) for address in attended[layers])
-            upstream = upstream.replace(relations=found["relations"][layers], relation_rows=rows)
+            rows = tuple(self._rows(address) for address in attention[layers])
+            upstream = upstream.replace(relations=records["relations"][layers], relation_rows=rows)
         return upstream
 
     def _rows(self, address: Address | None) -> Array | None:
@@ -376,3 +387,45 @@ class Cascade(nn.Module):
         if address is None:
             return None
         return address.carrier if self.dropped == "host" else select.survivors(*address)
+
+
+def _of_exit(draws: Draws | None, index: int) -> Draws | None:
+    """Exits have their own draws, also where their blocks or sites share a number."""
+    return draws and draws.replace(key=jax.random.fold_in(draws.key, index))
+
+
+def _is_grid(tokens: Any) -> bool:
+    sides = tokens if isinstance(tokens, tuple) else (tokens, tokens)
+    return len(sides) == 2 and all(isinstance(n, int) and not isinstance(n, bool) for n in sides)
+
+
+def _per_exit(name: str, value: Any, exits: int) -> tuple[Any, ...]:
+    """One entry per exit: of a tuple that holds a tuple its entries, else `value` for each.
+
+    Raises:
+      ValueError: another number of entries than exits.
+    """
+    if not isinstance(value, (tuple, list)) or not any(isinstance(v, (tuple, list)) for v in value):
+        return (value,) * exits
+    if len(value) != exits:
+        raise ValueError(
+            f"{name}={value} has {len(value)} entries for {exits} exits: give one per exit, or one for all"
+        )
+    return tuple(value)
+
+
+def _by_exit(name: str, arrays: Sequence[Any] | None, counts: Sequence[int]) -> list[Any]:
+    """Arrays per site, cut where a new exit begins.
+
+    Args:
+      counts: number of sites of each exit.
+
+    Raises:
+      ValueError: another number of arrays than sites.
+    """
+    if arrays is None:
+        return [None] * len(counts)
+    if len(arrays) != sum(counts):
+        raise ValueError(f"{name} has {len(arrays)} entries for {sum(counts)} sites, exit after exit")
+    ends = list(itertools.accumulate(counts))
+    return [arrays[end - count : end] for end, count in zip(ends, counts, strict=True)]

@@ -16,6 +16,9 @@ from dyntoken.ops import resample, select
 
 Array = jax.Array
 Grid = tuple[int, int]
+# Fields of a cascade that it hands on as they are.
+OF_CASCADE = ("context_hidden", "feature_class_token", "feature_norm", "relation_reuse", "relation_source")
+OF_CASCADE += ("relation_mixer", "relation_resize", "relation_chunks")
 
 
 class Pointwise(nn.Module):
@@ -80,15 +83,10 @@ class ContextMlp(nn.Module):
 class Reuse(nn.Module):
     """What one exit takes from the exit before.
 
-    Attributes:
+    Attributes (`OF_CASCADE`: see `Cascade`):
       old, new: token grids of the exit before and of this one.
       heads, prefix, norm_eps, dtype: of both backbones.
       context: channels of the context embedding of each block, 0 for none.
-      hidden: hidden channels of the MLPs that make them.
-      with_prefix, normalise: `Cascade.feature_class_token`, `feature_norm`.
-      relations: `Cascade.relation_source`, None without relation reuse.
-      mixer, resize, chunks: `Cascade.relation_mixer`, `relation_resize`,
-        `relation_chunks`.
       remat: recompute the relation MLP in the backward pass, see `nn.remat`.
     """
 
@@ -98,13 +96,14 @@ class Reuse(nn.Module):
     prefix: int
     norm_eps: float
     context: tuple[int, ...]
-    hidden: int
-    with_prefix: bool
-    normalise: bool
-    relations: str | None
-    mixer: str
-    resize: str
-    chunks: int
+    context_hidden: int
+    feature_class_token: bool
+    feature_norm: bool
+    relation_reuse: bool
+    relation_source: str
+    relation_mixer: str
+    relation_resize: str
+    relation_chunks: int
     remat: bool | str = False
     dtype: Any = jnp.float32
 
@@ -116,12 +115,12 @@ class Reuse(nn.Module):
     def setup(self) -> None:
         for layer, width in enumerate(self.context):
             if width:
-                options = (self.hidden, width, self.norm_eps, self.dtype, self.normalise)
+                options = (self.context_hidden, width, self.norm_eps, self.dtype, self.feature_norm)
                 setattr(self, f"context_{layer}", ContextMlp(*options))
-        if self.relations is None:
+        if not self.relation_reuse:
             return
-        make = rematerialised(MIXERS[self.mixer], self.remat)
-        if self.relations == "all":
+        make = rematerialised(MIXERS[self.relation_mixer], self.remat)
+        if self.relation_source == "all":
             self.relation = make(self.dtype)
         else:
             for layer in range(self.depth):
@@ -130,7 +129,7 @@ class Reuse(nn.Module):
     def contexts(self, features: Sequence[Array], rows: Sequence[Array | None]) -> tuple[Array | None, ...]:
         """Per block `[B, prefix + N, context]`, or None for a block that gets none.
 
-        The prefix rows are zero unless `with_prefix`.
+        The prefix rows are zero unless `feature_class_token`.
 
         Args:
           features: `[B, prefix + n, C]` of the exit before, one for all blocks or
@@ -143,7 +142,7 @@ class Reuse(nn.Module):
         )
 
     def _context(self, layer: int, features: Array, rows: Array | None) -> Array:
-        first = 0 if self.with_prefix else self.prefix
+        first = 0 if self.feature_class_token else self.prefix
         x = features[:, first:]
         if rows is not None:  # one more row, for patches that nothing carries
             x = jnp.pad(x, ((0, 0), (0, 1), (0, 0)))
@@ -153,7 +152,7 @@ class Reuse(nn.Module):
             # Embedded first, spread over the patches then: fewer rows for the MLP.
             cells = select.take(cells, jnp.where(rows >= 0, rows, cells.shape[1] - 1))
         cells = resample.reuse_axis(cells, 1, self.old, self.new)
-        if self.with_prefix:
+        if self.feature_class_token:
             return jnp.concatenate([head, cells], axis=1)
         return jnp.pad(cells, ((0, 0), (self.prefix, 0), (0, 0)))
 
@@ -169,7 +168,7 @@ class Reuse(nn.Module):
             r if index is None else select.read_maps(r, select.shift_past_prefix(index, self.prefix))
             for r, index in zip(relations, rows, strict=True)
         ]
-        if self.relations == "all":
+        if self.relation_source == "all":
             mixed = self._mix(self.relation, whole)  # layer-major, head-minor
             return tuple(jnp.split(mixed, self.depth, axis=1))
         return tuple(
@@ -179,10 +178,10 @@ class Reuse(nn.Module):
 
     def _mix(self, mixer: nn.Module, maps: Sequence[Array]) -> Array:
         """Runs `mixer` on the maps `[B, heads, T, T]`, side by side on channels, in pieces of query rows."""
-        if self.chunks == 1:
+        if self.relation_chunks == 1:
             return mixer(jnp.concatenate(maps, axis=1))
         queries = maps[0].shape[2]
-        piece = max(1, queries // self.chunks)
+        piece = max(1, queries // self.relation_chunks)
         pieces = queries // piece
 
         def body(mixer: nn.Module, carry: tuple[()], rows: Sequence[Array]) -> tuple[tuple[()], Array]:
@@ -205,7 +204,7 @@ class Reuse(nn.Module):
         only one block's maps exist at a time and recomputation covers them.
         """
         old, new = self.old, self.new
-        if self.resize == "flat":
+        if self.relation_resize == "flat":
             old, new = (1, old[0] * old[1]), (1, new[0] * new[1])
         resize = functools.partial(resample.reuse_maps, prefix=self.prefix, old=old, new=new)
         return lambda layer: jax.tree_util.Partial(resize, maps[layer])

@@ -32,7 +32,7 @@ def make_step(model: nn.Module, mesh: Mesh, *, prepare: Callable[[Array], Array]
     Raises:
       ValueError: a model without exits.
     """
-    if not hasattr(model, "exits"):
+    if not getattr(model, "exits", ()):
         raise ValueError(
             f"{getattr(model, 'arch', type(model).__name__)} has no exits: thresholds need a model with "
             "several, such as dvt_deit_small"

@@ -69,8 +69,6 @@ class Attention(nn.Module):
           `(y [B, T, C], Attended or None)`.
         """
         batch, rows, width = x.shape
-        if width % self.heads:
-            raise ValueError(f"width {width} is not divisible by {self.heads} heads")
         chex.assert_shape(policy, (batch, rows)) if policy is not None else None
         qkv = layers.dense(3 * width, name="qkv", dtype=self.dtype, use_bias=self.qkv_bias)(x)
         qkv = qkv.reshape(batch, rows, 3, self.heads, width // self.heads)

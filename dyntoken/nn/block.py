@@ -20,7 +20,7 @@ ATTENTION, MLP, ATTENTION_PATH, MLP_PATH = range(4)
 
 
 class LayerArgs(NamedTuple):
-    """What tells a block from the other ones of a loop, where both are traced.
+    """What differs between the blocks of one loop; both are traced there.
 
     Attributes:
       number: int32 scalar, keys the random draws.
@@ -35,8 +35,8 @@ class Block(nn.Module):
     """`x + attention(norm1(x))`, then `x + mlp(norm2(x))`.
 
     The two halves are methods, so that the trunk can put a reducer before the
-    block or between them; the block itself knows of none. Whoever runs it may
-    add a bias to the attention logits and features before the MLP.
+    block or between them; the block itself knows of none. A bias can be added to
+    the attention logits, and features joined to the MLP's input.
 
     Attributes:
       layer: number of the block, which keys its random draws.
@@ -74,16 +74,7 @@ class Block(nn.Module):
 
     def setup(self) -> None:
         self.norm1 = nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype)
-        self.attn = Attention(
-            self.heads,
-            self.qkv_bias,
-            self.qk_scale,
-            self.dropout,
-            self.dtype,
-            self.attn_dropout,
-            self.proj_bias,
-            self.norm_eps if self.qk_norm else None,
-        )
+        self.attn = self.attention()
         self.norm2 = nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype)
         self.mlp = layers.Mlp(
             int(self.width * self.mlp_ratio),
@@ -96,6 +87,19 @@ class Block(nn.Module):
         if self.layer_scale is not None:
             self.ls1 = layers.LayerScale(self.layer_scale)
             self.ls2 = layers.LayerScale(self.layer_scale)
+
+    def attention(self) -> nn.Module:
+        """The attention layer."""
+        return Attention(
+            self.heads,
+            self.qkv_bias,
+            self.qk_scale,
+            self.dropout,
+            self.dtype,
+            self.attn_dropout,
+            self.proj_bias,
+            self.norm_eps if self.qk_norm else None,
+        )
 
     def attend(
         self,

@@ -23,11 +23,7 @@ Layers = Callable[[Array], Array]
 
 @flax.struct.dataclass
 class Streams:
-    """What training in mask form carries: every cell as if on either path.
-
-    Attributes:
-      slow, fast: `[B, N, C]`.
-    """
+    """Cells `[B, N, C]` as if all were on the slow path, and as if on the fast one (training in mask form)."""
 
     slow: Array
     fast: Array
@@ -49,8 +45,8 @@ class Route:
 
     Attributes:
       mask: `[B, N]` 1.0 for those; in training with straight-through gradient.
-      order: `[B, N]` cells, those of the slow path first, and back: `[B, N]` where
-        each cell is in `order`; None in mask form.
+      order, back: `[B, N]` cells, those of the slow path first, and where each cell
+        is in that order; None in mask form.
       slow: static number of cells on the slow path (gather form).
       streams: both paths go on side by side (`Streams`), as the official training does.
     """
@@ -71,9 +67,9 @@ class Route:
 
 
 def branch(route: Route, x: Array, slow: Layers, fast: Layers) -> Array:
-    """What the two paths make of `x [B, N, C]`: `[B, N, C]`.
+    """`slow` on the cells of the slow path, `fast` on the others: `[B, N, C]` in and out.
 
-    The gather form runs each path on its own cells, the mask form both on all.
+    The gather form runs each on its own cells, the mask form both on all.
 
     Args:
       slow, fast: `[B, n, C]` -> `[B, n, C]`, each cell by itself.

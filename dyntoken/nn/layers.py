@@ -188,6 +188,11 @@ class LayerScale(nn.Module):
         return x * gamma.astype(x.dtype)[None, None, :]
 
 
+def drop_path(x: Array, rate: float, draws: sample.Draws | None, *path: int) -> Array:
+    """Stochastic depth of a residual branch, off without `draws`."""
+    return x if draws is None or rate == 0.0 else sample.drop_path(x, rate, draws, *path)
+
+
 def drop(x: Array, rate: float, draws: sample.Draws | None, *path: int) -> Array:
     """Dropout, off without `draws`."""
     return x if draws is None or rate == 0.0 else sample.dropout(x, rate, draws, *path)

@@ -1,4 +1,4 @@
-"""What a backbone says about the sites where tokens can be reduced, and what a method adds there."""
+"""Where a backbone lets tokens be reduced, what reducers see there, and what they add to its parameters."""
 
 from __future__ import annotations
 
@@ -22,33 +22,35 @@ def added(path: str) -> bool:
 
 
 class ReductionSites:
-    """The answers of an isotropic backbone; a hierarchical one overrides them.
+    """A backbone's side of reduction, as an isotropic one has it; stages override it.
 
     A backbone has `depth` positions for a site, numbered from 0, `grid` and
     `prefix` of its final tokens, and `default_sites`.
 
     Attributes:
+      required: what a subclass has to define.
       nested: a site sees what the one before it left. False: every site starts
         from a whole grid of its own.
       site_noun: what the positions of sites count.
       resize: how the official code resizes position embeddings.
     """
 
+    required = ()
     nested = True
     site_noun = "block"
     resize = "bicubic"
 
     def sites_of(self, reducer: Any) -> tuple[int, ...]:
-        """Where a method reduces unless told otherwise: of the default sites those that show what it needs."""
+        """The default sites of a method: those that show what it needs."""
         able = tuple(at for at in self.default_sites if self.shows(at).issuperset(reducer.needs))
         return able or self.default_sites
 
     def site_grid(self, at: int) -> tuple[int, int]:
-        """(rows, columns) of the patches whose number the keep rate of a site refers to."""
+        """(rows, columns) of the patches that the keep rate of a site refers to."""
         return self.grid
 
     def site_rates(self, rate: float, sites: int) -> tuple[float, ...] | float:
-        """One keep rate as one per site; a number leaves that to the method's own rule."""
+        """One keep rate as one per site, or as it is: then the method's rule expands it."""
         return rate
 
     def shows(self, at: int) -> frozenset[str]:
@@ -60,7 +62,7 @@ class ReductionSites:
         return self.prefix, self.grid
 
     def refuse(self, reducer: Any, at: tuple[int, ...]) -> str | None:
-        """Why a method makes no sense here, as the end of a sentence; None if it does.
+        """Why a method cannot work here, as the end of a sentence; None if it can.
 
         Args:
           reducer: what it declares (`reducers.Reducer`): `needs`, `adds_row`, `merges`.

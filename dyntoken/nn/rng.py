@@ -5,6 +5,7 @@ from __future__ import annotations
 import flax.linen as nn
 import jax
 
+from dyntoken.nn.spec import Spec
 from dyntoken.ops.sample import Draws
 
 Array = jax.Array
@@ -19,17 +20,17 @@ def of_stream(module: nn.Module, stream: str, ids: Array) -> Draws | None:
     return Draws(jax.random.key(0), ids) if module.is_initializing() else None
 
 
-def of_dropout(module: nn.Module, options: dict, ids: Array) -> Draws | None:
+def of_dropout(module: nn.Module, backbone: Spec, ids: Array) -> Draws | None:
     """Draws for a backbone's dropout, stochastic depth and MixToken, None if it has none of them.
 
     Args:
-      options: the backbone's fields.
+      backbone: its recipe.
       ids: `[B]` global example indices.
 
     Raises:
       ValueError: the model draws and `apply` got no key.
     """
-    if not any(_positive(options.get(rate, 0.0)) for rate in RATES):
+    if not any(_positive(backbone.get(rate, 0.0)) for rate in RATES):
         return None
     draws = of_stream(module, "dropout", ids)
     if draws is None:

@@ -7,6 +7,7 @@ block; they are stacked inside the call.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dyntoken.nn.block import LayerArgs
+from dyntoken.nn.spec import Spec
 from dyntoken.ops import sample
 from dyntoken.types import Tokens
 
@@ -24,37 +26,33 @@ VARYING = ("layer", "drop_path")  # what blocks of one run may differ in
 
 
 class Records(NamedTuple):
-    """Whether the rows after each block, and its attention logits, are asked for."""
+    """Whether to return the rows after each block, and its attention logits."""
 
     blocks: bool
     relations: bool
 
 
-def runs(recipes: Sequence[Any], cuts: Sequence[int], numbers: Sequence[int]) -> list[tuple[int, ...]]:
+def runs(recipes: Sequence[Spec], cuts: Sequence[int], numbers: Sequence[int]) -> list[tuple[int, ...]]:
     """Splits block numbers into runs of alike blocks with nothing between them.
 
     Args:
-      recipes: of all blocks (`trunk.Spec`).
+      recipes: of all blocks (`Spec`).
       cuts: numbers of blocks that do not continue the run of the block before.
       numbers: the blocks to run, increasing.
     """
-    found: list[list[int]] = []
+    shared = [recipe.with_(**dict.fromkeys(VARYING)) for recipe in recipes]
+    grouped: list[list[int]] = []
     for index in numbers:
-        alike = found and _shared(recipes[found[-1][-1]]) == _shared(recipes[index])
-        if alike and index not in cuts:
-            found[-1].append(index)
+        if grouped and index not in cuts and shared[grouped[-1][-1]] == shared[index]:
+            grouped[-1].append(index)
         else:
-            found.append([index])
-    return [tuple(run) for run in found]
-
-
-def _shared(recipe: Any) -> tuple[Any, tuple[tuple[str, Any], ...]]:
-    return recipe.make, tuple((key, value) for key, value in recipe.options if key not in VARYING)
+            grouped.append([index])
+    return [tuple(run) for run in grouped]
 
 
 def run_blocks(
     make: Callable[..., Any],
-    options: Sequence[dict[str, Any]],
+    recipes: Sequence[Spec],
     params: Sequence[Tree],
     tokens: Tokens,
     *,
@@ -62,43 +60,43 @@ def run_blocks(
     train: bool,
     bias: Sequence[Callable[[], Array] | None],
     extra: Sequence[Array | None],
-    wanted: Records,
+    records: Records,
 ) -> tuple[Tokens, tuple[Array, ...], tuple[Array | None, ...]]:
     """Runs alike blocks one after the other.
 
     Args:
       make: the class of the blocks.
-      options: fields of each block, equal but for `VARYING`.
+      recipes: of each block, alike but for `VARYING`.
       params: parameters of each block.
       tokens: of which the blocks change `x` alone.
       bias: per block, see `Block.attend`; pytrees of one structure, or all None.
       extra: per block, see `Block.feed_forward`; all alike, or all None.
 
     Returns:
-      The tokens, per block the rows after it (only those of the last unless
-      wanted), and per block its attention logits or None.
+      The tokens, per block the rows after it (without records only those of the
+      last), and per block its attention logits or None.
     """
-    highest = max(o["drop_path"] for o in options)
-    block = make(**{**options[0], "drop_path": highest}, parent=None)
+    highest = max(recipe["drop_path"] for recipe in recipes)
+    block = dataclasses.replace(recipes[0], make=make)(drop_path=highest, parent=None)
     layers = LayerArgs(
-        np.asarray([o["layer"] for o in options], np.int32),
+        np.asarray([recipe["layer"] for recipe in recipes], np.int32),
         # 1 - (1 - rate) in these types is what a block on its own computes from its Python float.
-        1 - np.asarray([1 - o["drop_path"] for o in options], np.float32),
+        1 - np.asarray([1 - recipe["drop_path"] for recipe in recipes], np.float32),
     )
 
-    def one(x: Array, step: Any) -> tuple[Array, tuple[Array | None, Array | None]]:
-        held, layer, bias, extra = step
-        given = (tokens.replace(x=x), draws, train, False, wanted.relations, bias, layer)
-        after, seen = block.apply({"params": held}, *given, method="attend")
-        after = block.apply({"params": held}, after, draws, extra, layer, method="feed_forward")
-        return after.x, (after.x if wanted.blocks else None, seen.logits if wanted.relations else None)
+    def body(x: Array, step: Any) -> tuple[Array, tuple[Array | None, Array | None]]:
+        own, layer, bias, extra = step
+        args = (tokens.replace(x=x), draws, train, False, records.relations, bias, layer)
+        after, seen = block.apply({"params": own}, *args, method="attend")
+        after = block.apply({"params": own}, after, draws, extra, layer, method="feed_forward")
+        return after.x, (after.x if records.blocks else None, seen.logits if records.relations else None)
 
     steps = (_stack(params), layers, _stack(bias), _stack(extra))
-    x, (outs, logits) = jax.lax.scan(one, tokens.x, steps)
-    count = len(options)
+    x, (outs, logits) = jax.lax.scan(body, tokens.x, steps)
+    count = len(recipes)
     # The last row from the carry: where no other is read, the loop need not keep them.
-    outs = (*(outs[i] for i in range(count - 1)), x) if wanted.blocks else (x,)
-    logits = tuple(logits[i] for i in range(count)) if wanted.relations else (None,) * count
+    outs = (*(outs[i] for i in range(count - 1)), x) if records.blocks else (x,)
+    logits = tuple(logits[i] for i in range(count)) if records.relations else (None,) * count
     return tokens.replace(x=x), outs, logits
 
 

@@ -1,4 +1,4 @@
-"""Stages of a hierarchical backbone whose blocks see both rows of tokens and maps.
+"""Blocks and stages of PVT and CvT, which see rows of tokens and spatial maps.
 
 Tokens are reduced in the first block of a stage. From there on only the
 survivors have queries and an MLP; wherever a block or the next stage convolves,
@@ -17,7 +17,8 @@ import jax.numpy as jnp
 
 from dyntoken.nn import layers
 from dyntoken.nn.block import ATTENTION, ATTENTION_PATH, Block, LayerArgs
-from dyntoken.nn.trunk import Context, Site, Spec, Trunk
+from dyntoken.nn.spec import Site, Spec
+from dyntoken.nn.trunk import Context, Trunk
 from dyntoken.ops import attend, sample, select
 from dyntoken.types import Attended, Reduction, Tokens
 
@@ -25,15 +26,10 @@ Array = jax.Array
 
 
 class Map(NamedTuple):
-    """What a block's attention sees besides its rows.
+    """What a block's attention sees besides its rows."""
 
-    Attributes:
-      cells: `[B, H, W, C]`, the normed patches on their grid.
-      place: `[B, n]`, cell of each patch row, or None: row i is cell i.
-    """
-
-    cells: Array
-    place: Array | None
+    cells: Array  # [B, H, W, C], the normed patches on their grid
+    place: Array | None  # [B, n], cell of each patch row; None: row i is cell i
 
 
 def to_map(tokens: Tokens, rows: Array, empty: Array | None = None) -> Array:
@@ -61,8 +57,8 @@ def to_map(tokens: Tokens, rows: Array, empty: Array | None = None) -> Array:
 class SpatialBlock(Block):
     """A pre-norm block whose attention takes keys and values from a map of the whole grid.
 
-    A subclass says in `attention` what attends: a module called like
-    `Attention`, with a `Map` as `spatial_map` and no policy where `convolves`.
+    A subclass overrides `attention`: its module is called like `Attention`, with a
+    `Map` as `spatial_map` and no policy where `convolves`.
 
     Keys that come from a map are those of the grid: dropped tokens are in them
     as empty cells, and none is masked, in either form. Without a map dropped
@@ -76,23 +72,11 @@ class SpatialBlock(Block):
 
     reduced: bool = False
     dropped: str = "zero"
-    activation = staticmethod(layers.gelu)
 
     @property
     def convolves(self) -> bool:
         """Whether the attention takes a map."""
         return True
-
-    def attention(self) -> nn.Module:
-        """The attention layer."""
-        raise NotImplementedError(f"{type(self).__name__} does not build an attention layer")
-
-    def setup(self) -> None:
-        self.norm1 = nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype)
-        self.attn = self.attention()
-        self.norm2 = nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype)
-        hidden = int(self.width * self.mlp_ratio)
-        self.mlp = layers.Mlp(hidden, self.dropout, self.dtype, self.width, self.activation)
 
     def attend(
         self,
@@ -104,7 +88,7 @@ class SpatialBlock(Block):
         bias: Callable[[], Array] | None = None,
         layer: LayerArgs | None = None,
     ) -> tuple[Tokens, Attended | None]:
-        """First half, see `Block.attend`; attention maps over rows (`return_logits`, `bias`) there are none."""
+        """First half, see `Block.attend`; there are no logits per pair of rows to return or to bias."""
         layer = layer or LayerArgs(self.layer, self.drop_path)
         if return_logits or bias is not None:
             raise ValueError("keys of a stage are those of its map: there are no logits per pair of rows")
@@ -132,17 +116,14 @@ class RegrownStage(nn.Module):
     """One resolution: embedding, class token, positions, blocks.
 
     Attributes:
-      embed: recipe of the module that takes a map to this stage's, of `width` channels.
+      embed: recipe of the module that takes a map to this stage's.
       blocks: one recipe of a `SpatialBlock` per block.
       sites: the site in block 0, or none.
-      grid: (rows, columns) of the map.
-      width: channels.
+      grid, width: (rows, columns) and channels of the map.
       prefix: number of class tokens, 0 or 1.
       positions: add a position embedding (to the class token, too).
-      dropout: after the positions.
-      layer: number that keys its draws; no block has it.
-      dropped: see `SpatialBlock`.
-      remat: see `Trunk`.
+      dropout: after the positions; `layer`, the number of no block, keys its draws.
+      dropped, remat: see `SpatialBlock`, `Trunk`.
     """
 
     embed: Spec

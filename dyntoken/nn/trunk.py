@@ -1,4 +1,22 @@
-"""The stack of blocks with reducers at their sites: the only loop over blocks."""
+"""The stack of blocks with reducers at their sites.
+
+One forward pass of a ViT: who calls what, and where it is.
+
+    models.Model.__call__                images [B, H, W, C] to an Output
+      classifier.Classifier._context     this batch's draws (nn/rng.py), what to record: a Context
+      backbones/isotropic.Isotropic      the body: stem, trunk, final norm
+        .embed                           stem (backbones/vit.py), class token, positions: Tokens
+        nn/trunk.Trunk.__call__          for each block (with scan=True alike ones in one loop, nn/scan.py)
+          reducers/base.Reducer            a site before the block: score, select, fuse
+          nn/block.Block.attend            norm, nn/attention.Attention (ops/attend.py), residual
+          reducers/base.Reducer            a site inside the block: sees what attention shows (Attended)
+          nn/block.Block.feed_forward      norm, nn/layers.Mlp, residual
+      heads.ClassHead                    pool, logits
+
+A reducer scores (reducers/score.py), selects (ops/select.py) and fuses (ops/fuse.py). PVT and CvT
+run one trunk per stage (backbones/staged_regrown.py, nn/spatial.py); Swin and ConvNeXt have none:
+their cells stay and take one of two paths (backbones/staged_dual_path.py, nn/dual_path.py).
+"""
 
 from __future__ import annotations
 
@@ -14,44 +32,11 @@ import jax.numpy as jnp
 from dyntoken.nn import scan
 from dyntoken.nn.block import Block
 from dyntoken.nn.remat import rematerialised
+from dyntoken.nn.spec import Site, Spec
 from dyntoken.ops import sample, select
 from dyntoken.types import Attended, Reduction, Tokens
 
 Array = jax.Array
-
-
-@dataclasses.dataclass(frozen=True)
-class Spec:
-    """A module to be built later: hashable, equal by value.
-
-    Linen adopts a module instance where it is first used, so a trunk gets the
-    recipe and builds the module itself.
-    """
-
-    make: Callable[..., Any]
-    options: tuple[tuple[str, Any], ...] = ()
-
-    @classmethod
-    def of(cls, make: Callable[..., Any], **options: Any) -> Spec:
-        return cls(make, tuple(sorted(options.items())))
-
-    def __call__(self, **more: Any) -> Any:
-        return self.make(**{**dict(self.options), **more})
-
-
-@dataclasses.dataclass(frozen=True)
-class Site:
-    """Where a reducer sits.
-
-    Attributes:
-      at: 0-based block index.
-      reducer: recipe of the reducer.
-      inside: between attention and MLP of that block, else before it.
-    """
-
-    at: int
-    reducer: Spec
-    inside: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,11 +68,7 @@ class Context:
 
 
 class Address(NamedTuple):
-    """Where patches are after a reduction.
-
-    Attributes:
-      carrier: `[B, N0]`; place: `[B, n]`, see `Tokens`.
-    """
+    """Where patches are after a reduction: `carrier [B, N0]` and `place [B, n]` of `Tokens`."""
 
     carrier: Array
     place: Array
@@ -113,7 +94,7 @@ class Trunk(nn.Module):
     def setup(self) -> None:
         for index, spec in enumerate(self.blocks):
             make = _rematerialised(spec.make, self.remat)
-            setattr(self, f"blocks_{index}", Spec(make, spec.options)())
+            setattr(self, f"blocks_{index}", dataclasses.replace(spec, make=make)())
         for stage, site in enumerate(self.sites):
             setattr(self, f"reducer_{stage}", site.reducer(stage=stage))
 
@@ -126,15 +107,14 @@ class Trunk(nn.Module):
           some: the blocks to run (static); by default all of them.
 
         Returns:
-          The tokens after the last block run, one `Reduction` per site, and the
-          records asked for: "blocks", the rows after each block, "stages", the
-          rows before and after each site, "relations", the attention logits
-          `[B, heads, T, T]` of each block, and "addresses", per block the
-          `Address` of the rows that its attention saw and of those that its MLP
-          saw, None ahead of the first site.
+          The tokens after the last block, one `Reduction` per site, and the records
+          asked for: "blocks" (rows after each block), "stages" (rows before and
+          after each site), "relations" (attention logits `[B, heads, T, T]` per
+          block), "addresses" (per block the `Address` of the rows in its attention
+          and in its MLP, None ahead of the first site).
         """
         reductions: list[Reduction] = []
-        stages, outs, relations, addresses = [], [], [], []
+        stages, rows, relations, addresses = [], [], [], []
         return_logits = "relations" in context.record
         stage_at = {site.at: stage for stage, site in enumerate(self.sites)}
         if context.train and self._masks():
@@ -150,16 +130,16 @@ class Trunk(nn.Module):
                 reductions.append(reduction)
                 stages.append((before, tokens.x))
             if len(run) > 1:
-                address = [self._address(index, tokens, after_mlp=after_mlp) for after_mlp in (False, True)]
+                address = tuple(self._address(index, tokens, after_mlp=after) for after in (False, True))
                 addresses.extend([address] * len(run))
-                tokens, rows, logits = self._loop(run, tokens, context)
-                outs.extend(rows)
-                relations.extend(logits)
+                tokens, run_rows, run_logits = self._loop(run, tokens, context)
+                rows.extend(run_rows)
+                relations.extend(run_logits)
                 continue
             block = getattr(self, f"blocks_{index}")
             inside = site is not None and site.inside
             bias = self._bias(index, tokens, context)
-            addresses.append([self._address(index, tokens, after_mlp=False)])
+            address = self._address(index, tokens, after_mlp=False)
             tokens, seen = block.attend(tokens, context.dropout, context.train, inside, return_logits, bias)
             relations.append(seen.logits if return_logits else None)
             if inside:
@@ -167,19 +147,19 @@ class Trunk(nn.Module):
                 tokens, reduction = self._reduce(stage, tokens, seen, context)
                 reductions.append(reduction)
                 stages.append((before, tokens.x))
-            addresses[-1].append(self._address(index, tokens, after_mlp=True))
+            addresses.append((address, self._address(index, tokens, after_mlp=True)))
             tokens = block.feed_forward(tokens, context.dropout, self._extra(index, tokens, context))
-            outs.append(tokens.x)
+            rows.append(tokens.x)
         records = {
-            "blocks": tuple(outs),
+            "blocks": tuple(rows),
             "stages": tuple(stages),
             "relations": tuple(relations),
-            "addresses": tuple(tuple(pair) for pair in addresses),
+            "addresses": tuple(addresses),
         }
         return tokens, tuple(reductions), {k: v for k, v in records.items() if k in context.record}
 
     def _runs(self, numbers: range) -> list[tuple[int, ...]]:
-        """Block numbers, those that one loop runs together."""
+        """Block numbers, grouped by loop."""
         if not self.scan or self.is_initializing():  # each block makes its own parameters
             return [(index,) for index in numbers]
         cuts = [at for site in self.sites for at in (site.at, site.at + int(site.inside))]
@@ -192,14 +172,14 @@ class Trunk(nn.Module):
         params = self.variables["params"]
         return scan.run_blocks(
             _rematerialised(self.blocks[run[0]].make, self.remat, looped=True),
-            [dict(self.blocks[index].options) for index in run],
+            [self.blocks[index] for index in run],
             [params[f"blocks_{index}"] for index in run],
             tokens,
             draws=context.dropout,
             train=context.train,
             bias=[self._bias(index, tokens, context) for index in run],
             extra=[self._extra(index, tokens, context) for index in run],
-            wanted=scan.Records("blocks" in context.record, "relations" in context.record),
+            records=scan.Records("blocks" in context.record, "relations" in context.record),
         )
 
     def _reduced(self, index: int, *, after_mlp: bool) -> bool:
@@ -212,7 +192,7 @@ class Trunk(nn.Module):
         return Address(tokens.carrier, tokens.place) if self._reduced(index, after_mlp=after_mlp) else None
 
     def _bias(self, index: int, tokens: Tokens, context: Context) -> Callable[[], Array] | None:
-        """The bias of a block, for the rows that are left."""
+        """The bias of a block, for the rows it has."""
         bias = None if context.bias is None else context.bias(index)
         if bias is None or not self._reduced(index, after_mlp=False):
             return bias
@@ -221,7 +201,7 @@ class Trunk(nn.Module):
         return jax.tree_util.Partial(_bias_with(new), bias, rows)
 
     def _extra(self, index: int, tokens: Tokens, context: Context) -> Array | None:
-        """The features of a block, for the rows that are left."""
+        """The extra features of a block, for the rows it has."""
         extra = None if context.extra is None else context.extra[index]
         if extra is None or not self._reduced(index, after_mlp=True):
             return extra
@@ -246,11 +226,9 @@ class Trunk(nn.Module):
 
 
 def _rows(tokens: Tokens) -> tuple[Array | None, int]:
-    """Which rows of something laid out over all patches belong to `tokens`.
+    """Where `tokens` are among the rows of all patches: `[B, prefix + n]`, -1 for a fused row.
 
-    Returns:
-      Row numbers `[B, prefix + n]`, -1 for a fused row; or in the mask form,
-      whose rows stay where they are, None and how many fused rows follow them.
+    In mask form rows stay where they are: None, and the number of fused rows after them.
     """
     if tokens.alive is not None:
         return None, tokens.count - tokens.initial
@@ -258,7 +236,7 @@ def _rows(tokens: Tokens) -> tuple[Array | None, int]:
 
 
 def _of_rows(x: Array, rows: Array | None, new: int, axes: tuple[int, ...]) -> Array:
-    """`x` for the rows that `_rows` found, zeros for fused ones."""
+    """`x` at the rows of `_rows` along some axes, zeros for fused ones."""
     if rows is None:
         return jnp.pad(x, [(0, new if axis in axes else 0) for axis in range(x.ndim)]) if new else x
     for axis in axes:

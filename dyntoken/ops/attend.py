@@ -55,7 +55,7 @@ def masked_softmax(logits: Array, policy: Array) -> Array:
 
 
 def attention(q: Array, k: Array, v: Array, *, scale: float, bias: Array | None = None) -> Array:
-    """Unmasked attention whose probabilities nobody reads.
+    """Unmasked attention that does not return its probabilities.
 
     Args:
       q, k, v: `[B, H, T, D]`.

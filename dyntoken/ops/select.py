@@ -6,9 +6,6 @@ static.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-
 import jax
 import jax.numpy as jnp
 
@@ -79,8 +76,8 @@ def gather_or_zero(x: Array, rows: Array, axis: int = 1) -> Array:
     shape = [1] * x.ndim
     shape[0], shape[axis] = rows.shape
     index = rows.reshape(shape)
-    found = jnp.take_along_axis(x, jnp.maximum(index, 0), axis=axis)
-    return jnp.where(index >= 0, found, jnp.zeros((), x.dtype))
+    values = jnp.take_along_axis(x, jnp.maximum(index, 0), axis=axis)
+    return jnp.where(index >= 0, values, jnp.zeros((), x.dtype))
 
 
 def read_maps(x: Array, rows: Array) -> Array:
@@ -116,13 +113,8 @@ def lookup(table: Array, rows: Array) -> Array:
       table: `[B, m]` integers.
       rows: `[B, r]` integers into it, or -1.
     """
-    found = jnp.take_along_axis(table, jnp.maximum(rows, 0), axis=1)
-    return jnp.where(rows >= 0, found, -1).astype(jnp.int32)
-
-
-def compose(carrier: Array, remap: Array) -> Array:
-    """Carriers after a reduction: `[B, N0]` from `carrier [B, N0]` and `remap [B, n]`."""
-    return lookup(remap, carrier)
+    values = jnp.take_along_axis(table, jnp.maximum(rows, 0), axis=1)
+    return jnp.where(rows >= 0, values, -1).astype(jnp.int32)
 
 
 def sizes(carrier: Array, n: int) -> Array:
@@ -135,83 +127,3 @@ def inverse(rows: Array, n: int) -> Array:
     hit = rows[:, :, None] == jnp.arange(n)[None, None, :]  # [B, k, n]
     position = jnp.arange(rows.shape[1], dtype=jnp.int32)[None, :, None]
     return (jnp.where(hit, position + 1, 0).sum(axis=1) - 1).astype(jnp.int32)
-
-
-def to_grid(x: Array, place: Array, grid: tuple[int, int]) -> Array:
-    """Scatters rows back to their cells; cells nobody stands on are zero.
-
-    Args:
-      x: `[B, n, C]`; place: `[B, n]` cells, -1 for a row without one.
-
-    Returns:
-      `[B, rows, columns, C]`.
-    """
-    cells = grid[0] * grid[1]
-    at = (place[:, None, :] == jnp.arange(cells)[None, :, None]).astype(x.dtype)
-    y = jnp.einsum("bgn,bnc->bgc", at, x, precision=HIGHEST)
-    return y.reshape(x.shape[0], *grid, x.shape[-1])
-
-
-def keep_counts(
-    keep: float | int | Sequence[float | int],
-    sites: int,
-    initial: int,
-    *,
-    relative: bool,
-    fused: bool = False,
-) -> tuple[tuple[int, float], ...]:
-    """Expands a keep rate into a static (count, target ratio) per site.
-
-    Args:
-      keep: one rate r in (0, 1), or one entry per site; floats are rates (1.0
-        keeps all), ints are counts.
-      sites: number of reduction sites.
-      initial: first patch count N0.
-      relative: False reads rates against the first patch count and rounds down,
-        `int(N0 * r)`, r expanding to r, r^2, r^3 (DynamicViT, TPS); True
-        against the current tokens and rounds up, `ceil(r * n)` (EViT, eTPS).
-      fused: each site adds one fused token, which later counts include.
-
-    Raises:
-      ValueError: no entry per site, a rate outside (0, 1], a count outside
-        1..current.
-    """
-    rates = expand(keep, sites, relative=relative)
-    counts, current = [], initial
-    for site, rate in enumerate(rates):
-        if isinstance(rate, int):
-            count, ratio = rate, rate / initial
-        else:
-            if not 0.0 < rate <= 1.0:
-                raise ValueError(
-                    f"keep rate {rate} of site {site} is not in (0, 1]; counts are given as ints"
-                )
-            count = math.ceil(rate * current) if relative else int(initial * rate)
-            ratio = count / initial if relative else rate
-        if not 1 <= count <= current:
-            raise ValueError(
-                f"keep={keep} leaves {count} of {current} tokens at site {site} (first patch count "
-                f"{initial}); choose between 1 and {current}"
-            )
-        counts.append((count, ratio))
-        current = count + int(fused and count < current)
-    return tuple(counts)
-
-
-def expand(
-    keep: float | int | Sequence[float | int], sites: int, *, relative: bool
-) -> tuple[float | int, ...]:
-    """One entry per site of what `keep_counts` takes.
-
-    Raises:
-      ValueError: not a number, nor a sequence with an entry per site.
-    """
-    if isinstance(keep, bool) or not isinstance(keep, (int, float, Sequence)) or isinstance(keep, str):
-        raise ValueError(f"keep must be a number or a sequence of numbers, got {keep!r}")
-    if isinstance(keep, Sequence):
-        if len(keep) != sites:
-            raise ValueError(f"keep={tuple(keep)} has {len(keep)} entries for {sites} sites (at=...)")
-        return tuple(keep)
-    if isinstance(keep, int) or relative:
-        return (keep,) * sites
-    return tuple(keep ** (site + 1) for site in range(sites))

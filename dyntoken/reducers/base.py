@@ -23,7 +23,7 @@ FORMS = typing.get_args(Form)
 
 
 class _Seen:
-    """The fields of `Attended` that a reducer declares to need; any other is an error of one line."""
+    """The fields of `Attended` that a reducer declares to need; reading another one raises ValueError."""
 
     def __init__(self, reader: str, fields: dict[str, Array | None]):
         for name, value in fields.items():
@@ -42,9 +42,9 @@ class Reducer(nn.Module):
 
     A method that is no composition (ToMe) subclasses this and implements
     `reduce`, which returns the tokens and a `Reduction` with its `remap`;
-    `__call__` then brings `carrier` and `size` up to date. Besides it declares, as
-    class attributes, what everything else goes by: `learns`, `needs` and `where` as
-    `register_scorer` says them, `adds_row` and `merges` as `register_fuser` does.
+    `__call__` then updates `carrier` and `size`. It declares as class attributes
+    `learns`, `needs` and `where`, see `register_scorer`, and `adds_row` and
+    `merges`, see `register_fuser`.
 
     Attributes:
       keep: static number of rows that stay (prefix and fused rows not counted).
@@ -112,7 +112,7 @@ class Reducer(nn.Module):
                 f"{self.title} leaves {tokens.count} rows, not {rows}: keep={self.keep} and "
                 f"adds_row={self.adds_row}, as it declares"
             )
-        carrier = select.compose(tokens.carrier, reduction.remap)
+        carrier = select.lookup(reduction.remap, tokens.carrier)
         tokens = tokens.replace(carrier=carrier, size=select.sizes(carrier, tokens.count))
         ratio = self.keep / tokens.initial if self.ratio is None else self.ratio
         static = {"ratio": ratio, "count": self.keep + fused, "grid": tokens.grid}

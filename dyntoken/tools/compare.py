@@ -47,7 +47,7 @@ def report(config: Mapping[str, Any], result: train.Result, *, log: Log = print)
       `exit`, its number.
     """
     target = result.workdir / "compare.json"
-    exits = hasattr(result.model, "exits")
+    exits = bool(result.model.exits)
     if not target.exists():
         rows = (_measure_exits if exits else _measure)(config, result, log)
         target.write_text(json.dumps(rows, indent=2) + "\n")

@@ -43,7 +43,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "params": count.params,
         "tokens": list(count.tokens),
         "at": list(model.at),
-        "keep": [dict(site.reducer.options)["keep"] for site in model.sites()],  # without fused tokens
+        "keep": [site.reducer["keep"] for site in model.sites()],  # without fused tokens
         "sites": {model.plain().site_noun: [site.at for site in model.sites()]} if model.sites() else {},
         "blocks": [
             {

@@ -221,7 +221,7 @@ def views(model: Any, out: Any) -> list[tuple[str, jax.Array, tuple[Any, ...], t
 
     One entry with an empty suffix for a model without exits.
     """
-    if not hasattr(model, "exits"):
+    if not model.exits:
         return [("", out.logits[0], out.reductions, model.at)]
     found, start = [], 0
     for index in range(len(model.exits)):

@@ -20,10 +20,11 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from dyntoken import data, losses, mix, models, optim, schedules
+from dyntoken import data, losses, mix, models, optim
 from dyntoken.data.plan import check_eval_batch, check_size, check_topology
 from dyntoken.eval.classify import make_eval_step
 from dyntoken.reducers import METHODS
+from dyntoken.reducers.keep import quantize_keep_rates
 from dyntoken.train import sharding
 from dyntoken.train.eval_datasets import MAIN, EvalSet, check_metric, open_eval_sets
 from dyntoken.train.settings import MOST_STEPS, KeepSchedule, Settings, check_lengths, read
@@ -327,7 +328,7 @@ def build(
     schedule = settings.keep_schedule if training else None
     phases = keep_phases(model, schedule, steps_per_epoch=per_epoch, total_steps=total)
     objective = losses.Objective(settings.losses)
-    objective.check(len(getattr(model, "exits", ())))
+    objective.check(len(model.exits))
     teacher = _make_teacher(settings, objective, info, shape)
     variables = jax.eval_shape(lambda: init_variables(model, shape, settings.seed))
     refuse_batch_norm(model, variables, settings.accumulate)
@@ -382,7 +383,7 @@ def keep_phases(
             f"config.keep_schedule falls to one rate, but config.model.keep is {model.keep}: give a number in "
             "(0, 1), or clear keep_schedule.end_epoch"
         )
-    rates = schedules.quantize_keep_rates(
+    rates = quantize_keep_rates(
         base=model.keep,
         steps_per_epoch=steps_per_epoch,
         warmup_epochs=schedule.start_epoch,
@@ -392,7 +393,7 @@ def keep_phases(
     phases: list[Phase] = []
     for first, rate in rates:
         smaller = model if rate == model.keep else model.clone(keep=rate)
-        counts = tuple(dict(site.reducer.options)["keep"] for site in smaller.sites())
+        counts = tuple(site.reducer["keep"] for site in smaller.sites())
         if first < total_steps and not (phases and phases[-1].counts == counts):
             phases.append(Phase(first, smaller, counts))
     return phases
@@ -444,7 +445,7 @@ def _make_teacher(
     if not source:
         raise ValueError("config.teacher.weights is empty: name a weight file (or a workdir) for the teacher")
     teacher = _make_model(section, info, shape, "config.teacher")
-    if hasattr(teacher, "exits"):
+    if teacher.exits:
         raise ValueError(
             f"config.teacher.name is {section['name']!r}, which has exits: a teacher is one network. Name a "
             "plain model; the last exit of a model teaches its earlier ones through the loss exit_kl"

@@ -118,7 +118,7 @@ class KeepSchedule:
 
     Until `start_epoch` every token stays; then the rate falls by a cosine to
     that of the model, which holds from `end_epoch` on. It fixes shapes, so it is
-    rounded to a few `levels` (see `schedules.quantize_keep_rates`).
+    rounded to a few `levels` (see `reducers.keep.quantize_keep_rates`).
 
     Attributes:
       start_epoch: whole epochs at rate 1.

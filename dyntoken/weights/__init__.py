@@ -253,8 +253,7 @@ def export_reference(
 
 def with_image_size(model: Model, size: tuple[int, int]) -> Model:
     """`model` for images of another (height, width); `load_weights` fits its position embedding."""
-    options = {**dict(model.backbone.options), "img_size": tuple(int(n) for n in size)}
-    return model.clone(backbone=dataclasses.replace(model.backbone, options=tuple(sorted(options.items()))))
+    return model.clone(backbone=model.backbone.with_(img_size=tuple(int(n) for n in size)))
 
 
 def family_of(model: Model) -> str:
@@ -343,7 +342,7 @@ def _check_kinship(
 def _notes(model: Model, bundle: files.Bundle, missing: tuple[str, ...]) -> list[str]:
     notes = []
     leaves = {key.rsplit("/", 1)[-1] for key in bundle.tensors}
-    distilled = dict(model.backbone.options).get("distilled", False)
+    distilled = model.backbone.get("distilled", False)
     if "dist_token" in leaves and not distilled:
         notes.append(
             "distilled weights in a plain model: distillation token and head left out, class head used"

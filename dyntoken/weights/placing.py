@@ -72,7 +72,7 @@ def remedy(model: Any, left: Sequence[str], tensors: Mapping[str, np.ndarray]) -
             values = {"rows": array.shape[1] if array.ndim == 3 else len(array)}
             if field == "depth":
                 depth = 1 + max(int(hit[2]) for _, hit in hits)
-                if depth <= dict(model.backbone.options).get("depth", 0):
+                if depth <= model.backbone.get("depth", 0):
                     continue
                 values["depth"] = depth
             found.append(text.format(**values))

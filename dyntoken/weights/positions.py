@@ -88,11 +88,6 @@ def _fitted(
     )
 
 
-def spell(grid: Grid) -> str:
-    """A grid as it stands in a file's metadata, "16x32"."""
-    return "x".join(map(str, grid))
-
-
 def fit(
     value: np.ndarray,
     *,

@@ -9,7 +9,6 @@ from dyntoken import paths, schedules, workdirs
 from dyntoken.cascade import Cascade
 from dyntoken.models import create_model
 from dyntoken.registry import UnknownNameError
-from dyntoken.weights import positions
 
 
 def of_workdir(path: Any, step: int | str = "newest") -> dict[str, Any]:
@@ -51,9 +50,11 @@ def model_of(meta: Mapping[str, Any]) -> Any:
 
 def grids(model: Any) -> dict[str, str]:
     """The patches of a model as metadata, `{"grid": "16x32"}`, of a cascade one entry per exit."""
-    if not isinstance(model, Cascade):
-        return {"grid": positions.spell(model.plain().grid)}
-    return {f"grid/exit_{index}": positions.spell(grid) for index, grid in enumerate(model.grids)}
+    if isinstance(model, Cascade):
+        named = {f"grid/exit_{index}": grid for index, grid in enumerate(model.grids)}
+    else:
+        named = {"grid": model.plain().grid}
+    return {name: "x".join(map(str, grid)) for name, grid in named.items()}
 
 
 def grids_of(meta: Mapping[str, Any]) -> dict[str, str]:

@@ -12,22 +12,24 @@ from jax.sharding import PartitionSpec as P
 import dyntoken
 from dyntoken import losses
 from dyntoken.analysis import macs
+from dyntoken.backbones.staged_dual_path import DualPathStages
 from dyntoken.models import pairings
 from dyntoken.reducers import METHODS
 from dyntoken.train import sharding as meshes
+from tests.backbones import small
 
-SMALL = {
-    "swin_tiny": {"patch_size": 2, "width": 8, "heads": (1, 1, 2), "window": 2, "depths": (1, 1, 2)},
-    "convnext_tiny": {"patch_size": 2, "widths": (4, 8, 16), "kernel": 3, "depths": (1, 1, 2)},
-}
-SHARED = {"num_classes": 5, "img_size": 32, "at": (0, 1), "keep": 0.6}  # 9 and 6 of 4 x 4 cells
+SHARED = {"num_classes": 5, "at": (0, 1), "keep": 0.6}  # 9 and 6 of 4 x 4 cells
 IMAGES = np.random.default_rng(7).normal(size=(4, 32, 32, 3)).astype(np.float32)
 RECORD = ("features", "blocks", "stages")
-NAMES = list(SMALL)
+NAMES = small.names(DualPathStages)
+SLOW_CONVNEXT, SLOW_SWIN = (
+    [pytest.param(name, marks=pytest.mark.slow) if name.startswith(slow) else name for name in NAMES]
+    for slow in ("convnext", "swin")
+)
 
 
 def _model(arch, **changed):
-    return dyntoken.create_model(f"dynamicvit_{arch}", **{**SMALL[arch], **SHARED, **changed})
+    return dyntoken.create_model(f"dynamicvit_{arch}", **{**small.options(arch), **SHARED, **changed})
 
 
 @functools.cache
@@ -101,7 +103,7 @@ def _trained(arch):
     return run, rows, jax.jit(run)(_variables(arch)["params"], *rows)
 
 
-@pytest.mark.parametrize("arch", ["swin_tiny", pytest.param("convnext_tiny", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("arch", SLOW_CONVNEXT)
 def test_training_reaches_every_parameter(arch):
     _, _, (value, grads) = _trained(arch)
     assert np.isfinite(value)
@@ -149,17 +151,14 @@ def test_random_scores_train_both_paths_in_gather_form(arch):
         assert float(jnp.abs(leaf).max()) > 0, jax.tree_util.keystr(path)
 
 
-@pytest.mark.parametrize("arch", ["convnext_tiny", pytest.param("swin_tiny", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("arch", SLOW_SWIN)
 def test_one_compilation_and_other_keeps_for_the_same_weights(arch):
     run = jax.jit(lambda m, v, x: m.apply(v, x).logits, static_argnums=0)
     first = run(_model(arch), _variables(arch), IMAGES)
     np.testing.assert_allclose(first, _gathered(arch).logits, atol=1e-6)
     run(_model(arch), _variables(arch), IMAGES + 1)
     assert run._cache_size() == 1
-    assert [s.reducer.options[3] for s in _model(arch).clone(keep=(16, 1)).sites()] == [
-        ("keep", 16),
-        ("keep", 1),
-    ]
+    assert [site.reducer["keep"] for site in _model(arch).clone(keep=(16, 1)).sites()] == [16, 1]
 
 
 def test_noise_decides_in_training():
@@ -214,7 +213,7 @@ def test_images_of_another_size_are_refused():
 def test_rows_of_the_slow_path_are_counted(arch):
     found = macs.count(_model(arch))
     rows = [(block.tokens, block.tokens_out) for block in found.by_block][2:]
-    assert rows == ([(16, 9), (16, 6)] if arch == "swin_tiny" else [(9, 9), (6, 6)])  # attention sees all
+    assert rows == ([(16, 9), (16, 6)] if arch.startswith("swin") else [(9, 9), (6, 6)])  # attention sees all
     spared = macs.count(_model(arch).clone(keep=(8, 6))).total
     width = _model(arch).plain().widths[2]
     assert found.total - spared == (8 - 1) * width**2  # one cell through the MLP, not the linear layer
@@ -248,5 +247,5 @@ def test_default_sites_and_rates():
     for arch, at in expected.items():
         model = dyntoken.create_model(f"dynamicvit_{arch}")
         assert model.at == at
-        counts = [dict(site.reducer.options)["keep"] for site in model.sites()]
+        counts = [site.reducer["keep"] for site in model.sites()]
         assert counts == [137, 97, 58]  # int(196 * (0.7 - 0.2)) is 97 in double precision, as official

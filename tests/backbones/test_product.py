@@ -5,7 +5,6 @@ tokens before a block) in LV-ViT and one of class attention (inside a block, wit
 the product is marked slow.
 """
 
-import dataclasses
 import functools
 
 import jax
@@ -14,26 +13,12 @@ import numpy as np
 import pytest
 
 import dyntoken
-from dyntoken import architectures, backbones
 from dyntoken.backbones.isotropic import Isotropic
 from dyntoken.models import pairings
+from tests.backbones import small
 
-SHARED = {"width": 16, "heads": 2, "num_classes": 5, "img_size": 16, "at": (1,), "keep": 0.6, "depth": 2}
-BACKBONES = {
-    "lvvit_s": {"patch_size": 4, "stem_width": 4},
-    # A small gamma: random weights would throw the points off the map.
-    "psvit_b_4": {"iterations": 2, "gamma": 0.1, "stem_channels": (4, 4, 8, 4)},
-}
-COVERED = {"vit", "t2t"} | {architectures.parse(name).backbone for name in BACKBONES}
-for first in (family.listed[0] for family in architectures.FAMILIES):
-    arch = architectures.parse(first)
-    make = backbones.BACKBONES[arch.backbone]
-    if arch.backbone not in COVERED and issubclass(make, Isotropic):
-        fields = {field.name for field in dataclasses.fields(make)}
-        BACKBONES[first] = {
-            **{key: 4 for key in ("patch_size", "stem_width") if key in fields},
-            "pool": "token" if make(**arch.options, parent=None).prefix else "mean",
-        }
+SHARED = {"num_classes": 5, "at": (1,), "keep": 0.6}
+BACKBONES = small.names(Isotropic, but=("vit", "t2t"))
 IMAGES = np.random.default_rng(7).normal(size=(4, 16, 16, 3)).astype(np.float32)
 
 
@@ -45,7 +30,7 @@ def _cases(*quick):
 @functools.cache
 def _model(name, form="auto"):
     backbone = next(backbone for backbone in BACKBONES if name.endswith(f"_{backbone}"))
-    return dyntoken.create_model(name, **SHARED, **BACKBONES[backbone], form=form)
+    return dyntoken.create_model(name, **SHARED, **small.options(backbone), form=form)
 
 
 @functools.cache

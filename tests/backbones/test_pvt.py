@@ -109,7 +109,7 @@ def test_sites_by_default_and_by_request():
     counts = [dict(site.reducer.options) for site in model.sites()]
     assert [(c["current"], c["keep"], c["ratio"]) for c in counts] == [(784, 392, 0.5), (196, 98, 0.5)]
     model = dyntoken.create_model("dtps_pvt_small", keep=(0.9, 0.8, 0.7, 0.6))
-    assert [dict(site.reducer.options)["keep"] for site in model.sites()] == [2822, 627, 137, 29]
+    assert [site.reducer["keep"] for site in model.sites()] == [2822, 627, 137, 29]
 
 
 @pytest.mark.parametrize(

@@ -12,21 +12,15 @@ import numpy as np
 import pytest
 
 import dyntoken
+from dyntoken.backbones.staged_regrown import RegrownStages
 from dyntoken.models import pairings
 from dyntoken.nn.spatial import to_map
 from dyntoken.reducers import METHODS
 from dyntoken.types import Tokens
+from tests.backbones import small
 
-SHARED = {"widths": (8, 16), "heads": (1, 2), "mlp_ratios": (2, 2)}
-SHARED |= {"num_classes": 5, "img_size": 16, "keep": 0.6}
-BACKBONES = {
-    "pvt_tiny": {"patch_size": 2, "sr_ratios": (2, 1)},
-    # Maps of 7 x 7, whose keys are 4 x 4, and 4 x 4.
-    "cvt_13": {
-        **{"patch_sizes": (3, 3), "patch_strides": (2, 2), "patch_paddings": (0, 1), "kernels": (3, 3)},
-        **{"kv_strides": (2, 2), "kv_paddings": (1, 1), "class_tokens": (False, True)},
-    },
-}
+SHARED = {"num_classes": 5, "keep": 0.6}
+BACKBONES = small.names(RegrownStages)
 IMAGES = np.random.default_rng(7).normal(size=(4, 16, 16, 3)).astype(np.float32)
 RNGS = {"policy": jax.random.key(1)}
 
@@ -43,7 +37,7 @@ def _model(case, form="auto", **options):
     name, _, dropped = case.partition("+")
     method, _, backbone = name.partition("_")
     depths = (1, 1 + METHODS[method].inside)  # a block's attention after the site
-    options = {**SHARED, **BACKBONES[backbone], "depths": depths, **options}
+    options = {**SHARED, **small.options(backbone), "depths": depths, **options}
     return dyntoken.create_model(name, **options, form=form, dropped=dropped or "zero")
 
 

@@ -120,7 +120,7 @@ def test_errors():
         _small(img_size=(16, 24))
     with pytest.raises(ValueError, match=r"heads=.*one entry for each"):
         _small(heads=(1,))
-    with pytest.raises(ValueError, match="width 8 of a stage is not divisible by its 3 heads"):
+    with pytest.raises(ValueError, match="width 8 is not divisible by 3 heads"):
         _small(heads=(3, 3))
     with pytest.raises(weights.WeightsError, match="head_dim=16"):
         weights.import_reference("timm", "SwinTransformer", {"head_dim": 16}, {})

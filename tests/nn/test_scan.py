@@ -12,7 +12,7 @@ import dyntoken
 from dyntoken.analysis import macs
 from dyntoken.nn.block import Block
 from dyntoken.nn.scan import runs
-from dyntoken.nn.trunk import Spec
+from dyntoken.nn.spec import Spec
 
 SMALL = {"img_size": 16, "patch_size": 4, "width": 16, "heads": 2, "num_classes": 5}
 SITES = {"depth": 4, "at": (2,), "keep": 0.6}

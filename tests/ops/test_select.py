@@ -48,62 +48,11 @@ def test_addresses_literal():
     # rows 0..3; row 2 kept as new row 0, row 0 as new row 1; 1 squeezed into 0 (new 1); 3 dropped.
     remap = jnp.array([[1, 1, 0, -1]])
     carrier = jnp.array([[0, 1, 2, 3, 3, -1]])
-    new = select.compose(carrier, remap)
+    new = select.lookup(remap, carrier)
     np.testing.assert_array_equal(new, [[1, 1, 0, -1, -1, -1]])
     np.testing.assert_array_equal(select.sizes(new, 2), [[1.0, 2.0]])
     np.testing.assert_array_equal(select.inverse(jnp.array([[2, 0]]), 4), [[1, -1, 0, -1]])
     np.testing.assert_array_equal(select.mask_of(jnp.array([[2, 0]]), 4), [[1, 0, 1, 0]])
-
-
-def test_to_grid_scatters_by_place():
-    x = jnp.array([[[1.0], [2.0], [9.0]]])
-    y = select.to_grid(x, jnp.array([[3, 0, -1]]), (2, 2))
-    np.testing.assert_array_equal(y[0, ..., 0], [[2.0, 0.0], [0.0, 1.0]])
-
-
-@pytest.mark.parametrize(
-    ("keep", "relative", "fused", "counts"),
-    [
-        (0.7, False, False, (137, 96, 67)),  # DynamicViT, DeiT
-        (0.5, False, False, (98, 49, 24)),
-        (0.7, True, True, (138, 98, 70)),  # EViT: the fused token of earlier sites counts
-        (0.7, True, False, (138, 97, 68)),  # eTPS
-        (0.5, True, True, (98, 50, 26)),
-        ((150, 100, 50), False, False, (150, 100, 50)),
-        ((1.0, 0.5, 0.25), False, False, (196, 98, 49)),
-        ((0.9, 1.0, 0.5), True, True, (177, 178, 89)),
-    ],
-)
-def test_keep_counts_of_196(keep, relative, fused, counts):
-    got = select.keep_counts(keep, 3, 196, relative=relative, fused=fused)
-    assert tuple(count for count, _ in got) == counts
-
-
-def test_keep_counts_follow_the_python_float_product():
-    # The official list is [r, r**2, r**3]; 100 * 0.7**2 is 48.99..., cut to 48.
-    assert [c for c, _ in select.keep_counts(0.7, 3, 100, relative=False)] == [70, 48, 34]
-    assert select.keep_counts(0.55, 1, 100, relative=True)[0][0] == 56  # ceil(55.00000000000001)
-
-
-def test_target_ratios():
-    assert [r for _, r in select.keep_counts(0.5, 3, 49, relative=False)] == [0.5, 0.25, 0.125]
-    assert select.keep_counts(49, 1, 196, relative=False) == ((49, 0.25),)
-
-
-@pytest.mark.parametrize(
-    ("keep", "message"),
-    [
-        (0.001, "leaves 0 of 16"),
-        ((0.5, 0.5), "2 entries for 3 sites"),
-        (1.5, "not in"),
-        ((4, 9, 2), "leaves 9 of 4"),
-        ("0.5", "must be a number"),
-        (True, "must be a number"),
-    ],
-)
-def test_bad_keep(keep, message):
-    with pytest.raises(ValueError, match=message):
-        select.keep_counts(keep, 3, 16, relative=False)
 
 
 @pytest.mark.parametrize("platform", ["cpu", "tpu"])

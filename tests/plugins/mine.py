@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import dyntoken
-from dyntoken.backbones.isotropic import Isotropic, pair
+from dyntoken.backbones.isotropic import Isotropic
+from dyntoken.backbones.sizes import pair
 from dyntoken.backbones.vit import ViT
 from dyntoken.data.arrays import ArrayRows, ArraySource
 from dyntoken.nn import layers

@@ -17,6 +17,7 @@ import dyntoken
 from dyntoken import losses, main, optim, train, weights
 from dyntoken.analysis import macs
 from dyntoken.backbones import BACKBONES
+from dyntoken.backbones.isotropic import Isotropic
 from dyntoken.nn.reduction_sites import added
 from dyntoken.ops import fuse
 from dyntoken.reducers import METHODS, SCORERS
@@ -166,7 +167,7 @@ def test_a_rule_moves_the_sites_of_a_method_and_exits_take_it():
         assert [site.inside for site in model.sites()] == [inside] * 9
     moved = _model("dtps", score="received")  # counted as dTPS still: r, r^2, r^3 of the first patches
     assert [site.inside for site in moved.sites()] == [True] * 3
-    assert [dict(site.reducer.options)["keep"] for site in moved.sites()] == [11, 7, 5]
+    assert [site.reducer["keep"] for site in moved.sites()] == [11, 7, 5]
 
 
 def test_what_is_refused_is_not_listed():
@@ -249,6 +250,10 @@ def _layer(tokens, seen, draws, stage, **_):
         (lambda: dyntoken.register_method("x", Greedy), "needs is a tuple"),
         (lambda: dyntoken.register_method("dvt_x", score="random"), "another name"),
         (lambda: dyntoken.register_backbone("x", dict, {}), "must subclass"),
+        (
+            lambda: dyntoken.register_backbone("x", Isotropic, {}),
+            "does not define grid, setup_stem, stem_rows",
+        ),
         (
             lambda: dyntoken.register_backbone("x", _vit(), {"xvit": {"widht": 8}}),
             "unknown option 'widht'.*width",

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from dyntoken import weights
-from dyntoken.nn.trunk import Spec
+from dyntoken.nn.spec import Spec
 from dyntoken.weights import keys, references
 from tests.golden.case import Case, CaseError
 

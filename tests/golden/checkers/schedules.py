@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from dyntoken import optim, schedules, weights
+from dyntoken.reducers.keep import keep_rate_schedule
 from dyntoken.weights import files, references
 from tests.golden.case import Case
 from tests.golden.ledger import Ledger
@@ -80,7 +81,7 @@ def _keep_rate(ledger: Ledger, name: str, table: Mapping[str, Any]) -> None:
         "total_epochs": given.pop("total_epochs"),
     }
     _all_read(given)
-    ours = [schedules.keep_rate_schedule(step, **options) for step in range(len(table["values"]))]
+    ours = [keep_rate_schedule(step, **options) for step in range(len(table["values"]))]
     ledger.table(name, ours, table["values"])
 
 
