@@ -128,22 +128,20 @@ def run(
 def _compare(config, result, say) -> None:
     import jax
 
-    from dyntoken.tools import compare
+    from dyntoken.tools import demo_report
 
     if jax.process_count() > 1:
         say("one process makes the comparison: run this command again on one host, with --distributed=off")
     else:
-        compare.report(config, result)
+        demo_report.report(config, result)
 
 
 def _gmacs(model) -> float | list[float]:
     """Multiply-adds (1e9) of one image, of a model with exits up to each of them."""
     from dyntoken.analysis import macs
 
-    count = macs.count(model)
-    if macs.exits(model):
-        return [round(gmacs, 6) for gmacs in macs.gmacs_per_exit(model, count)]
-    return round(count.gmacs, 6)
+    found = macs.gmacs(model)
+    return [round(value, 6) for value in found] if isinstance(found, list) else round(found, 6)
 
 
 def main(argv: list[str]) -> int:

@@ -27,15 +27,15 @@ IMPORTS = {
     "data": {"paths", "registry", "schema"},
     "types": {"schema"},
     "losses": {"ops", "registry", "schema", "types"},
-    "mix": {"ops", "schema", "types"},
+    "device_augment": {"ops", "schema", "types"},
     "nn": {"ops", "registry", "types"},
     "analysis": {"nn", "ops", "types"},
     "backbones": {"architectures", "nn", "ops", "registry", "schema", "types"},
     "heads": {"nn", "ops", "types"},
-    "optim": {"nn", "registry", "schedules", "schema"},
+    "optim": {"nn", "schedules", "schema"},
     "reducers": {"architectures", "nn", "ops", "registry", "schema", "types"},
     "classifier": {"backbones", "heads", "nn", "registry", "schema"},
-    "eval": {"analysis", "registry"},
+    "eval": {"registry"},
     "cascade": {"backbones", "classifier", "heads", "nn", "ops", "reducers", "schema", "types"},
     "multiexit": {"classifier", "heads", "types"},
     "models": {
@@ -51,7 +51,7 @@ IMPORTS = {
         "schema",
         "types",
     },
-    "preprocessing": {"architectures", "data", "mix", "models"},
+    "preprocessing": {"architectures", "data", "device_augment", "models"},
     "weights": {
         "cascade",
         "checkpoints",
@@ -70,7 +70,7 @@ IMPORTS = {
         "eval",
         "interrupt",
         "losses",
-        "mix",
+        "device_augment",
         "models",
         "multihost",
         "nn",
@@ -86,15 +86,12 @@ IMPORTS = {
     "runs": {"preprocessing", "train", "weights", "workdirs"},
     "tools": {
         "analysis",
-        "architectures",
-        "backbones",
         "config",
         "data",
         "eval",
         "interrupt",
-        "mix",
+        "device_augment",
         "models",
-        "nn",
         "ops",
         "paths",
         "preprocessing",
@@ -110,7 +107,6 @@ IMPORTS = {
 TENSORFLOW = {"tensorflow", "tensorflow_datasets"}
 FLAX = {"ops/sample.py"}  # of the operators: a record that passes through jit
 BACKWARDS = {  # imports that close a circle, and have to go
-    ("data/tfds_source.py", "data/sources.py"),
 }
 FILES = sorted(ROOT.rglob("*.py"))
 

@@ -20,9 +20,9 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from dyntoken import data, losses, mix, models, optim
-from dyntoken.data.plan import check_eval_batch, check_size, check_topology
-from dyntoken.eval.classify import make_eval_step
+from dyntoken import data, device_augment, losses, models, optim
+from dyntoken.data.requests import check_eval_batch, check_size, check_topology
+from dyntoken.eval.logits import make_eval_step
 from dyntoken.reducers import METHODS
 from dyntoken.reducers.keep import quantize_keep_rates
 from dyntoken.train import sharding
@@ -169,7 +169,7 @@ class Run:
 
     def prepare(self, images: jax.Array) -> jax.Array:
         """uint8 -> normalised float32, `[B, H, W, C]`."""
-        return mix.normalize(images, *self.normalization)
+        return device_augment.normalize(images, *self.normalization)
 
     @property
     def normalization(self) -> tuple[Sequence[float], Sequence[float]]:
@@ -185,7 +185,9 @@ class Run:
     ) -> tuple[jax.Array, jax.Array]:
         """Normalises, erases and mixes; see `step.gradient`."""
         classes = self.info.num_classes
-        return mix.mix(key, self.prepare(images), labels, ids, num_classes=classes, **self.settings.mix)
+        return device_augment.mix(
+            key, self.prepare(images), labels, ids, num_classes=classes, **self.settings.mix
+        )
 
     def train_batches(
         self, start_step: int, *, skipped: int = 0, rewinds: int = 0

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from dyntoken import data
-from dyntoken.data.plan import parse_split, same_classes
+from dyntoken.data.info import class_difference
+from dyntoken.data.splits import parse_split
 from dyntoken.registry import UnknownNameError, suggest
 from dyntoken.train.settings import DataSettings, EvalSettings
 
@@ -48,7 +49,7 @@ def open_eval_sets(
                     f"config.evals.{label}: {entry.name} has {here} {what.removeprefix('num_')}, the model is "
                     f"trained on {there} ({chosen.name}): name a set of the same classes"
                 )
-        if difference := same_classes(other, info):
+        if difference := class_difference(entry.name, other.class_names, chosen.name, info.class_names):
             raise ValueError(
                 f"config.evals.{label}: {difference}: name a set of the same classes in the same order"
             )

@@ -14,7 +14,7 @@ from etils import epath
 
 from dyntoken import data, paths, schedules
 from dyntoken.checkpoints import restore_from
-from dyntoken.eval.classify import classify
+from dyntoken.eval.logits import classify
 from dyntoken.multihost import all_or_none, only_first
 from dyntoken.train import sharding
 from dyntoken.train.build import Run, build, peak_bytes

@@ -15,7 +15,7 @@ import numpy as np
 from etils import epath
 
 from dyntoken import data, multihost, paths, workdirs
-from dyntoken.analysis import learning, plot
+from dyntoken.analysis import figures, learning_curves
 from dyntoken.train.state import TrainError
 
 T = TypeVar("T")
@@ -249,12 +249,12 @@ class Report(Observer):
         if not self._draws:
             return
         try:
-            figure = learning.learning_curves(self.rows(), title=self._path.parent.name)
+            figure = learning_curves.learning_curves(self.rows(), title=self._path.parent.name)
         except ModuleNotFoundError as error:
             self._draws = False
             self._log(f"no {self._picture.name}: {error}")
             return
-        plot.save(figure, self._picture)
+        figures.save(figure, self._picture)
 
     def evaluated(self, step: int) -> dict[str, Value] | None:
         """The latest evaluation that was reported at a step, if any."""

@@ -13,6 +13,7 @@ from etils import epath
 
 from dyntoken import paths, weights
 from dyntoken.checkpoints import Checkpoints, Restored, restore_from
+from dyntoken.data.info import class_difference, list_names
 from dyntoken.multihost import all_or_none, digest
 from dyntoken.train import sharding
 from dyntoken.train.build import Run, flat
@@ -215,25 +216,10 @@ def check_same_run(workdir: Any, run: Run, step: int | str = "newest") -> None:
 
 
 def check_classes(meta: Mapping[str, Any], run: Run, where: Any, remedy: str) -> None:
-    """Raises `CheckpointError` unless a description names the classes of the run, in their order.
-
-    Names are compared without spaces; a side that names none is not compared.
-    """
+    """Raises `CheckpointError` unless a description names the classes of the run, see `class_difference`."""
     before, now = runs.class_names(meta), list(run.info.class_names)
-    joined = [["".join(name.split()) for name in names] for names in (before, now)]
-    if not before or not now or joined[0] == joined[1]:
-        return
-    gone, new = [n for n in before if n not in now], [n for n in now if n not in before]
-    if gone or new:
-        found = f"it lacks {_listed(gone)} and adds {_listed(new)}"
-    else:
-        at = next(i for i, pair in enumerate(zip(before, now, strict=False)) if pair[0] != pair[1])
-        found = f"the order differs: class {at} was {before[at]!r} and is {now[at]!r}"
-    raise CheckpointError(
-        f"{where} was trained on {len(before)} classes ({_listed(before)}), data set {run.info.name!r} has "
-        f"{len(now)} ({_listed(now)}): {found}. Give the data as it was, or {remedy}"
-    )
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(map(repr, names[:5])) + (", ..." if len(names) > 5 else "") or "none"
+    if difference := class_difference("the run", before, "the data", now):
+        raise CheckpointError(
+            f"{where} was trained on {len(before)} classes ({list_names(before)}), data set {run.info.name!r} has "
+            f"{len(now)} ({list_names(now)}): {difference}. Give the data as it was, or {remedy}"
+        )

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 from etils import epath
 
-from dyntoken.analysis import learning
+from dyntoken.analysis import figures
 from dyntoken.train import logging
 from dyntoken.train.logging import Clock, MetricBuffer, NotFiniteError, Report, TensorBoard, duration
 
@@ -226,7 +226,7 @@ def test_a_picture_at_every_evaluation_if_there_is_matplotlib(tmp_path, monkeypa
     def absent(name):
         raise ModuleNotFoundError("drawing needs matplotlib: pip install matplotlib")
 
-    monkeypatch.setattr(learning, "matplotlib", absent)
+    monkeypatch.setattr(figures, "matplotlib", absent)
     reports.eval(5, {"top1": 0.5})
     reports.eval(6, {"top1": 0.5})
     assert [line for line in lines if "matplotlib" in line] == [
