@@ -30,7 +30,7 @@ IMPORTS = {
     "analysis": {"nn", "ops", "types"},
     "backbones": {"architectures", "nn", "ops", "registry", "schema", "types"},
     "heads": {"nn", "ops", "types"},
-    "optim": {"nn", "registry", "schedules", "schema"},
+    "optim": {"nn", "schedules", "schema"},
     "reducers": {"architectures", "nn", "ops", "registry", "schema", "types"},
     "classifier": {"backbones", "heads", "nn", "registry", "schema"},
     "eval": {"analysis", "registry"},
