@@ -17,7 +17,7 @@ from PIL import Image
 import dyntoken
 from dyntoken import cluster, main
 from dyntoken import config as recipes
-from dyntoken.eval.cascade import Runner
+from dyntoken.eval.runner import Runner
 from dyntoken.train import plan
 from tests.train.tiny import tiny_config
 

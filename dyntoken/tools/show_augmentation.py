@@ -78,7 +78,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Writes the sheet."""
     from dyntoken import config as recipes
     from dyntoken import data
-    from dyntoken.analysis import plot
+    from dyntoken.analysis import figures
     from dyntoken.train.settings import read
 
     config = recipes.load(args.config).to_dict()
@@ -96,7 +96,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             f"{error}; to see the recipe on other images add --data=folder:DIR or --data=NAME"
         ) from error
     title = f"What training sees: {args.config}, images of {known.name}"
-    plot.save(draw(seen, known.class_names, title, note(settings)), args.out)
+    figures.save(draw(seen, known.class_names, title, note(settings)), args.out)
     return {"file": str(args.out), "data.augment": dict(chosen.augment or {}), "mix": dict(settings.mix)}
 
 
@@ -220,17 +220,17 @@ def note(settings: Settings) -> str:
 
 def draw(seen: Seen, names: Sequence[str], title: str, text: str) -> Any:
     """The figure: what `look` drew, with the classes' names, a title above and a text below."""
-    from dyntoken.analysis import sheet
+    from dyntoken.analysis import contact_sheet
 
     groups = []
     for n, label in enumerate(seen.labels):
         name = _short(names[label] if label < len(names) else f"class {label}")
-        above = [sheet.Cell(seen.stored[n]), *(sheet.Cell(image) for image in seen.drawn[n])]
+        above = [contact_sheet.Cell(seen.stored[n]), *(contact_sheet.Cell(image) for image in seen.drawn[n])]
         pairs = zip(seen.fed[n], seen.targets[n], strict=True)
-        below = [sheet.Cell(image, shares(target, label)) for image, target in pairs]
-        groups.append(sheet.Group(f"{name}\nimage {seen.rows[n]}", [above, [None, *below]]))
+        below = [contact_sheet.Cell(image, shares(target, label)) for image, target in pairs]
+        groups.append(contact_sheet.Group(f"{name}\nimage {seen.rows[n]}", [above, [None, *below]]))
     columns = ("centre crop", *(f"draw {n + 1}" for n in range(seen.drawn.shape[1])))
-    return sheet.sheet(groups, columns=columns, title=title, note=text, side=SIDE)
+    return contact_sheet.sheet(groups, columns=columns, title=title, note=text, side=SIDE)
 
 
 def shares(target: np.ndarray, label: int) -> str:

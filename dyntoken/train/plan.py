@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from dyntoken import data, device_augment, losses, optim
 from dyntoken.data.requests import check_eval_batch, check_size, check_topology
-from dyntoken.eval.classify import make_eval_step
+from dyntoken.eval.logits import make_eval_step
 from dyntoken.train import mesh as meshes
 from dyntoken.train.evalsets import MAIN, EvalSet, check_metric, open_sets
 from dyntoken.train.roles import make_model, make_teacher

@@ -131,7 +131,7 @@ class Settings:
       profile: `start` and `steps`: which steps are traced into `WORKDIR/profile`.
       tensorboard: also write `WORKDIR/tensorboard`; needs the extra of that name.
       curves: draw `WORKDIR/curves.png` at every evaluation, if matplotlib is there.
-      compare: the command line ends a training run with `tools.compare`.
+      compare: the command line ends a training run with `tools.demo_report`.
       plugins: modules that are imported first; they register what other keys name.
     """
 
