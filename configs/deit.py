@@ -28,8 +28,8 @@ iNaturalist 2019 with a new classifier: 360 epochs at batch 768, 7.5e-5 x batch 
 random erasing 0.1 (facebookresearch/deit issue 105).
 
 `fashion` trains the small model that ships with the package, on all 60,000
-images of Fashion-MNIST (`python -m dyntoken.data.prepare_fashion_mnist` writes
-them); `demo` the same on the 10,000 embedded ones.
+images of Fashion-MNIST (`python scripts/prepare_data.py fashion_mnist`
+writes them); `demo` the same on the 10,000 embedded ones.
 """
 
 from configs import common, toys

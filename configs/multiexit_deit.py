@@ -6,7 +6,7 @@
     python -m dyntoken.main --config=configs/multiexit_deit.py:tiny
 
 The multi-exit idea of MSDNet (ICLR 2018) on a vision transformer. No official code:
-the recipe is that of configs/dvt_deit.py, augmentation included, so that `tools.budget --workdir=CASCADE
+the recipe is that of configs/dvt_deit.py, augmentation included, so that `tools.thresholds --workdir=CASCADE
 --vs=THIS` compares exits on finer token grids with exits at greater depth under equal
 terms. On ImageNet: not yet run.
 """

@@ -26,7 +26,10 @@ from dyntoken.schema import Count, Keep, Rate
 from dyntoken.types import Output
 
 Array = jax.Array
-KINDS: dict[str, type[Classifier]] = {architectures.CASCADE: Cascade, architectures.MULTIEXIT: MultiExit}
+KINDS: dict[str, type[Cascade | MultiExit]] = {
+    architectures.CASCADE: Cascade,
+    architectures.MULTIEXIT: MultiExit,
+}
 OF_NAME = ("arch", "backbone", "method", "reducer", "method_options", "parent", "name")  # no keywords
 OF_SITES = {"keep", "at", "form"}  # keywords that say where and how much a method reduces
 OF_METHODS = OF_SITES | {"fuse", "score", "dropped"}  # what a dense model is often told by mistake
@@ -69,8 +72,10 @@ class Model(Classifier):
         """The reduction sites with their static counts."""
         if self.method is None:
             return ()
-        options = {"keep": self.keep, "at": self.at, "form": self.form, "arch": self.arch}
-        return make_sites(self.plain(), self.method, dict(self.method_options), **options)
+        body, options = self.plain(), dict(self.method_options)
+        return make_sites(
+            body, self.method, options, keep=self.keep, at=self.at, form=self.form, arch=self.arch
+        )
 
     def setup(self) -> None:
         self.body = self.backbone(sites=self.sites(), name="backbone")
@@ -174,7 +179,7 @@ def pairings(arch_name: str) -> dict[str, str | None]:
     Args:
       arch_name: a name without a method, "deit_small_patch16_224".
     """
-    arch = architectures.parse(arch_name)
+    arch = architectures.get(arch_name)
     body = _backbone(arch, arch.options, {})(parent=None)
     return {name: method.refusal(body) for name, method in reducers.METHODS.items()}
 
@@ -242,7 +247,7 @@ def create_model(name: str, **overrides: Any) -> Model | Cascade | MultiExit:
     known = keywords(name)  # refuses a backbone of which no cascade can be made, before its values
     kind.check_options(overrides)
     overrides = schema.check(known, overrides, owner=name)
-    arch = architectures.parse(arch_name)
+    arch = architectures.get(arch_name)
     options = {key: value for key, value in arch.options.items() if key not in kind.decides | kind.resets}
     backbone = _backbone(arch, options, overrides)
     own = schema.fields(kind, but=OF_NAME)
@@ -265,7 +270,7 @@ def keywords(name: str) -> dict[str, Any]:
       ValueError: a backbone that the first part of the name does not go with.
     """
     kind, method, arch_name = _kind(name)
-    body = schema.fields(BACKBONES[architectures.parse(arch_name).backbone], but=OF_BACKBONE)
+    body = schema.fields(BACKBONES[architectures.get(arch_name).backbone], but=OF_BACKBONE)
     if kind is MultiExit and not _isotropic(arch_name):
         raise ValueError(
             f"{name}: exits at several depths need blocks of one width; {arch_name} has stages. "
@@ -285,7 +290,7 @@ def keywords(name: str) -> dict[str, Any]:
     return {key: value for key, value in body.items() if key not in kind.decides} | own
 
 
-def _kind(name: str) -> tuple[type[Classifier], str | None, str]:
+def _kind(name: str) -> tuple[type[Model | Cascade | MultiExit], str | None, str]:
     """A model's name as its class, its reduction method and its backbone."""
     first, arch_name = split_name(name)
     prefix, _, reducer = (first or "").partition("_")
@@ -296,7 +301,7 @@ def _kind(name: str) -> tuple[type[Classifier], str | None, str]:
 
 def _isotropic(arch_name: str) -> bool:
     """Whether all blocks of a backbone have one width."""
-    return issubclass(BACKBONES[architectures.parse(arch_name).backbone], Isotropic)
+    return issubclass(BACKBONES[architectures.get(arch_name).backbone], Isotropic)
 
 
 def _of_method(method: str) -> dict[str, Any]:

@@ -25,7 +25,7 @@ IMPORTS = {
     "data": {"paths", "registry", "schema"},
     "types": {"schema"},
     "losses": {"ops", "registry", "schema", "types"},
-    "mix": {"ops", "schema", "types"},
+    "device_augment": {"ops", "schema", "types"},
     "nn": {"ops", "registry", "types"},
     "analysis": {"nn", "ops", "types"},
     "backbones": {"architectures", "nn", "ops", "registry", "schema", "types"},
@@ -33,7 +33,7 @@ IMPORTS = {
     "optim": {"nn", "schedules", "schema"},
     "reducers": {"architectures", "nn", "ops", "registry", "schema", "types"},
     "classifier": {"backbones", "heads", "nn", "registry", "schema"},
-    "eval": {"analysis", "registry"},
+    "eval": {"registry"},
     "cascade": {"backbones", "classifier", "heads", "nn", "ops", "reducers", "schema", "types"},
     "multiexit": {"classifier", "heads", "types"},
     "models": {
@@ -49,7 +49,7 @@ IMPORTS = {
         "schema",
         "types",
     },
-    "preprocessing": {"architectures", "data", "mix", "models"},
+    "preprocessing": {"architectures", "data", "device_augment", "models"},
     "weights": {"cascade", "models", "nn", "ops", "paths", "registry", "schedules"},
     "train": {
         "analysis",
@@ -57,7 +57,7 @@ IMPORTS = {
         "eval",
         "interrupt",
         "losses",
-        "mix",
+        "device_augment",
         "models",
         "optim",
         "paths",
@@ -70,15 +70,12 @@ IMPORTS = {
     "runs": {"preprocessing", "train", "weights"},
     "tools": {
         "analysis",
-        "architectures",
-        "backbones",
         "config",
         "data",
         "eval",
         "interrupt",
-        "mix",
+        "device_augment",
         "models",
-        "nn",
         "ops",
         "paths",
         "preprocessing",
@@ -94,7 +91,6 @@ IMPORTS = {
 TENSORFLOW = {"tensorflow", "tensorflow_datasets"}
 FLAX = {"ops/sample.py"}  # of the operators: a record that passes through jit
 BACKWARDS = {  # imports that close a circle, and have to go
-    ("data/tfds_source.py", "data/sources.py"),
     ("train/evalsets.py", "train/settings.py"),
     ("weights/files.py", "weights/orbax.py"),
     ("weights/runs.py", "weights/orbax.py"),

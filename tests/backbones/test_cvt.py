@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import dyntoken
-from dyntoken import mix, optim, weights
+from dyntoken import device_augment, optim, weights
 from dyntoken.analysis import macs
 from dyntoken.backbones.cvt import key_weights
 from dyntoken.nn.layers import ACTIVATIONS
@@ -128,8 +128,8 @@ def _trained(devices, name="dtps_cvt_13", **options):
     model = _model(name, keep=0.6, drop_path=0.2, **options)
 
     def augment(key, images, labels, ids):
-        images = mix.normalize(images, (0.5,) * 3, (0.25,) * 3)
-        return mix.mix(key, images, labels, num_classes=5, mixup=0.8, cutmix=1.0)
+        images = device_augment.normalize(images, (0.5,) * 3, (0.25,) * 3)
+        return device_augment.mix(key, images, labels, num_classes=5, mixup=0.8, cutmix=1.0)
 
     variables = jax.tree.map(jnp.copy, _variables(name))
     tx, _ = optim.make(

@@ -13,7 +13,7 @@ import optax
 import pytest
 
 import dyntoken
-from dyntoken import mix, optim
+from dyntoken import device_augment, optim
 from dyntoken.train import mesh as meshes
 from dyntoken.train.state import create_state, init_variables
 from dyntoken.train.step import make_train_step
@@ -29,8 +29,8 @@ LOSSES = {
 
 
 def augment(key, images, labels, ids):
-    images = mix.normalize(images, (0.5,) * 3, (0.25,) * 3)
-    return mix.mix(key, images, labels, num_classes=CLASSES, mixup=0.8, cutmix=1.0)
+    images = device_augment.normalize(images, (0.5,) * 3, (0.25,) * 3)
+    return device_augment.mix(key, images, labels, num_classes=CLASSES, mixup=0.8, cutmix=1.0)
 
 
 @functools.cache
