@@ -16,6 +16,7 @@ CORE = [
     "chex>=0.1.91",
     "ml-collections>=1.1.0",
     "numpy>=2.0",
+    "scipy>=1.15",
     "safetensors>=0.5",
     "etils[epath]>=1.12",
     "absl-py>=2.1",
@@ -50,6 +51,7 @@ EXTRAS = {
         "nbformat>=5.10",
         "ipykernel>=6.29",
         "ruff>=0.9",
+        "mypy>=1.15",
         "scikit-image>=0.25",  # photographs to time the input with
         "scikit-learn>=1.6",  # likewise
     ],

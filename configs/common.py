@@ -14,12 +14,12 @@ from ml_collections import config_dict
 from dyntoken import schema
 
 
-def per_batch(c, rate):
-    """A rate for the batch that the recipe has by now, in proportion for any other.
+def per_batch(c, rate, batch=None):
+    """A rate for `batch` (by default that of the recipe by now), in proportion for any other.
 
     What goes for the learning rate goes for its floors: else a small batch starts below them.
     """
-    return c.get_ref("batch").to_float() * (rate / c.batch)
+    return c.get_ref("batch").to_float() * (rate / (batch or c.batch))
 
 
 def parse_arg(arg, **defaults):
@@ -40,6 +40,13 @@ def parse_arg(arg, **defaults):
         kind = KINDS[type(defaults[name])]
         values[name] = schema.check(kind, schema.Text(text), f"config argument {name}") if given else True
     return ml_collections.ConfigDict(values)
+
+
+def one_of(arg, **choices):
+    """Raises ValueError for an argument that is none of its choices."""
+    for name, known in choices.items():
+        if arg[name] not in known:
+            raise ValueError(f"{name}={arg[name]} is not one of {', '.join(map(str, known))}")
 
 
 # By the type of the default: a number may be one per site.
@@ -130,26 +137,21 @@ def deit_augment(c, repeats=3, policy="rand-m9-mstd0.5-inc1"):
 
 SIZES = {"t": "tiny", "s": "small", "b": "base"}
 DEIT = {"size": "s", "pixels": 224, "inat": False}
+TOY = {"demo": False, "tiny": False}
+REDUCED = {"keep": 0.0, "at": (), **TOY}
+TAUGHT = ("logit_kl", "token_distill", "dense_distill")  # losses that need a teacher
 
 
-def size_name(size):
-    """`"s"` to `"small"`."""
-    if size not in SIZES:
-        raise ValueError(f"size={size} is not one of {', '.join(SIZES)}")
-    return SIZES[size]
-
-
-def deit_name(size, pixels=224):
-    """`"s"` to `"deit_small_patch16_224"`."""
-    if size not in SIZES:
-        raise ValueError(f"size={size} is not one of {', '.join(SIZES)}")
-    return f"deit_{SIZES[size]}_patch16_{pixels}"
+def deit_name(arg, pixels=224):
+    """`size=s` to `"deit_small_patch16_224"`."""
+    one_of(arg, size=SIZES)
+    return f"deit_{SIZES[arg.size]}_patch16_{pixels}"
 
 
 def deit(arg):
     """`base` with the dense DeiT of `arg` (entries of `DEIT`) on ImageNet or iNaturalist 2019."""
     c = base()
-    c.model.name = deit_name(arg.size, arg.pixels)
+    c.model.name = deit_name(arg, arg.pixels)
     c.init.path = f"weights/{c.model.name}.safetensors"
     c.data.size = arg.pixels
     if arg.inat:
@@ -161,30 +163,76 @@ def deit(arg):
 def distilled(arg, auto=True):
     """Whether `distill=auto|true|false` asks for a teacher; `auto` is what the official recipe does."""
     choices = {"auto": auto, "true": True, "false": False}
-    if arg.distill not in choices:
-        raise ValueError(f"distill={arg.distill} is not one of {', '.join(choices)}")
+    one_of(arg, distill=choices)
     return choices[arg.distill]
 
 
-def tps(c, variant, *, distill=True):
-    """What megvii-research/TPS-CVPR2023 trains with; eTPS has no policy whose keep rate a loss could hold."""
-    c.model.drop_path_rule = "constant"
-    c.ema = 0.99996
-    deit_augment(c)
-    c.losses = {"ce": {"weight": 1.0}}
-    if variant == "dtps":
-        c.losses.keep_ratio = {"weight": 2.0}
-    if distill:
-        c.losses.update({"logit_kl": {"weight": 0.5}, "token_distill": {"weight": 0.5, "variant": "kl"}})
+def timm_cosine(c, lr, **optim):
+    """AdamW as timm's training script has it, whose schedule is stepped once an epoch."""
     c.optim = {
-        "lr": c.get_ref("batch").to_float() * (2.5e-4 / 1024),
+        "lr": lr,
         "min_lr": per_batch(c, 1e-5),
         "schedule": "cosine_epoch",
         "warmup_epochs": 5,
         "warmup_lr": per_batch(c, 1e-6),
         "weight_decay": 0.05,
-        "decay": "all",
+        "decay": "not_1d",
+        **optim,
     }
+
+
+def dynamicvit(c, **optim):
+    """What raoyongming/DynamicViT trains all its models with; `optim` is what differs, the rates at least."""
+    c.ema = 0.9999
+    deit_augment(c, repeats=1)
+    c.optim = {
+        "schedule": "cosine",
+        "warmup_epochs": 5,
+        "warmup_lr": 0.0,
+        "weight_decay": 0.05,
+        "decay": "not_1d",
+        "backbone_freeze_epochs": 5,
+        "backbone_lr_scale": 0.01,
+        "frozen": ("cls_token", "pos_embed"),
+        **optim,
+    }
+
+
+def dual_path(c):
+    """What raoyongming/DynamicViT trains Swin and ConvNeXt with.
+
+    120 epochs in batches of 4096, in four slices each (its `update_freq`), learning
+    rate 4e-3 x batch / 4096 after 20 epochs of warm-up; the backbone frozen for 5
+    epochs, then at 0.2 of that rate; EMA 0.9999; keep-ratio loss of weight 10, the KL
+    of the class logits and the squared distance of the whole feature map. Crop,
+    flip, RandAugment (rand-m9-mstd0.5-inc1), random erasing (0.25), mixup, cutmix and
+    smoothing are its own, those of DeiT; no repeated augmentation. What differs: mixup
+    pairs neighbouring images.
+    """
+    c.init.path = f"weights/{c.model.name}.safetensors"
+    c.batch, c.accumulate, c.epochs = 4096, 4, 120.0
+    rates = {"lr": per_batch(c, 4e-3), "min_lr": per_batch(c, 1e-6), "backbone_lr_scale": 0.2}
+    dynamicvit(c, **rates, warmup_epochs=20, frozen=())
+    c.losses = {
+        "ce": {"weight": 1.0},
+        "keep_ratio": {"weight": 10.0},
+        "logit_kl": {"weight": 0.5},
+        "token_distill": {"weight": 0.5, "variant": "mse"},
+    }
+
+
+def tps(c, arg, *, distill=True):
+    """What megvii-research/TPS-CVPR2023 trains with; eTPS has no policy whose keep rate a loss could hold."""
+    one_of(arg, variant=("dtps", "etps"))
+    c.model.drop_path_rule = "constant"
+    c.ema = 0.99996
+    deit_augment(c)
+    c.losses = {"ce": {"weight": 1.0}}
+    if arg.variant == "dtps":
+        c.losses.keep_ratio = {"weight": 2.0}
+    if distill:
+        c.losses.update({"logit_kl": {"weight": 0.5}, "token_distill": {"weight": 0.5, "variant": "kl"}})
+    timm_cosine(c, per_batch(c, 2.5e-4, 1024), decay="all")
 
 
 def dvt(c, arg, recipe):
@@ -229,7 +277,7 @@ def from_dense(c, method, keep, at):
     Call it last: the teacher is built like the model is by then.
     """
     dense = c.model.to_dict()
-    if any(loss in c.losses for loss in ("logit_kl", "token_distill")):
+    if any(loss in c.losses for loss in TAUGHT):
         c.teacher.update(dense)
         c.teacher.weights = c.init.get_oneway_ref("path")  # follows it, but not the other way round
     c.model.name = f"{method}_{dense['name']}"

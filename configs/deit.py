@@ -28,8 +28,8 @@ iNaturalist 2019 with a new classifier: 360 epochs at batch 768, 7.5e-5 x batch 
 random erasing 0.1 (facebookresearch/deit issue 105).
 
 `fashion` trains the small model that ships with the package, on all 60,000
-images of Fashion-MNIST (`python -m dyntoken.data.prepare_fashion_mnist` writes
-them); `demo` the same on the 10,000 embedded ones.
+images of Fashion-MNIST (`python scripts/prepare_data.py fashion_mnist`
+writes them); `demo` the same on the 10,000 embedded ones.
 """
 
 from configs import common, toys
@@ -37,7 +37,7 @@ from configs import common, toys
 
 def get_config(arg=None):
     """`size=t|s|b`, `pixels=224|384`, `inat`, `fashion`, `demo`, `tiny`."""
-    arg = common.parse_arg(arg, **common.DEIT, fashion=False, demo=False, tiny=False)
+    arg = common.parse_arg(arg, **common.DEIT, fashion=False, **common.TOY)
     c = common.deit(arg)
     c.model.drop_path = 0.1
     common.deit_augment(c)
@@ -45,29 +45,21 @@ def get_config(arg=None):
     c.ema = 0.99996
     c.losses = {"ce": {"weight": 1.0}}
     c.init.path = ""
-    per_image = 5e-4 / 512
-    optim = {"weight_decay": 0.05}
+    dense = f"weights/{common.deit_name(arg)}.safetensors"
+    rate, optim = 5e-4 / 512, {}  # per image
     if arg.pixels > 224:
-        c.init.path = f"weights/{common.deit_name(arg.size)}.safetensors"
+        c.init.path = dense
         c.batch = 512
         c.epochs = 30.0
-        per_image = 5e-6 / 512
-        optim = {"min_lr": c.get_ref("batch").to_float() * per_image, "weight_decay": 1e-8}
+        rate = 5e-6 / 512
+        optim = {"min_lr": common.per_batch(c, rate, 1), "weight_decay": 1e-8}
     if arg.inat:
-        c.init = {"path": f"weights/{common.deit_name(arg.size)}.safetensors", "head": "reset"}
+        c.init = {"path": dense, "head": "reset"}
         c.batch = 768
         c.epochs = 360.0
         c.mix.erase = 0.1
-        per_image = 7.5e-5 / 768
-    c.optim = {
-        "lr": c.get_ref("batch").to_float() * per_image,
-        "schedule": "cosine_epoch",
-        "min_lr": common.per_batch(c, 1e-5),
-        "warmup_epochs": 5,
-        "warmup_lr": common.per_batch(c, 1e-6),
-        "decay": "not_1d",
-        **optim,
-    }
+        rate = 7.5e-5 / 768
+    common.timm_cosine(c, common.per_batch(c, rate, 1), **optim)
     if arg.demo or arg.fashion:
         toys.demo(c)
         c.init.path = ""
@@ -83,5 +75,4 @@ def get_config(arg=None):
         c.checkpoint_steps = 500
     if arg.tiny:
         toys.tiny(c)
-        c.optim.warmup_epochs = 0
     return c

@@ -25,8 +25,7 @@ from configs import common, toys
 def get_config(arg=None):
     """`data=cifar10|cifar100`, `backbone=t2t_vit_12|deit_small|...`, the arguments of `dvt_t2t`, `tiny`."""
     arg = common.parse_arg(arg, data="cifar10", backbone="t2t_vit_12", **common.DVT, tiny=False)
-    if arg.data not in ("cifar10", "cifar100"):
-        raise ValueError(f"data={arg.data} is not one of cifar10, cifar100")
+    common.one_of(arg, data=("cifar10", "cifar100"))
     c = common.base()
     c.model.name = f"dvt_{arg.backbone}"
     common.dvt(c, arg, {})

@@ -26,9 +26,9 @@ from configs import common, toys
 
 def get_config(arg=None):
     """`size=t|s|b`, `exits=`, `feature_reuse=`, `relation_reuse=`, `distill=`, `demo`, `tiny`."""
-    arg = common.parse_arg(arg, size="s", **common.DVT, demo=False, tiny=False)
+    arg = common.parse_arg(arg, size="s", **common.DVT, **common.TOY)
     c = common.base()
-    c.model.name = "dvt_" + common.deit_name(arg.size).removesuffix("_patch16_224")
+    c.model.name = "dvt_" + common.deit_name(arg).removesuffix("_patch16_224")
     c.batch = 512
     common.dvt(c, arg, {"lr": 5e-4, "weight_decay": 0.05})
     common.deit_augment(c, repeats=1)

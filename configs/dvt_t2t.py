@@ -30,9 +30,8 @@ DEPTHS = (7, 10, 12, 14, 19, 24)
 
 def get_config(arg=None):
     """`depth=12|14|...`, `exits=`, `feature_reuse=`, `relation_reuse=`, `distill=`, `demo`, `tiny`."""
-    arg = common.parse_arg(arg, depth=12, **common.DVT, demo=False, tiny=False)
-    if arg.depth not in DEPTHS:
-        raise ValueError(f"depth={arg.depth} is not one of {', '.join(map(str, DEPTHS))}")
+    arg = common.parse_arg(arg, depth=12, **common.DVT, **common.TOY)
+    common.one_of(arg, depth=DEPTHS)
     c = common.base()
     c.model.name = f"dvt_t2t_vit_{arg.depth}"
     c.batch = 1024 if arg.depth == 12 else 512

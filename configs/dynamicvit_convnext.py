@@ -19,13 +19,13 @@ at 8.684, B 83.8 at 15.355. On ImageNet: not yet run.
 
 No cell leaves its grid: of the 196 of the third stage the kept ones (rates r, r - 0.2,
 r - 0.4 from blocks 1, 2, 3; in S and B 3, 6, 9) go through the MLP, the others through
-one linear layer. `stages.dual_path` says what the recipe is.
+one linear layer. `common.dual_path` says what the recipe is.
 
 `demo` trains a small ConvNeXt from scratch on the embedded images, 6 epochs: 84.30 %
 top-1 after 2 min 1 s on 2 cores.
 """
 
-from configs import common, stages
+from configs import common, toys
 
 DROP_PATH = {"t": 0.2, "s": 0.2, "b": 0.5}
 DEMO = {"patch_size": 2, "widths": (16, 32, 64), "depths": (1, 1, 3), "kernel": 5, "layer_scale": 0.1}
@@ -34,8 +34,10 @@ TINY = {"patch_size": 2, "widths": (8, 8, 16), "depths": (1, 1, 3), "kernel": 3}
 
 def get_config(arg=None):
     """`size=t|s|b`, `keep=`, `at=`, `demo`, `tiny`."""
-    arg = common.parse_arg(arg, size="t", keep=0.0, at=(), demo=False, tiny=False)
+    arg = common.parse_arg(arg, size="t", **common.REDUCED)
+    common.one_of(arg, size=DROP_PATH)
     c = common.base()
-    c.model.name = f"convnext_{common.size_name(arg.size)}"
+    c.model.name = f"convnext_{common.SIZES[arg.size]}"
     c.model.drop_path = DROP_PATH[arg.size]
-    return stages.dual_path(c, arg, DEMO, TINY)
+    common.dual_path(c)
+    return toys.finish_dual_path(c, arg, small=DEMO, toy=TINY)

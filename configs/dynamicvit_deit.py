@@ -46,10 +46,9 @@ from configs import common, toys
 
 def get_config(arg=None):
     """`size=t|s|b`, `pixels=224|384`, `inat`, `keep=`, `at=`, `distill=`, `demo`, `tiny`."""
-    arg = common.parse_arg(arg, **common.DEIT, keep=0.0, at=(), distill="auto", demo=False, tiny=False)
+    arg = common.parse_arg(arg, **common.DEIT, **common.REDUCED, distill="auto")
     c = common.deit(arg)
-    c.ema = 0.9999
-    common.deit_augment(c, repeats=1)
+    common.dynamicvit(c, lr=1e-3, min_lr=1e-6)
     c.losses = {
         "ce": {"weight": 1.0},
         "keep_ratio": {"weight": 5.0 if arg.size == "b" else 2.0, "divisor": 3},
@@ -57,24 +56,4 @@ def get_config(arg=None):
     if common.distilled(arg):
         c.losses.logit_kl = {"weight": 0.5}
         c.losses.token_distill = {"weight": 0.5, "variant": "mse"}
-    c.optim = {
-        "lr": 1e-3,
-        "min_lr": 1e-6,
-        "schedule": "cosine",
-        "warmup_epochs": 5,
-        "warmup_lr": 0.0,
-        "weight_decay": 0.05,
-        "decay": "not_1d",
-        "backbone_freeze_epochs": 5,
-        "backbone_lr_scale": 0.01,
-        "frozen": ("cls_token", "pos_embed"),
-    }
-    if arg.demo:
-        toys.demo(c)
-        arg.at = arg.at or toys.DEMO_SITES
-        c.compare = True
-    if arg.tiny:
-        toys.tiny(c, arg.at)
-        c.optim.warmup_epochs = 0
-    common.from_dense(c, "dynamicvit", arg.keep or (0.5 if arg.demo else 0.7), arg.at)
-    return c
+    return toys.finish(c, arg, "dynamicvit")

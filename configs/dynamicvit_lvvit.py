@@ -35,43 +35,21 @@ DEMO = {"patch_size": 4, "width": 64, "depth": 6, "heads": 2, "stem_width": 16}
 
 def get_config(arg=None):
     """`size=s|m`, `keep=`, `at=`, `demo`, `tiny`."""
-    arg = common.parse_arg(arg, size="s", keep=0.0, at=(), demo=False, tiny=False)
-    if arg.size not in BATCH:
-        raise ValueError(f"size={arg.size} is not one of {', '.join(BATCH)}")
+    arg = common.parse_arg(arg, size="s", **common.REDUCED)
+    common.one_of(arg, size=BATCH)
     c = common.base()
     c.model.name = f"lvvit_{arg.size}"
     c.init.path = f"weights/{c.model.name}.safetensors"
     c.batch = BATCH[arg.size]
     c.data.eval.crop_pct = 0.9 if arg.size == "s" else 1.0
-    c.ema = 0.9999
-    common.deit_augment(c, repeats=1)
+    common.dynamicvit(c, lr=common.per_batch(c, 1e-3, 1024), min_lr=common.per_batch(c, 1e-6))
     c.losses = {
         "ce": {"weight": 1.0},
         "keep_ratio": {"weight": 2.0, "divisor": 3},
         "logit_kl": {"weight": 0.5},
         "dense_distill": {"weight": 0.5},
     }
-    c.optim = {
-        "lr": c.get_ref("batch").to_float() * (1e-3 / 1024),
-        "min_lr": common.per_batch(c, 1e-6),
-        "schedule": "cosine",
-        "warmup_epochs": 5,
-        "warmup_lr": 0.0,
-        "weight_decay": 0.05,
-        "decay": "not_1d",
-        "backbone_freeze_epochs": 5,
-        "backbone_lr_scale": 0.01,
-        "frozen": ("cls_token", "pos_embed"),
-    }
-    if arg.demo:
-        toys.demo_from_scratch(c, **DEMO)
-        arg.at = arg.at or toys.DEMO_SITES
-    if arg.tiny:
-        toys.tiny(c)
-        c.model.stem_width = 8
-        c.losses = {key: spec for key, spec in c.losses.items() if key != "dense_distill"}
-        c.optim.warmup_epochs = 0
-    common.from_dense(c, "dynamicvit", arg.keep or (0.5 if arg.demo else 0.7), arg.at)
+    toys.finish(c, arg, "dynamicvit", small=DEMO, toy={"patch_size": 4, "stem_width": 8})
     if c.teacher.name:
         c.teacher.aux_weight = 0.0
     return c

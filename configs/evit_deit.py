@@ -49,40 +49,24 @@ from configs import common, toys
 
 def get_config(arg=None):
     """`size=t|s|b`, `pixels=224|384`, `inat`, `keep=`, `at=`, `fuse=true|false`, `scratch`, `demo`, `tiny`."""
-    arg = common.parse_arg(
-        arg, **common.DEIT, keep=0.0, at=(), fuse=True, scratch=False, demo=False, tiny=False
-    )
+    arg = common.parse_arg(arg, **common.DEIT, **common.REDUCED, fuse=True, scratch=False)
     c = common.deit(arg)
     c.batch = 2048
     c.ema = 0.99996
     common.deit_augment(c)
     c.losses = {"ce": {"weight": 1.0}}
-    per_image = 2e-5 / 512
-    optim = {"min_lr": common.per_batch(c, 2e-6), "warmup_epochs": 0, "weight_decay": 1e-6}
     if arg.scratch:
         c.batch = 1024
         c.epochs = 300.0
         c.init.path = ""
         c.model.drop_path = 0.1
         c.keep_schedule.update({"start_epoch": 10, "end_epoch": 110})
-        per_image = 5e-4 / 512
-        optim = {"min_lr": common.per_batch(c, 1e-5), "warmup_epochs": 5, "weight_decay": 0.05}
-    c.optim = {
-        "lr": c.get_ref("batch").to_float() * per_image,
-        "schedule": "cosine_epoch",
-        "warmup_lr": common.per_batch(c, 1e-6),
-        "decay": "not_1d",
-        **optim,
-    }
-    if arg.demo:
-        toys.demo(c)
-        arg.at = arg.at or toys.DEMO_SITES
-        c.compare = True
-    if arg.tiny:
-        toys.tiny(c, arg.at)
-        if arg.scratch:
-            c.optim.warmup_epochs = 0
-            c.keep_schedule.update({"start_epoch": 0, "end_epoch": 1, "levels": 2})
-            c.steps = 3
-    common.from_dense(c, "evit" if arg.fuse else "topk", arg.keep or (0.5 if arg.demo else 0.7), arg.at)
+        common.timm_cosine(c, common.per_batch(c, 5e-4, 512))
+    else:
+        optim = {"min_lr": common.per_batch(c, 2e-6), "warmup_epochs": 0, "weight_decay": 1e-6}
+        common.timm_cosine(c, common.per_batch(c, 2e-5, 512), **optim)
+    toys.finish(c, arg, "evit" if arg.fuse else "topk")
+    if arg.tiny and arg.scratch:
+        c.keep_schedule.update({"start_epoch": 0, "end_epoch": 1, "levels": 2})
+        c.steps = 3
     return c

@@ -30,9 +30,8 @@ DEMO = {"patch_size": 4, "width": 64, "depth": 6, "heads": 2, "stem_width": 16}
 
 def get_config(arg=None):
     """`size=t|s|m|l`, `demo`, `tiny`."""
-    arg = common.parse_arg(arg, size="s", demo=False, tiny=False)
-    if arg.size not in DROP_PATH:
-        raise ValueError(f"size={arg.size} is not one of {', '.join(DROP_PATH)}")
+    arg = common.parse_arg(arg, size="s", **common.TOY)
+    common.one_of(arg, size=DROP_PATH)
     c = common.base()
     c.model.update({"name": f"lvvit_{arg.size}", "drop_path": DROP_PATH[arg.size], "mix_token": True})
     c.data.eval.crop_pct = 0.9 if arg.size in "ts" else 1.0
@@ -40,20 +39,10 @@ def get_config(arg=None):
     common.deit_augment(c, repeats=1, **({"policy": "rand-n3-m9-mstd0.5-inc1"} if arg.size == "l" else {}))
     c.epochs = 300.0
     c.losses = {"ce": {"weight": 1.0}, "token_label": {"weight": 0.5}}
-    c.optim = {
-        "lr": c.get_ref("batch").to_float() * (1.6e-3 / 1024),
-        "min_lr": common.per_batch(c, 1e-5),
-        "schedule": "cosine_epoch",
-        "warmup_epochs": 5,
-        "warmup_lr": common.per_batch(c, 1e-6),
-        "weight_decay": 0.05,
-        "decay": "not_1d",
-    }
+    common.timm_cosine(c, common.per_batch(c, 1.6e-3, 1024))
     if arg.demo:
         toys.demo_from_scratch(c, ("ce", "token_label"), mix_token=True, **DEMO)
         c.epochs = 12.0  # a mixed label teaches slower: 75.05 % after 8
     if arg.tiny:
-        toys.tiny(c)
-        c.model.stem_width = 8
-        c.optim.warmup_epochs = 0
+        toys.tiny(c, patch_size=4, stem_width=8)
     return c

@@ -6,7 +6,7 @@
     python -m dyntoken.main --config=configs/multiexit_deit.py:tiny
 
 The multi-exit idea of MSDNet (ICLR 2018) on a vision transformer. No official code:
-the recipe is that of configs/dvt_deit.py, augmentation included, so that `tools.budget --workdir=CASCADE
+the recipe is that of configs/dvt_deit.py, augmentation included, so that `tools.thresholds --workdir=CASCADE
 --vs=THIS` compares exits on finer token grids with exits at greater depth under equal
 terms. On ImageNet: not yet run.
 """
@@ -16,9 +16,9 @@ from configs import common, toys
 
 def get_config(arg=None):
     """`size=t|s|b`, `exits=` (blocks, from 0; the last must be one), `distill=`, `demo`, `tiny`."""
-    arg = common.parse_arg(arg, size="s", exits=(), distill=0.0, demo=False, tiny=False)
+    arg = common.parse_arg(arg, size="s", exits=(), distill=0.0, **common.TOY)
     c = common.base()
-    c.model.name = f"multiexit_{common.deit_name(arg.size)}"
+    c.model.name = f"multiexit_{common.deit_name(arg)}"
     c.model.drop_path = 0.1
     c.batch = 512
     common.exits_recipe(c, arg, {"lr": 5e-4, "weight_decay": 0.05})
@@ -31,7 +31,6 @@ def get_config(arg=None):
         c.compare = True
     if arg.tiny:
         toys.tiny(c)
-        c.optim.update({"warmup_epochs": 0, "cooldown_epochs": 0})
     if arg.exits:
         c.model.exits = arg.exits
     return c

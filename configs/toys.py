@@ -17,7 +17,7 @@ def demo(c):
     c.mix = {"mixup": 0.0, "cutmix": 0.0, "smoothing": 0.0}
     c.model = ml_collections.ConfigDict({"name": "vit_mini_patch4_28"})
     c.init.path = "pretrained:vit_mini_patch4_28"
-    c.batch = 200
+    c.batch, c.accumulate = 200, 1
     c.epochs = 3.0
     c.eval_epochs = 0.0
     c.log_steps = 25
@@ -46,14 +46,14 @@ def cifar10(c):
     c.mix = {"mixup": 0.8, "cutmix": 1.0, "prob": 0.5, "switch_prob": 0.5, "smoothing": 0.1}
     c.model = ml_collections.ConfigDict({"name": "vit_mini_patch4_32", "drop_path": 0.0})
     c.init.path = ""
-    c.losses = {key: spec for key, spec in c.losses.items() if key not in ("logit_kl", "token_distill")}
+    c.losses = {key: spec for key, spec in c.losses.items() if key not in common.TAUGHT}
     c.batch = 256
     c.epochs = 100.0
     c.eval_epochs = 5.0
     c.checkpoint_steps = 100
     c.ema = 0.0
     c.optim = {
-        "lr": c.get_ref("batch").to_float() * (1e-3 / 256),
+        "lr": common.per_batch(c, 1e-3),
         "min_lr": common.per_batch(c, 1e-6),
         "schedule": "cosine",
         "warmup_epochs": 3.0,
@@ -89,11 +89,11 @@ def demo_dvt(c, arg, *, start=True, **model):
 
 def demo_from_scratch(c, losses=("ce", "keep_ratio"), **model):
     """`demo` for a backbone that ships no trained weights: a small model of its kind, 8 epochs."""
-    name, kept = c.model.name, {key: spec for key, spec in c.losses.items() if key in losses}
+    name = c.model.name
     demo(c)
     c.model = ml_collections.ConfigDict({"name": name, **model})
     c.init.path = ""
-    c.losses = kept
+    c.losses = {key: spec for key, spec in c.losses.items() if key in losses}
     c.epochs = 8.0
     c.optim.update({"lr": 1.5e-3, "warmup_epochs": 0.3, "backbone_lr_scale": 1.0})
 
@@ -101,8 +101,8 @@ def demo_from_scratch(c, losses=("ce", "keep_ratio"), **model):
 def tiny(c, at=(), **model):
     """Made images and a toy model: two steps, to see that everything fits.
 
-    Deep enough for sites `at`; `model` replaces the toy's patch size by what
-    another kind of model needs.
+    Deep enough for sites `at`; `model` replaces the toy's patch size by what another kind of
+    model needs, or, of a model of stages (with `depths`), all there is.
     """
     c.data.name = "fake"
     c.data.eval_split = "test"
@@ -110,11 +110,15 @@ def tiny(c, at=(), **model):
     c.data.augment.update({"rand_augment": None, "repeats": 1})
     c.mix.erase = 0.0
     c.data.options = {"num_classes": 4, "train": 64, "test": 24, "image_size": 16, "channels": 3}
-    depth = max([4, *(site + 1 for site in at)])
-    c.model.update({"width": 24, "depth": depth, "heads": 2, **(model or {"patch_size": 4})})
+    if "depths" in model:
+        c.model = ml_collections.ConfigDict({"name": c.model.name, **model})
+    else:
+        depth = max([4, *(site + 1 for site in at)])
+        c.model.update({"width": 24, "depth": depth, "heads": 2, **(model or {"patch_size": 4})})
     c.init.path = ""
-    c.losses = {key: spec for key, spec in c.losses.items() if key not in ("logit_kl", "token_distill")}
-    c.batch = 16
+    c.losses = {key: spec for key, spec in c.losses.items() if key not in common.TAUGHT}
+    c.optim.update({"warmup_epochs": 0, "cooldown_epochs": 0})
+    c.batch, c.accumulate = 16, 1
     c.steps = 2
     c.log_steps = 1
     c.curves = False
@@ -126,4 +130,52 @@ def tiny_dvt(c, **model):
     tiny(c, exits=(2, 3, 4), depth=2, **model)
     if "weights" in c.losses.ce:
         c.losses.ce.weights = (1.0, 1.0, 1.0)
-    c.optim.update({"warmup_epochs": 0, "cooldown_epochs": 0})
+
+
+def finish(c, arg, method, *, keep=0.7, demo_keep=0.5, sites=DEMO_SITES, small=None, toy=None):
+    """The end of a recipe: `demo` and `tiny` where `arg` asks for them, then the reduced model.
+
+    Args:
+      c: the recipe, with the dense model.
+      arg: has the entries of `common.REDUCED`.
+      method: prefix of the reduced model's name.
+      keep, demo_keep, sites: where `arg` gives none; `sites` of the demo.
+      small: fields of a model that the demo trains from scratch, else it starts from the shipped one.
+      toy: see `tiny`.
+    """
+    if arg.demo and small:
+        demo_from_scratch(c, **small)
+    elif arg.demo:
+        demo(c)
+        c.compare = True
+    if arg.demo:
+        keep, arg.at = demo_keep, arg.at or sites
+    if arg.tiny:
+        tiny(c, arg.at, **(toy or {}))
+    common.from_dense(c, method, arg.keep or keep, arg.at)
+    return c
+
+
+def finish_stages(c, arg, *, small, toy, sites=()):
+    """`finish` of TPS on a backbone that reduces stage by stage; `arg` has `dropped`."""
+    finish(c, arg, arg.variant, sites=sites, small=small, toy=toy)
+    c.model.dropped = arg.dropped
+    if arg.demo:
+        c.batch, c.epochs = 40, 6.0  # steps are what a fresh model needs
+        c.data.eval.batch = 200
+        c.log_steps = 100
+        c.checkpoint_steps = 400
+        # Zeros on a map are noise to what follows: without clipping a fresh model's loss rose again.
+        c.optim.update({"lr": 1e-3, "clip": 1.0})
+    return c
+
+
+def finish_dual_path(c, arg, *, small, toy):
+    """`finish` of DynamicViT on a backbone with a fast path."""
+    finish(c, arg, "dynamicvit", demo_keep=0.7, sites=(), small=small, toy=toy)
+    if arg.demo:
+        c.data.size = 32  # 28 pixels do not halve often enough
+        c.data.eval.crop_pct = 1.0
+        c.batch, c.epochs = 80, 6.0
+        c.log_steps = 50
+    return c

@@ -27,7 +27,7 @@ tokens of the first stage with each other, 39 MB per image: `at=1-2` leaves it a
 top-1 after 2 min 47 s on 2 cores.
 """
 
-from configs import common, stages
+from configs import common, toys
 
 SIZES = {"13": 224, "21": 224, "w24": 384}  # pixels
 TWO = {"heads": (1, 2), "mlp_ratios": (4, 4), "kernels": (3, 3), "kv_strides": (2, 2)}
@@ -40,11 +40,12 @@ TINY |= {"patch_sizes": (3, 3), "patch_strides": (2, 2), "patch_paddings": (1, 1
 
 def get_config(arg=None):
     """`variant=dtps|etps`, `size=13|21|w24`, `keep=`, `at=`, `dropped=zero|last`, `demo`, `tiny`."""
-    arg = common.parse_arg(arg, size="13", **stages.STAGES)
-    if arg.size not in SIZES:
-        raise ValueError(f"size={arg.size} is not one of {', '.join(SIZES)}")
+    arg = common.parse_arg(arg, size="13", **common.REDUCED, variant="dtps", dropped="zero")
+    common.one_of(arg, size=SIZES)
     c = common.base()
     c.model.name = f"cvt_{arg.size}"
+    c.init.path = f"weights/{c.model.name}.safetensors"
     c.data.size = SIZES[arg.size]
     c.data.eval.crop_pct = 0.875 if c.data.size == 224 else 1.0
-    return stages.tps_stages(c, arg, DEMO, TINY)
+    common.tps(c, arg)
+    return toys.finish_stages(c, arg, small=DEMO, toy=TINY)

@@ -61,21 +61,11 @@ from configs import common, toys
 
 def get_config(arg=None):
     """`variant=dtps|etps`, `size=t|s|b`, `pixels=`, `inat`, `keep=`, `at=`, `distill=`, `demo`, `cifar10`, `tiny`."""
-    switches = {"demo": False, "cifar10": False, "tiny": False}
-    arg = common.parse_arg(arg, variant="dtps", **common.DEIT, keep=0.0, at=(), distill="auto", **switches)
-    if arg.variant not in ("dtps", "etps"):
-        raise ValueError(f"variant={arg.variant} is not one of dtps, etps")
+    switches = {"variant": "dtps", "distill": "auto", "cifar10": False}
+    arg = common.parse_arg(arg, **common.DEIT, **common.REDUCED, **switches)
     c = common.deit(arg)
-    common.tps(c, arg.variant, distill=common.distilled(arg, auto=arg.size != "t"))
-    if arg.demo:
-        toys.demo(c)
-        arg.at = arg.at or toys.DEMO_SITES
-        c.compare = True
+    common.tps(c, arg, distill=common.distilled(arg, auto=arg.size != "t"))
     if arg.cifar10:
         toys.cifar10(c)
         arg.at = arg.at or toys.CIFAR_SITES
-    if arg.tiny:
-        toys.tiny(c, arg.at)
-        c.optim.warmup_epochs = 0
-    common.from_dense(c, arg.variant, arg.keep or (0.5 if arg.demo else 0.7), arg.at)
-    return c
+    return toys.finish(c, arg, arg.variant)

@@ -32,24 +32,14 @@ DEMO = {"patch_size": 4, "width": 64, "depth": 6, "heads": 2, "stem_width": 16}
 
 def get_config(arg=None):
     """`variant=dtps|etps`, `size=t|s|m|l`, `keep=`, `at=`, `demo`, `tiny`."""
-    arg = common.parse_arg(arg, variant="dtps", size="s", keep=0.0, at=(), demo=False, tiny=False)
-    if arg.variant not in ("dtps", "etps"):
-        raise ValueError(f"variant={arg.variant} is not one of dtps, etps")
-    if arg.size not in SIZES:
-        raise ValueError(f"size={arg.size} is not one of {', '.join(SIZES)}")
+    arg = common.parse_arg(arg, variant="dtps", size="s", **common.REDUCED)
+    common.one_of(arg, size=SIZES)
     c = common.base()
     c.model.name = f"lvvit_{arg.size}"
     c.init.path = f"weights/{c.model.name}.safetensors"
     c.data.eval.crop_pct = SIZES[arg.size]
-    common.tps(c, arg.variant)
-    if arg.demo:
-        toys.demo_from_scratch(c, **DEMO)
-        arg.at = arg.at or toys.DEMO_SITES
-    if arg.tiny:
-        toys.tiny(c)
-        c.model.stem_width = 8
-        c.optim.warmup_epochs = 0
-    common.from_dense(c, arg.variant, arg.keep or 0.5, arg.at)
+    common.tps(c, arg)
+    toys.finish(c, arg, arg.variant, keep=0.5, small=DEMO, toy={"patch_size": 4, "stem_width": 8})
     if c.teacher.name:
         c.teacher.aux_weight = 0.0
     return c

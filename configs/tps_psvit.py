@@ -24,28 +24,19 @@ from configs import common, toys
 
 SIZES = ("ti_14", "b_10", "b_14", "b_16", "b_18")
 DEMO = {"points": 7, "width": 64, "depth": 4, "iterations": 2, "heads": 2, "stem_channels": (16, 16, 32, 16)}
+TINY = {"points": 4, "depth": 2, "iterations": 2, "stem_channels": (8, 8, 16, 8)}
 
 
 def get_config(arg=None):
     """`variant=dtps|etps`, `size=ti_14|b_10|b_14|b_16|b_18`, `keep=`, `at=`, `demo`, `tiny`."""
-    arg = common.parse_arg(arg, variant="dtps", size="b_14", keep=0.0, at=(), demo=False, tiny=False)
-    if arg.variant not in ("dtps", "etps"):
-        raise ValueError(f"variant={arg.variant} is not one of dtps, etps")
-    if arg.size not in SIZES:
-        raise ValueError(f"size={arg.size} is not one of {', '.join(SIZES)}")
+    arg = common.parse_arg(arg, variant="dtps", size="b_14", **common.REDUCED)
+    common.one_of(arg, size=SIZES)
     c = common.base()
     c.model.name = f"psvit_{arg.size}"
     c.init.path = f"weights/{c.model.name}.safetensors"
     c.data.eval.crop_pct = 0.9
-    common.tps(c, arg.variant)
+    common.tps(c, arg)
+    toys.finish(c, arg, arg.variant, sites=(2, 3), small=DEMO, toy=TINY)
     if arg.demo:
-        toys.demo_from_scratch(c, **DEMO)
         c.epochs = 3.0  # its convolutional stem learns fast
-        arg.at = arg.at or (2, 3)
-    if arg.tiny:
-        toys.tiny(c)
-        del c.model["patch_size"]
-        c.model.update({"points": 4, "depth": 2, "iterations": 2, "stem_channels": (8, 8, 16, 8)})
-        c.optim.warmup_epochs = 0
-    common.from_dense(c, arg.variant, arg.keep or (0.5 if arg.demo else 0.7), arg.at)
     return c

@@ -122,9 +122,9 @@ def run(
                 "one process makes the comparison: run this command again on one host, with --distributed=off"
             )
         elif config.get("compare") and result.finished:
-            from dyntoken.tools import compare as comparison
+            from dyntoken.tools import demo_report
 
-            comparison.report(config, result)
+            demo_report.report(config, result)
     return 0
 
 
@@ -136,10 +136,8 @@ def _gmacs(model) -> float | list[float]:
     """Multiply-adds (1e9) of one image, of a model with exits up to each of them."""
     from dyntoken.analysis import macs
 
-    count = macs.count(model)
-    if macs.exits(model):
-        return [round(gmacs, 6) for gmacs in macs.gmacs_per_exit(model, count)]
-    return round(count.gmacs, 6)
+    found = macs.gmacs(model)
+    return [round(value, 6) for value in found] if isinstance(found, list) else round(found, 6)
 
 
 def _spell(gmacs: float | list[float]) -> str:

@@ -7,7 +7,7 @@ import dataclasses
 import jax
 import numpy as np
 
-from dyntoken import architectures, data, mix
+from dyntoken import architectures, data, device_augment
 from dyntoken.data.resample import resize_centre
 from dyntoken.models import Model
 
@@ -39,14 +39,18 @@ class Preprocess:
         """
         images = np.asarray(images)
         if images.dtype != np.uint8 or images.ndim not in (3, 4) or images.shape[-1] != self.channels:
+            made = {3: '.convert("RGB")', 1: '.convert("L"), and [..., None] after np.asarray,'}.get(
+                self.channels
+            )
             raise ValueError(
                 f"give uint8 images [H, W, {self.channels}] or [B, H, W, {self.channels}], "
                 f"got {images.dtype} {images.shape}"
+                + (f": {made} makes them of any PIL image" if made else "")
             )
         batch = images if images.ndim == 4 else images[None]
         if batch.shape[1:3] != self.size:
             batch = resize_centre(batch, self.size, self.crop_pct, self.interpolation)
-        pixels = mix.normalize(batch, self.mean, self.std)
+        pixels = device_augment.normalize(batch, self.mean, self.std)
         return pixels if images.ndim == 4 else pixels[0]
 
 
@@ -68,5 +72,5 @@ def preprocess(model: Model, dataset: str | None = None) -> Preprocess:
             f"{facts.name} has {facts.channels} channels, the model takes {channels}: name another data set"
         )
     exact = facts.image_shape is not None and tuple(facts.image_shape[:2]) == (height, width)
-    crop = 1.0 if exact else architectures.parse(model.arch).crop_pct
+    crop = 1.0 if exact else architectures.get(model.arch).crop_pct
     return Preprocess((height, width), channels, tuple(facts.mean), tuple(facts.std), crop_pct=crop)

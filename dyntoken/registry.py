@@ -11,7 +11,7 @@ from typing import Any
 
 def suggest(name: str, known: Iterable[str]) -> str:
     """The tail of an error message: the nearest names, or all if few."""
-    known = sorted(known)
+    known = sorted(known, key=lambda name: (not name.isdecimal(), int(name) if name.isdecimal() else 0, name))
     close = difflib.get_close_matches(name, known, n=4, cutoff=0.55)
     if close:
         return f"did you mean {', '.join(close)}?"

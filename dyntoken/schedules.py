@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax.numpy as jnp
 import numpy as np
 
 from dyntoken.registry import UnknownNameError, suggest
 
-KINDS = ("cosine", "cosine_epoch", "cosine_epoch_start", "constant")
+Kind = Literal["cosine", "cosine_epoch", "cosine_epoch_start", "constant"]
 
 
 def learning_rate(
-    kind: str,
+    kind: Kind,
     *,
     lr: float,
     min_lr: float,
@@ -61,8 +61,8 @@ def learning_rate(
       ValueError: if the lengths do not fit together, or the rate would start
         or end above its peak.
     """
-    if kind not in KINDS:
-        raise UnknownNameError(f"unknown schedule {kind!r}: {suggest(kind, KINDS)}")
+    if kind not in get_args(Kind):
+        raise UnknownNameError(f"unknown schedule {kind!r}: {suggest(kind, get_args(Kind))}")
     if total_steps < 1 or steps_per_epoch < 1:
         raise ValueError(
             f"total_steps={total_steps} and steps_per_epoch={steps_per_epoch} must be at least 1"

@@ -180,12 +180,12 @@ def nearest(unknown: str, known: Iterable[str]) -> list[str]:
     return []
 
 
-def checked(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorator: the keyword-only arguments are checked as their annotations say."""
+def checked(fn: Callable[..., Any], owner: str | None = None) -> Callable[..., Any]:
+    """Decorator: the keyword-only arguments are checked as their annotations say; `owner` by default the module."""
 
     @functools.wraps(fn)
     def call(*args: Any, **given: Any) -> Any:
-        kinds, name = keywords(fn), fn.__module__.rpartition(".")[2]
+        kinds, name = keywords(fn), owner or fn.__module__.rpartition(".")[2]
         own = {k: check(kinds[k], v, f"{name}.{k}") if k in kinds else v for k, v in given.items()}
         return fn(*args, **own)
 

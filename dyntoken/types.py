@@ -69,9 +69,9 @@ class Tokens:
     def start(cls, x: Array, *, prefix: int = 1, grid: tuple[int, int] | None = None) -> Tokens:
         """The rows `x [B, prefix + N, C]` that enter the first block, on a grid (default `(1, N)`)."""
         batch, rows = x.shape[0], x.shape[1] - prefix
-        grid = (1, rows) if grid is None else tuple(grid)
-        if grid[0] * grid[1] != rows:
-            raise ValueError(f"{rows} patch rows do not fill a grid of {grid}")
+        height, width = (1, rows) if grid is None else grid
+        if height * width != rows:
+            raise ValueError(f"{rows} patch rows do not fill a grid of {(height, width)}")
         place = jnp.broadcast_to(jnp.arange(rows, dtype=jnp.int32)[None], (batch, rows))
         return cls(
             x=x,
@@ -80,7 +80,7 @@ class Tokens:
             carrier=place,
             size=jnp.ones((batch, rows), jnp.float32),
             prefix=prefix,
-            grid=grid,
+            grid=(height, width),
         )
 
     @property

@@ -27,7 +27,7 @@ def _has_demo(recipe):
 
 
 FILES = recipes.locate("configs/common.py").parent.glob("*.py")
-NO_RECIPES = ("__init__", "common", "stages", "toys")
+NO_RECIPES = ("__init__", "common", "toys")
 DEMOS = sorted(path.stem for path in FILES if path.stem not in NO_RECIPES and _has_demo(path.stem))
 IN_CI = ("tps_deit", "tps_lvvit")
 

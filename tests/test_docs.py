@@ -17,7 +17,7 @@ from PIL import Image
 import dyntoken
 from dyntoken import cluster, main
 from dyntoken import config as recipes
-from dyntoken.eval.cascade import Runner
+from dyntoken.eval.runner import Runner
 from dyntoken.train import plan
 from tests.train.tiny import tiny_config
 
@@ -49,20 +49,21 @@ def _blocks(path):
 BLOCKS = [
     block for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) for block in _blocks(path)
 ]
-GUIDE = "adding_a_method.md"  # it registers rows, so tests/plugins/test_guide.py runs it, and its commands
+GUIDES = ("adding_a_method.md", "adding_a_backbone.md", "adding_data.md")  # they register rows: tests/plugins
 SECTIONS = list(
-    dict.fromkeys(str(block) for block in BLOCKS if block.language == "python" and block.file != GUIDE)
+    dict.fromkeys(str(block) for block in BLOCKS if block.language == "python" and block.file not in GUIDES)
 )
 # A command of ours, to the end of its line or to a shell operator; a continued line is one.
 SHELL = "\n".join(block.text for block in BLOCKS if block.language == "bash").replace("\\\n", " ")
 COMMANDS = sorted(set(re.findall(r"python -m (dyntoken[\w.]*(?: [^\n\"&|]*)?)", SHELL)))
-COMMANDS = [command for command in COMMANDS if "--plugins=my_methods" not in command]
+COMMANDS = [command for command in COMMANDS if "plugins=my_" not in command]
+SCRIPTS = sorted(set(re.findall(r"python scripts/(\w+)\.py ([^\n\"&|]*)", SHELL)))
 
 
 def test_every_block_is_of_a_language_that_is_tested():
     assert {block.language for block in BLOCKS} == {"", "bash", "python"}  # "" is what a command printed
     assert len(SECTIONS) >= 2 and len(COMMANDS) >= 25
-    known = re.compile(r"\s*(srun|gcloud|pip install|python -m (dyntoken|pytest)|#|$)")
+    known = re.compile(r"\s*(srun|gcloud|pip install|python (-m (dyntoken|pytest)|scripts/)|#|$)")
     lines = [line for line in SHELL.splitlines() if not known.match(line)]
     assert not lines, "nothing tests these"
 
@@ -133,17 +134,28 @@ class Parsed(Exception):
     """A tool's options were read."""
 
 
+@pytest.fixture
+def only_parse(monkeypatch):
+    """Programs raise `Parsed` where they would begin their work."""
+    for method in ("parse_args", "parse_intermixed_args"):
+        real = getattr(argparse.ArgumentParser, method)
+
+        def only(self, *args, real=real, **more):
+            raise Parsed(real(self, *args, **more))
+
+        monkeypatch.setattr(argparse.ArgumentParser, method, only)
+
+
+@pytest.mark.parametrize("script, words", SCRIPTS)
+def test_a_script_parses(script, words, only_parse):
+    with pytest.raises(Parsed):
+        importlib.import_module(f"scripts.{script}").main(shlex.split(words, comments=True))
+
+
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_command_parses(command, monkeypatch):
+def test_a_command_parses(command, only_parse):
     module, *words = shlex.split(command, comments=True)
     if module != "dyntoken.main":
-        for method in ("parse_args", "parse_intermixed_args"):
-            real = getattr(argparse.ArgumentParser, method)
-
-            def only(self, *args, real=real, **more):
-                raise Parsed(real(self, *args, **more))
-
-            monkeypatch.setattr(argparse.ArgumentParser, method, only)
         program = importlib.import_module(module)
         with pytest.raises(Parsed) as read:
             program.main(words)
@@ -153,8 +165,8 @@ def test_a_command_parses(command, monkeypatch):
                 "runs/"
             ):  # a run's workdir stands for its model
                 dyntoken.create_model(name)
-        for recipe in filter(None, (names.get(key) for key in ("config", "input", "augment"))):
-            recipes.load(recipe)
+        if names.get("config"):
+            recipes.load(names["config"])
         return
     given = parse([module, *words])
     settings = plan.read(given.config)

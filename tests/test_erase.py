@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dyntoken.mix import erase_box, mix, random_erase
+from dyntoken.device_augment import erase_box, mix, random_erase
 
 AREA, ASPECT = (0.02, 1 / 3), (0.3, 1 / 0.3)
 

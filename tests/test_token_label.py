@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import dyntoken
-from dyntoken import losses, mix, optim
+from dyntoken import device_augment, losses, optim
 from dyntoken.train import mesh as meshes
 from dyntoken.train.state import create_state, init_variables
 from dyntoken.train.step import make_train_step
@@ -98,7 +98,9 @@ def _trained(devices):
     tx, _ = optim.make(variables["params"], total_steps=4, steps_per_epoch=2, name="sgd", lr=0.1, clip=1.0)
 
     def augment(key, images, labels, ids):
-        return mix.normalize(images, (0.5,) * 3, (0.25,) * 3), mix.soft_targets(labels, CLASSES, 0.1)
+        return device_augment.normalize(images, (0.5,) * 3, (0.25,) * 3), device_augment.soft_targets(
+            labels, CLASSES, 0.1
+        )
 
     step = make_train_step(model, tx, specs=SPECS, augment=augment, seed=3, ema=0.9)
     mesh = meshes.data_mesh(jax.devices()[:devices])

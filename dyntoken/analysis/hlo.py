@@ -1,7 +1,6 @@
 """What a compiled program does, read from its HLO text: collectives, data movement, estimated cost.
 
-Works on the text of any backend; the estimate needs what a TPU compiler writes
-beside each fusion.
+Works on the text of any backend; the estimate needs what a TPU compiler writes beside each fusion.
 """
 
 from __future__ import annotations
@@ -10,163 +9,33 @@ import dataclasses
 import math
 import re
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 COLLECTIVES = (
-    "all-reduce",
-    "all-gather",
-    "reduce-scatter",
-    "all-to-all",
-    "collective-permute",
-    "collective-broadcast",
-    "ragged-all-to-all",
+    *("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute"),
+    *("collective-broadcast", "ragged-all-to-all"),
 )
-PRODUCTS = {"dot", "convolution"}
-# An operation that only moves or reshapes data; a fusion of nothing else is a copy.
-MOVES = {
-    "parameter",
-    "constant",
-    "tuple",
-    "get-tuple-element",
-    "bitcast",
-    "copy",
-    "transpose",
-    "reshape",
-    "slice",
-    "dynamic-slice",
-    "dynamic-update-slice",
-    "concatenate",
-    "pad",
-    "reverse",
-    "broadcast",
-    "convert",
-    "bitcast-convert",
+# Classes of operations; the first one that an operation, or anything it fuses, belongs to.
+GROUPS = {
+    "matrix products and convolutions": {"dot", "convolution"},
+    "sorts": {"sort"},
+    "gathers and scatters": {"gather", "scatter"},
+    "custom calls": {"custom-call"},
 }
-# Moves that the program waits for; an asynchronous copy is a prefetch.
-SYNCHRONOUS_MOVES = ("copy", "transpose", "fusion")
-FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call", "conditional"}
-_INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (.+?) ([a-z][a-z0-9\-]*)\((.*)$")
+NOTHING = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast"}
+# What only moves or reshapes data; a fusion of nothing else is a copy.
+MOVES = NOTHING | {
+    *("copy", "transpose", "reshape", "slice", "dynamic-slice", "dynamic-update-slice", "concatenate"),
+    *("pad", "reverse", "broadcast", "convert", "bitcast-convert"),
+}
+FREE = NOTHING | {"while", "call", "conditional"}
+SYNCHRONOUS = ("copy", "transpose", "fusion")  # copies that are waited for; a started one is a prefetch
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) (?:\(.*\) -> .*)?\{$")
-_SHAPE = re.compile(r"\b(pred|[a-z]+(\d+)[a-z0-9]*)\[([\d,]*)\]")
+_INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (.+?) ([a-z][a-z0-9\-]*)\((.*)$")
+_SHAPE = re.compile(r"\b(?:pred|[a-z]+(\d+)[a-z0-9]*)\[([\d,]*)\]")
 _TRIPS = re.compile(r'known_trip_count"?[:=]\{"?n"?[:=]"?(\d+)')
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
-
-
-@dataclasses.dataclass(frozen=True)
-class Operation:
-    """One instruction of the program.
-
-    Attributes:
-      name: its name in the text.
-      kind: its opcode; of an asynchronous collective the first half's, without "-start".
-      bytes: size of its result.
-      times: how often it runs, loops multiplied out (one of unknown length: once).
-      cycles: the compiler's estimate for one run, or None.
-      inside: opcodes in the computation it fuses, empty for no fusion.
-      trips: rounds of a "while", if the text tells.
-    """
-
-    name: str
-    kind: str
-    bytes: int
-    times: int
-    cycles: int | None
-    inside: frozenset[str] = frozenset()
-    trips: int | None = None
-
-    @property
-    def group(self) -> str:
-        """The class of operations it is counted under."""
-        found = self.inside or {self.kind}
-        if self.kind in COLLECTIVES:
-            return "collectives"
-        for group, marks in (
-            ("matrix products and convolutions", PRODUCTS),
-            ("sorts", {"sort"}),
-            ("gathers and scatters", {"gather", "scatter"}),
-            ("custom calls", {"custom-call"}),
-        ):
-            if found & marks:
-                return group
-        if found <= MOVES or self.kind.endswith("-start"):
-            return "copies and layout"
-        return "reductions" if found & {"reduce", "reduce-window"} else "element by element"
-
-
-@dataclasses.dataclass(frozen=True)
-class Count:
-    """Operations of one kind: how many run (loops multiplied out), and the bytes of all their results."""
-
-    kind: str
-    count: int
-    bytes: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Cost:
-    """The compiler's estimate for one class of operations.
-
-    Attributes:
-      group: name of the class; count: operations that run.
-      cycles: of those with an estimate; estimated: how many have one.
-    """
-
-    group: str
-    count: int
-    cycles: int
-    estimated: int
-
-
-def operations(text: str) -> tuple[Operation, ...]:
-    """The instructions that run, in order; loops are entered, fusions are not.
-
-    Args:
-      text: of a compiled module (`jax.stages.Compiled.as_text()`).
-
-    Raises:
-      ValueError: no entry computation in the text.
-    """
-    entry, bodies = _computations(text)
-    return tuple(_walk(bodies, entry, 1))
-
-
-def unknown_loops(found: Sequence[Operation]) -> int:
-    """Loops whose length the text does not tell, counted as one round."""
-    return sum(op.kind == "while" and op.trips is None for op in found)
-
-
-def collectives(found: Sequence[Operation]) -> tuple[Count, ...]:
-    """Collectives by kind and size, largest first; bytes are those of all results on one device."""
-    runs: dict[tuple[str, int], int] = {}
-    for op in found:
-        if op.kind in COLLECTIVES:
-            runs[op.kind, op.bytes] = runs.get((op.kind, op.bytes), 0) + op.times
-    rows = [Count(kind, count, count * size) for (kind, size), count in runs.items()]
-    return tuple(sorted(rows, key=lambda row: (-row.bytes, row.kind)))
-
-
-def counted(found: Sequence[Operation], *kinds: str) -> Count:
-    """Operations of the given kinds, within fusions too (a fusion counts once)."""
-    hits = [op for op in found if op.kind in kinds or op.inside & set(kinds)]
-    total = sum(op.times * op.bytes for op in hits)
-    return Count(kinds[0], sum(op.times for op in hits), total)
-
-
-def costs(found: Sequence[Operation]) -> tuple[Cost, ...]:
-    """The estimate by class of operations, dearest first."""
-    groups: dict[str, list[Operation]] = {}
-    for op in found:
-        if op.kind not in FREE and not op.kind.endswith("-done"):
-            groups.setdefault(op.group, []).append(op)
-    rows = [
-        Cost(
-            group,
-            sum(op.times for op in ops),
-            sum(op.times * (op.cycles or 0) for op in ops),
-            sum(op.times for op in ops if op.cycles is not None),
-        )
-        for group, ops in groups.items()
-    ]
-    return tuple(sorted(rows, key=lambda row: (-row.cycles, row.group)))
+Bodies = dict[str, list["_Line"]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,45 +45,130 @@ class _Line:
     kind: str
     rest: str
 
-    def computation(self, role: str) -> str | None:
+    def called(self, role: str) -> str:
+        """The computation named under `role`, "" if none is."""
         found = re.search(rf"\b{role}=%?([\w.\-]+)", self.rest)
-        return found.group(1) if found else None
+        return found[1] if found else ""
 
 
-def _computations(text: str) -> tuple[str, dict[str, list[_Line]]]:
-    entry, bodies, current = "", {}, None
+@dataclasses.dataclass(frozen=True)
+class Operation:
+    """One instruction that runs.
+
+    Attributes:
+      kind: its opcode; of an asynchronous collective without "-start".
+      bytes: size of its result.
+      times: how often it runs, loops multiplied out (one of unknown length: once).
+      opcodes: of the computation it fuses, or its own.
+      cycles: the compiler's estimate for one run, or None.
+      endless: a loop whose length the text does not tell.
+    """
+
+    kind: str
+    bytes: int
+    times: int
+    opcodes: frozenset[str]
+    cycles: int | None
+    endless: bool = False
+
+    @property
+    def group(self) -> str:
+        """The class of operations it is counted under."""
+        if self.kind in COLLECTIVES:
+            return "collectives"
+        for group, opcodes in GROUPS.items():
+            if self.opcodes & opcodes:
+                return group
+        if self.opcodes <= MOVES or self.kind.endswith("-start"):
+            return "copies and layout"
+        return "reductions" if self.opcodes & {"reduce", "reduce-window"} else "element by element"
+
+
+def summary(text: str) -> dict[str, Any]:
+    """What runs in a program, by class of operations; a dict of plain values.
+
+    `collectives`: kind, count and bytes of all results on one device, largest first. `sorts`,
+    `gathers`, `scatters`: how many run (a fusion counts once). `copies`: those that are waited for.
+    `unknown_loops`: loops of unknown length, counted as one round. `estimate`: per class of
+    operations, dearest first, how many run, the compiler's cycles, and how many have an estimate.
+
+    Args:
+      text: of a compiled module (`jax.stages.Compiled.as_text()`).
+
+    Raises:
+      ValueError: no entry computation in the text.
+    """
+    found = _operations(text)
+    moved = [op for op in found if op.group == "copies and layout" and op.kind in SYNCHRONOUS]
+    return {
+        "collectives": _collectives(found),
+        **{
+            f"{kind}s": sum(op.times for op in found if kind in op.opcodes)
+            for kind in ("sort", "gather", "scatter")
+        },
+        "copies": {"count": sum(op.times for op in moved), "bytes": sum(op.times * op.bytes for op in moved)},
+        "unknown_loops": sum(op.endless for op in found),
+        "estimate": _estimate(found),
+    }
+
+
+def _collectives(found: Sequence[Operation]) -> list[dict[str, Any]]:
+    runs: dict[tuple[str, int], int] = {}
+    for op in found:
+        if op.kind in COLLECTIVES:
+            runs[op.kind, op.bytes] = runs.get((op.kind, op.bytes), 0) + op.times
+    rows = [{"kind": kind, "count": n, "bytes": n * size} for (kind, size), n in runs.items()]
+    return sorted(rows, key=lambda row: (-row["bytes"], row["kind"]))
+
+
+def _estimate(found: Sequence[Operation]) -> list[dict[str, Any]]:
+    rows: dict[str, dict[str, Any]] = {}
+    for op in found:
+        if op.kind not in FREE and not op.kind.endswith("-done"):
+            row = rows.setdefault(op.group, {"group": op.group, "count": 0, "cycles": 0, "estimated": 0})
+            row["count"] += op.times
+            row["cycles"] += op.times * (op.cycles or 0)
+            row["estimated"] += op.times * (op.cycles is not None)
+    return sorted(rows.values(), key=lambda row: (-row["cycles"], row["group"]))
+
+
+def _operations(text: str) -> list[Operation]:
+    """The instructions that run, in order; loops are entered, fusions are not."""
+    bodies: Bodies = {}
+    entry, lines = "", []
     for line in text.splitlines():
-        head = _COMPUTATION.match(line)
-        if head and not line.startswith(" "):
-            current = bodies.setdefault(head.group(2), [])
-            entry = head.group(2) if head.group(1) else entry
-        elif line.startswith("}"):
-            current = None
-        elif current is not None and (match := _INSTRUCTION.match(line)):
-            current.append(_Line(*match.groups()))
+        if head := _COMPUTATION.match(line):
+            lines = bodies.setdefault(head[2], [])
+            entry = head[2] if head[1] else entry
+        elif match := _INSTRUCTION.match(line):
+            lines.append(_Line(*match.groups()))
     if not entry:
         raise ValueError("no entry computation: this is not the text of a compiled program")
-    return entry, bodies
+    return [*_walk(bodies, entry, 1)]
 
 
-def _walk(bodies: dict[str, list[_Line]], name: str, times: int) -> Iterator[Operation]:
+def _walk(bodies: Bodies, name: str, times: int) -> Iterator[Operation]:
     for line in bodies.get(name, ()):
+        trips: int | None = 1
         if line.kind == "while":
-            yield from _walk(bodies, line.computation("body"), times * (_trips(bodies, line) or 1))
+            trips = _trips(bodies, line)
+            yield from _walk(bodies, line.called("body"), times * (trips or 1))
         elif line.kind == "call":
-            yield from _walk(bodies, line.computation("to_apply"), times)
+            yield from _walk(bodies, line.called("to_apply"), times)
         elif line.kind == "conditional":
-            for branch in _branches(line):
+            listed = re.search(r"branch_computations=\{(.*?)\}", line.rest)
+            branches = re.findall(r"[\w.\-]+", listed[1]) if listed else []
+            for branch in branches or map(line.called, ("true_computation", "false_computation")):
                 yield from _walk(bodies, branch, times)
-        yield _operation(bodies, line, times)
+        yield _operation(bodies, line, times, endless=trips is None)
 
 
-def _trips(bodies: dict[str, list[_Line]], line: _Line) -> int | None:
+def _trips(bodies: Bodies, line: _Line) -> int | None:
     """Rounds of a loop: stated, or by a condition `counter < constant` (counters start at 0)."""
     stated = _TRIPS.search(line.rest)
     if stated:
-        return int(stated.group(1))
-    condition = bodies.get(line.computation("condition"), ())
+        return int(stated[1])
+    condition = bodies.get(line.called("condition"), ())
     if not condition or condition[-1].kind != "compare" or "direction=LT" not in condition[-1].rest:
         return None
     limit = condition[-1].rest.partition(")")[0].rpartition("%")[2]
@@ -222,50 +176,22 @@ def _trips(bodies: dict[str, list[_Line]], line: _Line) -> int | None:
     return int(values[0]) if values else None
 
 
-def _branches(line: _Line) -> list[str]:
-    listed = re.search(r"branch_computations=\{(.*?)\}", line.rest)
-    if listed:
-        return [name.strip().lstrip("%") for name in listed.group(1).split(",")]
-    return [name for role in ("true_computation", "false_computation") if (name := line.computation(role))]
-
-
-def _operation(bodies: dict[str, list[_Line]], line: _Line, times: int) -> Operation:
+def _operation(bodies: Bodies, line: _Line, times: int, endless: bool) -> Operation:
     kind = line.kind.removesuffix("-start") if line.kind.startswith(COLLECTIVES) else line.kind
-    inside: frozenset[str] = frozenset()
-    called = line.computation("calls")
-    if called:
-        inside = frozenset(_opcodes(bodies, called))
-        wrapped = inside & set(COLLECTIVES)
-        # `async-start` wraps what it starts.
-        kind = next(iter(wrapped)) if wrapped else kind
-    size = _bytes(line.shape)
-    if line.kind.endswith("-start"):  # returns its operands, too
-        size = _bytes_of_started(line.shape, kind)
+    opcodes = frozenset(_opcodes(bodies, line.called("calls"))) or frozenset({kind})
+    kind = next(iter(opcodes & {*COLLECTIVES}), kind)  # `async-start` wraps what it starts
+    sizes = [
+        math.prod(int(n) for n in dims.split(",") if n) * max(int(bits or 8), 8) // 8
+        for bits, dims in _SHAPE.findall(line.shape)
+    ]
+    # What is started returns its operands and a context beside its result; an all-reduce its results alone.
+    started = line.kind.endswith("-start") and kind != "all-reduce"
     cycles = _CYCLES.search(line.rest)
-    estimate = int(cycles.group(1)) if cycles else None
-    trips = _trips(bodies, line) if kind == "while" else None
-    return Operation(line.name, kind, size, times, estimate, inside, trips)
+    size = max(sizes, default=0) if started else sum(sizes)
+    return Operation(kind, size, times, opcodes, int(cycles[1]) if cycles else None, endless)
 
 
-def _opcodes(bodies: dict[str, list[_Line]], name: str) -> Iterator[str]:
+def _opcodes(bodies: Bodies, name: str) -> Iterator[str]:
     for line in bodies.get(name, ()):
         yield line.kind
-        if (called := line.computation("calls")) is not None:
-            yield from _opcodes(bodies, called)
-
-
-def _bytes(shape: str) -> int:
-    return sum(map(_size, _SHAPE.finditer(shape)))
-
-
-def _bytes_of_started(shape: str, kind: str) -> int:
-    """The result of an asynchronous operation, whose first half also returns its operands and a context."""
-    whole = [_size(match) for match in _SHAPE.finditer(shape)]
-    if kind == "all-reduce":
-        return sum(whole)  # returns its results alone
-    return max(whole, default=0)
-
-
-def _size(match: re.Match[str]) -> int:
-    bits = int(match.group(2)) if match.group(2) else 8
-    return math.prod(int(n) for n in match.group(3).split(",") if n) * max(bits, 8) // 8
+        yield from _opcodes(bodies, line.called("calls"))

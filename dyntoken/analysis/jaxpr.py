@@ -16,7 +16,8 @@ import jax.numpy as jnp
 
 from dyntoken.ops.depthwise import SHIFTED
 
-CONTAINERS = "jaxpr", "call_jaxpr", "branches", "body_jaxpr", "cond_jaxpr", "fun_jaxpr"
+CONTAINERS = "jaxpr", "call_jaxpr", "body_jaxpr", "cond_jaxpr", "fun_jaxpr"
+Path = tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,13 +32,13 @@ class Operation:
         to (batch times tokens), else 0.
     """
 
-    path: tuple[str, ...]
-    kind: str
-    macs: int
+    path: Path
+    kind: str = ""
+    macs: int = 0
     rows: int = 0
 
 
-def operations(jaxpr: Any, path: tuple[str, ...] = (), times: int = 1) -> Iterator[Operation]:
+def operations(jaxpr: Any, path: Path = (), times: int = 1) -> Iterator[Operation]:
     """Yields an `Operation` for every equation, entering calls and loops.
 
     Of a `cond` the dearest branch counts; a `scan` body counts once per step.
@@ -49,60 +50,53 @@ def operations(jaxpr: Any, path: tuple[str, ...] = (), times: int = 1) -> Iterat
       ValueError: a product inside a `while` loop, whose trip count no shape tells.
     """
     for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+        name, params = equation.primitive.name, equation.params
         scopes = _scopes(path, str(equation.source_info.name_stack))
         here = tuple(scope for scope in scopes if scope != SHIFTED)
-        name = equation.primitive.name
         if name == "dot_general":
             yield _dot(equation, here, times)
         elif name == "conv_general_dilated":
-            yield Operation(here, "conv", times * _conv(equation))
+            kernel = equation.invars[1].aval.shape
+            _, *inputs = params["dimension_numbers"].rhs_spec  # (output feature, input feature, *space)
+            yield Operation(here, "conv", times * _results(equation) * math.prod(kernel[d] for d in inputs))
         elif name == "mul" and SHIFTED in scopes:
-            yield Operation(here, "conv", times * math.prod(equation.outvars[0].aval.shape))
+            yield Operation(here, "conv", times * _results(equation))
         elif name == "cond":
-            yield from max(
-                ([*operations(branch, scopes, times)] for branch in equation.params["branches"]),
-                key=lambda ops: sum(op.macs for op in ops),
-            )
+            branches = ([*operations(branch, scopes, times)] for branch in params["branches"])
+            yield from max(branches, key=lambda ops: sum(op.macs for op in ops))
         else:
-            inner = [*_inside(equation, scopes, times * _trips(equation))]
+            rounds = times * (params["length"] if name == "scan" else 1)
+            bodies = [params[key] for key in CONTAINERS if key in params]
+            inner = [
+                op
+                for body in bodies
+                if hasattr(getattr(body, "jaxpr", body), "eqns")
+                for op in operations(body, scopes, rounds)
+            ]
             if name == "while" and any(op.macs for op in inner):
                 raise ValueError(
                     f"a while loop at {'/'.join(here) or 'the top'} multiplies matrices: cannot count"
                 )
-            yield from inner or [Operation(here, "", 0)]
+            yield from inner or [Operation(here)]
 
 
-def _inside(equation: Any, path: tuple[str, ...], times: int) -> Iterator[Operation]:
-    for key in CONTAINERS:
-        held = equation.params.get(key)
-        if held is not None and hasattr(getattr(held, "jaxpr", held), "eqns"):
-            yield from operations(held, path, times)
+def _results(equation: Any) -> int:
+    return math.prod(equation.outvars[0].aval.shape)
 
 
-def _trips(equation: Any) -> int:
-    return equation.params["length"] if equation.primitive.name == "scan" else 1
-
-
-def _dot(equation: Any, path: tuple[str, ...], times: int) -> Operation:
+def _dot(equation: Any, path: Path, times: int) -> Operation:
     left, right = (v.aval.shape for v in equation.invars)
     (contracted, _), (_, right_batched) = equation.params["dimension_numbers"]
     inner = math.prod(left[d] for d in contracted)
-    outer = math.prod(equation.outvars[0].aval.shape)
     if not jnp.issubdtype(equation.outvars[0].aval.dtype, jnp.inexact):
-        return Operation(path, "", 0)  # integer products are book-keeping of row numbers
+        return Operation(path)  # integer products are book-keeping of row numbers
     is_layer = len(right) == 2 and not right_batched
-    rows = math.prod(left) // inner if is_layer else 0
-    return Operation(path, "dot", times * outer * inner, rows)
+    return Operation(
+        path, "dot", times * _results(equation) * inner, math.prod(left) // inner if is_layer else 0
+    )
 
 
-def _conv(equation: Any) -> int:
-    kernel = equation.invars[1].aval.shape
-    spec = equation.params["dimension_numbers"].rhs_spec  # (output feature, input feature, *space)
-    per_output = math.prod(kernel[d] for d in spec[1:])
-    return math.prod(equation.outvars[0].aval.shape) * per_output
-
-
-def _scopes(path: tuple[str, ...], stack: str) -> tuple[str, ...]:
+def _scopes(path: Path, stack: str) -> Path:
     """Appends a name stack such as `Model/backbone.embed/vmap(proj)`, less what `einsum` adds to it."""
     for name in re.sub(r"\w+\(|\)", "", stack).split("/"):
         name = name.split(".")[0]  # `module.method`

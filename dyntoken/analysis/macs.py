@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -46,16 +46,13 @@ class Macs:
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """One block.
+    """One block; its multiply-adds are without the reducer's own.
 
     Attributes:
       name: module path, e.g. `backbone/trunk/blocks_3`.
-      tokens: rows its first layer works on (prefix tokens included).
-      tokens_out: rows its last layer works on; fewer where the reducer sits
-        between attention and MLP (EViT, eTPS), or where the others take a fast
-        path (Swin), whose rows do not count here.
-      macs: multiply-adds without the reducer's own.
-      params: number of parameters.
+      tokens, tokens_out: rows its first and its last layer work on, prefix tokens
+        included; the last on fewer where a reducer sits between attention and MLP
+        (EViT, eTPS), or where the others take a fast path (Swin).
     """
 
     name: str
@@ -71,10 +68,8 @@ class Stage:
 
     Attributes:
       tokens: rows of every block in it (prefix tokens included).
-      blocks: numbers of the blocks it touches; one that holds a reducer inside
-        belongs to two stages, each with its share. In a hierarchical backbone
-        they start again at 0 in each of its own stages.
-      names: module paths of those blocks.
+      blocks, names: numbers and module paths of its blocks; one that holds a
+        reducer inside belongs to two stages, each with its share.
       macs: multiply-adds of those blocks.
       reducer: multiply-adds of the reducer that opens the stage, 0 for none.
       exit: number of the exit of a cascade that it belongs to, else None.
@@ -90,36 +85,28 @@ class Stage:
 
 @dataclasses.dataclass(frozen=True)
 class Count:
-    """What a model costs for one image.
+    """What a model costs for one image of (height, width, channels).
 
     Attributes:
-      total: multiply-adds, `conv + dot`, without `resize`.
-      conv, dot: convolutions; matrix products of any kind.
       resize: multiply-adds under a named scope "resize" (interpolation), which
-        papers leave out.
-      by_module: module path -> `Macs` of the operations directly in it.
-      by_block: one `Block` per block, in order.
-      stages: one `Stage` per reduction site and one before the first.
-      params: number of parameters.
-      by_params: module path -> parameters directly in it.
-      image_shape: (height, width, channels) counted for.
+        papers leave out; they are in nothing else here.
+      by_module, by_params: module path -> what lies directly in it.
+      by_block: in order.
+      stages: one per reduction site and one before the first.
     """
 
-    total: int
-    conv: int
-    dot: int
+    image_shape: tuple[int, int, int]
     resize: int
     by_module: Mapping[str, Macs]
     by_block: tuple[Block, ...]
     stages: tuple[Stage, ...]
-    params: int
     by_params: Mapping[str, int]
-    image_shape: tuple[int, int, int]
 
-    @property
-    def gmacs(self) -> float:
-        """`total` in units of 1e9."""
-        return self.total / 1e9
+    conv = property(lambda self: self.under("").conv, doc="Multiply-adds of convolutions.")
+    dot = property(lambda self: self.under("").dot, doc="Multiply-adds of matrix products of any kind.")
+    total = property(lambda self: self.under("").total, doc="Multiply-adds, `conv + dot`.")
+    gmacs = property(lambda self: self.total / 1e9, doc="`total` in units of 1e9.")
+    params = property(lambda self: self.params_under(""), doc="Number of parameters.")
 
     @property
     def tokens(self) -> tuple[int, ...]:
@@ -142,51 +129,75 @@ def count(model: Any, image_shape: Sequence[int] | None = None, *, upto: int | N
       model: a classifier from `create_model`, or any linen module that maps
         images `[B, H, W, C]` to logits or an `Output`.
       image_shape: (height, width, channels); by default the model's own.
-      upto: of a cascade, number of the last exit that is run; None runs all.
+      upto: of a model with exits, number of the last one that is run; None runs all.
 
     Raises:
       ValueError: no `image_shape` for a foreign module, or one of wrong rank.
     """
-    shape = default_image_shape(model) if image_shape is None else tuple(int(n) for n in image_shape)
-    if len(shape) != 3:
-        raise ValueError(f"image_shape must be (height, width, channels), got {shape}")
-    if getattr(model, "form", "gather") != "gather":
-        model = model.clone(form="gather")
-    model = _unlooped(model)
-    images = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
-    with backend.trace_for("cpu"):
-        variables = jax.eval_shape(lambda x: model.init(jax.random.key(0), x), images)
-        ops = [*_trace(model, variables, images, upto)]
-    return _tally(ops, _params_by_module(variables), shape)
-
-
-def _unlooped(model: Any) -> Any:
-    """The model with every block by its name, where it runs some of them as one loop."""
-    recipe = getattr(model, "backbone", None)
-    if not isinstance(recipe, Spec) or not recipe.get("scan"):
-        return model
-    return model.clone(backbone=recipe.with_(scan=False))
-
-
-def default_image_shape(model: Any) -> tuple[int, int, int]:
-    """(height, width, channels) a model was built for.
-
-    Raises:
-      ValueError: a foreign module that does not say.
-    """
-    shape = getattr(model, "input_shape", None)
+    shape = getattr(model, "input_shape", None) if image_shape is None else image_shape
     if shape is None:
         raise ValueError(
             f"{type(model).__name__} has no input_shape: give image_shape=(height, width, channels)"
         )
-    return tuple(shape)
+    if len(shape) != 3:
+        raise ValueError(f"image_shape must be (height, width, channels), got {shape}")
+    shape = tuple(map(int, shape))
+    if getattr(model, "form", "gather") != "gather":
+        model = model.clone(form="gather")
+    recipe = getattr(model, "backbone", None)
+    if isinstance(recipe, Spec) and recipe.get("scan"):  # whose blocks have no names of their own
+        model = model.clone(backbone=recipe.with_(scan=False))
+    options = {} if upto is None else {"upto": upto}
+
+    def logits(variables, images):
+        out = model.apply(variables, images, **options)
+        return getattr(out, "logits", out)
+
+    images = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
+    with backend.trace_for("cpu"):
+        variables = jax.eval_shape(lambda x: model.init(jax.random.key(0), x), images)
+        jaxpr = jax.make_jaxpr(logits)(variables, images).jaxpr
+    live, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+    root = type(model).__name__
+    ops = [
+        dataclasses.replace(op, path=tuple(name for name in op.path if name != root))
+        for op in operations(live)
+    ]
+    params: dict[str, int] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(variables.get("params", {})):
+        module = "/".join(key.key for key in path[:-1])
+        params[module] = params.get(module, 0) + math.prod(leaf.shape)
+    modules: dict[str, list[Operation]] = {}
+    counted = [op for op in ops if RESIZE not in op.path]
+    for op in counted:
+        if op.macs:
+            modules.setdefault("/".join(op.path), []).append(op)
+    return Count(
+        image_shape=shape,
+        resize=sum(op.macs for op in ops if RESIZE in op.path),
+        by_module={path: _sum(own) for path, own in modules.items()},
+        by_block=_blocks(counted, params),
+        stages=_stages(counted),
+        by_params=params,
+    )
+
+
+def gmacs(model: Any, whole: Count | None = None) -> float | list[float]:
+    """Multiply-adds (1e9) of one image, of a model with exits a list: up to each exit.
+
+    Args:
+      model: a classifier from `create_model`.
+      whole: its count, where it is known.
+    """
+    whole = whole or count(model)
+    if not model.exits:
+        return whole.gmacs
+    early = range(len(model.exits) - 1)
+    return [*(count(model, whole.image_shape, upto=index).gmacs for index in early), whole.gmacs]
 
 
 def unit(path: str) -> str:
-    """The row of a summary that a module belongs to: its block, its reducer, or its first names.
-
-    Those are two, or three where the second is a stage of a hierarchical backbone.
-    """
+    """The row of a summary that a module belongs to: its block, its reducer, or its first two or three names."""
     names = path.split("/")
     for depth, name in enumerate(names):
         if REDUCER.fullmatch(name) or BLOCK.fullmatch(name):
@@ -197,123 +208,65 @@ def unit(path: str) -> str:
     return "/".join(names[: start + (1 if whole else 3 if staged else 2)])
 
 
-def exits(model: Any) -> int:
-    """Number of exits of a cascade, 0 of any other model."""
-    return len(getattr(model, "exits", ()))
-
-
-def gmacs_per_exit(model: Any, whole: Count) -> list[float]:
-    """Multiply-adds (1e9) up to each exit of a cascade, its earlier exits included.
-
-    Args:
-      whole: the count of all exits.
-    """
-    early = range(exits(model) - 1)
-    return [*(count(model, whole.image_shape, upto=index).gmacs for index in early), whole.gmacs]
-
-
-def _trace(model: Any, variables: Any, images: Any, upto: int | None) -> Sequence[Operation]:
-    options = {} if upto is None else {"upto": upto}
-
-    def logits(variables, images):
-        out = model.apply(variables, images, **options)
-        return getattr(out, "logits", out)
-
-    jaxpr = jax.make_jaxpr(logits)(variables, images).jaxpr
-    live, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
-    root = type(model).__name__
-    for op in operations(live):
-        yield dataclasses.replace(op, path=tuple(name for name in op.path if name != root))
-
-
-def _tally(ops: Sequence[Operation], params: Mapping[str, int], shape: tuple[int, int, int]) -> Count:
-    resize = sum(op.macs for op in ops if RESIZE in op.path)
-    ops = [op for op in ops if RESIZE not in op.path]
-    modules: dict[str, Macs] = {}
+def _sum(ops: Iterable[Operation]) -> Macs:
+    """Multiply-adds of some operations."""
+    found = {"conv": 0, "dot": 0, "": 0}
     for op in ops:
-        if op.macs:
-            path = "/".join(op.path)
-            modules[path] = modules.get(path, Macs()) + _macs(op)
-    whole = sum(modules.values(), Macs())
-    return Count(
-        total=whole.total,
-        conv=whole.conv,
-        dot=whole.dot,
-        resize=resize,
-        by_module=modules,
-        by_block=_blocks(ops, params),
-        stages=_stages(ops),
-        params=sum(params.values()),
-        by_params=params,
-        image_shape=shape,
-    )
+        found[op.kind] += op.macs
+    return Macs(found["conv"], found["dot"])
 
 
-def _macs(op: Operation) -> Macs:
-    return Macs(**{op.kind: op.macs}) if op.kind else Macs()
-
-
-def _name_of(op: Operation, pattern: re.Pattern[str]) -> str | None:
-    """The path up to the component that matches, or None."""
+def _part(op: Operation, pattern: re.Pattern[str]) -> str:
+    """The path up to the component that matches, "" if none does."""
     for depth, name in enumerate(op.path):
         if pattern.fullmatch(name):
             return "/".join(op.path[: depth + 1])
-    return None
+    return ""
+
+
+def _within(path: str, module: str) -> bool:
+    return not module or path == module or path.startswith(f"{module}/")
 
 
 def _blocks(ops: Sequence[Operation], params: Mapping[str, int]) -> tuple[Block, ...]:
     held: dict[str, list[Operation]] = {}
     for op in ops:
-        block = _name_of(op, BLOCK)
-        if block is not None and _name_of(op, REDUCER) is None:
+        block = _part(op, BLOCK)
+        if block and not _part(op, REDUCER):
             held.setdefault(block, []).append(op)
     blocks = []
     for name, own in held.items():
         rows = [op.rows for op in own if op.rows and not added("/".join(op.path))] or [0]
         size = sum(n for path, n in params.items() if _within(path, name))
-        blocks.append(Block(name, rows[0], rows[-1], sum(map(_macs, own), Macs()), size))
+        blocks.append(Block(name, rows[0], rows[-1], _sum(own), size))
     return tuple(blocks)
 
 
 def _stages(ops: Sequence[Operation]) -> tuple[Stage, ...]:
     """Cuts the program where a reducer first appears and, in a model that reduces, between its exits."""
-    reduces = any(_name_of(op, REDUCER) for op in ops)
+    reduces = any(_part(op, REDUCER) for op in ops)
     spans: dict[tuple[str, str], list[Operation]] = {}
     costs: dict[tuple[str, str], int] = {}
-    exit_, last = "", ""
+    here = ("", "")
     for op in ops:
-        now = (reduces and _name_of(op, EXIT)) or exit_
-        found = _name_of(op, REDUCER) or ""
-        if now != exit_ or (found and (now, found) not in spans):
-            exit_, last = now, found
-        own = spans.setdefault((exit_, last), [])
-        if found:
-            costs[exit_, found] = costs.get((exit_, found), 0) + op.macs
-        else:
+        exit_, reducer = (reduces and _part(op, EXIT)) or here[0], _part(op, REDUCER)
+        if exit_ != here[0] or (reducer and (exit_, reducer) not in spans):
+            here = (exit_, reducer)
+        own = spans.setdefault(here, [])
+        if reducer:
+            costs[exit_, reducer] = costs.get((exit_, reducer), 0) + op.macs
+        elif op.macs and _part(op, BLOCK):
             own.append(op)
     return tuple(_stage(own, costs.get(key, 0), key[0]) for key, own in spans.items())
 
 
 def _stage(ops: Sequence[Operation], reducer: int, exit_: str) -> Stage:
-    own = [op for op in ops if op.macs and _name_of(op, BLOCK)]
-    names = dict.fromkeys(_name_of(op, BLOCK) for op in own)
+    names = tuple(dict.fromkeys(_part(op, BLOCK) for op in ops))
     return Stage(
-        tokens=next((op.rows for op in own if op.rows), 0),
+        tokens=next((op.rows for op in ops if op.rows), 0),
         blocks=tuple(int(name.rpartition("_")[2]) for name in names),
-        macs=sum(op.macs for op in own),
+        macs=sum(op.macs for op in ops),
         reducer=reducer,
         exit=int(exit_.rpartition("_")[2]) if exit_ else None,
-        names=tuple(names),
+        names=names,
     )
-
-
-def _params_by_module(variables: Mapping[str, Any]) -> dict[str, int]:
-    sizes: dict[str, int] = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(variables.get("params", {})):
-        module = "/".join(str(key.key) for key in path[:-1])
-        sizes[module] = sizes.get(module, 0) + math.prod(leaf.shape)
-    return sizes
-
-
-def _within(path: str, module: str) -> bool:
-    return not module or path == module or path.startswith(module + "/")

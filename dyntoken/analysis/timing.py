@@ -11,14 +11,12 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-
-from dyntoken.analysis import macs
 
 Run = Callable[[], Any]
 
@@ -41,13 +39,7 @@ class Times:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """Two programs timed in turn.
-
-    Attributes:
-      first, second: their times.
-      ratios: time of the first over time of the second, pair by pair; above 1
-        the second is faster.
-    """
+    """Two programs timed in turn; `ratios`, pair by pair, are above 1 where the second is faster."""
 
     first: Times
     second: Times
@@ -76,13 +68,10 @@ def measure(run: Run, calls: int = 1) -> float:
 
 
 def compare(first: Run, second: Run, *, pairs: int = 20, warmup: int = 2, min_s: float = 0.1) -> Comparison:
-    """Times two programs in turn.
-
-    Every other pair runs in reverse order, so that neither always goes first.
+    """Times two programs in turn, every other pair in reverse order.
 
     Args:
-      first, second: functions without arguments that start the work and return
-        its arrays, e.g. from `evaluation` or `training`.
+      first, second: start the work and return its arrays, e.g. from `evaluation` or `training`.
       pairs: number of pairs.
       warmup: untimed calls of each (the first one compiles).
       min_s: a measurement repeats its program until it lasts about this long.
@@ -93,7 +82,10 @@ def compare(first: Run, second: Run, *, pairs: int = 20, warmup: int = 2, min_s:
     if pairs < 1:
         raise ValueError(f"pairs must be at least 1, got {pairs}")
     runs = (first, second)
-    calls = [_calls(run, warmup, min_s) for run in runs]
+    calls = []
+    for run in runs:
+        once = [measure(run) for _ in range(max(warmup, 1))][-1]
+        calls.append(max(1, math.ceil(min_s / max(once, 1e-6))))
     seconds: tuple[list[float], list[float]] = ([], [])
     for pair in range(pairs):
         for side in (0, 1) if pair % 2 == 0 else (1, 0):
@@ -102,20 +94,15 @@ def compare(first: Run, second: Run, *, pairs: int = 20, warmup: int = 2, min_s:
     return Comparison(Times(tuple(seconds[0])), Times(tuple(seconds[1])), ratios)
 
 
-def _calls(run: Run, warmup: int, min_s: float) -> int:
-    for _ in range(max(warmup, 1)):
-        once = measure(run)
-    return max(1, math.ceil(min_s / max(once, 1e-6)))
+def device() -> str:
+    """What is timed, `"gpu: NVIDIA H100"`."""
+    first = jax.devices()[0]
+    return f"{first.platform}: {first.device_kind}"
 
 
-def random_variables(model: Any, image_shape: Sequence[int] | None = None, seed: int = 0) -> Any:
-    """Variables of the model's shapes with small random values, drawn on the host.
-
-    Speed does not depend on the values; `model.init` would first have to
-    compile the whole model.
-    """
-    shape = macs.default_image_shape(model) if image_shape is None else tuple(image_shape)
-    images = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
+def random_variables(model: Any, seed: int = 0) -> Any:
+    """Variables of the model's shapes with small values; `model.init` would compile the whole model."""
+    images = jax.ShapeDtypeStruct((1, *model.input_shape), jnp.float32)
     shapes = jax.eval_shape(lambda x: model.init(jax.random.key(0), x), images)
     rng = np.random.default_rng(seed)
 
@@ -126,12 +113,10 @@ def random_variables(model: Any, image_shape: Sequence[int] | None = None, seed:
     return jax.tree.map(fill, shapes)
 
 
-def random_images(
-    model: Any, batch: int, image_shape: Sequence[int] | None = None, seed: int = 0
-) -> jax.Array:
+def random_images(model: Any, batch: int, seed: int = 0) -> jax.Array:
     """Normal noise `[batch, H, W, C]` float32 on the device."""
-    shape = macs.default_image_shape(model) if image_shape is None else tuple(image_shape)
-    return jnp.asarray(np.random.default_rng(seed).standard_normal((batch, *shape), np.float32))
+    rng = np.random.default_rng(seed)
+    return jnp.asarray(rng.standard_normal((batch, *model.input_shape), np.float32))
 
 
 def evaluation(model: Any, variables: Any, images: jax.Array) -> Run:
@@ -141,21 +126,17 @@ def evaluation(model: Any, variables: Any, images: jax.Array) -> Run:
 
 
 def training(model: Any, variables: Any, images: jax.Array) -> Run:
-    """A compiled training pass: forward in training mode, cross-entropy, gradient.
+    """A compiled training pass: forward in training mode, cross-entropy, gradient in every parameter.
 
-    The gradient with respect to every parameter; no optimizer, no regularisers,
-    no teacher. A method with a learnt policy runs its mask form here, so it is
-    no faster than the dense model; the others train at the reduced shapes.
+    A method with a learnt policy runs its mask form here, so it is no faster than
+    the dense model; the others train at the reduced shapes.
     """
-    ids = jnp.arange(images.shape[0], dtype=jnp.int32)
     constant = {name: value for name, value in variables.items() if name != "params"}
 
     def loss(params: Any, images: jax.Array, key: jax.Array) -> jax.Array:
         streams = dict(zip(("policy", "dropout"), jax.random.split(key), strict=True))
         mutable = list(constant) or False
-        out = model.apply(
-            {"params": params, **constant}, images, train=True, ids=ids, rngs=streams, mutable=mutable
-        )
+        out = model.apply({"params": params, **constant}, images, train=True, rngs=streams, mutable=mutable)
         out = out[0] if mutable else out
         return -jax.nn.log_softmax(out.logits.astype(jnp.float32))[:, 0].mean()
 
@@ -167,24 +148,18 @@ def training(model: Any, variables: Any, images: jax.Array) -> Run:
 def exit_times(model: Any, variables: Any, images: jax.Array, *, calls: int = 5) -> np.ndarray:
     """Cumulative seconds per image, float64 `[E]`, when every image leaves at exit i.
 
-    Each exit runs alone on the full batch, as the early-exit runner runs it when its
-    buckets are full; the median of `calls` timed calls counts.
-
-    Args:
-      model: a model with exits (a cascade).
-      images: `[B, H, W, C]` on the device.
-      calls: timed calls of each exit.
+    Each exit runs alone on the full batch `images [B, H, W, C]`, as in the early-exit
+    runner when its buckets are full; the median of `calls` timed calls counts.
 
     Raises:
       ValueError: a model without exits, or fewer than one call.
     """
-    count = macs.exits(model)
-    if not count:
-        raise ValueError(f"{getattr(model, 'arch', type(model).__name__)} has no exits to time")
+    if not model.exits:
+        raise ValueError(f"{model.arch} has no exits to time")
     if calls < 1:
         raise ValueError(f"calls must be at least 1, got {calls}")
     upstream, seconds = None, []
-    for index in range(count):
+    for index in range(len(model.exits)):
         step = jax.jit(functools.partial(model.apply, index=index, method="step"))
         run = functools.partial(step, variables, images, upstream)
         result = jax.block_until_ready(run())  # compiles

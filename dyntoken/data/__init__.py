@@ -16,8 +16,7 @@ Batches are `{"image": uint8 [b, H, W, C], "label": int32 [b], "mask": float32
 [b]}`, mask 0 for the padding of evaluation. Normalisation is the device's job,
 with `info(name).mean` and `.std`. Evaluation batches of `imagenet2012_real`
 hold `labels` bool `[b, 1000]` besides: every label that fits the image (Beyer et
-al., arXiv:2006.07159); images that none fits have mask 0. A run is evaluated on it with
-`--mode=eval --config.data.name=imagenet2012_real --config.data.split=validation`.
+al., arXiv:2006.07159); images that none fits have mask 0.
 
 The embedded `fashion_mnist_mini` and the generated `fake` need numpy alone. Any
 other name is a TFDS data set (`name`, `name:version`, `name/config:version`)
@@ -25,12 +24,10 @@ that is already on disk under `data_dir`, else `$TFDS_DATA_DIR`, else
 `~/tensorflow_datasets`. `folder:DIR` is a folder per class (`folder`). Nothing
 is ever downloaded.
 
-Splits are cut, sharded and paired in the order in which a source has them, so that
-order is a random one for every source and the same on every host, whatever the seed
-of a run: `fake` and `fashion_mnist_mini` have no order of classes, TFDS shuffles
-what it writes, folders are put into a fixed random order any slice of which holds its
-share of each class (`stateless.stratified`), and so are TFDS sets in memory that
-were written in order (`disable_shuffling`); streamed ones are refused for training.
+Splits are cut, sharded and paired in the order in which a source has them, which so
+is a random one, the same on every host whatever the seed of a run: TFDS shuffles what
+it writes; folders, and sets in memory that were written in order, are put into a fixed
+random order (`hash_rng.stratified`); streamed ones in order are refused for training.
 """
 
 from __future__ import annotations
@@ -38,16 +35,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any
 
-from dyntoken.data.arrays import Batch
 from dyntoken.data.augment import AugmentOptions
-from dyntoken.data.errors import DataError, MissingDataError
-from dyntoken.data.plan import DataInfo, EvalPlan, TrainPlan, check_size, count_rows, parse_split
+from dyntoken.data.errors import DataError, MissingDataError, warn_once
+from dyntoken.data.in_memory import ArrayRows, ArraySource
+from dyntoken.data.info import DataInfo
 from dyntoken.data.prefetching import Prefetch, prefetch
-from dyntoken.data.sources import SOURCES, open_source, register_data, source_options
+from dyntoken.data.requests import EvalRequest, TrainRequest, check_size
+from dyntoken.data.sources import SOURCES, Batch, open_source, register_data, source_options
+from dyntoken.data.splits import count_rows, parse_split
 from dyntoken.schema import Count, Interpolation, Size, within
 
 __all__ = [
     "SOURCES",
+    "ArrayRows",
+    "ArraySource",
     "AugmentOptions",
     "Batch",
     "DataError",
@@ -65,15 +66,9 @@ __all__ = [
 
 
 def info(name: str, data_dir: str | None = None, **options: Any) -> DataInfo:
-    """Describes a data set.
+    """Describes a data set: a row of `SOURCES`, a TFDS name or `folder:DIR`, with the source's own options.
 
     The common TFDS sets are described from a table while they are not on disk.
-
-    Args:
-      name: a row of `SOURCES` or a TFDS name.
-      data_dir: where TFDS data lies.
-      **options: of the source; `fake` takes num_classes, train, test,
-        image_size, channels.
 
     Raises:
       UnknownNameError: no such data set or option.
@@ -100,7 +95,7 @@ def train_batches(
     """An endless iterator of shuffled, augmented training batches.
 
     Args:
-      name: data set, as in `info`.
+      name, data_dir, **options: as in `info`.
       split: "train", "train[:90%]", "train+validation" or a sequence of these.
       batch: rows of the global batch, a multiple of `shards`.
       size: pixels of the result, one number or (height, width); None keeps the
@@ -110,30 +105,30 @@ def train_batches(
       shards: virtual shards, a multiple of the number of processes. For
         streamed sets (ImageNet) another number gives other batches.
       process: (index, number of processes).
-      data_dir: where TFDS data lies.
       augment: `AugmentOptions` or its fields; None changes nothing beyond a
         resize and centre crop where the size differs.
       balance: an epoch of the same length has every class equally often, rare
         images several times; for folders and sets in memory.
-      **options: of the source.
 
     Raises:
       DataError: see the message; raised by this call, not by the first `next`.
     """
     source = open_source(name, data_dir, **options)
-    facts = source.info
-    plan = TrainPlan(
-        parts=parse_split(name, split, facts.splits),
-        batch=batch,
-        size=check_size(size, facts.image_shape),
-        seed=seed,
-        start_step=start_step,
-        shards=shards,
-        process=tuple(process),
-        augment=AugmentOptions.of(augment),
-        balance=balance,
+    known = source.info
+    own = {"seed": seed, "start_step": start_step, "augment": AugmentOptions.of(augment), "balance": balance}
+    request = TrainRequest(
+        **_rows(name, known, split, size), batch=batch, shards=shards, process=process, **own
     )
-    return source.train(plan)
+    if known.num_classes == 1:
+        warn_once(
+            f"data set {name!r} has a single class{''.join(f' ({c!r})' for c in known.class_names)}, so there is "
+            "nothing to tell apart: a folder of images needs a folder per class"
+        )
+    return source.train(request)
+
+
+def _rows(name: str, known: DataInfo, split: Any, size: Any) -> dict[str, Any]:
+    return {"parts": parse_split(name, split, known.splits), "size": check_size(size, known.image_shape)}
 
 
 def eval_batches(
@@ -168,17 +163,8 @@ def eval_batches(
       DataError: see the message; raised by this call, not by the first `next`.
     """
     source = open_source(name, data_dir, **options)
-    facts = source.info
-    plan = EvalPlan(
-        parts=parse_split(name, split, facts.splits),
-        batch=batch,
-        size=check_size(size, facts.image_shape),
-        shards=shards,
-        process=tuple(process),
-        crop_pct=crop_pct,
-        interpolation=interpolation,
-    )
-    return source.evaluate(plan)
+    rows, own = _rows(name, source.info, split, size), {"crop_pct": crop_pct, "interpolation": interpolation}
+    return source.evaluate(EvalRequest(**rows, batch=batch, shards=shards, process=process, **own))
 
 
 def steps_per_epoch(

@@ -1,8 +1,8 @@
 """How a training image is changed, a function of (seed, epoch, example).
 
-Crops and flips are made here; RandAugment and colour jitter in `distort`.
+Crops and flips are made here; RandAugment and colour jitter in `randaugment`.
 Random erasing, mixup, cutmix and label smoothing act on the normalised batch
-on the device (`dyntoken.mix`).
+on the device (`dyntoken.device_augment`).
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import Any, Literal
 import numpy as np
 
 from dyntoken import schema
-from dyntoken.data import resample, stateless
-from dyntoken.data.distort import Distortion, RandAugment, fill_colour
+from dyntoken.data import hash_rng, resample
 from dyntoken.data.errors import DataError
+from dyntoken.data.randaugment import Distortion, RandAugment, fill_colour
 from dyntoken.schema import Count, Interpolation, Natural, NonNegative, Positive, Share
 
 TRIES = 10
@@ -73,21 +73,18 @@ class AugmentOptions:
                 raise DataError(f"augment.{what} is ({low}, {high}); it must be low <= high")
         if isinstance(self.flip, bool):
             object.__setattr__(self, "flip", 0.5 if self.flip else 0.0)
-        self._check_colours()
-
-    def _check_colours(self) -> None:
-        policy = RandAugment.parse(self.rand_augment) if self.rand_augment else None
-        if policy and self.color_jitter:
+        if self.policy and self.color_jitter:
             raise DataError(
                 "augment.color_jitter and augment.rand_augment exclude each other (timm, and so DeiT, drops "
                 "the jitter where RandAugment is on): set color_jitter to 0"
             )
 
-    def distortion(self, mean: Sequence[float]) -> Distortion | None:
-        """RandAugment or colour jitter, None if neither is on.
+    @property
+    def policy(self) -> RandAugment | None:
+        return RandAugment.parse(self.rand_augment) if self.rand_augment else None
 
-        Args:
-          mean: of the data set per channel, in [0, 1].
+    def distortion(self, mean: Sequence[float]) -> Distortion | None:
+        """RandAugment or colour jitter, None if neither is on; `mean` is the data set's, per channel in [0, 1].
 
         Raises:
           DataError: the images are neither grey nor RGB.
@@ -98,16 +95,11 @@ class AugmentOptions:
             raise DataError(
                 f"augment.rand_augment and color_jitter need 1 or 3 channels, not {len(mean)}: set them to None, 0"
             )
-        policy = RandAugment.parse(self.rand_augment) if self.rand_augment else None
-        return Distortion(policy, float(self.color_jitter), self.interpolation, fill_colour(mean))
+        return Distortion(self.policy, float(self.color_jitter), self.interpolation, fill_colour(mean))
 
     @classmethod
     def of(cls, options: Mapping[str, Any] | AugmentOptions | None) -> AugmentOptions:
-        """From a config section; None switches augmentation off.
-
-        Raises:
-          UnknownNameError: an option that does not exist, with the nearest.
-        """
+        """From a config section; None switches augmentation off. An unknown option raises `UnknownNameError`."""
         if isinstance(options, cls):
             return options
         if options is None:
@@ -116,43 +108,43 @@ class AugmentOptions:
 
 
 def random_boxes(
-    draws: np.ndarray, height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float]
-) -> np.ndarray:
+    draws: Any,
+    height: Any,
+    width: Any,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+    xp: Any = np,
+) -> Any:
     """Random resized crop boxes, with the procedure of timm and torchvision.
 
     Ten attempts at an area and an aspect ratio; the first that fits is placed
     uniformly; if none fits, the largest centred box of an allowed ratio.
 
     Args:
-      draws: `[n, 22]` uniform in [0, 1): 10 areas, 10 ratios, 2 positions.
-      height, width: of the images.
-      scale, ratio: as in `AugmentOptions`.
+      draws: `[..., 22]` uniform in [0, 1): 10 areas, 10 ratios, 2 positions.
+      height, width: of the images; TensorFlow wants floats.
+      xp: numpy or TensorFlow, the same arithmetic.
 
     Returns:
-      int64 `[n, 4]` (top, left, height, width).
+      Whole numbers `[..., 4]` (top, left, height, width), of the type of `draws`.
     """
-    area = height * width * (scale[0] + draws[:, :TRIES] * (scale[1] - scale[0]))
+    area = height * width * (scale[0] + draws[..., :TRIES] * (scale[1] - scale[0]))
     log_low, log_high = math.log(ratio[0]), math.log(ratio[1])
-    aspect = np.exp(log_low + draws[:, TRIES : 2 * TRIES] * (log_high - log_low))
-    wide = np.rint(np.sqrt(area * aspect)).astype(np.int64)  # [n, 10]
-    tall = np.rint(np.sqrt(area / aspect)).astype(np.int64)
-    fits = (wide > 0) & (wide <= width) & (tall > 0) & (tall <= height)
-    first = fits.argmax(1)[:, None]
-    wide, tall = (np.take_along_axis(a, first, 1)[:, 0] for a in (wide, tall))
-    top = (draws[:, 2 * TRIES] * (height - tall + 1)).astype(np.int64)
-    left = (draws[:, 2 * TRIES + 1] * (width - wide + 1)).astype(np.int64)
-    boxes = np.stack([top, left, tall, wide], 1)
-    return np.where(fits.any(1)[:, None], boxes, np.array(fallback_box(height, width, ratio))[None])
-
-
-def fallback_box(height: int, width: int, ratio: tuple[float, float]) -> tuple[int, int, int, int]:
-    """The largest centred (top, left, height, width) whose ratio is allowed."""
-    tall, wide = height, width
-    if width / height < ratio[0]:
-        tall = round(width / ratio[0])
-    elif width / height > ratio[1]:
-        wide = round(height * ratio[1])
-    return (height - tall) // 2, (width - wide) // 2, tall, wide
+    aspect = xp.exp(log_low + draws[..., TRIES : 2 * TRIES] * (log_high - log_low))
+    talls, wides = xp.round(xp.sqrt(area / aspect)), xp.round(xp.sqrt(area * aspect))  # [..., 10]
+    fits = (wides > 0) & (wides <= width) & (talls > 0) & (talls <= height)
+    shape = width / height
+    tall = xp.where(shape < ratio[0], xp.round(width / ratio[0]), height)
+    wide = xp.where(shape > ratio[1], xp.round(height * ratio[1]), width)
+    centre = (height - tall) // 2, (width - wide) // 2
+    found = fits[..., -1]
+    for attempt in reversed(range(TRIES)):
+        fit = fits[..., attempt]
+        found = found | fit
+        tall, wide = xp.where(fit, talls[..., attempt], tall), xp.where(fit, wides[..., attempt], wide)
+    top = xp.minimum(xp.floor(draws[..., -2] * (height - tall + 1)), height - tall)
+    left = xp.minimum(xp.floor(draws[..., -1] * (width - wide + 1)), width - wide)
+    return xp.stack([xp.where(found, top, centre[0]), xp.where(found, left, centre[1]), tall, wide], -1)
 
 
 def _reflect(position: np.ndarray, size: int) -> np.ndarray:
@@ -164,18 +156,13 @@ def _reflect(position: np.ndarray, size: int) -> np.ndarray:
 def pad_crop(
     images: np.ndarray, offsets: np.ndarray, pad: int, mode: str, flip: np.ndarray | None = None
 ) -> np.ndarray:
-    """Pads every side, crops back to the same size, mirrors where asked.
+    """Pads every side by `pad` pixels, crops back to the same size, mirrors where asked: uint8 `[n, H, W, C]`.
 
     Args:
-      images: uint8 `[n, H, W, C]`.
       offsets: `[n, 2]` integers in `0 .. 2 * pad`: top and left of the crop in
         the padded image; `pad` is the image as it was.
-      pad: pixels per side.
       mode: "zero" or "reflect" (the edge pixel is not repeated).
       flip: `[n]` bool.
-
-    Returns:
-      uint8 `[n, H, W, C]`.
     """
     height, width = images.shape[1:3]
     rows = np.arange(height)[None] + offsets[:, :1] - pad  # [n, H]
@@ -199,36 +186,25 @@ def augment(
     options: AugmentOptions,
     distortion: Distortion | None = None,
 ) -> np.ndarray:
-    """Crops, flips and distorts a batch.
+    """Crops, flips and distorts a batch, uint8 `[n, H, W, C]` -> `[n, h, w, C]`.
 
-    Args:
-      images: uint8 `[n, H, W, C]`.
-      ids: `[n]` example indices; they key the draws together with seed, epoch.
-      size: (h, w) of the result.
-      distortion: of `options`; needs TensorFlow.
-
-    Returns:
-      uint8 `[n, h, w, C]`.
+    The draws are keyed by `ids [n]` together with seed and epoch; a distortion needs TensorFlow.
     """
-    images = _crop(images, ids, seed, epoch, size, options)
-    if distortion is None:
-        return images
-    draws = stateless.uniform(seed, epoch, _DISTORT, ids[:, None], np.arange(distortion.width)[None])
-    return distortion.batch(images, draws)
 
+    def uniform(draw: int, count: int) -> np.ndarray:
+        return hash_rng.uniform(seed, epoch, draw, ids[:, None], np.arange(count)[None])
 
-def _crop(
-    images: np.ndarray, ids: np.ndarray, seed: int, epoch: int, size: tuple[int, int], options: AugmentOptions
-) -> np.ndarray:
-    flip = stateless.uniform(seed, epoch, _FLIP, ids) < options.flip if options.flip else None
+    flip = hash_rng.uniform(seed, epoch, _FLIP, ids) < options.flip if options.flip else None
     if options.crop == "random_resized":
-        draws = stateless.uniform(seed, epoch, _CROP, ids[:, None], np.arange(2 * TRIES + 2)[None])
+        draws = uniform(_CROP, 2 * TRIES + 2)
         boxes = random_boxes(draws, *images.shape[1:3], options.scale, options.ratio)
-        return resample.resize_boxes(images, boxes, size, options.interpolation, flip)
-    if images.shape[1:3] != size:
-        images = resample.resize_centre(images, size, 1.0, options.interpolation)
-    if options.crop == "pad" and options.pad:
-        draws = stateless.uniform(seed, epoch, _CROP, ids[:, None], np.arange(2)[None])
-        offsets = (draws * (2 * options.pad + 1)).astype(np.int64)
-        return pad_crop(images, offsets, options.pad, options.pad_mode, flip)
-    return images if flip is None else np.where(flip[:, None, None, None], images[:, :, ::-1], images)
+        images = resample.resize_boxes(images, boxes, size, options.interpolation, flip)
+    else:
+        if images.shape[1:3] != size:
+            images = resample.resize_centre(images, size, 1.0, options.interpolation)
+        if options.crop == "pad" and options.pad:
+            offsets = (uniform(_CROP, 2) * (2 * options.pad + 1)).astype(np.int64)
+            images = pad_crop(images, offsets, options.pad, options.pad_mode, flip)
+        elif flip is not None:
+            images = np.where(flip[:, None, None, None], images[:, :, ::-1], images)
+    return images if distortion is None else distortion.batch(images, uniform(_DISTORT, distortion.width))

@@ -37,10 +37,6 @@ def decode(content: bytes, channels: int) -> np.ndarray:
 
     Of 16 bits the upper eight count; orientation tags are not followed.
 
-    Args:
-      content: the file, of whatever format Pillow knows.
-      channels: 1 or 3.
-
     Raises:
       DataError: it does not decode, is too large, or has pixels of no stated range.
       MissingDataError: Pillow is not installed.
@@ -58,12 +54,9 @@ def decode(content: bytes, channels: int) -> np.ndarray:
     except DataError:
         raise
     except Exception as error:  # whatever a plugin of Pillow stumbles over
-        text = (
-            "not a picture that pillow can read"
-            if type(error).__name__ == "UnidentifiedImageError"
-            else error
-        )
-        raise DataError(" ".join(str(text).split()) or type(error).__name__) from None
+        unknown = type(error).__name__ == "UnidentifiedImageError"
+        text = "not a picture that pillow can read" if unknown else " ".join(str(error).split())
+        raise DataError(text or type(error).__name__) from None
 
 
 def _pixels(image: Any, channels: int) -> np.ndarray:
@@ -81,12 +74,7 @@ def _pixels(image: Any, channels: int) -> np.ndarray:
 
 
 def read_image(path: str | os.PathLike, channels: int) -> np.ndarray:
-    """`decode` of a file, for programs that look at single pictures.
-
-    Raises:
-      DataError: names the file.
-      OSError: it cannot be read.
-    """
+    """`decode` of a file, which a `DataError` names, for programs that look at single pictures."""
     from etils import epath
 
     content = epath.Path(path).read_bytes()

@@ -11,10 +11,11 @@ import colorsys
 
 import numpy as np
 
-from dyntoken.data import stateless
-from dyntoken.data.arrays import ArraySource
+from dyntoken.data import hash_rng
 from dyntoken.data.errors import DataError
-from dyntoken.data.plan import DataInfo, check_size
+from dyntoken.data.in_memory import ArraySource
+from dyntoken.data.info import DataInfo
+from dyntoken.data.requests import check_size
 from dyntoken.schema import Count, Size
 
 HUES, BOARD = 8, 4
@@ -45,11 +46,11 @@ class FakeRows:
     def _boards(self, indices: np.ndarray, labels: np.ndarray) -> np.ndarray:
         """uint8 `[n, BOARD * BOARD, C]`, one colour per cell."""
         cells = np.arange(BOARD * BOARD)
-        grey = (stateless.uniform(self._key, _GREY, indices[:, None], cells[None]) * 60).astype(np.uint8)
+        grey = (hash_rng.uniform(self._key, _GREY, indices[:, None], cells[None]) * 60).astype(np.uint8)
         boards = np.repeat(grey[:, :, None], self._shape[2], axis=2)
         row = np.arange(len(indices))
         if self._classes <= HUES:
-            order = stateless.bits(self._key, _CELL, indices[:, None], cells[None]).argsort(1)
+            order = hash_rng.bits(self._key, _CELL, indices[:, None], cells[None]).argsort(1)
             boards[row[:, None], order[:, :_FREE_PATCHES]] = self._palette[labels][:, None]
             return boards
         for level in range(BOARD):
@@ -76,14 +77,7 @@ def open_fake(
     image_size: Size = 32,
     channels: Count = 3,
 ) -> ArraySource:
-    """Generated images; needs numpy only.
-
-    Args:
-      num_classes: number of classes; example i has class i modulo this.
-      train, test: examples per split.
-      image_size: pixels, one number or (height, width).
-      channels: colour channels.
-    """
+    """Generated images, `train` and `test` of them; example i has class i modulo `num_classes`."""
     if num_classes > _DIGIT**BOARD:
         raise DataError(
             f"option num_classes={num_classes} of data set {name!r} must be at most {_DIGIT**BOARD}"

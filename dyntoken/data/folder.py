@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import collections
 import functools
-import logging
 import os
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,12 +27,14 @@ from typing import Any, Literal
 import numpy as np
 
 from dyntoken import paths
-from dyntoken.data import stateless
-from dyntoken.data.arrays import Batch
-from dyntoken.data.cards import default_moments
-from dyntoken.data.decode import SUFFIXES, decode
-from dyntoken.data.errors import DataError, MissingDataError
-from dyntoken.data.plan import DataInfo, EvalPlan, Part, TrainPlan
+from dyntoken.data import hash_rng
+from dyntoken.data.decode import SUFFIXES
+from dyntoken.data.errors import DataError, MissingDataError, warn_once
+from dyntoken.data.files import FileRecords, Split
+from dyntoken.data.info import DataInfo
+from dyntoken.data.known_datasets import default_moments
+from dyntoken.data.requests import EvalRequest, TrainRequest
+from dyntoken.data.sources import Batch
 from dyntoken.data.stream import MAX_CORRUPT, StreamSource
 from dyntoken.data.tf_import import tensorflow
 from dyntoken.registry import suggest
@@ -44,18 +45,10 @@ JUNK = ("__macosx", "thumbs.db", "desktop.ini", "@eadir", "lost+found")
 _FORMS = "DIR/train/CLASS/*.jpg and DIR/val/CLASS/*.jpg, or DIR/CLASS/*.jpg"
 _DEEPEST = 12  # folders in each other; more are links to a folder above
 _ORDER = 21  # key of the fixed order
-_log = logging.getLogger(__name__)
-Split = tuple[np.ndarray, np.ndarray]  # paths bytes `[N]`, int32 labels `[N]`
 
 
 class _Folder:
-    """What lies in a folder: names of images, of other files, and further folders.
-
-    Attributes:
-      path: where.
-      images, others: names of files.
-      folders: in the order of their names.
-    """
+    """What lies in a folder: names of images, of other files, and further folders in the order of their names."""
 
     def __init__(self, path: Any, depth: int = 0):
         if depth > _DEEPEST:
@@ -82,13 +75,13 @@ class _Folder:
         inner = [f"{folder.name}/{image}" for folder in self.folders for image in folder.all_images]
         return [*self.images, *inner]
 
-    def suffixes(self) -> collections.Counter[str]:
-        """How many other files there are, by the ends of their names."""
+    def other_suffixes(self) -> collections.Counter[str]:
+        """How many files there are that are no images, by the ends of their names."""
         found = collections.Counter(os.path.splitext(name)[1] or name for name in self.others)
-        return sum((folder.suffixes() for folder in self.folders), found)
+        return sum((folder.other_suffixes() for folder in self.folders), found)
 
 
-def _splits(top: _Folder) -> dict[str, _Folder]:
+def _find_splits(top: _Folder) -> dict[str, _Folder]:
     """Split -> the folder of its class folders.
 
     Raises:
@@ -103,7 +96,7 @@ def _splits(top: _Folder) -> dict[str, _Folder]:
         if flat:
             stray = next(folder for folder in full if folder.images)
             raise DataError(
-                f"{where}: {named[0].name!r} looks like a split, but images lie in {_spell(flat)} itself and not "
+                f"{where}: {named[0].name!r} looks like a split, but images lie in {_list(flat)} itself and not "
                 f"in class folders ({len(stray.images)} in {stray.name}, the first {stray.images[0]!r}): sort "
                 f"them into {flat[0]}/CLASS/, or move that folder elsewhere; is {named[0].name!r} a class, put "
                 "the class folders into DIR/train/"
@@ -116,29 +109,23 @@ def _splits(top: _Folder) -> dict[str, _Folder]:
             raise DataError(f"{where} holds its images further down: give folder:{full[0].path}")
         if len(most) > 1 and all(names <= most for names in inner):
             raise DataError(
-                f"{where}: are {_spell([f.name for f in full])} splits, or classes with folders inside? Call splits "
+                f"{where}: are {_list([f.name for f in full])} splits, or classes with folders inside? Call splits "
                 f"{', '.join(SPLITS[:3])} or alike; put classes into DIR/train/"
             )
     return {"train": top}
 
 
-def _spell(names: Sequence[str]) -> str:
+def _list(names: Sequence[str]) -> str:
     return ", ".join(map(repr, names[:4])) + (", ..." if len(names) > 4 else "")
 
 
-def _ordered(names: Sequence[str], where: str) -> tuple[str, ...]:
+def _number_classes(names: Sequence[str], where: str) -> tuple[str, ...]:
     """Class names in the order of their labels."""
     if not all(name.isdecimal() for name in names):
         return tuple(sorted(names))
     ordered = tuple(sorted(names, key=lambda name: (int(name), name)))
     if len({int(name) for name in names}) < len(names):
-        raise DataError(f"{where}: two class folders have the same number, rename one of {_spell(ordered)}")
-    if ordered != tuple(sorted(names)):
-        _log.warning(
-            "%s: classes are numbered by value (%s); torchvision's ImageFolder sorts their names as text",
-            where,
-            ", ".join(ordered[:3]) + ", ...",
-        )
+        raise DataError(f"{where}: two class folders have the same number, rename one of {_list(ordered)}")
     return ordered
 
 
@@ -151,87 +138,45 @@ def _scan(root: str) -> tuple[tuple[str, ...], Mapping[str, Split]]:
     if not path.is_dir():
         raise MissingDataError(f"no folder {path}: give folder:DIR with {_FORMS}")
     top = _Folder(path)
-    splits = _splits(top)
+    splits = _find_splits(top)
     first = next((name for name in splits if name.lower() in SPLITS[:2]), next(iter(splits)))
-    known = _ordered([folder.name for folder in splits[first].folders], f"folder {path}")
-    made = {name: _split(name, folder, known, path) for name, folder in splits.items()}
-    if others := top.suffixes():
+    classes = _number_classes([folder.name for folder in splits[first].folders], f"folder {path}")
+    made = {name: _list_images(name, folder, classes, path) for name, folder in splits.items()}
+    if classes != tuple(sorted(classes)):
+        warn_once(
+            f"folder {path}: classes are numbered by value ({', '.join(classes[:3])}, ...); torchvision's "
+            "ImageFolder sorts their names as text"
+        )
+    if others := top.other_suffixes():
         spelt = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(6))
-        _log.warning("folder %s: files that are no images by their names are left out (%s)", path, spelt)
-    return known, made
+        warn_once(f"folder {path}: files that are no images by their names are left out ({spelt})")
+    return classes, made
 
 
-def _split(name: str, split: _Folder, known: Sequence[str], top: Any) -> Split:
-    number = {label: i for i, label in enumerate(known)}
+def _list_images(name: str, split: _Folder, classes: Sequence[str], top: Any) -> Split:
     where = f"split {name!r} of folder {top}"
     if split.images:
-        raise DataError(f"{where} has images that lie in no class folder ({_spell(split.images)}): move them")
+        raise DataError(f"{where} has images that lie in no class folder ({_list(split.images)}): move them")
     if not split.all_images:
         raise DataError(f"{where} holds no image ({', '.join(SUFFIXES)})")
     paths, labels, keys = [], [], []
     for folder in split.folders:
-        if folder.name not in number:
+        if folder.name not in classes:
             raise DataError(
-                f"{where} has a class {folder.name!r} that the others lack: {suggest(folder.name, known)}"
+                f"{where} has a class {folder.name!r} that the others lack: {suggest(folder.name, classes)}"
             )
         if not folder.all_images:
-            found = ", ".join(f"{count} {suffix}" for suffix, count in folder.suffixes().items()) or "no file"
+            found = ", ".join(f"{n} {suffix}" for suffix, n in folder.other_suffixes().items()) or "no file"
             raise DataError(
                 f"{where}: class {folder.name!r} holds no image ({found} in {folder.path}; images end in "
                 f"{', '.join(SUFFIXES)}): fill or remove that folder"
             )
         paths += [os.fsencode(f"{folder.path}/{image}") for image in folder.all_images]
         keys += [zlib.crc32(os.fsencode(image)) for image in folder.all_images]
-        labels += [number[folder.name]] * len(folder.all_images)
+        labels += [classes.index(folder.name)] * len(folder.all_images)
     labels = np.array(labels, np.int32)
-    order = stateless.stratified(labels, _ORDER, np.array(keys, np.uint64))
+    order = hash_rng.stratified(labels, _ORDER, np.array(keys, np.uint64))
     return np.array(paths, object)[order], labels[order]
-
-
-class _Files:
-    """`Records` over files that are read at random."""
-
-    buffer = 0  # the drawn order is a permutation of the whole shard
-    where = "see that its files can be read"
-
-    def __init__(self, splits: Mapping[str, Split]):
-        self._splits = splits
-
-    def _join(self, parts: Sequence[Part]) -> Split:
-        pieces = [[a[start:stop] for a in self._splits[name]] for name, start, stop in parts]
-        empty = (np.zeros(0, object), np.zeros(0, np.int32))
-        paths, labels = (np.concatenate(column) for column in zip(empty, *pieces, strict=True))
-        return paths, labels
-
-    def rows(self, parts: Sequence[Part], key: tuple[int, ...] | None) -> Any:
-        paths, labels = self._join(parts)
-        return _dataset(paths, labels, None if key is None else stateless.permutation(len(paths), *key))
-
-    def balanced(self, parts: Sequence[Part], start: int, stop: int, key: tuple[int, ...]) -> Any:
-        """Rows `start .. stop - 1` of an epoch that has all classes equally often."""
-        paths, labels = self._join(parts)
-        return _dataset(paths, labels, stateless.balanced(labels, *key)[start:stop])
-
-    @staticmethod
-    def load(pointer: Any) -> Any:
-        return tensorflow().io.read_file(pointer)
-
-    def why(self, name: bytes, channels: int) -> str:
-        from etils import epath
-
-        try:
-            decode(epath.Path(os.fsdecode(name)).read_bytes(), channels)
-        except (DataError, OSError) as error:
-            return getattr(error, "strerror", None) or str(error)
-        return ""
-
-
-def _dataset(paths: np.ndarray, labels: np.ndarray, order: np.ndarray | None) -> Any:
-    tf = tensorflow()
-    if order is not None:
-        paths, labels = paths[order], labels[order]
-    names = tf.constant(paths, tf.string, shape=paths.shape)
-    return tf.data.Dataset.from_tensor_slices((names, tf.constant(labels), names))
 
 
 class FolderSource:
@@ -249,15 +194,14 @@ class FolderSource:
         return DataInfo(self._name, len(classes), None, counts, mean, std, classes)
 
     def _source(self) -> StreamSource:
-        return StreamSource(_Files(_scan(self._root)[1]), self.info, self._max_corrupt)
-
-    def train(self, plan: TrainPlan) -> Iterator[Batch]:
         tensorflow()
-        return self._source().train(plan)
+        return StreamSource(FileRecords(_scan(self._root)[1]), self.info, self._max_corrupt)
 
-    def evaluate(self, plan: EvalPlan) -> Iterator[Batch]:
-        tensorflow()
-        return self._source().evaluate(plan)
+    def train(self, request: TrainRequest) -> Iterator[Batch]:
+        return self._source().train(request)
+
+    def evaluate(self, request: EvalRequest) -> Iterator[Batch]:
+        return self._source().evaluate(request)
 
 
 def open_folder(
@@ -265,12 +209,7 @@ def open_folder(
 ) -> FolderSource:
     """The images under `folder:DIR`; a relative DIR is one of `data_dir` if that is given.
 
-    Args:
-      channels: 3, or 1 to read in grey.
-      max_corrupt: images that may fail to decode before a run gives up.
-
-    Raises:
-      DataError: a bad number of channels, or no folder given.
+    They are read in grey for one channel; `max_corrupt` may fail to decode before a run gives up.
     """
     root = name.partition(":")[2]
     if not root:

@@ -1,16 +1,42 @@
-"""Batches made in a thread while the device works."""
+"""Batches made in a thread while the device works, and iterators that end before the interpreter does."""
 
 from __future__ import annotations
 
+import atexit
+import contextlib
+import functools
 import queue
 import threading
+import weakref
 from collections.abc import Iterator
 from typing import Any, Generic, TypeVar
 
-from dyntoken.data.closing import close_at_exit
-
 T = TypeVar("T")
 _END = object()
+_open: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def close_at_exit(iterator: Any) -> Any:
+    """Returns it; its `close` is called at exit if it is still in use.
+
+    TensorFlow's threads may be in Python then (`decode.decode`); once the interpreter is
+    gone they wait for it forever, and the process for them.
+    """
+    _register()
+    _open.add(iterator)
+    return iterator
+
+
+@functools.cache
+def _register() -> None:
+    atexit.register(_close)  # after TensorFlow's own, which so run later
+
+
+def _close() -> None:
+    # Threads that run iterators first (`Prefetch`), then iterators.
+    for iterator in sorted(_open, key=lambda one: hasattr(one, "send")):
+        with contextlib.suppress(Exception):
+            iterator.close()
 
 
 class Prefetch(Generic[T]):
@@ -26,11 +52,9 @@ class Prefetch(Generic[T]):
 
     def _put(self, item: tuple[Any, BaseException | None]) -> bool:
         while not self._stop.is_set():
-            try:
+            with contextlib.suppress(queue.Full):
                 self._queue.put(item, timeout=0.1)
                 return True
-            except queue.Full:
-                continue
         return False
 
     def _fill(self) -> None:
@@ -59,9 +83,7 @@ class Prefetch(Generic[T]):
         item, error = self._queue.get()
         if item is _END:
             self.close()
-            if error is not None:
-                raise error
-            raise StopIteration
+            raise StopIteration if error is None else error
         return item
 
     def close(self) -> None:
@@ -78,14 +100,10 @@ class Prefetch(Generic[T]):
 
 
 def prefetch(iterator: Iterator[T], size: int = 2) -> Prefetch[T]:
-    """Runs an iterator ahead in a thread.
+    """Runs an iterator ahead in a thread, which keeps `size` items ready and closes it at the end.
 
     An exception of the iterator is raised by the `next` that reaches it. Use it
     as a context manager or call `close()`; after that it is exhausted.
-
-    Args:
-      iterator: what to run; its `close` is called at the end if it has one.
-      size: items to keep ready, at least 1.
     """
     if size < 1:
         raise ValueError(f"prefetch size is {size}; it must be at least 1")

@@ -8,7 +8,7 @@ differ from image to image.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -19,25 +19,23 @@ from dyntoken.registry import suggest
 _CHUNK = 32  # images per matrix product: bounds the float32 copies in memory
 
 
-def _triangle(x: np.ndarray) -> np.ndarray:
-    return np.maximum(1.0 - np.abs(x), 0.0)
-
-
-def _cubic(x: np.ndarray) -> np.ndarray:
-    """Keys' cubic with a = -0.5."""
-    x = np.abs(x)
-    near = (1.5 * x - 2.5) * x * x + 1.0
-    far = ((-0.5 * x + 2.5) * x - 4.0) * x + 2.0
-    return np.where(x < 1.0, near, np.where(x < 2.0, far, np.float32(0.0)))
-
-
-KERNELS: dict[str, Callable[[np.ndarray], np.ndarray]] = {"bilinear": _triangle, "bicubic": _cubic}
+SUPPORT = {"bilinear": 1.0, "bicubic": 2.0}  # pixels on either side where nothing is reduced
 
 
 def check_interpolation(name: str) -> None:
     """Raises `DataError` for a kernel that does not exist."""
-    if name not in KERNELS:
-        raise DataError(f"unknown interpolation {name!r}: {suggest(name, KERNELS)}")
+    if name not in SUPPORT:
+        raise DataError(f"unknown interpolation {name!r}: {suggest(name, SUPPORT)}")
+
+
+def kernel(x: Any, interpolation: str, xp: Any = np) -> Any:
+    """Weight at a distance, in numpy or TensorFlow; bicubic is Keys' cubic with a = -0.5."""
+    x = xp.abs(x)
+    if interpolation == "bilinear":
+        return xp.maximum(1.0 - x, 0.0)
+    near = (1.5 * x - 2.5) * x * x + 1.0
+    far = ((-0.5 * x + 2.5) * x - 4.0) * x + 2.0
+    return xp.where(x < 1.0, near, xp.where(x < 2.0, far, xp.zeros_like(x)))
 
 
 def weights(
@@ -48,14 +46,10 @@ def weights(
     interpolation: str,
     part: slice = slice(None),
 ) -> np.ndarray:
-    """Resampling matrices along one axis.
+    """Resampling matrices along one axis, from `source` to `target` pixels, of which some `part` is wanted.
 
     Args:
       start, length: `[n]` first pixel and extent of each crop.
-      source: pixels of the uncropped axis.
-      target: pixels of the result.
-      interpolation: a key of `KERNELS`.
-      part: which pixels of the result are wanted.
 
     Returns:
       float32 `[n, target, source]` (of a part, its rows), rows sum to 1, zero outside the crop.
@@ -66,7 +60,7 @@ def weights(
     pixel = np.arange(source, dtype=np.float32)[None] - np.asarray(start, np.float32)[:, None]  # [n, source]
     inside = (pixel >= 0) & (pixel < length)
     distance = pixel[:, None, :] + np.float32(0.5) - centre[:, :, None]
-    matrix = KERNELS[interpolation](distance / np.maximum(scale, np.float32(1.0))[:, :, None])
+    matrix = kernel(distance / np.maximum(scale, np.float32(1.0))[:, :, None], interpolation)
     matrix *= inside[:, None, :]
     matrix /= matrix.sum(-1, keepdims=True)
     return matrix
@@ -94,17 +88,11 @@ def resize_boxes(
     interpolation: str,
     flip: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Crops a box of each image and resizes it.
+    """Crops a box of each image and resizes it: uint8 `[n, H, W, C]` -> `[n, h, w, C]`.
 
     Args:
-      images: uint8 `[n, H, W, C]`.
-      boxes: `[n, 4]` integers (top, left, height, width) inside the image.
-      size: (h, w) of the result.
-      interpolation: "bilinear" or "bicubic".
+      boxes: `[n, 4]` whole numbers (top, left, height, width) inside the image.
       flip: `[n]` bool, mirror left and right.
-
-    Returns:
-      uint8 `[n, h, w, C]`.
     """
     height, width = images.shape[1:3]
     out = []
@@ -119,16 +107,20 @@ def resize_boxes(
     return np.concatenate(out)
 
 
-def covering_size(height: int, width: int, size: tuple[int, int], crop_pct: float) -> tuple[int, int]:
-    """The size an image is resized to before the centre crop.
+def covering_size(
+    height: Any, width: Any, size: tuple[int, int], crop_pct: float, xp: Any = np
+) -> tuple[Any, Any]:
+    """The size an image is resized to before the centre crop, in numpy or TensorFlow.
 
     The aspect ratio stays; for a square `size` the shorter side becomes
     `int(size / crop_pct)`, as in timm and torchvision.
     """
     tall, wide = int(size[0] / crop_pct), int(size[1] / crop_pct)
-    if tall * width >= wide * height:
-        return tall, max(int(width * tall / height), size[1])
-    return max(int(height * wide / width), size[0]), wide
+    by_height = tall * width >= wide * height
+    return (
+        xp.where(by_height, tall, xp.maximum(height * wide // width, size[0])),
+        xp.where(by_height, xp.maximum(width * tall // height, size[1]), wide),
+    )
 
 
 def resize_centre(
@@ -137,13 +129,10 @@ def resize_centre(
     """Evaluation's resize and centre crop: uint8 `[n, H, W, C]` -> `[n, h, w, C]`.
 
     Only what the crop shows is computed, however long the resized side is.
-
-    Raises:
-      DataError: see `decode.check_shape`.
     """
     height, width = images.shape[1:3]
     check_shape(height, width)
-    tall, wide = covering_size(height, width, size, crop_pct)
+    tall, wide = map(int, covering_size(height, width, size, crop_pct))
     top, left = round((tall - size[0]) / 2), round((wide - size[1]) / 2)
     whole = np.zeros(1, np.int64)
     shown = slice(top, top + size[0]), slice(left, left + size[1])

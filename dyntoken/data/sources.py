@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import numpy as np
 
 from dyntoken import schema
-from dyntoken.data.arrays import Source
 from dyntoken.data.errors import DataError
+from dyntoken.data.info import DataInfo
+from dyntoken.data.requests import EvalRequest, TrainRequest
 from dyntoken.registry import Table, UnknownNameError, check_call
 
+Batch = dict[str, np.ndarray]
 _TFDS = "dyntoken.data.tfds_source:open_tfds"
 
 # name -> function(name, data_dir, **options) that returns a `Source`.
@@ -27,6 +31,19 @@ SOURCES = Table(
         "i_naturalist2019": _TFDS,
     },
 )
+# Of names outside the table, which so needs no import of those that read it.
+_OTHERS = Table("kind of data set", {"folder": "dyntoken.data.folder:open_folder", "tfds": _TFDS})
+
+
+class Source(Protocol):
+    """A data set: its description, and batches for a checked request."""
+
+    @property
+    def info(self) -> DataInfo: ...
+
+    def train(self, request: TrainRequest) -> Iterator[Batch]: ...
+
+    def evaluate(self, request: EvalRequest) -> Iterator[Batch]: ...
 
 
 def register_data(name: str, opener: Callable[..., Source]) -> None:
@@ -35,7 +52,7 @@ def register_data(name: str, opener: Callable[..., Source]) -> None:
     Args:
       name: of the set.
       opener: `opener(name, data_dir, *, **options) -> Source`; reads no image. Of
-        rows that can be read at random it returns an `arrays.ArraySource`.
+        rows that can be read at random it returns a `data.ArraySource`.
 
     Raises:
       ValueError: a name that is taken, or a function of other arguments.
@@ -71,11 +88,5 @@ def source_options(name: str) -> dict[str, Any]:
 
 def _opener(name: str) -> Callable[..., Source]:
     if name.startswith("folder:"):
-        from dyntoken.data.folder import open_folder
-
-        return open_folder
-    if name in SOURCES:
-        return SOURCES[name]
-    from dyntoken.data.tfds_source import open_tfds
-
-    return open_tfds
+        return _OTHERS["folder"]
+    return SOURCES[name] if name in SOURCES else _OTHERS["tfds"]

@@ -7,24 +7,25 @@ TensorFlow's stateless draws.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from dyntoken.data.augment import TRIES, AugmentOptions
+from dyntoken.data.augment import TRIES, AugmentOptions, random_boxes
 from dyntoken.data.decode import MAX_ASPECT, MAX_PIXELS
 from dyntoken.data.decode import decode as pillow_decode
-from dyntoken.data.distort import Distortion
 from dyntoken.data.errors import DataError
-from dyntoken.data.tf_import import tensorflow
-from dyntoken.data.tf_resize import Part, cover, place, resize
+from dyntoken.data.randaugment import Distortion
+from dyntoken.data.resample import covering_size
+from dyntoken.data.tf_import import graph, tf
+from dyntoken.data.tf_resize import Window, pad_to_windows, plan_windows, resize
+
+_DISTORT = 1  # what the seed of the distortion's draws is folded with
 
 
 def _bounded(height: Any, width: Any) -> Any:
     """Fails where `decode.check_shape` does."""
-    tf = tensorflow()
     height, width = tf.cast(height, tf.int64), tf.cast(width, tf.int64)
     low, high = tf.minimum(height, width), tf.maximum(height, width)
     fine = (low > 0) & (height * width <= MAX_PIXELS) & (high <= MAX_ASPECT * low)
@@ -39,15 +40,12 @@ def _decode(data: Any, channels: int, box: Callable[[Any, Any], Any] | None = No
     levels, turns CMYK differently and knows no TIFF.
 
     Args:
-      data: the encoded image.
-      channels: 1 or 3.
       box: (height, width) -> int32 `[4]` (top, left, height, width) to keep;
         None keeps all.
 
     Returns:
-      uint8 `[h, w, channels]`.
+      uint8 `[h, w, channels]`, 1 or 3 channels.
     """
-    tf = tensorflow()
     accurate = "INTEGER_ACCURATE"  # what Pillow decodes with
 
     def part(image: Any) -> Any:
@@ -101,70 +99,40 @@ def _pillow(data: bytes, channels: int) -> np.ndarray:
 
 def _luma(image: Any) -> Any:
     """uint8 `[h, w, 3 or 4]` to `[h, w, 1]`, with Pillow's integers."""
-    tf = tensorflow()
     red, green, blue = (tf.cast(image[..., c : c + 1], tf.int32) for c in range(3))
     return tf.cast(tf.bitwise.right_shift(19595 * red + 38470 * green + 7471 * blue + 0x8000, 16), tf.uint8)
 
 
-def decode_unguarded(data: Any, channels: int, box: Any = None) -> tuple[Any, Any]:
-    """(image, False); an image that does not decode raises. `data` is the image or gives it."""
-    data = data() if callable(data) else data
-    return _decode(data, channels, box), tensorflow().constant(False)
+def _load(data: Any, channels: int, box: Any, guarded: bool) -> tuple[Any, Any]:
+    """(image, did it fail); `data` is the encoded image or gives it.
 
-
-def decode_guarded(data: Any, channels: int, box: Any = None) -> tuple[Any, Any]:
-    """(image, did it fail): a black pixel instead of an error inside the graph, also of reading it.
-
-    Nothing but tf.data can catch an error there, and setting a data set up for
-    each image takes longer than decoding it: see `stream`.
+    Unguarded, an image that does not decode raises. Guarded, also against errors of
+    reading it, it becomes a black pixel: nothing but tf.data can catch an error inside
+    the graph, and setting a data set up for each image takes longer than decoding it
+    (see `stream`).
     """
-    tf = tensorflow()
-    black = tf.data.Dataset.from_tensors((tf.zeros((1, 1, channels), tf.uint8), True))
 
     @tf.autograph.experimental.do_not_convert
-    def good(_: Any) -> tuple[Any, Any]:
-        return _decode(data() if callable(data) else data, channels, box), False
+    def image(_: Any = None) -> tuple[Any, Any]:
+        return _decode(data() if callable(data) else data, channels, box), tf.constant(False)
 
-    made = tf.data.Dataset.from_tensors(0).map(good).ignore_errors()
-    image, bad = made.concatenate(black).take(1).get_single_element()
-    return tf.ensure_shape(image, (None, None, channels)), bad
+    if not guarded:
+        return image()
+    black = tf.data.Dataset.from_tensors((tf.zeros((1, 1, channels), tf.uint8), True))
+    made = tf.data.Dataset.from_tensors(0).map(image).ignore_errors()
+    pixels, bad = made.concatenate(black).take(1).get_single_element()
+    return tf.ensure_shape(pixels, (None, None, channels)), bad
 
 
 def random_box(draws: Any, height: Any, width: Any, options: AugmentOptions) -> Any:
-    """`augment.random_boxes` for one image.
-
-    Args:
-      draws: float32 `[..., 22]` in [0, 1).
-      height, width: int32 scalars.
-
-    Returns:
-      int32 `[..., 4]` (top, left, height, width).
-    """
-    tf = tensorflow()
-    tall, wide = tf.cast(height, tf.float32), tf.cast(width, tf.float32)
-    (low, high), (narrow, broad) = options.scale, options.ratio
-    area = tall * wide * (low + draws[..., :TRIES] * (high - low))
-    aspect = tf.exp(math.log(narrow) + draws[..., TRIES : 2 * TRIES] * math.log(broad / narrow))
-    w = tf.cast(tf.round(tf.sqrt(area * aspect)), tf.int32)
-    h = tf.cast(tf.round(tf.sqrt(area / aspect)), tf.int32)
-    fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
-    first = tf.one_hot(tf.argmax(tf.cast(fits, tf.int32), -1), TRIES, dtype=tf.int32)
-    w, h = tf.reduce_sum(w * first, -1), tf.reduce_sum(h * first, -1)
-    top = tf.minimum(tf.cast(draws[..., -2] * tf.cast(height - h + 1, tf.float32), tf.int32), height - h)
-    left = tf.minimum(tf.cast(draws[..., -1] * tf.cast(width - w + 1, tf.float32), tf.int32), width - w)
-    most_h = tf.where(wide / tall < narrow, tf.cast(tf.round(wide / narrow), tf.int32), height)
-    most_w = tf.where(wide / tall > broad, tf.cast(tf.round(tall * broad), tf.int32), width)
-    whole = tf.stack([(height - most_h) // 2, (width - most_w) // 2, most_h, most_w])
-    return tf.where(tf.reduce_any(fits, -1, keepdims=True), tf.stack([top, left, h, w], -1), whole)
+    """`augment.random_boxes`: float32 `[..., 22]`, int32 scalars -> int32 `[..., 4]`."""
+    height, width = tf.cast(height, tf.float32), tf.cast(width, tf.float32)
+    return tf.cast(random_boxes(draws, height, width, options.scale, options.ratio, tf), tf.int32)
 
 
 def _whole(shape: Any) -> Any:
     """int32 `[1, 4]`, the box of all of an image of shape `[2]`."""
-    tf = tensorflow()
     return tf.concat([tf.zeros_like(shape), shape], 0)[None]
-
-
-_DISTORT = 1  # what the seed of the distortion's draws is folded with
 
 
 def train_views(
@@ -174,139 +142,102 @@ def train_views(
     channels: int,
     options: AugmentOptions,
     distortion: Distortion | None = None,
-    *,
-    decode: Callable[..., tuple[Any, Any]] = decode_unguarded,
+    guarded: bool = False,
 ) -> tuple[Any, Any]:
     """Decodes one image, then crops, resizes, flips and distorts it once per view.
 
-    A single view decodes its crop only; several share the whole image.
-
-    Args:
-      data: the encoded image, or a function that gives it.
-      seed: int64 `[2]`, keys every draw.
-      size: (h, w) of the result.
-      decode: `decode_unguarded` or `decode_guarded`.
+    A single view decodes its crop only; several share the whole image. `data` and
+    `guarded` are `_load`'s, the seed int64 `[2]` keys every draw.
 
     Returns:
       (uint8 `[options.repeats, h, w, channels]`, bool: it did not decode).
     """
-    tf = tensorflow()
     views, cropped = options.repeats, options.crop == "random_resized"
     draws = tf.random.stateless_uniform((views, 2 * TRIES + 3), seed)
     places, flips = draws[:, : 2 * TRIES + 2], tf.unstack(draws[:, 2 * TRIES + 2] < options.flip)
     early = cropped and views == 1
-    if early:
-        image, bad = decode(data, channels, lambda *shape: random_box(places[0], *shape, options))
-    else:
-        image, bad = decode(data, channels)
+    crop = (lambda *shape: random_box(places[0], *shape, options)) if early else None
+    image, bad = _load(data, channels, crop, guarded)
     if cropped:
-        parts = _crops(size, options, early)(places, tf.shape(image)[:2])
-        image = cover(image, parts)
+        windows = _crops(size, options, early)(places, tf.shape(image)[:2])
+        image = pad_to_windows(image, windows)
     if distortion:
         seed = tf.random.experimental.stateless_fold_in(seed, _DISTORT)
-        plans = distortion.plans(tf.random.stateless_uniform((views, distortion.width), seed))
+        ops = distortion.sample_ops(tf.random.stateless_uniform((views, distortion.width), seed))
     made: list[Any] = []
     for view in range(views):
         # One view after the other: else TensorFlow's threads take the work from each other.
         with tf.control_dependencies(made[-1:]):
             piece = tf.identity(image)
         if cropped:
-            piece = resize(piece, parts[view], size, options.interpolation, flips[view])
+            piece = resize(piece, windows[view], size, options.interpolation, flips[view])
         else:
             piece = _centre(piece, size, 1.0, options.interpolation)
             piece = tf.cond(
                 flips[view], lambda piece=piece: tf.reverse(piece, [1]), lambda piece=piece: piece
             )
-            piece = tf.ensure_shape(piece, (*size, channels))
-        made.append(distortion.apply(piece, plans[view]) if distortion else piece)
+        piece = tf.ensure_shape(piece, (*size, channels))
+        made.append(distortion.apply(piece, ops[view]) if distortion else piece)
     return tf.stack(made), bad
 
 
 @functools.lru_cache(maxsize=16)
-def _crops(size: tuple[int, int], options: AugmentOptions, cut: bool) -> Callable[[Any, Any], list[Part]]:
-    """(draws of `random_box` `[n, 22]`, shape) -> the parts, by XLA: one node in place of two hundred.
+def _crops(size: tuple[int, int], options: AugmentOptions, cut: bool) -> Callable[[Any, Any], list[Window]]:
+    """(draws of `random_box` `[n, 22]`, shape) -> the windows, by XLA: one node in place of two hundred.
 
     Args:
       cut: the image is the crop.
     """
-    tf = tensorflow()
 
-    def run(draws: Any, shape: Any) -> list[Part]:
+    def run(draws: Any, shape: Any) -> list[Window]:
         boxes = _whole(shape) if cut else random_box(draws, shape[0], shape[1], options)
-        return place(boxes, shape, size, options.interpolation)
+        return plan_windows(boxes, shape, size, options.interpolation)
 
-    draws = tf.TensorSpec((options.repeats, 2 * TRIES + 2), tf.float32)
-    signature = (draws, tf.TensorSpec((2,), tf.int32))
-    return tf.function(run, input_signature=signature, autograph=False, jit_compile=True)
+    return graph(run, ("float32", (options.repeats, 2 * TRIES + 2)), ("int32", (2,)))
 
 
-@functools.lru_cache(maxsize=16)
-def compiled_train(
-    size: tuple[int, int],
-    channels: int,
-    options: AugmentOptions,
-    distortion: Distortion | None,
-    guarded: bool,
-    load: Callable[[Any], Any],
-) -> Callable[[Any, Any], tuple[Any, Any]]:
-    """`train_views` of (pointer, seed) as a graph that every epoch reuses; `load(pointer)` is the image."""
-    tf = tensorflow()
-    signature = (tf.TensorSpec((), tf.string), tf.TensorSpec((2,), tf.int64))
-    decode = decode_guarded if guarded else decode_unguarded
-
-    @tf.function(input_signature=signature, autograph=False)
-    def run(pointer: Any, seed: Any) -> tuple[Any, Any]:
-        return train_views(lambda: load(pointer), seed, size, channels, options, distortion, decode=decode)
-
-    return run
-
-
-@functools.lru_cache(maxsize=16)
-def compiled_eval(
+def eval_view(
+    data: Any,
     size: tuple[int, int],
     channels: int,
     crop_pct: float,
     interpolation: str,
-    guarded: bool,
-    load: Callable[[Any], Any],
-) -> Callable[[Any], tuple[Any, Any]]:
-    """`eval_image` of the loaded image and whether it did not decode, likewise."""
-    tf = tensorflow()
-    decode = decode_guarded if guarded else decode_unguarded
-
-    @tf.function(input_signature=(tf.TensorSpec((), tf.string),), autograph=False)
-    def run(pointer: Any) -> tuple[Any, Any]:
-        image, bad = decode(lambda: load(pointer), channels)
-        return tf.ensure_shape(_centre(image, size, crop_pct, interpolation), (*size, channels)), bad
-
-    return run
-
-
-def eval_image(data: Any, size: tuple[int, int], channels: int, crop_pct: float, interpolation: str) -> Any:
+    guarded: bool = False,
+) -> tuple[Any, Any]:
     """Decodes one image, resizes it as `resample.covering_size` says, crops the centre.
 
     Returns:
-      uint8 `[h, w, channels]`; an image of the right size comes back unchanged.
+      (uint8 `[h, w, channels]`, bool: it did not decode); an image of the right size is unchanged.
     """
-    image = _centre(_decode(data, channels), size, crop_pct, interpolation)
-    return tensorflow().ensure_shape(image, (*size, channels))
+    image, bad = _load(data, channels, None, guarded)
+    image = _centre(image, size, crop_pct, interpolation)
+    return tf.ensure_shape(image, (*size, channels)), bad
+
+
+@functools.lru_cache(maxsize=32)
+def compiled(view: Callable[..., Any], load: Callable[[Any], Any], *args: Any) -> Callable[..., Any]:
+    """`train_views` of (pointer, seed) or `eval_view` of a pointer, as a graph that every epoch reuses.
+
+    `load(pointer)` gives the encoded image; `args` are the view's, behind data and seed.
+    """
+
+    def run(pointer: Any, *seed: Any) -> tuple[Any, Any]:
+        return view(lambda: load(pointer), *seed, *args)
+
+    seed = [("int64", (2,))] if view is train_views else []
+    return graph(run, ("string", ()), *seed, xla=False)
 
 
 def _centre(image: Any, size: tuple[int, int], crop_pct: float, interpolation: str) -> Any:
-    tf = tensorflow()
     shape = tf.shape(image)[:2]
     height, width = shape[0], shape[1]
-    tall, wide = int(size[0] / crop_pct), int(size[1] / crop_pct)
 
     def fit() -> Any:
-        by_height = tall * width >= wide * height
-        new_h = tf.where(by_height, tall, tf.maximum(height * wide // width, size[0]))
-        new_w = tf.where(by_height, tf.maximum(width * tall // height, size[1]), wide)
-        first = tf.round((new_h - size[0]) / 2), tf.round((new_w - size[1]) / 2)
-        scale = tf.cast(tf.stack([height / new_h, width / new_w]), tf.float32)
-        first = tf.cast(tf.stack(first), tf.float32)
-        (part,) = place(_whole(shape), shape, size, interpolation, scale, first)
-        return resize(cover(image, [part]), part, size, interpolation)
+        tall, wide = covering_size(height, width, size, crop_pct, tf)
+        scale = tf.cast(tf.stack([height / tall, width / wide]), tf.float32)
+        first = tf.stack([tf.round((tall - size[0]) / 2), tf.round((wide - size[1]) / 2)])
+        windows = plan_windows(_whole(shape), shape, size, interpolation, scale, tf.cast(first, tf.float32))
+        return resize(pad_to_windows(image, windows), windows[0], size, interpolation)
 
     untouched = (height == size[0]) & (width == size[1])
     return tf.cond(untouched, lambda: image, fit)

@@ -17,10 +17,9 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from dyntoken.data.tf_import import tensorflow
-from dyntoken.data.xla import once
+from dyntoken.data.resample import SUPPORT, kernel
+from dyntoken.data.tf_import import graph, optimization_barrier, tf
 
-_SUPPORT = {"bilinear": 1.0, "bicubic": 2.0}  # pixels on either side where nothing is reduced
 _BITS, _LEVEL = 10, 4.0  # of a channel between the passes, and its steps per grey level
 _TERMS = (5, 8, 11)  # bicubic: enough up to 1, 1.75 and 2.5 pixels per pixel of the result
 # Of a window, in sides of the result; the last ones are for huge images and tiny results.
@@ -28,7 +27,7 @@ _SIDES = tuple(2.0**n for n in range(-2, 19))
 _FINE_SIDES = tuple(sorted({*_SIDES, *(1.5 * side for side in _SIDES if side >= 1)}))
 
 
-class Part(NamedTuple):
+class Window(NamedTuple):
     """A part of a resized image: where it lies and what makes it.
 
     Attributes:
@@ -46,9 +45,9 @@ class Part(NamedTuple):
     where: tuple[Any, Any]
 
 
-def place(
+def plan_windows(
     boxes: Any, shape: Any, size: tuple[int, int], interpolation: str, scale: Any = None, first: Any = None
-) -> list[Part]:
+) -> list[Window]:
     """Prepares `resize` of n parts of an image.
 
     Args:
@@ -56,13 +55,11 @@ def place(
         resized; pixels outside have no influence.
       shape: int32 `[2]`, height and width of the image.
       size: (height, width) of a part.
-      interpolation: "bilinear" or "bicubic".
       scale: float32 `[2]`, pixels of the image per pixel of the result; None fits
         each box to `size`.
       first: float32 `[2]`, row and column of the resized box where the part
         begins; None is 0.
     """
-    tf = tensorflow()
     corner, sides = boxes[:, :2], tf.cast(boxes[:, 2:], tf.float32)  # [n, 2]
     scale = sides / tf.constant(size, tf.float32) if scale is None else scale + tf.zeros_like(sides)
     first = tf.zeros_like(sides) if first is None else first + tf.zeros_like(sides)
@@ -77,7 +74,7 @@ def place(
         where,
     )
     return [
-        Part(start, extent, tuple(tf.unstack(programs)), tuple(tf.unstack(where)))
+        Window(start, extent, tuple(tf.unstack(programs)), tuple(tf.unstack(where)))
         for start, extent, programs, where in zip(*(tf.unstack(x) for x in parts), strict=True)
     ]
 
@@ -87,7 +84,6 @@ def _window(extent: Any, size: int, axis: int) -> Any:
 
     All columns of a window are computed, of its rows only those that count.
     """
-    tf = tensorflow()
     sides = [max(8, min(round(size * side), 2**30)) for side in (_SIDES, _FINE_SIDES)[axis]]
     sides = tf.constant(sides, tf.int32)
     return tf.reduce_min(tf.where(sides[None] >= extent[:, None], sides[None], 2**30), 1)
@@ -95,15 +91,13 @@ def _window(extent: Any, size: int, axis: int) -> Any:
 
 def _needed(scale: Any, interpolation: str) -> Any:
     """Terms of a sum."""
-    tf = tensorflow()
-    return tf.cast(tf.math.ceil(2.0 * _SUPPORT[interpolation] * tf.maximum(scale, 1.0)), tf.int32) + 1
+    return tf.cast(tf.math.ceil(2.0 * SUPPORT[interpolation] * tf.maximum(scale, 1.0)), tf.int32) + 1
 
 
-def cover(image: Any, parts: Sequence[Part]) -> Any:
+def pad_to_windows(image: Any, windows: Sequence[Window]) -> Any:
     """The image, with black below and to the right as far as the windows reach."""
-    tf = tensorflow()
     shape, channels = tf.shape(image), image.shape[-1]
-    need = tf.reduce_max(tf.stack([part.extent for part in parts]), 0)[:2]
+    need = tf.reduce_max(tf.stack([window.extent for window in windows]), 0)[:2]
 
     def grow() -> Any:  # by concatenation, which copies whole rows; tf.pad goes pixel by pixel
         missing = tf.maximum(need - shape[:2], 0)
@@ -114,25 +108,18 @@ def cover(image: Any, parts: Sequence[Part]) -> Any:
     return tf.cond(tf.reduce_any(need > shape[:2]), grow, lambda: image)
 
 
-def resize(image: Any, part: Part, size: tuple[int, int], interpolation: str, flip: Any = False) -> Any:
-    """One part of a resized image.
+def resize(image: Any, window: Window, size: tuple[int, int], interpolation: str, flip: Any = False) -> Any:
+    """One part of a resized image, uint8 `[height, width, C]`, mirrored or not.
 
-    Args:
-      image: of `cover`, uint8 `[h, w, C]`, C up to 3.
-      part: of `place` with the same size and interpolation.
-      flip: bool, whether to mirror it.
-
-    Returns:
-      uint8 `[height, width, C]`.
+    The image is of `pad_to_windows`, uint8 `[h, w, C]`, C up to 3, the window of
+    `plan_windows` with the same size and interpolation.
     """
-    part_of = _part(size, image.shape[-1], interpolation)
-    return part_of(image, *part[:2], *part.programs, *part.where, tensorflow().convert_to_tensor(flip))
+    return _resizer(size, image.shape[-1], interpolation)(image, *tf.nest.flatten(window), flip)
 
 
 @functools.lru_cache(maxsize=64)
-def _part(size: tuple[int, int], channels: int, interpolation: str) -> Callable[..., Any]:
+def _resizer(size: tuple[int, int], channels: int, interpolation: str) -> Callable[..., Any]:
     """`resize` as a graph that all parts share."""
-    tf = tensorflow()
     terms = (*_TERMS, 0)
     rows = [_rows(size[0], channels, interpolation, n) for n in terms]
     columns = [_columns(size, channels, interpolation, n) for n in terms]
@@ -146,58 +133,32 @@ def _part(size: tuple[int, int], channels: int, interpolation: str) -> Callable[
         made = tf.switch_case(column, [functools.partial(op, turned, across, flip) for op in columns])
         return tf.ensure_shape(made, (*size, channels))
 
-    whole, number = tf.TensorSpec((3,), tf.int32), tf.TensorSpec((), tf.int32)
-    where, flip = tf.TensorSpec((4,), tf.float32), tf.TensorSpec((), tf.bool)
-    signature = (
-        tf.TensorSpec((None, None, channels), tf.uint8),
-        whole,
-        whole,
-        number,
-        number,
-        where,
-        where,
-        flip,
-    )
-    return tf.function(run, input_signature=signature, autograph=False)
-
-
-def _kernel(x: Any, interpolation: str) -> Any:
-    """Weight at a distance; bicubic is Keys' cubic with a = -0.5."""
-    tf = tensorflow()
-    x = tf.abs(x)
-    if interpolation == "bilinear":
-        return tf.maximum(1.0 - x, 0.0)
-    near = (1.5 * x - 2.5) * x * x + 1.0
-    far = ((-0.5 * x + 2.5) * x - 4.0) * x + 2.0
-    return tf.where(x < 1.0, near, tf.where(x < 2.0, far, 0.0))
+    window = *[("int32", (3,))] * 2, *[("int32", ())] * 2, *[("float32", (4,))] * 2
+    return graph(run, ("uint8", (None, None, channels)), *window, ("bool", ()), xla=False)
 
 
 def _weighted(
     lines: Any, where: Any, count: int, interpolation: str, terms: int, read: Callable[[Any], list[Any]]
 ) -> list[Any]:
-    """Sums of weighted rows.
+    """`count` sums of weighted rows of `lines [n, m]`, `terms` in each, 0 for as many as it takes.
 
     Args:
-      lines: `[n, m]`.
-      where: float32 `[4]`, of `Part`.
-      count: rows of the result.
-      terms: of a sum; 0 for as many as it takes.
+      where: float32 `[4]`, of `Window`.
       read: `[count, m]` of `lines` -> float32 planes `[count, m]`.
 
     Returns:
       A float32 `[count, m]` per plane, grey levels in 0..255 with their fraction.
     """
-    tf = tensorflow()
     low, extent, scale, first = tf.unstack(where)
     wide = tf.maximum(scale, 1.0)
     centre = low + (first + tf.range(count, dtype=tf.float32) + 0.5) * scale
-    start = tf.floor(centre - _SUPPORT[interpolation] * wide)
+    start = tf.floor(centre - SUPPORT[interpolation] * wide)
 
     def add(done: Any, number: int, total: Any, planes: list[Any]) -> tuple[Any, list[Any]]:
         """The terms `done` to `done + number`."""
         at = start[None] + (tf.cast(done, tf.float32) + tf.range(number, dtype=tf.float32))[:, None]
         inside = tf.cast((at >= low) & (at < low + extent), tf.float32)
-        weights = _kernel((at + 0.5 - centre) / wide, interpolation) * inside  # [number, count]
+        weights = kernel((at + 0.5 - centre) / wide, interpolation, tf) * inside  # [number, count]
         index = tf.clip_by_value(tf.cast(at, tf.int32), 0, tf.shape(lines)[0] - 1)
         for weight, chosen in zip(tf.unstack(weights), tf.unstack(index), strict=True):
             more = [weight[:, None] * plane for plane in read(tf.gather(lines, chosen))]
@@ -220,24 +181,21 @@ def _weighted(
 @functools.lru_cache(maxsize=64)
 def _rows(height: int, channels: int, interpolation: str, terms: int) -> Callable[..., Any]:
     """(uint8 `[H, W, C]`, where) -> int32 `[W, height]`, `_BITS` for each channel of a pixel."""
-    tf = tensorflow()
 
     def run(image: Any, where: Any) -> Any:
         shape = tf.shape(image)
         lines = tf.reshape(image, tf.stack([shape[0], shape[1] * channels]))
         (rows,) = _weighted(lines, where, height, interpolation, terms, lambda x: [tf.cast(x, tf.float32)])
-        rows = once(tf.cast(rows * _LEVEL + 0.5, tf.int16), where)
+        rows = optimization_barrier(tf.cast(rows * _LEVEL + 0.5, tf.int16), where)
         pixels = tf.cast(tf.reshape(rows, tf.stack([height, shape[1], channels])), tf.int32)
         return tf.transpose(sum(pixels[..., c] * (1 << _BITS * c) for c in range(channels)))
 
-    signature = (tf.TensorSpec((None, None, channels), tf.uint8), tf.TensorSpec((4,), tf.float32))
-    return tf.function(run, input_signature=signature, autograph=False, jit_compile=True)
+    return graph(run, ("uint8", (None, None, channels)), ("float32", (4,)))
 
 
 @functools.lru_cache(maxsize=64)
 def _columns(size: tuple[int, int], channels: int, interpolation: str, terms: int) -> Callable[..., Any]:
     """(int32 `[W, height]` of `_rows`, where, flip) -> uint8 `[height, width, C]`."""
-    tf = tensorflow()
     height, width = size
 
     def read(packed: Any) -> list[Any]:
@@ -251,9 +209,4 @@ def _columns(size: tuple[int, int], channels: int, interpolation: str, terms: in
         packed = tf.cond(flip, lambda: packed[::-1], lambda: packed)
         return tf.bitcast(tf.transpose(packed), tf.uint8)[..., :channels]
 
-    signature = (
-        tf.TensorSpec((None, height), tf.int32),
-        tf.TensorSpec((4,), tf.float32),
-        tf.TensorSpec((), tf.bool),
-    )
-    return tf.function(run, input_signature=signature, autograph=False, jit_compile=True)
+    return graph(run, ("int32", (None, height)), ("float32", (4,)), ("bool", ()))

@@ -1,10 +1,8 @@
-"""Exit rules, who leaves where, and what that costs.
+"""Exit rules, which image leaves where, and what that costs.
 
 Follows DVT (arXiv 2105.15075; `inference.py` of
 blackfeather-wang/Dynamic-Vision-Transformer) and MSDNet (arXiv 1703.09844:
-anytime and budgeted-batch classification). Logits of a whole calibration set are
-searched on the host, in NumPy; `step_score` is the same rules inside a compiled
-program, for the runner of `eval.cascade`.
+anytime and budgeted-batch classification).
 
 Everywhere `E` is the number of exits, `N` of images, `K` of classes. Scores are
 higher where an exit is surer. Costs are *cumulative*: what an image costs in
@@ -15,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -27,115 +24,28 @@ from dyntoken.registry import Table
 Array = np.ndarray
 
 # The released code's values; finite, so that they survive JSON.
-NEVER = 1e8  # nobody leaves at this exit
-ALWAYS = -1e8  # everybody does
+NEVER = 1e8  # no image leaves at this exit
+ALWAYS = -1e8  # every image does
+SLACK = 1e-9  # relative: a budget that is an average cost, recomputed, must admit that cost
 
 
-def confidence(logits: Any, *, seed: int = 0, start: int = 0) -> Array:
-    """Largest softmax probability: the rule of the paper and of the released code.
-
-    Args:
-      logits: `[E, N, K]`.
-      seed, start: not used by a deterministic rule; every rule takes them.
-
-    Returns:
-      `[E, N]` in (0, 1].
-
-    Raises:
-      ValueError: not `[E, N, K]`, or NaN.
-    """
-    del seed, start
-    return _largest(_softmax(_logits(logits), np), np)
+# Rules: softmax probabilities [..., K] to scores [...], by NumPy or by jax.numpy (`xp`), so that host and
+# device cannot drift.
 
 
-def entropy(logits: Any, *, seed: int = 0, start: int = 0) -> Array:
-    """Negative entropy of the softmax in nats, `[E, N]` in [-log K, 0] (DVT's ablation of the rule).
-
-    Arguments and errors as `confidence`.
-    """
-    del seed, start
-    return _negative_entropy(_softmax(_logits(logits), np), np)
-
-
-def margin(logits: Any, *, seed: int = 0, start: int = 0) -> Array:
-    """Largest minus second largest softmax probability, `[E, N]` in [0, 1].
-
-    Arguments and errors as `confidence`; at least two classes.
-    """
-    del seed, start
-    return _lead(_softmax(_logits(logits), np), np)
-
-
-def random(logits: Any, *, seed: int = 0, start: int = 0) -> Array:
-    """Uniform draws `[E, N]` in [0, 1) that ignore the logits (DVT's ablation of the rule).
-
-    A draw is a function of the seed, the exit and the number of the image, so
-    that a set may be scored in parts, or by the runner, with the same result.
-
-    Args:
-      logits: `[E, N, K]`.
-      seed: another seed, other draws.
-      start: number of the first image.
-
-    Raises:
-      ValueError: as `confidence`.
-    """
-    count, images = _logits(logits).shape[:2]
-    numbers = np.arange(start, start + images, dtype=np.int32)
-    return np.stack([np.asarray(_host_draws(seed, exit_, numbers)) for exit_ in range(count)])
-
-
-RULES = Table("exit rule", {"confidence": confidence, "entropy": entropy, "margin": margin, "random": random})
-
-
-def score(rule: str, logits: Any, *, seed: int = 0, start: int = 0) -> Array:
-    """Scores `[E, N]` of logits `[E, N, K]` under a rule of `RULES`.
-
-    Args:
-      seed, start: see `random`.
-
-    Raises:
-      UnknownNameError: no such rule (a ValueError).
-      ValueError: not `[E, N, K]`, or NaN.
-    """
-    return RULES[rule](logits, seed=seed, start=start)
-
-
-def step_score(rule: str, logits: jax.Array, *, exit_: int, numbers: jax.Array, seed: int = 0) -> jax.Array:
-    """`score` of one exit inside a compiled program: logits `[B, K]` to float32 `[B]`.
-
-    The arithmetic is that of the host, up to the rounding of exponentials and
-    sums. NaN logits make a NaN score, which is below every threshold.
-
-    Args:
-      rule: row of `RULES`.
-      exit_: number of the exit.
-      numbers: int32 `[B]`, number of each image in its set (for `random`).
-      seed: see `random`.
-    """
-    if RULES[rule] is random:
-        return _draws(seed, exit_, numbers)
-    return _OF_PROBABILITIES[rule](_softmax(logits.astype(jnp.float32), jnp), jnp)
-
-
-# The rules on probabilities [..., K], by NumPy or by jax.numpy (`xp`): host and device cannot drift.
-
-
-def _softmax(logits: Any, xp: Any) -> Any:
-    raised = xp.exp(logits - logits.max(axis=-1, keepdims=True))
-    return raised / raised.sum(axis=-1, keepdims=True)
-
-
-def _largest(probs: Any, xp: Any) -> Any:
+def confidence(probs: Any, xp: Any) -> Any:
+    """Largest probability, in (0, 1]: the rule of the paper and of the released code."""
     return xp.max(probs, axis=-1)
 
 
-def _negative_entropy(probs: Any, xp: Any) -> Any:
+def entropy(probs: Any, xp: Any) -> Any:
+    """Negative entropy in nats, in [-log K, 0] (DVT's ablation of the rule)."""
     # 0 log 0 = 0: an underflowed class adds nothing.
     return xp.sum(probs * xp.log(xp.where(probs > 0, probs, 1)), axis=-1)
 
 
-def _lead(probs: Any, xp: Any) -> Any:
+def margin(probs: Any, xp: Any) -> Any:
+    """Largest minus second largest probability, in [0, 1]."""
     if probs.shape[-1] < 2:
         raise ValueError("the margin rule needs at least two classes, the logits have one")
     first = xp.argmax(probs, axis=-1, keepdims=True)
@@ -143,7 +53,43 @@ def _lead(probs: Any, xp: Any) -> Any:
     return xp.max(probs, axis=-1) - xp.max(others, axis=-1)
 
 
-_OF_PROBABILITIES = {"confidence": _largest, "entropy": _negative_entropy, "margin": _lead}
+# None ignores the logits (DVT's ablation): uniform draws in [0, 1) of the seed, the exit and the number of
+# the image, so that a set scored in parts, or by the runner, gets the same ones.
+RULES = Table("exit rule", {"confidence": confidence, "entropy": entropy, "margin": margin, "random": None})
+
+
+def score(rule: str, logits: Any, *, seed: int = 0, start: int = 0) -> Array:
+    """Scores `[E, N]` of logits `[E, N, K]` under a rule of `RULES`.
+
+    `seed` and `start`, the number of the first image, are for the random rule.
+
+    Raises:
+      UnknownNameError: no such rule (a ValueError).
+      ValueError: not `[E, N, K]`, or NaN.
+    """
+    of_probabilities, logits = RULES[rule], _logits(logits)
+    if of_probabilities is not None:
+        return of_probabilities(_softmax(logits, np), np)
+    numbers = np.arange(start, start + logits.shape[1], dtype=np.int32)
+    return np.stack([np.asarray(_host_draws(seed, exit_, numbers)) for exit_ in range(len(logits))])
+
+
+def step_score(rule: str, logits: jax.Array, *, exit_: int, numbers: jax.Array, seed: int = 0) -> jax.Array:
+    """`score` of one exit inside a compiled program: logits `[B, K]` to float32 `[B]`.
+
+    Up to the rounding of exponentials and sums it is that of the host. NaN logits
+    make a NaN score, which is below every threshold. `numbers` int32 `[B]` are
+    those of the images in their set, for the random rule.
+    """
+    of_probabilities = RULES[rule]
+    if of_probabilities is None:
+        return _draws(seed, exit_, numbers)
+    return of_probabilities(_softmax(logits.astype(jnp.float32), jnp), jnp)
+
+
+def _softmax(logits: Any, xp: Any) -> Any:
+    raised = xp.exp(logits - logits.max(axis=-1, keepdims=True))
+    return raised / raised.sum(axis=-1, keepdims=True)
 
 
 def _draws(seed: int, exit_: Any, numbers: Any) -> jax.Array:
@@ -156,11 +102,7 @@ _host_draws = functools.partial(jax.jit, static_argnums=0)(_draws)
 
 
 def correct_of(logits: Any, labels: Any) -> Array:
-    """Whether each exit's largest logit is the label, bool `[E, N]`.
-
-    Args:
-      logits: `[E, N, K]`; probabilities do as well. The first of equal classes counts.
-      labels: `[N]` integers.
+    """Whether each exit's largest logit (of `[E, N, K]`; the first of equals) is the label `[N]`, bool `[E, N]`.
 
     Raises:
       ValueError: shapes that do not fit, or NaN.
@@ -174,14 +116,10 @@ def correct_of(logits: Any, labels: Any) -> Array:
 def exit_of(scores: Any, thresholds: Any) -> Array:
     """The exit each image leaves at, int64 `[N]`.
 
-    As the released `dynamic_evaluate`: the first exit with score >= threshold,
-    so an image exactly at the threshold leaves and tied images leave together.
-    Whoever reaches the last exit leaves there: its threshold (-1e8 in the
-    released checkpoints) is there for the format and decides nothing.
-
-    Args:
-      scores: `[E, N]`, higher is surer.
-      thresholds: `[E]`.
+    As the released `dynamic_evaluate`: the first exit with score `[E, N]` >=
+    threshold `[E]`, so an image exactly at the threshold leaves and tied images
+    leave together. The last exit takes the rest: its threshold (-1e8 in the
+    released checkpoints) decides nothing.
 
     Raises:
       ValueError: thresholds of another length, or NaN anywhere.
@@ -193,39 +131,63 @@ def exit_of(scores: Any, thresholds: Any) -> Array:
 
 
 @dataclasses.dataclass(frozen=True)
-class Evaluation:
-    """What one set of thresholds does on one set of images.
+class Operating:
+    """An operating point: a set of thresholds and what it does on a set of images.
 
     Attributes:
+      thresholds: `[E]`; those a solver found are in the dtype of the scores.
       accuracy: top-1 fraction in [0, 1].
       cost: average cost of an image, in the unit of the given costs.
       counts: images that leave at each exit, int64 `[E]`.
       correct: how many of those are right, int64 `[E]`.
+      budget: the average cost asked for, None if none was.
+      solver: row of `solvers.SOLVERS`, None if nothing was searched.
+      resolution: largest share of the images between two neighbouring candidates
+        of an exit; 0.0: all were tried, it is optimal. None: nothing is promised.
+      evaluations: sets of thresholds that the search compared.
+      seconds: wall time of the search; where it answers all budgets together,
+        these two are those of all.
     """
 
+    thresholds: Array
     accuracy: float
     cost: float
     counts: Array
     correct: Array
+    budget: float | None = None
+    solver: str | None = None
+    resolution: float | None = None
+    evaluations: int = 0
+    seconds: float = 0.0
+
+    @property
+    def shares(self) -> Array:
+        """Fractions of the images that leave at each exit, `[E]`."""
+        return self.counts / self.counts.sum()
+
+    @property
+    def error(self) -> float:
+        """Binomial standard error of the accuracy."""
+        return float(np.sqrt(self.accuracy * (1 - self.accuracy) / self.counts.sum()))
 
 
-def evaluate(correct: Any, scores: Any, thresholds: Any, macs: Any) -> Evaluation:
+def evaluate(correct: Any, scores: Any, thresholds: Any, costs: Any) -> Operating:
     """Accuracy, average cost and exit counts (the released `dynamic_evaluate`, sums in float64).
 
     Args:
       correct: bool `[E, N]`, see `correct_of`.
       scores: `[E, N]`.
       thresholds: `[E]`.
-      macs: `[E]` cumulative cost of leaving at each exit, strictly increasing; times do as well.
+      costs: `[E]` cumulative cost of leaving at each exit, strictly increasing.
 
     Raises:
       ValueError: shapes that do not fit, NaN, or costs that do not increase.
     """
-    correct, scores, costs = check_calibration(correct, scores, macs)
+    correct, scores, costs = check_calibration(correct, scores, costs)
     return measure(correct, scores, check_thresholds(thresholds, scores), costs)
 
 
-def measure(correct: Array, scores: Array, thresholds: Array, costs: Array) -> Evaluation:
+def measure(correct: Array, scores: Array, thresholds: Array, costs: Array) -> Operating:
     """`evaluate` for arguments that are checked already: for the inner loops of the solvers."""
     count, images = scores.shape
     counts, right = np.zeros(count, np.int64), np.zeros(count, np.int64)
@@ -235,55 +197,19 @@ def measure(correct: Array, scores: Array, thresholds: Array, costs: Array) -> E
         counts[exit_] = np.count_nonzero(leaves)
         right[exit_] = np.count_nonzero(leaves & correct[exit_])
         here = here & ~leaves
-    return Evaluation(float(right.sum()) / images, float(counts @ costs) / images, counts, right)
+    return Operating(thresholds, float(right.sum()) / images, float(counts @ costs) / images, counts, right)
 
 
-@dataclasses.dataclass(frozen=True)
-class Curve:
-    """Points of a cost-accuracy plot.
-
-    Attributes:
-      cost: average cost of an image, float64 `[M]`.
-      accuracy: top-1 fractions, float64 `[M]`.
-      counts: images that leave at each exit, int64 `[M, E]`.
-    """
-
-    cost: Array
-    accuracy: Array
-    counts: Array
-
-
-def anytime(correct: Any, costs: Any) -> Curve:
+def anytime(correct: Any, costs: Any) -> list[Operating]:
     """Anytime classification (MSDNet, section 3): every image leaves at exit i, one point per exit.
 
-    Args:
-      correct: bool `[E, N]`.
-      costs: `[E]` cumulative, strictly increasing.
-
-    Raises:
-      ValueError: as `evaluate`.
+    Arguments and errors as `evaluate`.
     """
     correct = _correct(correct)
-    costs = check_costs(costs, len(correct))
-    count, images = correct.shape
-    return Curve(costs, correct.mean(axis=1), images * np.eye(count, dtype=np.int64))
-
-
-def budgeted(correct: Any, scores: Any, thresholds: Any, costs: Any) -> Curve:
-    """Budgeted-batch classification (MSDNet, section 3): one point per set of thresholds `[M, E]`.
-
-    The other arguments and the errors are those of `evaluate`; the points keep the order of the thresholds.
-    """
-    correct, scores, costs = check_calibration(correct, scores, costs)
-    rows = np.asarray(thresholds)
-    if rows.ndim != 2 or not len(rows):
-        raise ValueError(f"a curve needs thresholds [points, exits], got shape {rows.shape}")
-    points = [measure(correct, scores, check_thresholds(row, scores), costs) for row in rows]
-    return Curve(
-        cost=np.array([point.cost for point in points]),
-        accuracy=np.array([point.accuracy for point in points]),
-        counts=np.stack([point.counts for point in points]),
-    )
+    count, unsure = len(correct), np.zeros(correct.shape)
+    costs = check_costs(costs, count)
+    limits = np.where(np.arange(count)[None, :] < np.arange(count)[:, None], NEVER, ALWAYS)
+    return [measure(correct, unsure, row, costs) for row in limits]
 
 
 # Checks: one clear line each.
@@ -310,14 +236,12 @@ def check_thresholds(thresholds: Any, scores: Array) -> Array:
     A threshold of 0.9 lets a float32 score of 0.9 leave, on the host as on a device.
     """
     exits = len(scores)
-    with np.errstate(over="ignore"):  # 1e300 is infinite in float32: nobody leaves, as asked
+    with np.errstate(over="ignore"):  # 1e300 is infinite in float32: no image leaves, as asked
         limits = np.asarray(thresholds).astype(scores.dtype)
     if limits.shape != (exits,):
         raise ValueError(f"{exits} exits need {exits} thresholds, got shape {limits.shape}")
     if np.isnan(limits).any():
-        raise ValueError(
-            f"threshold {int(np.argmax(np.isnan(limits)))} is NaN: nobody would ever leave there"
-        )
+        raise ValueError(f"threshold {int(np.argmax(np.isnan(limits)))} is NaN: no image would leave there")
     return limits
 
 
@@ -327,7 +251,8 @@ def check_costs(costs: Any, exits: int) -> Array:
     if costs.shape != (exits,):
         raise ValueError(f"{exits} exits need {exits} costs, got shape {costs.shape}")
     if not np.isfinite(costs).all() or costs[0] <= 0 or (np.diff(costs) <= 0).any():
-        raise ValueError(f"costs must be cumulative, positive and strictly increasing, got {_numbers(costs)}")
+        text = ", ".join(f"{cost:g}" for cost in costs)
+        raise ValueError(f"costs must be cumulative, positive and strictly increasing, got {text}")
     return costs
 
 
@@ -346,19 +271,11 @@ def check_budgets(budgets: Any, costs: Array) -> Array:
     budgets = np.atleast_1d(np.asarray(budgets, dtype=np.float64))
     if budgets.ndim != 1 or not len(budgets) or np.isnan(budgets).any():
         raise ValueError("budgets must be one number or a list of numbers, none of them NaN")
-    if not within(costs[0], budgets.min()):
+    if costs[0] > budgets.min() * (1 + SLACK):
         raise ValueError(
             f"budget {budgets.min():g} is below the first exit, which every image pays: {costs[0]:g}"
         )
     return budgets
-
-
-SLACK = 1e-9  # relative: a budget that is an average cost, recomputed, must admit that cost
-
-
-def within(cost: float, budget: float) -> bool:
-    """Whether an average cost keeps a budget, up to rounding."""
-    return bool(cost <= budget * (1 + SLACK))
 
 
 def _logits(logits: Any) -> Array:
@@ -379,7 +296,3 @@ def _correct(correct: Any) -> Array:
     if correct.dtype != bool and not np.isin(correct, (0, 1)).all():
         raise ValueError("correct must hold True or False (logits go through correct_of first)")
     return correct.astype(bool)
-
-
-def _numbers(values: Sequence[float] | Array) -> str:
-    return ", ".join(f"{value:g}" for value in values)

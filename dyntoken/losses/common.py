@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dyntoken.types import Array, Output
+from dyntoken.types import Array, Output, Tokens
 
 Pair = tuple[Array, Array]  # (sum, count)
 NEEDS = ("teacher", "features", "dense")
@@ -45,15 +45,19 @@ def loss(*needs: str, exits: str | None = None) -> Callable[[Callable[..., Pair]
 def check_exits(name: str, mark: str | None, exits: int) -> None:
     """Raises ValueError if a loss with this mark does not fit a model with so many exits (0: without)."""
     if mark == "none" and exits:
-        raise ValueError(
-            f"loss {name!r} compares the final tokens of one network, a model with exits has those of "
-            "each exit: use logit_kl or exit_kl instead"
-        )
+        raise _not_of_exits(name)
     if mark == "earlier" and exits < 2:
         raise ValueError(
             f"loss {name!r} needs a model with at least two exits, whose last one teaches: dvt_..., "
             "multiexit_..."
         )
+
+
+def _not_of_exits(name: str) -> ValueError:
+    return ValueError(
+        f"loss {name!r} compares the final tokens of one network, a model with exits has those of each exit: "
+        "use logit_kl or exit_kl instead"
+    )
 
 
 def row_mask(batch: Mapping[str, Any], rows: int) -> Array:
@@ -101,3 +105,12 @@ def teacher_of(output: Output, batch: Mapping[str, Any], name: str) -> Output:
             f"loss {name!r} needs a teacher and the batch has none: set a teacher or drop the loss"
         )
     return jax.lax.stop_gradient(teacher)
+
+
+def final_tokens(output: Output, who: str, name: str) -> Tokens:
+    """The tokens after the last block; raises ValueError if they were not recorded, or are those of exits."""
+    if output.tokens is None:
+        raise ValueError(f"loss {name!r} needs the {who}'s final tokens: apply it with record=('features',)")
+    if isinstance(output.tokens, tuple):
+        raise _not_of_exits(name)
+    return output.tokens

@@ -8,7 +8,16 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from dyntoken.losses.common import Pair, blank, check_exits, kl_rows, loss, row_mask, teacher_of
+from dyntoken.losses.common import (
+    Pair,
+    blank,
+    check_exits,
+    final_tokens,
+    kl_rows,
+    loss,
+    row_mask,
+    teacher_of,
+)
 from dyntoken.schema import Positive
 from dyntoken.types import Array, Output, Tokens
 
@@ -98,16 +107,13 @@ def token_distill(output: Output, batch: Mapping[str, Any], *, variant: Variant 
       ValueError: without a teacher, without features, if they do not fit, or
         for a model with exits.
     """
-    teacher = teacher_of(output, batch, "token_distill").tokens
-    tokens = output.tokens
-    check_exits("token_distill", "none", len(tokens) if isinstance(tokens, tuple) else 0)
-    _check("token_distill", tokens, teacher)
+    tokens, teacher = _both_tokens("token_distill", output, teacher_of(output, batch, "token_distill"))
     if teacher.x.shape[-1] != tokens.x.shape[-1]:
         raise ValueError(
             f"the teacher's tokens have width {teacher.x.shape[-1]}, the student's {tokens.x.shape[-1]}: "
             "loss 'token_distill' needs a teacher of the same width"
         )
-    return _distance(variant, output, batch, tokens.patches, teacher.patches)
+    return _distance(variant, output, tokens, batch, tokens.patches, teacher.patches)
 
 
 @loss("teacher", "features", "dense")
@@ -133,25 +139,41 @@ def dense_distill(output: Output, batch: Mapping[str, Any], *, variant: Variant 
       ValueError: without a teacher or auxiliary logits, or if they do not fit.
     """
     teacher = teacher_of(output, batch, "dense_distill")
-    for who, given in (("student", output), ("teacher", teacher)):
-        if given.dense is None:
-            raise ValueError(
-                f"loss 'dense_distill' needs the {who}'s auxiliary logits: an LV-ViT, applied with "
-                "record=('features', 'dense')"
-            )
-    _check("dense_distill", output.tokens, teacher.tokens)
-    if teacher.dense.shape[-1] != output.dense.shape[-1]:
+    dense, aim = (_dense(found, who) for found, who in ((output, "student"), (teacher, "teacher")))
+    tokens, _ = _both_tokens("dense_distill", output, teacher)
+    if aim.shape[-1] != dense.shape[-1]:
         raise ValueError(
-            f"the teacher has {teacher.dense.shape[-1]} classes, the student {output.dense.shape[-1]}: "
+            f"the teacher has {aim.shape[-1]} classes, the student {dense.shape[-1]}: "
             "loss 'dense_distill' needs a teacher with the same classes"
         )
-    return _distance(variant, output, batch, output.dense, teacher.dense)
+    return _distance(variant, output, tokens, batch, dense, aim)
 
 
-def _distance(variant: str, output: Output, batch: Mapping[str, Any], student: Array, aim: Array) -> Pair:
+def _dense(output: Output, who: str) -> Array:
+    if output.dense is None:
+        raise ValueError(
+            f"loss 'dense_distill' needs the {who}'s auxiliary logits: an LV-ViT, applied with "
+            "record=('features', 'dense')"
+        )
+    return output.dense
+
+
+def _both_tokens(name: str, output: Output, teacher: Output) -> tuple[Tokens, Tokens]:
+    """The final tokens of student and teacher; raises ValueError unless the teacher has every patch."""
+    tokens, aim = final_tokens(output, "student", name), final_tokens(teacher, "teacher", name)
+    if aim.count != tokens.initial:
+        raise ValueError(
+            f"the teacher returns {aim.count} patch tokens but the student starts from {tokens.initial}: "
+            f"loss {name!r} needs a dense teacher with the same patch grid"
+        )
+    return tokens, aim
+
+
+def _distance(
+    variant: str, output: Output, tokens: Tokens, batch: Mapping[str, Any], student: Array, aim: Array
+) -> Pair:
     """Distance of the student's rows `[B, N, C]` alive from the teacher's `[B, N0, C]` at their places."""
-    tokens = output.tokens
-    masked = _decision(output)
+    masked = _decision(output, tokens)
     alive = tokens.place >= 0  # [B, N]
     if masked is not None:
         alive &= masked > 0.5
@@ -163,25 +185,11 @@ def _distance(variant: str, output: Output, batch: Mapping[str, Any], student: A
     return jnp.sum(weight * rows), jnp.sum(weight)
 
 
-def _decision(output: Output) -> Array | None:
+def _decision(output: Output, tokens: Tokens) -> Array | None:
     """`[B, N]` aliveness of the final rows, or None if all are (gather form)."""
-    tokens = output.tokens
     if tokens.alive is None and output.reductions:
         last = output.reductions[-1]
         # Gather form keeps exactly `count` rows, mask form all that came in.
         if last.decision.shape[1] == tokens.count and last.count < tokens.count:
             return last.decision
     return tokens.alive
-
-
-def _check(name: str, tokens: Tokens | None, teacher: Tokens | None) -> None:
-    for who, given in (("student", tokens), ("teacher", teacher)):
-        if given is None:
-            raise ValueError(
-                f"loss {name!r} needs the {who}'s final tokens: apply it with record=('features',)"
-            )
-    if teacher.count != tokens.initial:
-        raise ValueError(
-            f"the teacher returns {teacher.count} patch tokens but the student starts from {tokens.initial}: "
-            f"loss {name!r} needs a dense teacher with the same patch grid"
-        )

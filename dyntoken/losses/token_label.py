@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dyntoken.losses.common import Pair, cross_entropy, loss, row_mask
+from dyntoken.losses.common import Pair, cross_entropy, final_tokens, loss, row_mask
 from dyntoken.ops import mixing
 from dyntoken.types import Output
 
@@ -45,12 +45,13 @@ def token_label(output: Output, batch: Mapping[str, Any]) -> Pair:
     Raises:
       ValueError: without auxiliary logits, or if the targets do not fit.
     """
-    tokens, dense = output.tokens, output.dense
-    if dense is None or tokens is None:
+    dense = output.dense
+    if dense is None or output.tokens is None:
         raise ValueError(
             "loss 'token_label' needs a model with an auxiliary head (LV-ViT), applied with "
             "record=('dense', 'features')"
         )
+    tokens = final_tokens(output, "student", "token_label")
     rows, cells, classes = dense.shape[0], tokens.initial, dense.shape[-1]
     target = batch.get("dense")
     if target is None:

@@ -1,116 +1,65 @@
-"""Speed of a model against its dense counterpart: `python -m dyntoken.tools.bench NAME`."""
+"""Speed of a model against its dense counterpart.
+
+Times two models in turn on the device at hand and takes their ratio pair by
+pair: model only (no data loading), random images and weights, after warm-up.
+"share of ideal" is the speed-up over the ratio of multiply-adds. Early exit is
+timed by bench_exits, the input of a recipe by bench_input.
+
+examples:
+  python -m dyntoken.tools.bench dtps_deit_small_patch16_224 --batch=32
+  python -m dyntoken.tools.bench dtps_deit_small_patch16_224 --vs dynamicvit_deit_small_patch16_224
+  python -m dyntoken.tools.bench evit_deit_tiny_patch16_224 --train --dtype=bfloat16 --json
+"""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import sys
-from collections.abc import Sequence
 from typing import Any
 
-import jax
-
-from dyntoken.analysis import macs, timing
-from dyntoken.models import Model, create_model, split_name
-from dyntoken.reducers import METHODS
-from dyntoken.tools import bench_exits, bench_input, cli
-
-TEXT = """\
-Times two models in turn on the device at hand and takes their ratio pair by
-pair: model only (no data loading), random images and weights, after warm-up.
-"share of ideal" is the speed-up over the ratio of multiply-adds. With --exits, a
-cascade that stops early is compared with the same cascade running every exit.
---input CONFIG times the input of a recipe instead: bench --input CONFIG --help."""
-EXAMPLES = """\
-  python -m dyntoken.tools.bench dtps_deit_small_patch16_224 --batch=32
-  python -m dyntoken.tools.bench dtps_deit_small_patch16_224 --vs dynamicvit_deit_small_patch16_224
-  python -m dyntoken.tools.bench evit_deit_tiny_patch16_224 --train --dtype=bfloat16 --json
-  python -m dyntoken.tools.bench dvt_deit_small --exits=80,15,5 --batch=64
-  python -m dyntoken.tools.bench --input configs/tps_deit.py"""
-PAIRS = 20
+from dyntoken.tools import cli
 
 
-@cli.program
-def main(argv: Sequence[str] | None = None) -> int:
-    """Times two models, or an input, and prints the comparison; returns the exit status."""
-    argv = sys.argv[1:] if argv is None else argv
-    if cli.chooses(argv, "--input"):
-        return bench_input.main(argv)
-    args = _parser().parse_args(argv)
-    if args.exits:
-        result = bench_exits.run(args)
-        print(json.dumps(result) if args.json else bench_exits.report(result))
-        return 0
-    args.pairs = args.pairs or PAIRS
-    models = _models(args)
-    counts = [macs.count(model) for model in models.values()]
-    make = timing.training if args.train else timing.evaluation
-    runs = [_run(make, model, args.batch) for model in models.values()]
-    timed = timing.compare(*runs, pairs=args.pairs)
-    result = as_json(args, models, counts, timed)
-    print(json.dumps(result) if args.json else report(result))
-    return 0
-
-
-def _parser() -> cli.Parser:
-    parser = cli.Parser("bench", TEXT, EXAMPLES)
+def arguments(parser: cli.Parser) -> None:
+    """The options."""
     cli.add_model(parser)
     parser.add_argument(
         "--vs", metavar="NAME", help="model to compare with; by default the dense counterpart"
     )
     parser.add_argument("--batch", type=cli.positive, default=16, help="images at a time (default 16)")
-    parser.add_argument(
-        "--pairs",
-        type=cli.positive,
-        help=f"timed pairs (default {PAIRS}; with --exits, {bench_exits.PAIRS})",
-    )
-    parser.add_argument(
-        "--exits",
-        type=bench_exits.shares,
-        metavar="SHARES",
-        help="percent of the images that leave at each exit of a cascade (80,15,5), spread evenly and "
-        "forced: times the early-exit runner, batch by batch and streaming, against running all exits",
-    )
+    parser.add_argument("--pairs", type=cli.positive, default=20, help="timed pairs (default 20)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="compute type")
     parser.add_argument(
         "--train",
         action="store_true",
         help="time a training pass (forward, cross-entropy, gradient; no optimizer) instead of evaluation",
     )
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="compute type")
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
-    return parser
 
 
-def _models(args: argparse.Namespace) -> dict[str, Model]:
-    """The baseline and the model, by name, built for the same images."""
-    _, dense = split_name(args.name)
-    other = args.vs or dense
-    if other == args.name:
-        raise ValueError(f"{args.name} is dense: name a second model with --vs")
-    given = {**cli.overrides(args), "dtype": args.dtype}
-    reducing = {"at", *(f.name for row in METHODS.values() for f in dataclasses.fields(row.make))}
-    shared = {key: value for key, value in given.items() if key not in reducing}
-    return {other: create_model(other, **shared), args.name: create_model(args.name, **given)}
-
-
-def _run(make: Any, model: Model, batch: int) -> timing.Run:
-    return make(model, timing.random_variables(model), timing.random_images(model, batch))
-
-
-def as_json(
-    args: argparse.Namespace, models: dict[str, Model], counts: Sequence[macs.Count], timed: timing.Comparison
-) -> dict[str, Any]:
-    """The object that `--json` prints; the first model is the baseline.
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Times both; the first model is the baseline.
 
     `share_of_ideal` is null where a model trains in mask form, which computes
     every token and only pretends to drop.
     """
-    gmac_ratio = counts[0].total / counts[1].total
-    masked = args.train and any(_trains_masked(model) for model in models.values())
-    device = jax.devices()[0]
+    from dyntoken.analysis import macs, timing
+
+    models = _models(args)
+    make = timing.training if args.train else timing.evaluation
+    runs = [
+        make(model, timing.random_variables(model), timing.random_images(model, args.batch))
+        for model in models.values()
+    ]
+    gmacs = [macs.count(model).gmacs for model in models.values()]
+    timed = timing.compare(*runs, pairs=args.pairs)
+    masked = args.train and any(
+        site.reducer(stage=stage, parent=None).resolved(True) == "mask"
+        for model in models.values()
+        for stage, site in enumerate(model.sites())
+    )
     return {
-        "device": f"{device.platform}: {device.device_kind}",
+        "device": timing.device(),
         "mode": "train" if args.train else "eval",
         "dtype": args.dtype,
         "batch": args.batch,
@@ -120,43 +69,51 @@ def as_json(
                 "name": name,
                 "images_per_s": times.images_per_s(args.batch),
                 "latency_ms": 1e3 * times.latency,
-                "gmacs": count.gmacs,
+                "gmacs": cost,
             }
-            for name, count, times in zip(models, counts, (timed.first, timed.second), strict=True)
+            for name, cost, times in zip(models, gmacs, (timed.first, timed.second), strict=True)
         ],
         "ratio": timed.ratio,
         "ratio_quartiles": list(timed.spread),
-        "gmac_ratio": gmac_ratio,
-        "share_of_ideal": None if masked else timed.ratio / gmac_ratio,
+        "gmac_ratio": gmacs[0] / gmacs[1],
+        "share_of_ideal": None if masked else timed.ratio * gmacs[1] / gmacs[0],
     }
 
 
-def _trains_masked(model: Model) -> bool:
-    reducers = (site.reducer(stage=stage, parent=None) for stage, site in enumerate(model.sites()))
-    return any(reducer.resolved(True) == "mask" for reducer in reducers)
+def _models(args: argparse.Namespace) -> dict[str, Any]:
+    """The baseline and the model, by name, built for the same images."""
+    from dyntoken.models import create_model, split_name
+    from dyntoken.reducers import METHODS
+
+    _, dense = split_name(args.name)
+    other = args.vs or dense
+    if other == args.name:
+        raise ValueError(f"{args.name} is dense: name a second model with --vs")
+    given = {**cli.overrides(args), "dtype": args.dtype}
+    of_methods = {"at", *(field.name for row in METHODS.values() for field in dataclasses.fields(row.make))}
+    shared = {key: value for key, value in given.items() if key not in of_methods}
+    return {other: create_model(other, **shared), args.name: create_model(args.name, **given)}
 
 
-def report(result: dict[str, Any]) -> str:
+def report(found: dict[str, Any]) -> str:
     """The comparison as text."""
-    what = "training pass (forward, loss, gradient)" if result["mode"] == "train" else "evaluation"
+    what = "training pass (forward, loss, gradient)" if found["mode"] == "train" else "evaluation"
     rows = [["model", "images/s", "ms per batch", "GMACs"]]
-    for row in result["models"]:
+    for row in found["models"]:
         cells = f"{row['images_per_s']:.1f}", f"{row['latency_ms']:.2f}", f"{row['gmacs']:.3f}"
         rows.append([row["name"], *cells])
-    low, high = result["ratio_quartiles"]
-    share = result["share_of_ideal"]
+    low, high = found["ratio_quartiles"]
+    share = found["share_of_ideal"]
     ideal = "training in mask form computes every token" if share is None else f"{100 * share:.0f} % of ideal"
-    return "\n".join(
-        [
-            f"{what}, random weights, batch {result['batch']}, {result['dtype']}, {result['device']}",
-            "",
-            cli.table(rows),
-            "",
-            f"speed-up {result['ratio']:.2f} (quartiles {low:.2f} to {high:.2f} of {result['pairs']} pairs), "
-            f"multiply-adds {result['gmac_ratio']:.2f} times fewer: {ideal}",
-        ]
+    return (
+        f"{what}, random weights, batch {found['batch']}, {found['dtype']}, {found['device']}\n\n"
+        f"{cli.table(rows)}\n\n"
+        f"speed-up {found['ratio']:.2f} (quartiles {low:.2f} to {high:.2f} of {found['pairs']} pairs), "
+        f"multiply-adds {found['gmac_ratio']:.2f} times fewer: {ideal}"
     )
 
 
+MOVED = {"--input": "bench_input", "--exits": "bench_exits"}
+main = cli.tool(__spec__.name, __doc__, arguments, measure, report, moved=MOVED)
 if __name__ == "__main__":
     sys.exit(main())

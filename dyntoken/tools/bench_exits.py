@@ -1,25 +1,45 @@
-"""Early exit at forced shares against all exits: `tools.bench NAME --exits=80,15,5`."""
+"""Speed of early exit against running all exits.
+
+Times a cascade whose images leave at forced shares, spread evenly, batch by
+batch and streaming, in turn with the same cascade running every exit on every
+image: model only, random images and weights, after warm-up. "Of ideal" is the
+speed-up over the ratio of multiply-adds.
+
+examples:
+  python -m dyntoken.tools.bench_exits dvt_deit_small --exits=80,15,5 --batch=64
+  python -m dyntoken.tools.bench_exits dvt_dtps_deit_small --keep=0.7 --exits=50,30,20 --json
+"""
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import itertools
 import math
+import sys
 from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
 
-import jax
 import numpy as np
 
-from dyntoken.analysis import macs, timing
-from dyntoken.eval.cascade import Runner
 from dyntoken.tools import cli
 
-PAIRS = 5
 MOST = 20  # batches; longer periods are cut, and the rest of a stream is flushed
-MODES = ("batch by batch", "streaming")
+
+
+def arguments(parser: cli.Parser) -> None:
+    """The options."""
+    cli.add_model(parser)
+    parser.add_argument(
+        "--exits",
+        type=shares,
+        metavar="SHARES",
+        required=True,
+        help="percent of the images that leave at each exit (80,15,5), or fractions",
+    )
+    parser.add_argument("--batch", type=cli.positive, default=16, help="images at a time (default 16)")
+    parser.add_argument("--pairs", type=cli.positive, default=5, help="timed pairs (default 5)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="compute type")
 
 
 def shares(text: str) -> tuple[Fraction, ...]:
@@ -55,80 +75,37 @@ def period(parts: Sequence[Fraction], batch: int | None = None) -> int:
     return min(MOST, math.lcm(*(tail.denominator for tail in tails)))
 
 
-@dataclasses.dataclass(frozen=True)
-class Timed:
-    """One way of running a cascade against all its exits.
-
-    Attributes:
-      name: row of `MODES`.
-      leave: the exit of every image, int32 `[batches, batch]`.
-      comparison: all exits on one batch, against all the batches.
-    """
-
-    name: str
-    leave: np.ndarray
-    comparison: timing.Comparison
-
-    @property
-    def ratio(self) -> float:
-        """Images per second over those of all exits."""
-        return self.comparison.ratio * len(self.leave)
-
-    def share_of_ideal(self, gmacs: np.ndarray) -> float:
-        """The ratio over what multiply-adds promise: per image, all exits over the exits it needs."""
-        return self.ratio * float(gmacs[self.leave].mean() / gmacs[-1])
-
-
-def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Times both modes; the object that `--json` prints.
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Times both modes.
 
     Raises:
-      ValueError: not one share per exit, or options that make no sense here.
+      ValueError: not one share per exit.
     """
-    if args.vs or args.train:
-        raise ValueError("--exits compares a cascade with all its own exits: drop --vs and --train")
+    import jax
+
+    from dyntoken.analysis import macs, timing
+    from dyntoken.eval.runner import Runner
+
     model = cli.build(args, dtype=args.dtype)
-    count = macs.exits(model)
+    count, device = len(model.exits), jax.devices()[0]
     if count != len(args.exits):
         have = f"{count} exits" if count else "no exits"
         raise ValueError(f"{args.name} has {have}, and --exits names {len(args.exits)} shares")
-    gmacs = np.array(macs.gmacs_per_exit(model, macs.count(model)))
+    gmacs = np.array(macs.gmacs(model))
     variables = timing.random_variables(model)
     images = timing.random_images(model, args.batch)
-    whole = timing.evaluation(model, variables, images)
-    runner = Runner(model, variables, np.zeros(count), batch=args.batch, devices=jax.devices()[:1])
-    timed = [_time(name, runner, images, whole, args) for name in MODES]
-    return _as_json(args, gmacs, timed)
+    every = timing.evaluation(model, variables, images)
+    runner = Runner(model, variables, np.zeros(count), batch=args.batch, devices=[device])
 
-
-def _time(name: str, runner: Runner, images: jax.Array, whole: timing.Run, args: argparse.Namespace) -> Timed:
-    streams = name == "streaming"
-    batches = period(args.exits, None if streams else args.batch)
-    leave = schedule(args.exits, batches * args.batch).reshape(batches, args.batch)
-
-    def early() -> Any:
-        if streams:
-            return [taken.logits for taken in runner.stream([images] * batches, leave=leave)]
+    def calls(leave: np.ndarray) -> Any:
         return [runner(images, leave=row).logits for row in leave]
 
-    return Timed(name, leave, timing.compare(whole, early, pairs=args.pairs or PAIRS, warmup=1))
+    def stream(leave: np.ndarray) -> Any:
+        return [taken.logits for taken in runner.stream([images] * len(leave), leave=leave)]
 
-
-def _as_json(args: argparse.Namespace, gmacs: np.ndarray, timed: Sequence[Timed]) -> dict[str, Any]:
-    device = jax.devices()[0]
-    rows = [
-        {
-            "mode": one.name,
-            "batches": len(one.leave),
-            "shares": (np.bincount(one.leave.ravel(), minlength=len(gmacs)) / one.leave.size).tolist(),
-            "images_per_s": one.comparison.second.images_per_s(one.leave.size),
-            "all_exits_images_per_s": one.comparison.first.images_per_s(args.batch),
-            "ratio": one.ratio,
-            "ratio_quartiles": [bound * len(one.leave) for bound in one.comparison.spread],
-            "gmac_ratio": float(gmacs[-1] / gmacs[one.leave].mean()),
-            "share_of_ideal": one.share_of_ideal(gmacs),
-        }
-        for one in timed
+    modes = [
+        _time("batch by batch", calls, period(args.exits, args.batch), every, gmacs, args),
+        _time("streaming", stream, period(args.exits), every, gmacs, args),
     ]
     return {
         "device": f"{device.platform}: {device.device_kind}",
@@ -136,10 +113,32 @@ def _as_json(args: argparse.Namespace, gmacs: np.ndarray, timed: Sequence[Timed]
         "name": args.name,
         "dtype": args.dtype,
         "batch": args.batch,
-        "pairs": args.pairs or PAIRS,
+        "pairs": args.pairs,
         "gmacs": gmacs.tolist(),
-        "modes": rows,
-        **{key: rows[-1][key] for key in ("ratio", "gmac_ratio", "share_of_ideal")},
+        "modes": modes,
+        **{key: modes[-1][key] for key in ("ratio", "gmac_ratio", "share_of_ideal")},
+    }
+
+
+def _time(
+    name: str, run: Any, batches: int, every: Any, gmacs: np.ndarray, args: argparse.Namespace
+) -> dict[str, Any]:
+    """One way of running early exits on so many batches, against all exits on one batch."""
+    from dyntoken.analysis import timing
+
+    leave = schedule(args.exits, batches * args.batch).reshape(batches, args.batch)
+    timed = timing.compare(every, lambda: run(leave), pairs=args.pairs, warmup=1)
+    ideal = float(gmacs[-1] / gmacs[leave].mean())
+    return {
+        "mode": name,
+        "batches": batches,
+        "shares": (np.bincount(leave.ravel(), minlength=len(gmacs)) / leave.size).tolist(),
+        "images_per_s": timed.second.images_per_s(leave.size),
+        "all_exits_images_per_s": timed.first.images_per_s(args.batch),
+        "ratio": timed.ratio * batches,
+        "ratio_quartiles": [bound * batches for bound in timed.spread],
+        "gmac_ratio": ideal,
+        "share_of_ideal": timed.ratio * batches / ideal,
     }
 
 
@@ -150,27 +149,20 @@ def report(result: dict[str, Any]) -> str:
     rows = [["", "images/s", "all exits, images/s", "ratio", "quartiles", "ideal", "of ideal"]]
     for mode in result["modes"]:
         low, high = mode["ratio_quartiles"]
-        rows.append(
-            [
-                f"{mode['mode']} ({mode['batches']} batches)",
-                f"{mode['images_per_s']:.2f}",
-                f"{mode['all_exits_images_per_s']:.2f}",
-                f"{mode['ratio']:.2f}",
-                f"{low:.2f} to {high:.2f}",
-                f"{mode['gmac_ratio']:.2f}",
-                f"{100 * mode['share_of_ideal']:.0f} %",
-            ]
-        )
-    costs = ", ".join(f"{cost:.3f}" for cost in result["gmacs"])
-    return "\n".join(
-        [
-            f"{result['name']}, {parts} % leave at each exit, "
-            f"random weights, batch {result['batch']}, {result['dtype']}, {result['device']}",
-            f"GMACs up to each exit: {costs}",
-            "",
-            cli.table(rows),
-            "",
-            f"streaming is {last['ratio']:.2f} times as fast as all exits ({result['pairs']} pairs), "
-            f"multiply-adds {last['gmac_ratio']:.2f} times fewer: {100 * last['share_of_ideal']:.0f} % of ideal",
-        ]
+        speeds = (mode[key] for key in ("images_per_s", "all_exits_images_per_s", "ratio"))
+        cells = [f"{mode['mode']} ({mode['batches']} batches)", *(f"{speed:.2f}" for speed in speeds)]
+        cells += [f"{low:.2f} to {high:.2f}", f"{mode['gmac_ratio']:.2f}"]
+        rows.append([*cells, f"{100 * mode['share_of_ideal']:.0f} %"])
+    return (
+        f"{result['name']}, {parts} % leave at each exit, "
+        f"random weights, batch {result['batch']}, {result['dtype']}, {result['device']}\n"
+        f"GMACs up to each exit: {', '.join(f'{cost:.3f}' for cost in result['gmacs'])}\n\n"
+        f"{cli.table(rows)}\n\n"
+        f"streaming is {last['ratio']:.2f} times as fast as all exits ({result['pairs']} pairs), "
+        f"multiply-adds {last['gmac_ratio']:.2f} times fewer: {100 * last['share_of_ideal']:.0f} % of ideal"
     )
+
+
+main = cli.tool(__spec__.name, __doc__, arguments, measure, report)
+if __name__ == "__main__":
+    sys.exit(main())

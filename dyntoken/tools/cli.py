@@ -13,7 +13,6 @@ jax: what does is imported by `measure`, so that --help and a mistyped option an
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -40,11 +39,10 @@ class Parser(argparse.ArgumentParser):
       text: what it does, and after a line "examples:" some commands.
     """
 
-    def __init__(self, program: str, text: str, examples: str = ""):
+    def __init__(self, program: str, text: str):
         super().__init__(
-            prog=f"python -m {program if '.' in program else f'dyntoken.tools.{program}'}",
+            prog=f"python -m {program}",
             description=text,
-            epilog=examples and f"examples:\n{examples}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
@@ -93,40 +91,19 @@ def tool(
             print("starting takes some seconds", file=sys.stderr, flush=True)
         try:
             result = measure(args)
-            shown = json.dumps(result) if args.json else report(result)
+            if shown := json.dumps(result) if args.json else report(result):
+                print(shown)
         except UsageError as error:
             parser.error(str(error))
         except USER_ERRORS as error:
             print(f"{parser.prog}: error: {one_line(error)}", file=sys.stderr)
             return 1
-        if shown:
-            print(shown)
         failed = result.get("failed") if isinstance(result, dict) else None
         for line in failed or ():
             print(line, file=sys.stderr)
         return 1 if failed else 0
 
     return main
-
-
-def program(main: Callable[[Sequence[str] | None], int]) -> Callable[[Sequence[str] | None], int]:
-    """Decorator: a bad input ends in one line on stderr and exit status 1."""
-
-    @functools.wraps(main)
-    def run(argv: Sequence[str] | None = None) -> int:
-        try:
-            return main(argv)
-        except USER_ERRORS as error:
-            name = main.__globals__["__spec__"].name  # also right under `python -m`
-            print(f"python -m {name}: error: {one_line(error)}", file=sys.stderr)
-            return 1
-
-    return run
-
-
-def chooses(argv: Sequence[str], option: str) -> bool:
-    """Whether `--option` or `--option=value` is among the arguments."""
-    return any(word.partition("=")[0] == option for word in argv)
 
 
 def one_line(error: BaseException) -> str:

@@ -36,7 +36,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "name": args.name,
         "image": list(count.image_shape),
-        "gmacs": macs.gmacs_per_exit(model, count) if macs.exits(model) else count.gmacs,
+        "gmacs": macs.gmacs(model, count),
         "conv": count.conv,
         "dot": count.dot,
         "resize": count.resize,

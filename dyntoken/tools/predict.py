@@ -26,7 +26,6 @@ from dyntoken.tools import cli
 if TYPE_CHECKING:
     from dyntoken.runs import Run
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 Guess = list[tuple[str, float]]  # (class, probability), the surest first
 
 
@@ -75,6 +74,8 @@ def pictures(words: Sequence[str]) -> list[str]:
     Raises:
       ValueError: no such file or folder, or a folder without pictures.
     """
+    from dyntoken.data.decode import SUFFIXES
+
     found = []
     for path in map(Path, words):
         if path.is_dir():

@@ -1,31 +1,5 @@
-"""A TPU's program without a TPU: `python -m dyntoken.tools.tpu NAME --topology=v5e:2x4`."""
+"""A TPU's program without a TPU.
 
-from __future__ import annotations
-
-import argparse
-import dataclasses
-import importlib.metadata
-import importlib.util
-import json
-import os
-import pathlib
-import shlex
-import sys
-import time
-from collections.abc import Mapping, Sequence
-from typing import Any
-
-import jax
-
-from dyntoken import __version__, models
-from dyntoken.analysis import hlo
-from dyntoken.config import load
-from dyntoken.nn.remat import POLICIES, Remat
-from dyntoken.ops import backend
-from dyntoken.tools import cli, tpu_report
-from dyntoken.train import plan as plans
-
-TEXT = """\
 Compiles the evaluation or the training step ahead of time with libtpu (extra
 [aot]) for chips that are not there, and reports what the compiler says: memory per
 chip, collectives, sorts, gathers, copies, and its own cost estimate by class of
@@ -36,13 +10,35 @@ the versions stay the same. Compiling takes minutes; --scan halves it for a dens
 
 Without --config a model trains as in the DynamicViT and TPS recipes: AdamW, an
 average of the weights, mixup and CutMix, the keep-ratio loss where the method
-learns its decision; --teacher adds the dense model and both distillation losses."""
-EXAMPLES = """\
+learns its decision; --teacher adds the dense model and both distillation losses.
+
+examples:
   python -m dyntoken.tools.tpu deit_small_patch16_224
   python -m dyntoken.tools.tpu dtps_deit_small_patch16_224 --train --teacher --scan --remat=True
   python -m dyntoken.tools.tpu --config=configs/dvt_deit.py --train --batch=64
   python -m dyntoken.tools.tpu evit_deit_base_patch16_384 --topology=v5p --json
-  python -m dyntoken.tools.tpu --table results/tpu/*.json"""
+  python -m dyntoken.tools.tpu --table results/tpu/*.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+import json
+import math
+import os
+import pathlib
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from dyntoken import __version__
+from dyntoken.schema import Text
+from dyntoken.tools import cli, tpu_report
+
 # Before libtpu is loaded: it would ask a metadata server that is not there, and lock the chips.
 # The last two only spare its complaints that this is no TPU host.
 ENVIRONMENT = {
@@ -62,43 +58,8 @@ TOPOLOGIES = {
 HBM = {"v4": 32, "v5e": 16, "v5p": 95, "v6e": 32}  # GiB per chip, from Google's data sheets
 
 
-@cli.program
-def main(argv: Sequence[str] | None = None) -> int:
-    """Prints the report of one step, or a table of stored ones; returns the exit status."""
-    argv = sys.argv[1:] if argv is None else list(argv)
-    args = _parser().parse_args(argv)
-    if args.table:
-        print(tpu_report.table([json.loads(pathlib.Path(path).read_text()) for path in args.table]))
-        return 0
-    plan = _plan(args)
-    wanted = request(args, plan)
-    path = pathlib.Path(args.results) / f"{_slug(wanted)}.json"
-    found = None if args.again or args.hlo else stored(path, wanted)
-    if found is None:
-        command = shlex.join(["python", "-m", "dyntoken.tools.tpu", *_lasting(argv)])
-        found = {"command": command, **wanted, **_compiled(args, plan)}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(found, indent=1) + "\n")
-    print(json.dumps(found) if args.json else tpu_report.text(found))
-    return 0
-
-
-def _lasting(argv: Sequence[str]) -> list[str]:
-    """The arguments that decide what a report says, not where it goes."""
-    kept, skip = [], False
-    for word in argv:
-        option, equals, _ = word.partition("=")
-        if option in ("--hlo", "--results"):
-            skip = not equals
-        elif skip or word in ("--again", "--json"):
-            skip = False
-        else:
-            kept.append(word)
-    return kept
-
-
-def _parser() -> cli.Parser:
-    parser = cli.Parser("tpu", TEXT, EXAMPLES)
+def arguments(parser: cli.Parser) -> None:
+    """The options."""
     parser.add_argument("name", metavar="NAME", nargs="?", help="model, e.g. dtps_deit_small_patch16_224")
     parser.add_argument("--config", help="recipe to take model, losses, teacher and optimizer from instead")
     cli.add_model_options(parser)
@@ -115,18 +76,46 @@ def _parser() -> cli.Parser:
         "--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="compute type (default bfloat16)"
     )
     group.add_argument("--scan", action="store_true", help="alike blocks as one loop")
-    group.add_argument(
-        "--remat", type=cli.typed(Remat), default=False, help=f"True, or what is kept: {', '.join(POLICIES)}"
-    )
+    group.add_argument("--remat", type=Text, help="True, or what is kept, see the config")
     group.add_argument("--accumulate", type=cli.positive, help="slices of a batch, see the config")
     group.add_argument("--shard", help="none, optimizer or params, see the config")
-    group = parser.add_argument_group("the report")
+    _report_options(parser.add_argument_group("the report"))
+    parser.add_argument("--table", nargs="+", metavar="FILE", help="only print stored reports as a table")
+
+
+def _report_options(group: Any) -> None:
+    """What decides where a report goes, not what it says."""
     group.add_argument("--results", default="results/tpu", help="folder of the stored reports (results/tpu)")
     group.add_argument("--hlo", metavar="FILE", help="also write the compiled program as text (and compile)")
     group.add_argument("--again", action="store_true", help="compile even if there is a stored report")
-    group.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
-    group.add_argument("--table", nargs="+", metavar="FILE", help="only print stored reports as a table")
-    return parser
+
+
+def command(argv: Sequence[str]) -> str:
+    """The command of a report, wherever it is written and however it is shown."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    _report_options(parser)
+    parser.add_argument("--json", action="store_true")
+    return shlex.join(["python", "-m", __spec__.name, *parser.parse_known_args(argv)[1]])
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any] | list[dict[str, Any]]:
+    """The report of one step, stored or new; with --table, stored ones."""
+    if args.table:
+        return [json.loads(pathlib.Path(path).read_text()) for path in args.table]
+    plan = make_plan(args)
+    wanted = request(args, plan)
+    path = pathlib.Path(args.results) / f"{slug(wanted)}.json"
+    found = None if args.again or args.hlo else stored(path, wanted)
+    if found is None:
+        found = {"command": command(args.argv), **wanted, **compiled(args, plan)}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(found, indent=1) + "\n")
+    return found
+
+
+def report(found: dict[str, Any] | list[dict[str, Any]]) -> str:
+    """A page of tables, or a line per report."""
+    return tpu_report.table(found) if isinstance(found, list) else tpu_report.text(found)
 
 
 def chips(topology: str) -> tuple[str, int, int]:
@@ -143,10 +132,7 @@ def chips(topology: str) -> tuple[str, int, int]:
             f"unknown topology {topology!r}: give {', '.join(TOPOLOGIES)}, or a kind "
             f"({', '.join(HBM)}) and a shape as in v5e:4x4"
         )
-    count = 1
-    for side in sides:
-        count *= int(side)
-    return name, count, HBM[kind]
+    return name, math.prod(map(int, sides)), HBM[kind]
 
 
 def devices(topology: str) -> Sequence[Any]:
@@ -161,9 +147,10 @@ def devices(topology: str) -> Sequence[Any]:
         raise ImportError("libtpu is not installed, which compiles for TPUs: pip install libtpu")
     for key, value in ENVIRONMENT.items():
         os.environ.setdefault(key, value)
-    jax.config.update("jax_platforms", "cpu")  # what runs here runs on the host
+    import jax
     from jax.experimental import topologies
 
+    jax.config.update("jax_platforms", "cpu")  # what runs here runs on the host
     # One device per chip also where a chip has two cores, as jax runs them.
     options = {"chip_config_name": "megacore"} if name.startswith("v4") else {}
     try:
@@ -172,44 +159,46 @@ def devices(topology: str) -> Sequence[Any]:
         raise ValueError(f"libtpu makes no topology {name!r}: {cli.one_line(error)[:200]}") from error
 
 
-def _plan(args: argparse.Namespace) -> plans.Plan:
+def make_plan(args: argparse.Namespace) -> Any:
     """The run whose step is compiled; reads no images and no weights."""
     if (args.name is None) == (args.config is None):
         raise ValueError("give the NAME of a model, or --config=RECIPE")
     if args.teacher and (args.config or not args.train):
         raise ValueError("--teacher goes with NAME and --train; a recipe says itself who teaches")
     _, count, _ = chips(args.topology)
-    config = _of_recipe(args) if args.config else _of_name(args)
+    from dyntoken.train import plan as plans
+
+    given = {"dtype": args.dtype, "scan": args.scan, "remat": args.remat}
+    given = {key: value for key, value in given.items() if value}
+    config = _of_recipe(args, given) if args.config else _of_name(args, given)
     config["batch"] = args.batch * count
     config["data"].setdefault("eval", {}).pop("batch", None)
     config |= {k: v for k in ("accumulate", "shard") if (v := getattr(args, k)) is not None}
     return plans.build(plans.read(config), devices=devices(args.topology))
 
 
-def _switches(args: argparse.Namespace) -> dict[str, Any]:
-    switches = {"dtype": args.dtype, "scan": args.scan, "remat": args.remat}
-    return {key: value for key, value in switches.items() if value}
+def _of_recipe(args: argparse.Namespace, given: dict[str, Any]) -> dict[str, Any]:
+    from dyntoken.config import load
 
-
-def _of_recipe(args: argparse.Namespace) -> dict[str, Any]:
     config = load(args.config).to_dict()
-    config["model"] |= {**cli.overrides(args), **_switches(args)}
+    config["model"] |= {**cli.overrides(args), **given}
     teacher = config.get("teacher") or {}
     if teacher.get("name"):
-        config["teacher"] = {**teacher, **_switches(args), "weights": teacher.get("weights") or "unread"}
+        config["teacher"] = {**teacher, **given, "weights": teacher.get("weights") or "unread"}
     return config
 
 
-def _of_name(args: argparse.Namespace) -> dict[str, Any]:
-    """What `TEXT` says of a model without a recipe; images of its own shape, that nobody reads."""
-    model = cli.build(args, **_switches(args))
-    given = {**cli.overrides(args), **_switches(args)}
-    for key in ("img_size", "in_chans", "num_classes"):  # of the data
-        given.pop(key, None)
+def _of_name(args: argparse.Namespace, given: dict[str, Any]) -> dict[str, Any]:
+    """The config of a model without a recipe, on fake images of its own shape."""
+    from dyntoken.models import split_name
+
+    model = cli.build(args, **given)
+    of_data = ("img_size", "in_chans", "num_classes")
+    own = {key: value for key, value in cli.overrides(args).items() if key not in of_data}
     height, width, channels = model.input_shape
     shape = {"image_size": height, "channels": channels, "num_classes": model.num_classes}
     config: dict[str, Any] = {
-        "model": {"name": args.name, **given},
+        "model": {"name": args.name, **own, **given},
         "data": {"name": "fake", "size": (height, width), "options": {**shape, "train": 1281167}},
         "steps": 1,
         "ema": 0.9999,
@@ -220,37 +209,33 @@ def _of_name(args: argparse.Namespace) -> dict[str, Any]:
     if any(site.reducer(parent=None).learns for site in model.sites()):
         config["losses"]["keep_ratio"] = {"weight": 2.0}
     if args.teacher:
-        _, dense = models.split_name(args.name)
-        config["teacher"] = {"name": dense, "weights": "unread", **_switches(args)}
+        config["teacher"] = {"name": split_name(args.name)[1], "weights": "unread", **given}
         config["losses"] |= {"logit_kl": {"weight": 0.5}, "token_distill": {"weight": 0.5, "variant": "kl"}}
     return config
 
 
-def request(args: argparse.Namespace, plan: plans.Plan) -> dict[str, Any]:
+def request(args: argparse.Namespace, plan: Any) -> dict[str, Any]:
     """What a report depends on, besides the code: the program, the chips, the versions."""
-    settings = plan.settings
-    teacher = (settings.teacher or {}).get("name") if args.train else None
+    settings, train = plan.settings, args.train
     name, count, hbm = chips(args.topology)
+    versions = {package: importlib.metadata.version(package) for package in ("jax", "jaxlib", "libtpu")}
     return {
         "model": {key: value for key, value in settings.plain["model"].items() if value is not None},
         "config": args.config,
-        "step": "train" if args.train else "eval",
-        "losses": sorted(settings.losses) if args.train else [],
-        "teacher": teacher,
+        "step": "train" if train else "eval",
+        "losses": sorted(settings.losses) if train else [],
+        "teacher": (settings.teacher or {}).get("name") if train else None,
         "topology": name,
         "chips": count,
         "batch_per_chip": args.batch,
-        "accumulate": settings.accumulate if args.train else 1,
-        "shard": settings.shard if args.train else "none",
+        "accumulate": settings.accumulate if train else 1,
+        "shard": settings.shard if train else "none",
         "hbm_gib": hbm,
-        "versions": {
-            "dyntoken": __version__,
-            **{package: importlib.metadata.version(package) for package in ("jax", "jaxlib", "libtpu")},
-        },
+        "versions": {"dyntoken": __version__, **versions},
     }
 
 
-def stored(path: pathlib.Path, wanted: Mapping[str, Any]) -> dict[str, Any] | None:
+def stored(path: pathlib.Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
     """A report from an earlier run, unless it answers another request."""
     if not path.exists():
         return None
@@ -259,7 +244,7 @@ def stored(path: pathlib.Path, wanted: Mapping[str, Any]) -> dict[str, Any] | No
     return found if same else None
 
 
-def _slug(wanted: Mapping[str, Any]) -> str:
+def slug(wanted: dict[str, Any]) -> str:
     """File name of a report, from what a reader would tell it by."""
     model = dict(wanted["model"])
     parts = [model.pop("name"), wanted["step"], wanted["topology"].replace(":", "-")]
@@ -274,51 +259,43 @@ def _slug(wanted: Mapping[str, Any]) -> str:
     return "".join(c if c.isalnum() or c in "._-" else "-" for c in "_".join(map(str, parts)))
 
 
-def _compiled(args: argparse.Namespace, plan: plans.Plan) -> dict[str, Any]:
+def compiled(args: argparse.Namespace, plan: Any) -> dict[str, Any]:
     """Compiles and reads off the program; what does not fit is reported, not raised."""
+    import jax
+
+    from dyntoken.analysis import hlo
+    from dyntoken.ops import backend
+
     began, busy = time.monotonic(), time.process_time()
-
-    def took() -> dict[str, float]:
-        cpu = time.process_time() - busy  # says more than the clock of a machine that does other things
-        return {"compile_s": round(time.monotonic() - began, 1), "compile_cpu_s": round(cpu, 1)}
-
+    refused = step = None
     try:
         with backend.trace_for("tpu"):
             step = plan.train_step if args.train else plan.eval_step
     except jax.errors.JaxRuntimeError as error:
+        refused = cli.one_line(error)[:300]
         if "RESOURCE_EXHAUSTED" not in str(error):
-            raise ValueError(f"the compiler refuses: {cli.one_line(error)[:300]}") from error
-        return {**took(), "refused": cli.one_line(error)[:300]}
-    times, program = took(), step.as_text()
+            raise ValueError(f"the compiler refuses: {refused}") from error
+    # The processor's time says more than the clock of a machine that does other things, too.
+    cpu = round(time.process_time() - busy, 1)
+    took = {"compile_s": round(time.monotonic() - began, 1), "compile_cpu_s": cpu}
+    if step is None:
+        return {**took, "refused": refused}
+    program = step.as_text()
     if args.hlo:
         pathlib.Path(args.hlo).write_text(program)
-    return {**times, **measured(step.memory_analysis(), program)}
+    return {**took, "memory": memory(step), **hlo.summary(program)}
 
 
-def measured(memory: Any, text: str) -> dict[str, Any]:
-    """The part of a report that the compiler answers.
-
-    Args:
-      memory: `Compiled.memory_analysis()`, bytes per chip.
-      text: `Compiled.as_text()`.
-    """
-    found = hlo.operations(text)
-    arguments, results = memory.argument_size_in_bytes, memory.output_size_in_bytes
-    held = arguments + results - memory.alias_size_in_bytes
-    parts = {"arguments": arguments, "held": held, "temporary": memory.temp_size_in_bytes}
-    parts["code"] = memory.generated_code_size_in_bytes
-    moved = [op for op in found if op.group == "copies and layout" and op.kind in hlo.SYNCHRONOUS_MOVES]
-    return {
-        "memory": {**parts, "total": held + parts["temporary"] + parts["code"]},
-        "collectives": [dataclasses.asdict(count) for count in hlo.collectives(found)],
-        "sorts": hlo.counted(found, "sort").count,
-        "gathers": hlo.counted(found, "gather").count,
-        "scatters": hlo.counted(found, "scatter").count,
-        "copies": {"count": sum(op.times for op in moved), "bytes": sum(op.times * op.bytes for op in moved)},
-        "unknown_loops": hlo.unknown_loops(found),
-        "estimate": [dataclasses.asdict(cost) for cost in hlo.costs(found)],
-    }
+def memory(step: Any) -> dict[str, int]:
+    """What a compiled program needs of a chip's memory, in bytes."""
+    found = step.memory_analysis()
+    arguments, results = found.argument_size_in_bytes, found.output_size_in_bytes
+    held = arguments + results - found.alias_size_in_bytes
+    parts = {"arguments": arguments, "held": held, "temporary": found.temp_size_in_bytes}
+    parts["code"] = found.generated_code_size_in_bytes
+    return {**parts, "total": held + parts["temporary"] + parts["code"]}
 
 
+main = cli.tool(__spec__.name, __doc__, arguments, measure, report)
 if __name__ == "__main__":
     sys.exit(main())

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 from dyntoken import data, schema
-from dyntoken.data.plan import parse_split, same_classes
+from dyntoken.data.info import class_difference
+from dyntoken.data.splits import parse_split
 from dyntoken.registry import UnknownNameError, suggest
 from dyntoken.schema import Section
 
@@ -88,7 +89,7 @@ def open_sets(
                     f"config.evals.{label}: {entry.name} has {here} {what}, the model is trained on {there} "
                     f"({chosen.name}): name a set of the same classes"
                 )
-        if other := same_classes(found, info):
+        if other := class_difference(entry.name, found.class_names, chosen.name, info.class_names):
             raise ValueError(
                 f"config.evals.{label}: {other}: name a set of the same classes in the same order"
             )

@@ -11,7 +11,7 @@ import numpy as np
 from etils import epath
 
 from dyntoken import data, schedules
-from dyntoken.eval.classify import classify
+from dyntoken.eval.logits import classify
 from dyntoken.train import hosts, identity
 from dyntoken.train import mesh as meshes
 from dyntoken.train.checkpoint import folder, restore_from

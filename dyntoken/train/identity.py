@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from dyntoken.data.info import class_difference, list_names
 from dyntoken.train.checkpoint import CheckpointError
 from dyntoken.weights import runs
 
@@ -59,29 +60,14 @@ def check(workdir: Any, plan: Plan, step: int | str = "newest") -> None:
 def check_classes(meta: Mapping[str, Any], plan: Plan, where: Any, remedy: str) -> None:
     """Raises `CheckpointError` unless a description names the classes of the plan, in their order.
 
-    Names are compared without spaces; a side that names none is not compared.
+    See `class_difference`.
     """
     before, now = runs.class_names(meta), list(plan.info.class_names)
-    if not before or not now or _joined(before) == _joined(now):
-        return
-    gone, new = [n for n in before if n not in now], [n for n in now if n not in before]
-    if gone or new:
-        found = f"it lacks {_listed(gone)} and adds {_listed(new)}"
-    else:
-        at = next(i for i, pair in enumerate(zip(before, now, strict=False)) if pair[0] != pair[1])
-        found = f"the order differs: class {at} was {before[at]!r} and is {now[at]!r}"
-    raise CheckpointError(
-        f"{where} was trained on {len(before)} classes ({_listed(before)}), data set {plan.info.name!r} has "
-        f"{len(now)} ({_listed(now)}): {found}. Give the data as it was, or {remedy}"
-    )
-
-
-def _joined(names: Sequence[str]) -> list[str]:
-    return ["".join(name.split()) for name in names]
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(map(repr, names[:5])) + (", ..." if len(names) > 5 else "") or "none"
+    if difference := class_difference("the run", before, "the data", now):
+        raise CheckpointError(
+            f"{where} was trained on {len(before)} classes ({list_names(before)}), data set {plan.info.name!r} has "
+            f"{len(now)} ({list_names(now)}): {difference}. Give the data as it was, or {remedy}"
+        )
 
 
 def _spell(grids: Mapping[str, str]) -> str:

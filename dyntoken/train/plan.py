@@ -17,9 +17,9 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from dyntoken import data, losses, mix, optim
-from dyntoken.data.plan import check_eval_batch, check_size, check_topology
-from dyntoken.eval.classify import make_eval_step
+from dyntoken import data, device_augment, losses, optim
+from dyntoken.data.requests import check_eval_batch, check_size, check_topology
+from dyntoken.eval.logits import make_eval_step
 from dyntoken.train import mesh as meshes
 from dyntoken.train.evalsets import MAIN, EvalSet, check_metric, open_sets
 from dyntoken.train.roles import make_model, make_teacher
@@ -142,14 +142,16 @@ class Plan:
         """uint8 -> normalised float32, `[B, H, W, C]`."""
         chosen = self.settings.data
         mean = self.info.mean if chosen.mean is None else chosen.mean
-        return mix.normalize(images, mean, self.info.std if chosen.std is None else chosen.std)
+        return device_augment.normalize(images, mean, self.info.std if chosen.std is None else chosen.std)
 
     def augment(
         self, key: jax.Array, images: jax.Array, labels: jax.Array, ids: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         """Normalises, erases and mixes; see `make_gradient`."""
         classes = self.info.num_classes
-        return mix.mix(key, self.prepare(images), labels, ids, num_classes=classes, **self.settings.mix)
+        return device_augment.mix(
+            key, self.prepare(images), labels, ids, num_classes=classes, **self.settings.mix
+        )
 
     def train_batches(
         self, start_step: int, *, skipped: int = 0, rewinds: int = 0

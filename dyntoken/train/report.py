@@ -12,7 +12,7 @@ import jax
 from etils import epath
 
 from dyntoken import paths
-from dyntoken.analysis import learning, plot
+from dyntoken.analysis import figures, learning_curves
 from dyntoken.train.board import Board
 from dyntoken.train.clock import Clock
 from dyntoken.weights import workdirs
@@ -108,12 +108,12 @@ class Report:
 
     def _draw(self) -> None:
         try:
-            figure = learning.learning_curves(self.rows(), title=self._path.parent.name)
+            figure = learning_curves.learning_curves(self.rows(), title=self._path.parent.name)
         except ModuleNotFoundError as error:
             self._draws = False
             self._log(f"no {self._picture.name}: {error}")
             return
-        plot.save(figure, self._picture)
+        figures.save(figure, self._picture)
 
     def evaluated(self, step: int) -> dict[str, Value] | None:
         """The latest evaluation that was reported at a step, if any."""

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 import ml_collections
 
-from dyntoken import data, losses, mix, models, optim, schema, weights
+from dyntoken import data, device_augment, losses, models, optim, schema, weights
 from dyntoken.registry import load_plugins
 from dyntoken.schema import Count, Natural, NonNegative, Positive, Rate, Section, Seed, Size, within
 from dyntoken.train import mesh as meshes
@@ -39,7 +39,7 @@ TEACHER = Section(lambda given, around: _of_model(given, {"name": str | None, "w
 AUGMENT = Section(lambda given, around: schema.fields(data.AugmentOptions))
 READING = Section(lambda given, around: schema.keywords(data.eval_batches, but=EVAL_OWN))
 LOSS = Section(lambda given, around: {key: Annotated[dict, _of_loss(key)] for key in given})
-MIX = Section(lambda given, around: schema.keywords(mix.mix, but=("num_classes",)))
+MIX = Section(lambda given, around: schema.keywords(device_augment.mix, but=("num_classes",)))
 OPTIM = Section(lambda given, around: schema.keywords(optim.make, but=("total_steps", "steps_per_epoch")))
 INIT = Section(
     lambda given, around: {
@@ -108,7 +108,7 @@ class Settings:
         ZeRO-1; "params" (these too), as FSDP.
       epochs, steps: length of the run; steps > 0 wins.
       seed: of initialisation, data order and every draw.
-      mix: keywords of `dyntoken.mix.mix`.
+      mix: keywords of `dyntoken.device_augment.mix`.
       optim: keywords of `dyntoken.optim.make`.
       ema: decay of the weight average, 0 for none.
       ema_warmup: the decay rises to `ema` with the steps, so that the average
@@ -131,7 +131,7 @@ class Settings:
       profile: `start` and `steps`: which steps are traced into `WORKDIR/profile`.
       tensorboard: also write `WORKDIR/tensorboard`; needs the extra of that name.
       curves: draw `WORKDIR/curves.png` at every evaluation, if matplotlib is there.
-      compare: the command line ends a training run with `tools.compare`.
+      compare: the command line ends a training run with `tools.demo_report`.
       plugins: modules that are imported first; they register what other keys name.
     """
 

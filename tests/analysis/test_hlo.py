@@ -58,25 +58,23 @@ backend_config={"window_config":{"estimated_cycles":"200"}}
 
 
 def test_a_tpu_program():
-    found = hlo.operations(TPU)
-    assert hlo.collectives(found) == (
-        hlo.Count("all-gather", 1, 40 * 4),
-        hlo.Count("all-reduce", 1, 10 * 4 + 6 * 2),
-    )
-    assert hlo.counted(found, "sort").count == 0
-    assert hlo.counted(found, "gather") == hlo.Count("gather", 1, 4 * 32 * 4)
-    assert hlo.counted(found, "copy").count == 0  # the started one is a prefetch
-    costs = {cost.group: (cost.count, cost.cycles, cost.estimated) for cost in hlo.costs(found)}
+    found = hlo.summary(TPU)
+    assert found["collectives"] == [
+        {"kind": "all-gather", "count": 1, "bytes": 40 * 4},
+        {"kind": "all-reduce", "count": 1, "bytes": 10 * 4 + 6 * 2},
+    ]
+    assert (found["sorts"], found["gathers"], found["scatters"]) == (0, 1, 0)
+    assert found["copies"] == {"count": 1, "bytes": 32 * 8 * 4}  # the started one is a prefetch
+    costs = {cost["group"]: (cost["count"], cost["cycles"], cost["estimated"]) for cost in found["estimate"]}
     assert costs == {
         "matrix products and convolutions": (3, 3000, 3),
         "copies and layout": (2, 200, 1),
         "collectives": (2, 0, 0),
         "gathers and scatters": (1, 0, 0),
     }
-    assert hlo.unknown_loops(found) == 0
-    endless = hlo.operations(TPU.replace("direction=LT", "direction=NE"))
-    assert hlo.unknown_loops(endless) == 1
-    assert [cost.cycles for cost in hlo.costs(found)] == [3000, 200, 0, 0]
+    assert [cost["cycles"] for cost in found["estimate"]] == [3000, 200, 0, 0]
+    assert found["unknown_loops"] == 0
+    assert hlo.summary(TPU.replace("direction=LT", "direction=NE"))["unknown_loops"] == 1
 
 
 def test_a_program_of_this_machine():
@@ -89,14 +87,13 @@ def test_a_program_of_this_machine():
 
     specs = (PartitionSpec(), PartitionSpec("data"))
     mapped = jax.jit(jax.shard_map(fn, mesh=mesh, in_specs=specs, out_specs=PartitionSpec()))
-    text = mapped.lower(jnp.ones((6, 6)), jnp.ones((8, 6))).compile().as_text()
-    found = hlo.operations(text)
-    assert hlo.collectives(found) == (hlo.Count("all-reduce", 1, 6 * 4),)
-    assert hlo.counted(found, "sort").count == 1
-    assert sum(op.times for op in found if op.group.startswith("matrix")) == 5
-    assert all(cost.cycles == 0 for cost in hlo.costs(found))
+    found = hlo.summary(mapped.lower(jnp.ones((6, 6)), jnp.ones((8, 6))).compile().as_text())
+    assert found["collectives"] == [{"kind": "all-reduce", "count": 1, "bytes": 6 * 4}]
+    assert found["sorts"] == 1
+    assert [cost["count"] for cost in found["estimate"] if cost["group"].startswith("matrix")] == [5]
+    assert all(cost["cycles"] == 0 for cost in found["estimate"])
 
 
 def test_text_of_something_else():
     with pytest.raises(ValueError, match="no entry computation"):
-        hlo.operations("module @jit_f { func.func public @main() }")
+        hlo.summary("module @jit_f { func.func public @main() }")

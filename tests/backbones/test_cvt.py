@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 
 import dyntoken
-from dyntoken import mix, optim, weights
+from dyntoken import device_augment, optim, weights
 from dyntoken.analysis import macs
 from dyntoken.backbones.cvt import key_weights
 from dyntoken.nn.layers import ACTIVATIONS
 from dyntoken.train import mesh as meshes
 from dyntoken.train.state import create_state
 from dyntoken.train.step import make_train_step
+from dyntoken.weights import official
 
 SLOW = pytest.mark.slow
 TINY = {"widths": (8, 16), "depths": (1, 1), "heads": (1, 2), "mlp_ratios": (2, 2), "num_classes": 5}
@@ -89,15 +90,15 @@ def _spec(**changes):
 
 def test_import_reads_the_official_spec():
     options = {"num_classes": 5, "img_size": 16, "spec": _spec(QKV_BIAS=[False, True])}
-    model = weights.references.build("microsoft/CvT", "ConvolutionalVisionTransformer", options).model
+    model = official.build("microsoft/CvT", "ConvolutionalVisionTransformer", options).model
     assert model.pool == "mean" and model.plain().qkv_bias == (False, True)
     for changes, message in (
-        ({"QKV_PROJ_METHOD": ["dw_bn", "avg"]}, "only 'dw_bn' is implemented"),
+        ({"QKV_PROJ_METHOD": ["dw_bn", "max"]}, "projection"),
         ({"PADDING_Q": [1, 0]}, "changes the size of the queries' map"),
         ({"STRIDE_QK": [1, 1]}, "no entry 'STRIDE_QK'.*STRIDE_KV"),
     ):
         with pytest.raises(weights.WeightsError, match=message):
-            weights.references.build(
+            official.build(
                 "microsoft/CvT", "ConvolutionalVisionTransformer", {**options, "spec": _spec(**changes)}
             )
 
@@ -127,8 +128,8 @@ def _trained(devices, name="dtps_cvt_13", **options):
     model = _model(name, keep=0.6, drop_path=0.2, **options)
 
     def augment(key, images, labels, ids):
-        images = mix.normalize(images, (0.5,) * 3, (0.25,) * 3)
-        return mix.mix(key, images, labels, num_classes=5, mixup=0.8, cutmix=1.0)
+        images = device_augment.normalize(images, (0.5,) * 3, (0.25,) * 3)
+        return device_augment.mix(key, images, labels, num_classes=5, mixup=0.8, cutmix=1.0)
 
     variables = jax.tree.map(jnp.copy, _variables(name))
     tx, _ = optim.make(

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from dyntoken import data
-from dyntoken.data import inat2019, tfds_source
+from dyntoken.data import tfds_source
+from scripts import prepare_data
 
 pytest.importorskip("tensorflow")
 PIL = pytest.importorskip("PIL.Image")
@@ -137,13 +138,13 @@ def test_repeated_augmentation_of_a_stream(tree):
 
 
 def test_views_take_turns():
-    from dyntoken.data.stream import view_order
+    from dyntoken.data.stream import interleaved_views
 
     rows = [(0, 0), (1, 0), (2, 0), (3, 0), (1, 1), (2, 1), (3, 1), (0, 1), (2, 2), (3, 2), (0, 2), (1, 2)]
-    assert view_order(4, 3) == rows
+    assert interleaved_views(4, 3) == rows
     for records in (2, 3, 4):
         for repeats in (2, 3, 4, 5):
-            order = view_order(records, repeats)
+            order = interleaved_views(records, repeats)
             assert sorted(order) == [(r, v) for r in range(records) for v in range(repeats)]
             assert all(a != b for (a, _), (b, _) in itertools.pairwise(order))
 
@@ -209,15 +210,15 @@ def test_corrupt_images_are_not_evaluated_and_limited(damaged, caplog):
 
 
 def test_replacement_by_hand():
-    from dyntoken.data.folder import _Files
-    from dyntoken.data.stream import _Corrupt, replace_bad
+    from dyntoken.data.files import FileRecords
+    from dyntoken.data.stream import CorruptLog, replace_bad
 
     def batch(bad):
         rows = np.arange(6)
         more = {"mask": np.ones(6, np.float32), "bad": np.array(bad, bool), "name": np.array([b"n"] * 6)}
         return {"image": rows * 10, "label": rows, **more}
 
-    log = _Corrupt(data.info("fake"), 9, _Files({}))
+    log = CorruptLog(data.info("fake"), 9, FileRecords({}))
     assert replace_bad(batch([0, 1, 0, 1, 1, 0]), 3, log)["label"].tolist() == [0, 0, 2, 5, 5, 5]
     assert replace_bad(batch([1, 1, 0, 0, 0, 1]), 3, log)["image"].tolist() == [20, 20, 20, 30, 40, 40]
     made = replace_bad(batch([1, 1, 1, 0, 0, 0]), 3, log)  # no good row in the first shard
@@ -307,7 +308,7 @@ def test_imagenet_real_gives_every_label(tmp_path, photo):
         ("imagenet_v2/topimages:3.0.0", ["`tfds build imagenet_v2/topimages:3.0.0 --data_dir="]),
         (
             "i_naturalist2019",
-            ["`python -m dyntoken.data.inat2019 --source=DIR --data_dir=", "train2019.json"],
+            ["`python scripts/prepare_data.py inat2019 --source=DIR --data_dir=", "train2019.json"],
         ),
     ],
 )
@@ -340,9 +341,9 @@ def inat(tmp_path, photo):
 
 def test_inaturalist_is_written_as_it_is(inat, capsys):
     source, out = inat
-    flags = [f"--source={source}", f"--data_dir={out}"]
-    assert inat2019.main(flags) == 0
-    assert inat2019.main(flags) == 1 and "exists already" in capsys.readouterr().err
+    flags = ["inat2019", f"--source={source}", f"--data_dir={out}"]
+    assert prepare_data.main(flags) == 0
+    assert prepare_data.main(flags) == 1 and "exists already" in capsys.readouterr().err
     facts = data.info("i_naturalist2019", data_dir=str(out))
     assert facts.splits == {"train": 5, "validation": 2} and facts.num_classes == 3
     assert facts.class_names == ("species 0", "species 1", "species 2")
@@ -350,15 +351,15 @@ def test_inaturalist_is_written_as_it_is(inat, capsys):
     (batch,) = data.eval_batches("i_naturalist2019", **request)
     assert sorted(batch["label"][batch["mask"] > 0]) == [0, 0, 1, 1, 2]
     builder, _ = tfds_source._read("i_naturalist2019", f"{out}/i_naturalist2019/1.0.0")
-    rows = list(tfds_source._TfdsRecords(builder).rows((("train", 0, 5),), None).as_numpy_iterator())
+    rows = list(tfds_source.TfdsRecords(builder).read((("train", 0, 5),), None).as_numpy_iterator())
     stored = {(source / f"train_val2019/Plants/{n % 3}/{n:032x}.jpg").read_bytes(): n % 3 for n in range(5)}
     assert {image: label for image, label, _ in rows} == stored  # the very bytes, with their labels
 
 
 def test_inaturalist_errors(inat, capsys):
     source, out = inat
-    flags = [f"--source={source}", f"--data_dir={out}"]
+    flags = ["inat2019", f"--source={source}", f"--data_dir={out}"]
     (source / "val2019.json").write_text("{}")
-    assert inat2019.main(flags) == 1 and "is no iNaturalist annotation file" in capsys.readouterr().err
+    assert prepare_data.main(flags) == 1 and "is no iNaturalist annotation file" in capsys.readouterr().err
     (source / "val2019.json").unlink()
-    assert inat2019.main(flags) == 1 and "no file" in capsys.readouterr().err
+    assert prepare_data.main(flags) == 1 and "no file" in capsys.readouterr().err

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dyntoken import data
-from dyntoken.data import mini, stateless
+from dyntoken.data import hash_rng, mini
 
 MINI = "fashion_mnist_mini"
 PAD = {"crop": "pad", "pad_mode": "reflect"}
@@ -25,13 +25,13 @@ def assert_same(a, b):
 def test_bits_are_pinned():
     # A change here changes every run of every config.
     expected = np.array([0x141DD8C41BECED03, 0xB01B6BCE957E5705, 0xA4E7D8A0DB59065], np.uint64)
-    np.testing.assert_array_equal(stateless.bits(0, 1, np.arange(3)), expected)
-    np.testing.assert_array_equal(stateless.permutation(6, 1, 2), [3, 4, 5, 1, 2, 0])
-    np.testing.assert_allclose(stateless.uniform(7, 3), [0.7111291385792287], rtol=1e-15)
+    np.testing.assert_array_equal(hash_rng.bits(0, 1, np.arange(3)), expected)
+    np.testing.assert_array_equal(hash_rng.permutation(6, 1, 2), [3, 4, 5, 1, 2, 0])
+    np.testing.assert_allclose(hash_rng.uniform(7, 3), [0.7111291385792287], rtol=1e-15)
 
 
 def test_uniform_is_uniform_and_uncorrelated():
-    draws = stateless.uniform(5, np.arange(20000)[:, None], np.arange(3)[None])
+    draws = hash_rng.uniform(5, np.arange(20000)[:, None], np.arange(3)[None])
     assert draws.min() >= 0 and draws.max() < 1
     np.testing.assert_allclose(draws.mean(0), 0.5, atol=0.01)
     np.testing.assert_allclose(draws.var(0), 1 / 12, atol=0.002)
@@ -129,7 +129,7 @@ def test_evaluation_of_several_splits():
 
 def test_per_cent_slices_cut_without_gap():
     counts = data.info(MINI).splits
-    assert data.plan.parse_split(MINI, "train[:33%]+train[33%:]", counts) == (
+    assert data.splits.parse_split(MINI, "train[:33%]+train[33%:]", counts) == (
         ("train", 0, 3300),
         ("train", 3300, 10000),
     )

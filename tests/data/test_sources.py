@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from dyntoken import data
-from dyntoken.data import idx, make_mini, mini
+from dyntoken.data import mini
 from dyntoken.registry import UnknownNameError
+from scripts import prepare_data
 
 IDX_DIR = Path("/usr/share/datasets/fashion-mnist")
 
@@ -17,7 +18,7 @@ IDX_DIR = Path("/usr/share/datasets/fashion-mnist")
 def test_embedded_set_is_small_balanced_and_licensed():
     assert mini.DATA.stat().st_size < 6_000_000
     assert "Zalando" in (mini.FOLDER / "LICENSE").read_text()
-    assert "make_mini" in (mini.FOLDER / "README.md").read_text()
+    assert "prepare_data" in (mini.FOLDER / "README.md").read_text()
     facts = data.info("fashion_mnist_mini")
     assert facts.splits == {"train": 10000, "test": 2000}
     assert facts.image_shape == (28, 28, 1) and facts.num_classes == 10 and facts.channels == 1
@@ -33,7 +34,7 @@ def test_embedded_set_is_small_balanced_and_licensed():
     not (IDX_DIR / "train-images-idx3-ubyte.gz").exists(), reason="no Fashion-MNIST idx files here"
 )
 def test_embedded_set_equals_the_idx_files():
-    made = make_mini.build(IDX_DIR)
+    made = prepare_data.mini_arrays(IDX_DIR)
     with np.load(mini.DATA, allow_pickle=False) as stored:
         assert set(stored) == set(made)
         for key, array in made.items():
@@ -42,18 +43,18 @@ def test_embedded_set_equals_the_idx_files():
 
 def test_mini_choice_is_the_first_of_each_class():
     labels = np.array([*range(10), 3, *range(10), 0])
-    np.testing.assert_array_equal(make_mini.choose(labels, 2), [*range(11), 11, 12, 13, *range(15, 21)])
+    np.testing.assert_array_equal(prepare_data.choose(labels, 2), [*range(11), 11, 12, 13, *range(15, 21)])
     with pytest.raises(data.DataError, match="fewer than 3"):
-        make_mini.choose(labels, 3)
+        prepare_data.choose(labels, 3)
 
 
 def test_idx_errors(tmp_path, capsys):
-    assert make_mini.main([f"--idx_dir={tmp_path}"]) == 1
+    assert prepare_data.main(["mini", f"--source={tmp_path}"]) == 1
     assert "no file" in capsys.readouterr().err
     bad = tmp_path / "train-images-idx3-ubyte.gz"
     bad.write_bytes(b"nothing")
     with pytest.raises(data.DataError, match="not a whole gzip file"):
-        idx.read_idx(bad)
+        prepare_data.read_idx(bad)
 
 
 def test_fake_is_deterministic_and_follows_its_options():
@@ -116,7 +117,13 @@ def test_unknown_name_gives_the_nearest(tmp_path):
             ["ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "tfds build imagenet2012 --data_dir="],
         ),
         ("imagenet2012:5.1.0", ["downloads/manual"]),
-        ("fashion_mnist", ["python -m dyntoken.data.prepare_fashion_mnist --idx_dir="]),
+        (
+            "fashion_mnist",
+            [
+                "`tfds build fashion_mnist --data_dir=",
+                "python scripts/prepare_data.py fashion_mnist ",
+            ],
+        ),
         ("cifar10", ["tfds build cifar10 --data_dir="]),
         ("oxford_iiit_pet", ["tfds build oxford_iiit_pet --data_dir="]),
     ],

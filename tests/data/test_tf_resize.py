@@ -20,11 +20,13 @@ def photo():
 def ours(image, boxes, size, interpolation, flip=False, **options):
     import tensorflow as tf
 
-    from dyntoken.data.tf_resize import cover, place, resize
+    from dyntoken.data.tf_resize import pad_to_windows, plan_windows, resize
 
-    parts = place(tf.constant(boxes, tf.int32), tf.constant(image.shape[:2]), size, interpolation, **options)
-    image = cover(tf.constant(image), parts)
-    return [resize(image, part, size, interpolation, flip).numpy() for part in parts]
+    windows = plan_windows(
+        tf.constant(boxes, tf.int32), tf.constant(image.shape[:2]), size, interpolation, **options
+    )
+    image = pad_to_windows(tf.constant(image), windows)
+    return [resize(image, window, size, interpolation, flip).numpy() for window in windows]
 
 
 def pillows(image, size, interpolation):

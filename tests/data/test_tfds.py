@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from dyntoken import data
-from dyntoken.data import mini, prepare_fashion_mnist, resample, stateless, tfds_source
+from dyntoken.data import hash_rng, mini, resample, tfds_source
 from dyntoken.data.augment import AugmentOptions, random_boxes
+from scripts import prepare_data
 
 pytest.importorskip("tensorflow")
 
@@ -43,9 +44,9 @@ def fashion(tmp_path_factory):
             write_idx(idx_dir / f"{prefix}-images-idx3-ubyte.gz", images[..., 0])
             write_idx(idx_dir / f"{prefix}-labels-idx1-ubyte.gz", labels)
             arrays[split] = images, labels
-    flags = [f"--idx_dir={idx_dir}", f"--data_dir={data_dir}"]
-    assert prepare_fashion_mnist.main(flags) == 0
-    assert prepare_fashion_mnist.main(flags) == 1  # never overwrites
+    flags = ["fashion_mnist", f"--source={idx_dir}", f"--data_dir={data_dir}"]
+    assert prepare_data.main(flags) == 0
+    assert prepare_data.main(flags) == 1  # never overwrites
     return str(data_dir), arrays
 
 
@@ -107,7 +108,7 @@ def test_info_comes_from_the_folder(fashion):
     assert facts.mean == (0.2860,) and facts.std == (0.3530,)
     version = data.info("fashion_mnist:3.*.*", data_dir=fashion[0])
     assert version.splits == facts.splits
-    with pytest.raises(data.MissingDataError, match="prepare_fashion_mnist"):
+    with pytest.raises(data.MissingDataError, match=r"prepare_data\.py fashion_mnist"):
         data.train_batches("fashion_mnist:1.0.0", batch=8, seed=0, data_dir=fashion[0])
 
 
@@ -185,7 +186,7 @@ def test_tf_images_agree_with_numpy(encode):
     # The same resize, centre crop and rounding in both pipelines, up to one grey level.
     import tensorflow as tf
 
-    from dyntoken.data.tf_image import eval_image, train_views
+    from dyntoken.data.tf_image import eval_view, train_views
 
     for index in (0, 11):
         encoded = getattr(tf.io, f"encode_{encode}")(photo(index))
@@ -193,10 +194,10 @@ def test_tf_images_agree_with_numpy(encode):
         if encode == "jpeg":
             pixels = tf.image.decode_jpeg(encoded, dct_method="INTEGER_ACCURATE").numpy()
         for size, kernel in (((18, 18), "bicubic"), ((16, 30), "bilinear"), ((40, 40), "bicubic")):
-            made = eval_image(encoded, size, 3, 0.875, kernel).numpy()
+            made = eval_view(encoded, size, 3, 0.875, kernel)[0].numpy()
             expected = resample.resize_centre(pixels[None], size, 0.875, kernel)[0]
             assert np.abs(made.astype(int) - expected.astype(int)).max() <= 1
-        np.testing.assert_array_equal(eval_image(encoded, pixels.shape[:2], 3, 0.875, "bicubic"), pixels)
+        np.testing.assert_array_equal(eval_view(encoded, pixels.shape[:2], 3, 0.875, "bicubic")[0], pixels)
         # The whole image as the only possible box, always flipped.
         ratio = pixels.shape[1] / pixels.shape[0]
         options = AugmentOptions(scale=(1, 1), ratio=(ratio, ratio), flip=1.0)
@@ -215,7 +216,7 @@ def test_random_box_agrees_with_numpy():
     from dyntoken.data.tf_image import random_box
 
     options = AugmentOptions(scale=(0.3, 1.0))
-    draws = stateless.uniform(9, np.arange(60)[:, None], np.arange(22)[None])
+    draws = hash_rng.uniform(9, np.arange(60)[:, None], np.arange(22)[None])
     for (height, width), rows in zip([(90, 40), (37, 51), (20, 90)], np.split(draws, 3), strict=True):
         expected = random_boxes(rows, height, width, options.scale, options.ratio)
         made = random_box(tf.constant(rows, tf.float32), tf.constant(height), tf.constant(width), options)

@@ -15,7 +15,11 @@ def cascade(count, images, seed=0, classes=5):
     signal = 0.5 + 2.5 * np.arange(count)[:, None] / count + ease[None, :]
     np.put_along_axis(logits, np.broadcast_to(labels, (count, images))[..., None], signal[..., None], -1)
     logits = logits.astype(np.float32)
-    return exits.correct_of(logits, labels), exits.confidence(logits), np.cumsum(np.arange(1.0, count + 1))
+    return (
+        exits.correct_of(logits, labels),
+        exits.score("confidence", logits),
+        np.cumsum(np.arange(1.0, count + 1)),
+    )
 
 
 def budgets_of(costs, count=8):

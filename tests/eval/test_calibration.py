@@ -7,7 +7,7 @@ import pytest
 
 from dyntoken.eval import calibration, exits
 from dyntoken.eval.calibration import CALIBRATION, HELD_OUT, Half
-from dyntoken.eval.thresholds import Solution
+from dyntoken.eval.exits import Operating
 
 COSTS = np.array([1.0, 3.0])
 HALF = Half(
@@ -19,7 +19,7 @@ HALF = Half(
 
 def solution(limit, budget=2.0, solver="optimal"):
     limits = np.array([limit, exits.ALWAYS])
-    return Solution(limits, 0.0, 0.0, np.zeros(2, int), budget, solver, None, 1, 0.0)
+    return Operating(limits, 0.0, 0.0, np.zeros(2, int), np.zeros(2, int), budget, solver)
 
 
 def test_even_images_calibrate_and_odd_ones_judge():
@@ -34,20 +34,14 @@ def test_even_images_calibrate_and_odd_ones_judge():
 
 
 def test_points_by_hand():
-    one, other = calibration.anytime(HALF, COSTS, "margin")
-    assert (one.kind, one.solver, one.rule, one.half, one.budget) == (
-        "anytime",
-        None,
-        "margin",
-        HELD_OUT,
-        None,
-    )
-    assert (one.accuracy, one.cost, one.shares) == (0.5, 1.0, (1.0, 0.0))
+    one, other = exits.anytime(HALF.correct, COSTS)
+    assert (one.solver, one.budget) == (None, None)
+    assert (one.accuracy, one.cost, one.shares.tolist()) == (0.5, 1.0, [1.0, 0.0])
     assert one.error == 0.25  # sqrt(0.5 * 0.5 / 4)
-    assert (other.cost, other.shares) == (3.0, (0.0, 1.0))
-    (point,) = calibration.budgeted(HALF, [solution(3.5)], COSTS, "margin")
-    assert (point.kind, point.solver, point.budget) == ("budgeted", "optimal", 2.0)
-    assert (point.accuracy, point.cost, point.shares) == (0.5, 2.5, (0.25, 0.75))
+    assert (other.cost, other.shares.tolist()) == (3.0, [0.0, 1.0])
+    point = HALF.judge(solution(3.5), COSTS)
+    assert (point.solver, point.budget) == ("optimal", 2.0)
+    assert (point.accuracy, point.cost, point.shares.tolist()) == (0.5, 2.5, [0.25, 0.75])
 
 
 def test_a_comparison_by_hand():
@@ -55,19 +49,19 @@ def test_a_comparison_by_hand():
     np.testing.assert_array_equal(HALF.right([4.0, 0]), [True, True, False, False])
     np.testing.assert_array_equal(HALF.right([0.0, 0]), [True, False, True, False])
     found = calibration.compare(HALF, [solution(4.0), solution(4.0)], [solution(0.0), solution(4.0)])
-    assert (found.half, found.budgets, found.above, found.difference) == (HELD_OUT, 2, 2, 0.0)
+    assert (found["budgets"], found["above"], found["difference"]) == (2, 2, 0.0)
     # Differences per image, mean of both budgets: 0, 1/2, -1/2, 0.
-    assert found.error == pytest.approx(np.sqrt((0.25 + 0.25) / 3) / 2)
-    assert found.shortfall == 0.0
+    assert found["error"] == pytest.approx(np.sqrt((0.25 + 0.25) / 3) / 2)
+    assert found["shortfall"] == 0.0
 
 
 def test_a_shortfall_is_in_standard_errors():
     half = Half(CALIBRATION, np.array([[1, 1, 1, 1], [1, 1, 0, 0]], bool), HALF.scores)
     found = calibration.compare(half, [solution(9.0)], [solution(0.0)])  # 2 of 4 against 4 of 4
-    assert (found.above, found.difference) == (0, -0.5)
-    assert found.shortfall == pytest.approx(0.5 / 0.25)
+    assert (found["above"], found["difference"]) == (0, -0.5)
+    assert found["shortfall"] == pytest.approx(0.5 / 0.25)
     found = calibration.compare(half, [solution(0.0)], [solution(9.0)])
-    assert (found.above, found.difference, found.shortfall) == (1, 0.5, 0.0)
+    assert (found["above"], found["difference"], found["shortfall"]) == (1, 0.5, 0.0)
 
 
 def test_optimal_is_solved_last_and_starts_from_the_genetic_solution():
@@ -85,9 +79,6 @@ def test_optimal_is_solved_last_and_starts_from_the_genetic_solution():
     )
 
 
-def test_sweep_and_errors():
-    np.testing.assert_allclose(calibration.sweep([1.0, 2.0, 4.0], 4), [1, 2, 3, 4])
-    with pytest.raises(ValueError, match="points must be at least 2, got 1"):
-        calibration.sweep([1.0, 2.0], 1)
+def test_one_image_is_no_split():
     with pytest.raises(ValueError, match="one image makes no two halves"):
         calibration.halves(np.zeros((2, 1, 3)), [0], "confidence")

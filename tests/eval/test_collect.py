@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dyntoken import data
-from dyntoken.eval import collect
+from dyntoken.eval import logits as split_logits
 from dyntoken.train import mesh as meshes
 from dyntoken.types import Output
 
@@ -32,9 +32,9 @@ def as_float(images):
 
 def run(batches, devices, model=None, scale=2.0):
     mesh = meshes.data_mesh(jax.devices()[:devices])
-    step = collect.make_step(model or Pixels(), mesh, prepare=as_float)
+    step = split_logits.make_logits_step(model or Pixels(), mesh, prepare=as_float)
     placed = (meshes.place(batch, mesh) for batch in batches)
-    return collect.collect(step, {"scale": jnp.float32(scale)}, placed)
+    return split_logits.collect(step, {"scale": jnp.float32(scale)}, placed)
 
 
 @pytest.mark.parametrize(("devices", "batch"), [(1, 8), (4, 8), (4, 40)])
@@ -63,7 +63,7 @@ def test_one_clear_error_each():
         arch = "deit_tiny"
 
     with pytest.raises(ValueError, match=r"deit_tiny has no exits: thresholds need .* dvt_deit_small"):
-        collect.make_step(Plain(), meshes.data_mesh(jax.devices()[:1]), prepare=as_float)
+        split_logits.make_logits_step(Plain(), meshes.data_mesh(jax.devices()[:1]), prepare=as_float)
     with pytest.raises(ValueError, match="the split is empty"):
         run([], 1)
     batch = {

@@ -19,31 +19,31 @@ COSTS = [1.0, 2.0, 4.0]
 
 
 def test_rules_by_hand():
-    np.testing.assert_allclose(exits.confidence(LOGITS), [[0.5, 0.9]], rtol=1e-6)
-    np.testing.assert_allclose(exits.margin(LOGITS), [[0.25, 0.8]], rtol=1e-6)
+    np.testing.assert_allclose(exits.score("confidence", LOGITS), [[0.5, 0.9]], rtol=1e-6)
+    np.testing.assert_allclose(exits.score("margin", LOGITS), [[0.25, 0.8]], rtol=1e-6)
     nats = [[-1.5 * np.log(2), 0.9 * np.log(0.9) + 0.1 * np.log(0.1)]]
-    np.testing.assert_allclose(exits.entropy(LOGITS), nats, rtol=1e-6)
+    np.testing.assert_allclose(exits.score("entropy", LOGITS), nats, rtol=1e-6)
 
 
 def test_extreme_logits_stay_finite():
     logits = np.array([[[1e4, -1e4], [0.0, -np.inf]]], np.float32)
     for rule in ("confidence", "margin"):
         np.testing.assert_array_equal(exits.score(rule, logits), [[1.0, 1.0]])
-    np.testing.assert_array_equal(exits.entropy(logits), [[0.0, 0.0]])
+    np.testing.assert_array_equal(exits.score("entropy", logits), [[0.0, 0.0]])
 
 
 def test_half_precision_logits_are_scored_in_float32():
-    scores = exits.confidence(np.array([[[1.0, 0.5]]], np.float16))
+    scores = exits.score("confidence", np.array([[[1.0, 0.5]]], np.float16))
     assert scores.dtype == np.float32
     np.testing.assert_allclose(scores, [[1 / (1 + np.exp(-0.5))]], rtol=1e-6)
 
 
 def test_random_is_seeded_and_ignores_the_logits():
     logits = np.zeros((3, 1000, 2), np.float32)
-    one, other = exits.random(logits, seed=5), exits.random(logits + 1, seed=5)
+    one, other = exits.score("random", logits, seed=5), exits.score("random", logits + 1, seed=5)
     np.testing.assert_array_equal(one, other)
     assert one.shape == (3, 1000)
-    assert (exits.random(logits, seed=6) != one).mean() > 0.99
+    assert (exits.score("random", logits, seed=6) != one).mean() > 0.99
     assert abs(one.mean() - 0.5) < 0.02
     assert abs(np.corrcoef(one)[0, 1]) < 0.1  # exits draw independently
 
@@ -115,22 +115,29 @@ def test_evaluate_is_what_exit_of_says(data):
 
 
 def test_anytime_curve_is_each_exit_alone():
-    curve = exits.anytime(CORRECT, COSTS)
-    np.testing.assert_array_equal(curve.accuracy, [0.5, 0.5, 0.75])
-    np.testing.assert_array_equal(curve.cost, COSTS)
-    np.testing.assert_array_equal(curve.counts, [[4, 0, 0], [0, 4, 0], [0, 0, 4]])
+    points = exits.anytime(CORRECT, COSTS)
+    assert [point.accuracy for point in points] == [0.5, 0.5, 0.75]
+    assert [point.cost for point in points] == COSTS
+    np.testing.assert_array_equal([point.counts for point in points], [[4, 0, 0], [0, 4, 0], [0, 0, 4]])
 
 
-def test_budgeted_curve_keeps_the_order_of_the_thresholds():
-    rows = [[exits.NEVER, exits.NEVER, 0.0], [0.9, 0.7, 0.0], [0.0, 0.0, 0.0]]
-    curve = exits.budgeted(CORRECT, SCORES, rows, COSTS)
-    np.testing.assert_array_equal(curve.accuracy, [0.75, 0.5, 0.5])
-    np.testing.assert_array_equal(curve.cost, [4.0, 2.25, 1.0])
-    np.testing.assert_array_equal(curve.counts, [[0, 0, 4], [1, 2, 1], [4, 0, 0]])
+@pytest.mark.parametrize(
+    ("limits", "accuracy", "cost", "counts"),
+    [
+        ([exits.NEVER, exits.NEVER, 0.0], 0.75, 4.0, [0, 0, 4]),
+        ([0.9, 0.7, 0.0], 0.5, 2.25, [1, 2, 1]),
+        ([0.0, 0.0, 0.0], 0.5, 1.0, [4, 0, 0]),
+    ],
+)
+def test_points_of_a_budgeted_curve(limits, accuracy, cost, counts):
+    point = exits.evaluate(CORRECT, SCORES, limits, COSTS)
+    assert (point.accuracy, point.cost, point.counts.tolist()) == (accuracy, cost, counts)
+    assert point.shares.tolist() == [count / 4 for count in counts]
+    assert point.error == np.sqrt(accuracy * (1 - accuracy) / 4)
 
 
 def _evaluate(**changed):
-    given = {"correct": CORRECT, "scores": SCORES, "thresholds": [0.5, 0.5, 0.5], "macs": COSTS}
+    given = {"correct": CORRECT, "scores": SCORES, "thresholds": [0.5, 0.5, 0.5], "costs": COSTS}
     return exits.evaluate(**(given | changed))
 
 
@@ -140,11 +147,11 @@ def _evaluate(**changed):
         ({"thresholds": [0.5, 0.5]}, r"3 exits need 3 thresholds, got shape \(2,\)"),
         ({"thresholds": [[0.5, 0.5, 0.5]]}, r"got shape \(1, 3\)"),
         ({"thresholds": [0.5, np.nan, 0.5]}, "threshold 1 is NaN"),
-        ({"macs": [1.0, 2.0]}, "3 exits need 3 costs"),
-        ({"macs": [1.0, 2.0, 2.0]}, "strictly increasing, got 1, 2, 2"),
-        ({"macs": [3.0, 2.0, 4.0]}, "strictly increasing, got 3, 2, 4"),
-        ({"macs": [0.0, 2.0, 4.0]}, "positive"),
-        ({"macs": [1.0, np.nan, 4.0]}, "strictly increasing"),
+        ({"costs": [1.0, 2.0]}, "3 exits need 3 costs"),
+        ({"costs": [1.0, 2.0, 2.0]}, "strictly increasing, got 1, 2, 2"),
+        ({"costs": [3.0, 2.0, 4.0]}, "strictly increasing, got 3, 2, 4"),
+        ({"costs": [0.0, 2.0, 4.0]}, "positive"),
+        ({"costs": [1.0, np.nan, 4.0]}, "strictly increasing"),
         ({"correct": CORRECT[:2]}, r"correct \(2, 4\) and scores \(3, 4\) differ"),
         ({"correct": CORRECT[0]}, r"correct must be \[exits, images\]"),
         ({"correct": CORRECT * 2}, "True or False"),
@@ -162,14 +169,12 @@ def test_one_clear_error_each(changed, message):
 
 def test_errors_of_rules_and_labels():
     with pytest.raises(ValueError, match=r"\[exits, images, classes\], got shape \(1, 3\)"):
-        exits.confidence(LOGITS[:, 0])
+        exits.score("confidence", LOGITS[:, 0])
     with pytest.raises(ValueError, match="NaN"):
-        exits.confidence(LOGITS * np.nan)
+        exits.score("confidence", LOGITS * np.nan)
     with pytest.raises(ValueError, match="at least two classes"):
-        exits.margin(LOGITS[..., :1])
+        exits.score("margin", LOGITS[..., :1])
     with pytest.raises(ValueError, match="one per image"):
         exits.correct_of(LOGITS, [0])
     with pytest.raises(UnknownNameError, match="did you mean confidence"):
         exits.score("confidense", LOGITS)
-    with pytest.raises(ValueError, match=r"\[points, exits\]"):
-        exits.budgeted(CORRECT, SCORES, [0.5, 0.5, 0.5], COSTS)

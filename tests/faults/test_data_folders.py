@@ -9,7 +9,7 @@ import pytest
 
 from dyntoken import data
 from dyntoken.data import folder as folders
-from dyntoken.data import stateless
+from dyntoken.data import hash_rng
 from tests.faults.folder import CLASSES, HUES, make_folder, picture
 
 pytest.importorskip("tensorflow")
@@ -75,7 +75,7 @@ def test_the_order_depends_on_names_alone(tmp_path):
 
 def test_stratified_order_by_hand():
     rows = np.repeat([0, 1, 2], [4, 8, 2])
-    order = stateless.stratified(rows, 3, np.arange(14))
+    order = hash_rng.stratified(rows, 3, np.arange(14))
     assert sorted(order) == list(range(14))
     np.testing.assert_array_equal(np.bincount(rows[order[:7]]), [2, 4, 1])
 
@@ -261,7 +261,7 @@ def test_balanced_epochs(tmp_path):
 
 def test_balanced_order_by_hand():
     rows = np.repeat([4, 7, 9], [20, 3, 1])
-    order = stateless.balanced(rows, 1, 2)
+    order = hash_rng.balanced(rows, 1, 2)
     assert (np.bincount(rows[order])[[4, 7, 9]] == 8).all()
     assert np.bincount(order, minlength=24)[:20].max() == 1  # of the large class none twice
     assert sorted(np.bincount(order, minlength=24)[20:]) == [2, 3, 3, 8]
@@ -284,3 +284,41 @@ def test_evaluation_batches_of_any_size(batch, tmp_path):
     else:
         with pytest.raises(data.DataError, match="does not divide among 3 processes"):
             data.eval_batches(name, split="train", batch=batch, size=8, process=(0, 3))
+
+
+def test_notes_come_once_in_a_run_of_a_program(tmp_path, caplog):
+    """Whatever opens the folder again, and only of a folder that can be read."""
+    name = put(tmp_path, "10/1.jpg", "9/1.jpg")
+    (tmp_path / "9" / "notes.txt").touch()
+    (tmp_path / "8").mkdir()
+    with caplog.at_level(logging.WARNING, "dyntoken.data"):
+        with pytest.raises(data.DataError, match="'8' holds no image"):
+            data.info(name)
+        assert not caplog.records
+        (tmp_path / "8").rmdir()
+        for _ in range(3):
+            forget()
+            data.info(name)
+    assert [("numbered by value" in r.getMessage(), "1 .txt" in r.getMessage()) for r in caplog.records] == [
+        (True, False),
+        (False, True),
+    ]
+
+
+def test_a_single_class_is_said(tmp_path, caplog):
+    names = [f"images/{number}.bmp" for number in range(8)]
+    with caplog.at_level(logging.WARNING, "dyntoken.data"):
+        request = {"batch": 4, "shards": 2, "size": 8, "seed": 0}
+        assert next(data.train_batches(put(tmp_path / "one", *names), **request))["mask"].all()
+    (record,) = caplog.records
+    assert "single class ('images')" in record.getMessage() and "a folder per class" in record.getMessage()
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "dyntoken.data"):
+        next(data.train_batches(put(tmp_path / "two", *names, "others/1.bmp"), **request))
+    assert not caplog.records
+
+
+def test_classes_that_are_numbers_are_listed_by_value(tmp_path):
+    name = put(tmp_path, *(f"train/{number}/1.jpg" for number in (1, 2, 10, 20)), "val/333/1.jpg")
+    with pytest.raises(data.DataError, match=r"known: 1, 2, 10, 20$"):
+        data.info(name)

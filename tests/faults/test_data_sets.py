@@ -11,8 +11,10 @@ import pytest
 
 from dyntoken import data
 from dyntoken.data import tfds_source
-from dyntoken.data.arrays import ArrayRows, ArraySource
-from dyntoken.data.plan import DataInfo, EvalPlan, TrainPlan, parse_split
+from dyntoken.data.in_memory import ArrayRows, ArraySource
+from dyntoken.data.info import DataInfo
+from dyntoken.data.requests import EvalRequest, TrainRequest
+from dyntoken.data.splits import parse_split
 from tests.faults.folder import picture
 
 pytest.importorskip("tensorflow")
@@ -166,12 +168,12 @@ def test_labels_of_own_arrays(wrong):
         {"all": ArrayRows(np.ones((8, 8, 8, 1), np.uint8), rows)},
     )
     plan = {"parts": (("all", 2, 8),), "size": (8, 8), "process": (0, 1), "shards": 1}
-    train = TrainPlan(**plan, batch=6, seed=0, start_step=0, augment=data.AugmentOptions.of(None))
+    train = TrainRequest(**plan, batch=6, seed=0, start_step=0, augment=data.AugmentOptions.of(None))
     with pytest.raises(data.DataError, match=rf"data set 'own': example all\[4\] has label {wrong}, "):
         next(source.train(train))
     with pytest.raises(data.DataError, match=r"example all\[4\]"):
-        list(source.evaluate(EvalPlan(**plan, batch=4, crop_pct=1.0, interpolation="bicubic")))
-    fine = TrainPlan(
+        list(source.evaluate(EvalRequest(**plan, batch=4, crop_pct=1.0, interpolation="bicubic")))
+    fine = TrainRequest(
         **{**plan, "parts": (("all", 5, 8),)}, batch=3, seed=0, start_step=0, augment=train.augment
     )
     assert next(source.train(fine))["label"].max() == 2

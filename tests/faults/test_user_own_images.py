@@ -10,6 +10,7 @@ from PIL import Image
 
 import dyntoken
 from dyntoken import train
+from dyntoken.analysis import figures, token_maps
 from dyntoken.registry import UnknownNameError
 from dyntoken.tools import colour, predict, show
 from dyntoken.weights import WeightsError, workdirs
@@ -155,8 +156,8 @@ def test_show_says_the_runs_own_classes_and_a_picture_of_other_colours(
     paint(tmp_path / "red.png", COLOURS[0], 0)
     Image.new("L", (20, 20), 90).save(tmp_path / "grey.png")
     titles = []
-    monkeypatch.setattr(show.draw, "picture", lambda *args, title, **more: titles.append(title))
-    monkeypatch.setattr(show.draw, "save", lambda figure, path: None)
+    monkeypatch.setattr(token_maps, "picture", lambda *args, title, **more: titles.append(title))
+    monkeypatch.setattr(figures, "save", lambda figure, path: None)
     shape = [
         "--img_size=16",
         "--set=width=8",

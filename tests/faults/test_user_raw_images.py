@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 import dyntoken
 
@@ -60,3 +61,14 @@ def test_nothing_is_said_of_normalised_images_nor_inside_jit(made):
     jax.jit(model.apply)(variables, RAW.astype(np.float32))
     # Constant images inside a transformation: values, but nothing may be computed with them.
     jax.jit(lambda v: model.apply(v, GOOD).logits.sum())(variables)
+
+
+@pytest.mark.parametrize(("channels", "shape"), [(3, (9, 8)), (3, (9, 8, 1)), (3, (9, 8, 4)), (1, (9, 8, 3))])
+def test_images_of_other_channels_are_told_the_way(channels, shape):
+    preprocess = dyntoken.preprocess(dyntoken.create_model("deit_tiny", **{**TINY, "in_chans": channels}))
+    mode = {3: "RGB", 1: "L"}[channels]
+    with pytest.raises(ValueError, match=rf'\.convert\("{mode}"\)') as error:
+        preprocess(np.zeros(shape, np.uint8))
+    assert str(shape) in str(error.value) and "\n" not in str(error.value)
+    image = np.asarray(Image.new("P", (8, 9)).convert(mode))
+    assert preprocess(image if channels == 3 else image[..., None]).shape == (8, 8, channels)

@@ -4,16 +4,16 @@ import jax
 import numpy as np
 import pytest
 
-from dyntoken.eval.cascade import Runner
+from dyntoken.eval.runner import Runner
 from dyntoken.train import mesh
-from tests.eval.test_cascade import ALL, IMAGES, all_exits, between, cascade, exits, shared
+from tests.eval.test_runner import ALL, IMAGES, all_exits, between, cascade, exits, shared
 
 
 @pytest.mark.parametrize("mode", ["call", "stream"])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_a_bad_image_is_marked_and_the_rest_goes_on(value, mode):
     runner = shared("both", 8, 1)
-    runner.thresholds = limits = between(exits.confidence(all_exits("both")), [0.4, 0.3, 0.5])
+    runner.thresholds = limits = between(exits.score("confidence", all_exits("both")), [0.4, 0.3, 0.5])
     images = np.array(IMAGES)
     images[3], images[10, 0, 0, 0] = value, value
     given = [images[:8], images[8:16], images[16:]]
@@ -22,7 +22,7 @@ def test_a_bad_image_is_marked_and_the_rest_goes_on(value, mode):
         np.concatenate([getattr(r, n) for r in found]) for n in ("exit", "score", "logits")
     )
     bad = np.isin(np.arange(21), [3, 10])
-    taken = exits.exit_of(exits.confidence(all_exits("both")), limits)
+    taken = exits.exit_of(exits.score("confidence", all_exits("both")), limits)
     np.testing.assert_array_equal(exit_, np.where(bad, -1, taken))
     np.testing.assert_array_equal(np.isnan(score), bad)
     expected = all_exits("both")[taken, np.arange(21)]

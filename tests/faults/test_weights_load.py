@@ -402,7 +402,7 @@ def test_only_what_is_missing_is_initialised():
         )
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(weights.jax, "jit", spy)
+        patch.setattr(jax, "jit", spy)
         weights.load_weights(model, exported(make()), head="reset")
     whole = jax.jit(model.init).lower(jax.random.key(3), np.zeros((1, 16, 16, 3), np.float32)).compile()
     assert len(compiled) == 1 and len(jax.tree.leaves(compiled[0].out_info)) == 2

@@ -9,7 +9,7 @@ import dyntoken
 from dyntoken.backbones.isotropic import Isotropic
 from dyntoken.backbones.sizes import pair
 from dyntoken.backbones.vit import ViT
-from dyntoken.data.arrays import ArrayRows, ArraySource
+from dyntoken.data import ArrayRows, ArraySource
 from dyntoken.nn import layers
 from dyntoken.ops import select
 from dyntoken.types import Reduction

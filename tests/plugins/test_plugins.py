@@ -22,9 +22,10 @@ from dyntoken.nn.reduction_sites import added
 from dyntoken.ops import fuse
 from dyntoken.reducers import METHODS, SCORERS
 from dyntoken.registry import UnknownNameError, load_plugins
-from dyntoken.tools import bench, flops, pairings, show
+from dyntoken.tools import bench, flops, show
 from dyntoken.train import settings
 from dyntoken.weights import runs
+from scripts import pairings
 from tests.plugins.conftest import PLUGIN
 from tests.train.tiny import tiny_config
 

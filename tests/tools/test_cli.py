@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import importlib
+import importlib.util
 import subprocess
 import sys
 
 import pytest
 
-from dyntoken.tools import bench, budget, cli, convert, flops, show, tpu
+from dyntoken.tools import cli
 
-PROGRAMS = {"flops": flops, "bench": bench, "show": show, "convert": convert, "budget": budget, "tpu": tpu}
+NAMES = (
+    *("bench", "bench_exits", "bench_input", "convert", "flops", "predict"),
+    *("show", "show_augmentation", "show_exits", "thresholds", "tpu"),
+)
+PROGRAMS = {name: importlib.import_module(f"dyntoken.tools.{name}") for name in NAMES}
 
 
 @pytest.mark.parametrize(
@@ -82,6 +88,39 @@ def test_help_has_examples(name, capsys):
     assert stop.value.code == 0
     assert text.startswith(f"usage: python -m dyntoken.tools.{name}")
     assert f"  python -m dyntoken.tools.{name} " in text.partition("examples:")[2]
+
+
+def test_help_does_not_wait_for_jax():
+    """Nor do mistyped options, which are read the same way."""
+    programs = ", ".join(name for name in NAMES if name not in ("show_exits", "thresholds"))
+    code = (
+        f"import sys\nfrom dyntoken.tools import {programs}\n"
+        f"for program in ({programs}):\n"
+        "    for words in (['--help'], ['--no_such_option']):\n"
+        "        try: program.main(words)\n"
+        "        except SystemExit: pass\n"
+        "assert 'jax' not in sys.modules\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "program"),
+    [
+        ("bench", ["--input", "configs/tps_deit.py"], "bench_input"),
+        ("bench", ["dvt_deit_small", "--exits=80,15,5"], "bench_exits"),
+        ("show", ["--exits", "--workdir=runs/dvt_demo"], "show_exits"),
+        ("show", ["--augment=configs/tps_deit.py"], "show_augmentation"),
+    ],
+)
+def test_the_old_spelling_of_a_program_names_the_new_one(name, words, program, capsys):
+    with pytest.raises(SystemExit) as stop:
+        PROGRAMS[name].main(words)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1
+    assert f"python -m dyntoken.tools.{program} " in error
+    assert importlib.util.find_spec(f"dyntoken.tools.{program}")
 
 
 BAD = [

@@ -76,7 +76,7 @@ def test_pixels_are_the_data_sets_and_normalised_with_its_moments():
     batch = next(iter(data.eval_batches("fashion_mnist_mini", batch=8, shards=1)))
     np.testing.assert_array_equal(picture.pixels, batch["image"][5])
     assert picture.label == batch["label"][5]
-    seen = np.asarray(show.normalised(picture, model))
+    seen = np.asarray(picture.preprocess(picture.pixels))
     np.testing.assert_allclose(seen, (picture.pixels / 255.0 - 0.2860) / 0.3530, atol=1e-5)
 
 
@@ -84,12 +84,12 @@ def test_colour_files_are_normalised_as_imagenet(tmp_path):
     path = tmp_path / "grey.png"
     Image.fromarray(np.full((32, 32, 3), 255, np.uint8)).save(path)
     model = dyntoken.create_model(NAME, in_chans=3, img_size=32)
-    seen = np.asarray(show.normalised(show.read(str(path), model), model))
+    picture = show.read(str(path), model)
+    seen = np.asarray(picture.preprocess(picture.pixels))
     np.testing.assert_allclose(seen[7, 9], [2.2489, 2.4286, 2.6400], atol=1e-3)
     given = show.read(str(path), model, "cifar10")
-    np.testing.assert_allclose(
-        np.asarray(show.normalised(given, model))[0, 0, 0], (1 - 0.4914) / 0.2470, rtol=1e-5
-    )
+    seen = np.asarray(given.preprocess(given.pixels))
+    np.testing.assert_allclose(seen[0, 0, 0], (1 - 0.4914) / 0.2470, rtol=1e-5)
 
 
 def test_a_cascade_gets_a_picture_per_reduced_exit(tmp_path, capsys):

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from dyntoken.tools import tpu, tpu_report
+from dyntoken.analysis import hlo
+from dyntoken.tools import cli, tpu, tpu_report
 
 TINY = ["dtps_deit_tiny_patch8_16", "--set=width=16", "--set=depth=2", "--set=heads=2", "--at=1"]
 NO_LIBTPU = importlib.util.find_spec("libtpu") is None
@@ -25,8 +26,14 @@ def host(monkeypatch):
     )
 
 
+def _parsed(*argv):
+    parser = cli.Parser("tpu", "")
+    tpu.arguments(parser)
+    return parser.parse_args([*argv, "--topology=v5e:2x2", "--batch=4"])
+
+
 def _args(*more):
-    return tpu._parser().parse_args([*TINY, "--topology=v5e:2x2", "--batch=4", "--dtype=float32", *more])
+    return _parsed(*TINY, "--dtype=float32", *more)
 
 
 def test_topologies():
@@ -61,7 +68,7 @@ def test_bad_arguments_end_in_one_line(argv, message, capsys):
 
 
 def test_what_a_name_trains_with(host):
-    plan = tpu._plan(_args("--train", "--teacher", "--scan", "--remat=dots_saveable", "--accumulate=2"))
+    plan = tpu.make_plan(_args("--train", "--teacher", "--scan", "--remat=dots_saveable", "--accumulate=2"))
     assert set(plan.settings.losses) == {"ce", "keep_ratio", "logit_kl", "token_distill"}
     assert (plan.settings.batch, plan.settings.accumulate, plan.mesh.size) == (16, 2, 4)
     body = plan.model.plain()
@@ -70,8 +77,7 @@ def test_what_a_name_trains_with(host):
 
 
 def test_a_recipe_says_all_itself(host):
-    argv = ["--config=configs/tps_deit.py:tiny", "--train", "--topology=v5e:2x2", "--batch=4", "--scan"]
-    plan = tpu._plan(tpu._parser().parse_args(argv))
+    plan = tpu.make_plan(_parsed("--config=configs/tps_deit.py:tiny", "--train", "--scan"))
     assert plan.settings.losses.keys() == {"ce", "keep_ratio"} and plan.settings.batch == 16
     assert plan.model.method == "dtps" and plan.model.plain().scan
     assert plan.model.plain().dtype == jnp.bfloat16
@@ -79,7 +85,7 @@ def test_a_recipe_says_all_itself(host):
 
 def test_another_request_is_compiled_anew(host, tmp_path):
     args = _args("--train")
-    wanted = tpu.request(args, tpu._plan(args))
+    wanted = tpu.request(args, tpu.make_plan(args))
     assert wanted["model"]["name"] == TINY[0] and wanted["versions"]["libtpu"] == "9"
     path = tmp_path / "report.json"
     assert tpu.stored(path, wanted) is None
@@ -87,20 +93,21 @@ def test_another_request_is_compiled_anew(host, tmp_path):
     assert tpu.stored(path, wanted)["sorts"] == 0
     assert tpu.stored(path, {**wanted, "batch_per_chip": 8}) is None
     assert tpu.stored(path, {**wanted, "versions": {**wanted["versions"], "jax": "1"}}) is None
-    assert tpu._slug(wanted) == (
+    assert tpu.slug(wanted) == (
         "dtps_deit_tiny_patch8_16_train_v5e-2x2_b4_at--1-_depth-2_float32_heads-2_width-16"
     )
 
 
 def test_the_stored_command_names_no_folder():
     argv = ["deit", "--hlo=/a/b", "--train", "--results", "/c", "--json", "--again", "--keep=0.7"]
-    assert tpu._lasting(argv) == ["deit", "--train", "--keep=0.7"]
+    assert tpu.command(argv) == "python -m dyntoken.tools.tpu deit --train --keep=0.7"
+    assert tpu.command(["--set", "heads=2", "deit"]).endswith("tpu --set heads=2 deit")
 
 
 @functools.cache
 def _measured():
     step = jax.jit(lambda x: jnp.sort(x @ x, axis=1)).lower(jnp.ones((8, 8))).compile()
-    return tpu.measured(step.memory_analysis(), step.as_text())
+    return {"memory": tpu.memory(step), **hlo.summary(step.as_text())}
 
 
 def _report(**more):

@@ -154,7 +154,7 @@ def test_a_set_that_is_not_on_disk_ends_the_run_before_it_starts(tmp_path, monke
     """Common sets are described without being there: only opening them tells."""
     monkeypatch.setattr(loop, "Programs", lambda *_: pytest.fail("compiled"))
     card = dataclasses.replace(build(tiny_config()).info, name="imagenet_v2", splits={"test": 9})
-    monkeypatch.setattr("dyntoken.data.tfds_source.CARDS", {"imagenet_v2": card})
+    monkeypatch.setattr("dyntoken.data.tfds_source.KNOWN_DATASETS", {"imagenet_v2": card})
     own = tiny_config(evals={"v2": {"name": "imagenet_v2", "data_dir": str(tmp_path / "none")}})
     with pytest.raises((ValueError, OSError), match=r"imagenet_v2.*"):
         train.run(own, tmp_path / "run", log=Log())

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from dyntoken import train
-from dyntoken.eval.classify import classify
+from dyntoken.eval.logits import classify
 from dyntoken.train import mesh as meshes
 from dyntoken.train.plan import build
 from tests.train.test_loop import CrashError, Log, assert_identical, crash, rows

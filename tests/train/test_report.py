@@ -9,7 +9,7 @@ import sys
 import pytest
 from etils import epath
 
-from dyntoken.analysis import learning
+from dyntoken.analysis import figures
 from dyntoken.train import clock as clocks
 from dyntoken.train.clock import Clock
 from dyntoken.train.report import Report, duration
@@ -200,7 +200,7 @@ def test_a_picture_at_every_evaluation_if_there_is_matplotlib(tmp_path, monkeypa
     def absent(name):
         raise ModuleNotFoundError("drawing needs matplotlib: pip install matplotlib")
 
-    monkeypatch.setattr(learning, "matplotlib", absent)
+    monkeypatch.setattr(figures, "matplotlib", absent)
     reports.evaluation(5, {"top1": 0.5})
     reports.evaluation(6, {"top1": 0.5})
     assert [line for line in lines if "matplotlib" in line] == [

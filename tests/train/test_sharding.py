@@ -8,6 +8,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import PartitionSpec
 
@@ -71,7 +72,7 @@ def test_one_result_from_slices_and_pieces(case):
 def test_each_device_holds_a_piece_and_updates_it():
     state, _ = trained(BOTH)
     kernel = "head", "cls", "kernel"  # [8, 7]
-    for tree in (state.params, state.ema["params"], state.opt_state["trace"]):
+    for tree in (state.params, state.ema["params"], optax.tree.get(state.opt_state, "trace")):
         leaf = functools.reduce(lambda node, key: node[key], kernel, tree)
         assert leaf.sharding.spec == PartitionSpec("data")
         assert [shard.data.shape for shard in leaf.addressable_shards] == [(2, 7)] * 4
@@ -94,7 +95,7 @@ def test_pieces_are_cut_along_the_longest_axis_that_divides():
     state = create_state(whole.parts()[2], whole.optimizer(), ema=True)
     layout = meshes.layout_of(state, mesh, "optimizer")
     assert layout.params["head"]["cls"]["kernel"].spec == PartitionSpec()
-    assert layout.opt_state["trace"]["head"]["cls"]["kernel"].spec == PartitionSpec("data")
+    assert optax.tree.get(layout.opt_state, "trace")["head"]["cls"]["kernel"].spec == PartitionSpec("data")
 
 
 def test_a_checkpoint_fits_every_layout_and_number_of_devices(tmp_path):
@@ -106,7 +107,7 @@ def test_a_checkpoint_fits_every_layout_and_number_of_devices(tmp_path):
         mesh = meshes.data_mesh(jax.devices()[:devices])
         found = checkpoints.restore(meshes.like(state, meshes.layout_of(state, mesh, shard))).state
         chex.assert_trees_all_equal(jax.device_get(found), jax.device_get(state))
-        leaf = found.opt_state["trace"]["head"]["cls"]["kernel"]
+        leaf = optax.tree.get(found.opt_state, "trace")["head"]["cls"]["kernel"]
         assert leaf.addressable_shards[0].data.shape == ((8 if shard == "none" else 8 // devices), 7)
     checkpoints.close()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from dyntoken.eval import exits, thresholds
+from dyntoken.eval import exits, solvers
 from tests.golden.case import Case
 from tests.golden.ledger import Ledger
 
@@ -17,7 +17,7 @@ def check(case: Case, ledger: Ledger) -> None:
         _check_group(ledger, group)
     for part in ("calib", "val"):
         if ledger.holds(f"{part}_logits"):
-            ours = exits.confidence(ledger.expected(f"{part}_logits"))
+            ours = exits.score("confidence", ledger.expected(f"{part}_logits"))
             ledger.close(f"{part} confidence", ours, SINGLE, ledger.expected(f"{part}_probs").max(-1))
 
 
@@ -25,17 +25,17 @@ def _check_group(ledger: Ledger, group: str) -> None:
     steps, costs = ledger.expected(group + "p"), ledger.expected("flops")
     calibration = _part(ledger, group + "calib")
     held_out = _part(ledger, group + "val")
-    shares = [thresholds.geometric_shares(step, len(costs)) for step in steps]
-    found = thresholds.geometric_sweep(calibration[1], steps)
+    shares = [solvers.geometric_shares(step, len(costs)) for step in steps]
+    found = solvers.geometric_sweep(calibration[1], steps)
     ledger.close(group + "exit_probs", np.stack(shares), SINGLE)
     ledger.equal(group + "thresholds", found)
-    seen = exits.budgeted(*calibration, found, costs)
-    curve = exits.budgeted(*held_out, found, costs)
-    ledger.equal(group + "train_exit_counts", seen.counts)
-    ledger.equal(group + "exit_counts", curve.counts)
-    ledger.close(group + "accuracy", 100 * curve.accuracy, SINGLE)
-    ledger.close(group + "expected_flops", curve.cost, SINGLE)
-    ledger.close(group + "anytime_accuracy", 100 * exits.anytime(held_out[0], costs).accuracy, SINGLE)
+    seen, curve = ([exits.evaluate(*half, row, costs) for row in found] for half in (calibration, held_out))
+    alone = exits.anytime(held_out[0], costs)
+    ledger.equal(group + "train_exit_counts", np.stack([point.counts for point in seen]))
+    ledger.equal(group + "exit_counts", np.stack([point.counts for point in curve]))
+    ledger.close(group + "accuracy", 100 * np.array([point.accuracy for point in curve]), SINGLE)
+    ledger.close(group + "expected_flops", np.array([point.cost for point in curve]), SINGLE)
+    ledger.close(group + "anytime_accuracy", 100 * np.array([point.accuracy for point in alone]), SINGLE)
 
 
 def _part(ledger: Ledger, name: str) -> tuple[np.ndarray, np.ndarray]:

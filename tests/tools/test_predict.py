@@ -1,0 +1,57 @@
+"""`tools.predict`: pictures are read before the model is compiled."""
+
+from __future__ import annotations
+
+import json
+import types
+
+import jax.numpy as jnp
+import pytest
+
+from dyntoken import runs
+from dyntoken.preprocessing import Preprocess
+from dyntoken.tools import predict
+
+Image = pytest.importorskip("PIL.Image")
+
+
+@pytest.fixture
+def compilations(monkeypatch):
+    """A run whose model says "dark" or "light"; how often it was traced."""
+    traced = []
+
+    def apply(variables, images):
+        traced.append(images.shape)
+        light = images.mean(axis=(1, 2, 3))
+        return types.SimpleNamespace(logits=jnp.stack([-light, light], axis=1))
+
+    how = Preprocess((8, 8), 3, (0.5,) * 3, (0.25,) * 3)
+    run = runs.Run(types.SimpleNamespace(apply=apply), {}, how, ("dark", "light"), 1)
+    monkeypatch.setattr(runs, "load_run", lambda workdir, **options: run)
+    return traced
+
+
+def broken(folder, *names):
+    for name in names:
+        (folder / name).write_bytes(b"no picture")
+
+
+def test_of_broken_pictures_only_nothing_is_compiled(compilations, tmp_path, capsys):
+    broken(tmp_path, "a.jpg", "b.png", "c.webp")
+    assert predict.main(["--workdir=run", str(tmp_path), "--batch=2"]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.count("not a picture that can be decoded; left out\n") == 3
+    assert not compilations
+
+
+def test_of_some_the_others_are_predicted_by_one_program(compilations, tmp_path, capsys):
+    broken(tmp_path, "a.jpg", "b.jpg", "d.jpg")
+    for name, red in (("c.png", 255), ("e.png", 60), ("f.png", 250)):
+        Image.new("RGB", (9, 9), (red, red - 40, red - 60)).save(tmp_path / name)
+    assert predict.main(["--workdir=run", str(tmp_path), "--batch=2", "--json"]) == 1
+    captured = capsys.readouterr()
+    found = json.loads(captured.out)
+    classes = {row["file"][-5:]: row["classes"][0]["class"] for row in found["predictions"]}
+    assert classes == {"c.png": "light", "e.png": "dark", "f.png": "light"}
+    assert len(found["failed"]) == captured.err.count("\n") == 3
+    assert compilations == [(2, 8, 8, 3)]
