@@ -187,37 +187,42 @@ class TestAllDamaged:
         assert result.metrics == ended[0].metrics and not (tmp_path / "new" / "old").exists()
 
 
+RECORDED = tiny_config(steps=5, eval_steps=1, keep_best=1, keep_checkpoints=1)
+SCORES = (0.1, 0.9, 0.2, 0.3, 0.4)
+
+
+@pytest.fixture(scope="module")
+def died(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("died") / "run"
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(CrashError):
+        calls = iter(SCORES)
+        patch.setattr(loop, "measure", lambda *_: {"top1": next(calls), "loss": 1.0})
+        train.run(RECORDED, workdir, log=Log("step 5/5", crash))
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def best_by_loss(tmp_path_factory):
+    """A whole run whose `best_metric` is no default: (result, workdir)."""
+    workdir, calls = tmp_path_factory.mktemp("by_loss") / "run", iter(SCORES)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "measure", lambda *_: {"top1": 0.5, "loss": 1 - next(calls)})
+        config = {**RECORDED.to_dict(), "best_metric": "loss"}
+        return train.run(config, workdir, log=Log()), workdir
+
+
 class TestRecord:
     """metrics.jsonl and config.json are files that people touch; the checkpoints carry what matters."""
 
-    CONFIG = tiny_config(steps=5, eval_steps=1, keep_best=1, keep_checkpoints=1)
-    SCORES = (0.1, 0.9, 0.2, 0.3, 0.4)
-
-    @pytest.fixture(scope="class")
-    def died(self, tmp_path_factory):
-        workdir = tmp_path_factory.mktemp("died") / "run"
-        with pytest.MonkeyPatch.context() as patch, pytest.raises(CrashError):
-            calls = iter(self.SCORES)
-            patch.setattr(loop, "measure", lambda *_: {"top1": next(calls), "loss": 1.0})
-            train.run(self.CONFIG, workdir, log=Log("step 5/5", crash))
-        return workdir
+    CONFIG = RECORDED
 
     @pytest.fixture
     def half(self, died, tmp_path, monkeypatch):
         """A run that died after step 4 of 5, whose best checkpoint is that of step 2; step 5 will score less."""
-        monkeypatch.setattr(loop, "measure", lambda *_: {"top1": self.SCORES[-1], "loss": 1.0})
+        monkeypatch.setattr(loop, "measure", lambda *_: {"top1": SCORES[-1], "loss": 1.0})
         workdir = shutil.copytree(died, tmp_path / "run")
         assert steps_kept(workdir) == [2, 4]
         return workdir
-
-    @pytest.fixture(scope="class")
-    def best_by_loss(self, tmp_path_factory):
-        """A whole run whose `best_metric` is no default: (result, workdir)."""
-        workdir, calls = tmp_path_factory.mktemp("by_loss") / "run", iter(self.SCORES)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(loop, "measure", lambda *_: {"top1": 0.5, "loss": 1 - next(calls)})
-            config = {**self.CONFIG.to_dict(), "best_metric": "loss"}
-            return train.run(config, workdir, log=Log()), workdir
 
     BAD = (
         b"\xff\xfe\x00not text",
