@@ -51,6 +51,7 @@ EXTRAS = {
         "nbformat>=5.10",
         "ipykernel>=6.29",
         "ruff>=0.9",
+        "mypy>=1.15",
         "scikit-image>=0.25",  # photographs to time the input with
         "scikit-learn>=1.6",  # likewise
     ],

@@ -214,3 +214,10 @@ def parse(name: str) -> Arch | None:
         if match:
             return family.build(match)
     return None
+
+
+def get(name: str) -> Arch:
+    """The architecture of a name without its method that there is."""
+    arch = parse(name)
+    assert arch is not None, name
+    return arch

@@ -43,6 +43,7 @@ class Classifier(nn.Module):
     method = None
     exits = ()
     at = ()
+    attends = False  # whether pool="map" and "prr" can be built
     decides = frozenset()  # fields of the backbone that the class itself sets
     resets = frozenset()  # fields that a name sets and the class leaves at their defaults
     RECORDS = ()  # values of `record`
@@ -74,6 +75,12 @@ class Classifier(nn.Module):
         body = self.plain()
         body.check()
         self.sites()  # so that a bad value fails here, not inside a jitted step
+        if self.pool in ("map", "prr") and not (
+            self.attends and isinstance(getattr(body, "heads", None), int)
+        ):
+            raise ValueError(
+                f"pool={self.pool!r} needs one classifier and blocks of one width; {self.arch} has not"
+            )
         check_pool(self.pool, body.prefix if getattr(body, "class_token", True) else 0)
 
     def _check_record(self, record: Sequence[str]) -> None:

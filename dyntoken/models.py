@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,18 +15,21 @@ from dyntoken.backbones import BACKBONES
 from dyntoken.backbones.isotropic import Isotropic
 from dyntoken.cascade import Cascade
 from dyntoken.classifier import Classifier
-from dyntoken.heads import ClassHead, with_dense
+from dyntoken.heads import REPRESENTATIONS, AttentionPool, ClassHead, PatchRefinement, with_dense
 from dyntoken.multiexit import MultiExit, default_exits
 from dyntoken.nn import layers
 from dyntoken.nn.spec import Site, Spec
 from dyntoken.reducers.base import Form
 from dyntoken.reducers.methods import OF_SITE, make_sites
 from dyntoken.registry import UnknownNameError, suggest
-from dyntoken.schema import Count, Keep
+from dyntoken.schema import Count, Keep, Rate
 from dyntoken.types import Output
 
 Array = jax.Array
-KINDS: dict[str, type[Classifier]] = {architectures.CASCADE: Cascade, architectures.MULTIEXIT: MultiExit}
+KINDS: dict[str, type[Cascade | MultiExit]] = {
+    architectures.CASCADE: Cascade,
+    architectures.MULTIEXIT: MultiExit,
+}
 OF_NAME = ("arch", "backbone", "method", "reducer", "method_options", "parent", "name")  # no keywords
 OF_SITES = {"keep", "at", "form"}  # keywords that say where and how much a method reduces
 OF_METHODS = OF_SITES | {"fuse", "score", "dropped"}  # what a dense model is often told by mistake
@@ -48,6 +51,7 @@ class Model(Classifier):
       form: "auto", "mask" or "gather".
       representation_size: see `heads.ClassHead`.
       fc_norm: a norm on the pooled features, with the backbone's epsilon.
+      representation_act, pool_prefix, head_dropout: see `heads.ClassHead` (`prefix_too`, `dropout`).
     """
 
     method: str | None = None
@@ -57,23 +61,47 @@ class Model(Classifier):
     form: Form = "auto"
     representation_size: Count | None = None
     fc_norm: bool = False
+    representation_act: Literal[tuple(REPRESENTATIONS)] = "tanh"
+    pool_prefix: bool = False
+    head_dropout: Rate = 0.0
 
+    attends = True
     RECORDS = ("features", "dense", "embed", "blocks", "stages")
 
     def sites(self) -> tuple[Site, ...]:
         """The reduction sites with their static counts."""
         if self.method is None:
             return ()
-        options = {"keep": self.keep, "at": self.at, "form": self.form, "arch": self.arch}
-        return make_sites(self.plain(), self.method, dict(self.method_options), **options)
+        body, options = self.plain(), dict(self.method_options)
+        return make_sites(
+            body, self.method, options, keep=self.keep, at=self.at, form=self.form, arch=self.arch
+        )
 
     def setup(self) -> None:
         self.body = self.backbone(sites=self.sites(), name="backbone")
-        distilled = self.backbone.get("distilled", False)
-        eps = self.plain().norm_eps if self.fc_norm else None
-        self.head = ClassHead(self.num_classes, self.pool, distilled, self.representation_size, eps)
+        body = self.plain()
+        self.head = ClassHead(
+            self.num_classes,
+            self.pool,
+            self.backbone.get("distilled", False),
+            self.representation_size,
+            body.norm_eps if self.fc_norm else None,
+            self.representation_act,
+            self.head_dropout,
+            self.pool_prefix,
+            self._attention_pool(body),
+        )
         if self.aux_weight is not None:
             self.aux_head = layers.dense(self.num_classes)
+
+    def _attention_pool(self, body: Any) -> Spec | None:
+        if self.pool == "prr":
+            return Spec.of(PatchRefinement, heads=body.heads, token=getattr(body, "class_token", True))
+        if self.pool != "map":
+            return None
+        act = "silu" if body.activation == "swiglu" else body.activation  # its MLP has no gate
+        options = {"heads": body.heads, "mlp_ratio": body.mlp_ratio, "norm_eps": body.norm_eps}
+        return Spec.of(AttentionPool, act=act, **options)
 
     @property
     def aux_weight(self) -> float | None:
@@ -113,7 +141,7 @@ class Model(Classifier):
                 raise ValueError(f"{what} has {len(given)} entries for {len(self.at)} sites")
         context = self._context(images, ids, train, noise=noise, decisions=decisions, record=tuple(record))
         tokens, reductions, records = self.body(images, context)
-        logits, heads = self.head(tokens)
+        logits, heads = self.head(tokens, context.dropout)
         dense = None
         if self.aux_weight is not None and ("dense" in record or not train):
             dense = self.aux_head(tokens.patches.astype(jnp.float32))
@@ -151,7 +179,7 @@ def pairings(arch_name: str) -> dict[str, str | None]:
     Args:
       arch_name: a name without a method, "deit_small_patch16_224".
     """
-    arch = architectures.parse(arch_name)
+    arch = architectures.get(arch_name)
     body = _backbone(arch, arch.options, {})(parent=None)
     return {name: method.refusal(body) for name, method in reducers.METHODS.items()}
 
@@ -219,7 +247,7 @@ def create_model(name: str, **overrides: Any) -> Model | Cascade | MultiExit:
     known = keywords(name)  # refuses a backbone of which no cascade can be made, before its values
     kind.check_options(overrides)
     overrides = schema.check(known, overrides, owner=name)
-    arch = architectures.parse(arch_name)
+    arch = architectures.get(arch_name)
     options = {key: value for key, value in arch.options.items() if key not in kind.decides | kind.resets}
     backbone = _backbone(arch, options, overrides)
     own = schema.fields(kind, but=OF_NAME)
@@ -242,7 +270,7 @@ def keywords(name: str) -> dict[str, Any]:
       ValueError: a backbone that the first part of the name does not go with.
     """
     kind, method, arch_name = _kind(name)
-    body = schema.fields(BACKBONES[architectures.parse(arch_name).backbone], but=OF_BACKBONE)
+    body = schema.fields(BACKBONES[architectures.get(arch_name).backbone], but=OF_BACKBONE)
     if kind is MultiExit and not _isotropic(arch_name):
         raise ValueError(
             f"{name}: exits at several depths need blocks of one width; {arch_name} has stages. "
@@ -262,7 +290,7 @@ def keywords(name: str) -> dict[str, Any]:
     return {key: value for key, value in body.items() if key not in kind.decides} | own
 
 
-def _kind(name: str) -> tuple[type[Classifier], str | None, str]:
+def _kind(name: str) -> tuple[type[Model | Cascade | MultiExit], str | None, str]:
     """A model's name as its class, its reduction method and its backbone."""
     first, arch_name = split_name(name)
     prefix, _, reducer = (first or "").partition("_")
@@ -273,7 +301,7 @@ def _kind(name: str) -> tuple[type[Classifier], str | None, str]:
 
 def _isotropic(arch_name: str) -> bool:
     """Whether all blocks of a backbone have one width."""
-    return issubclass(BACKBONES[architectures.parse(arch_name).backbone], Isotropic)
+    return issubclass(BACKBONES[architectures.get(arch_name).backbone], Isotropic)
 
 
 def _of_method(method: str) -> dict[str, Any]:

@@ -72,5 +72,5 @@ def preprocess(model: Model, dataset: str | None = None) -> Preprocess:
             f"{facts.name} has {facts.channels} channels, the model takes {channels}: name another data set"
         )
     exact = facts.image_shape is not None and tuple(facts.image_shape[:2]) == (height, width)
-    crop = 1.0 if exact else architectures.parse(model.arch).crop_pct
+    crop = 1.0 if exact else architectures.get(model.arch).crop_pct
     return Preprocess((height, width), channels, tuple(facts.mean), tuple(facts.std), crop_pct=crop)

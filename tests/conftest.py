@@ -1,5 +1,6 @@
 """Settings every test shares; they must be in place before jax starts."""
 
+import gc
 import os
 import pathlib
 
@@ -30,3 +31,9 @@ hypothesis.settings.register_profile("dyntoken", max_examples=25, deadline=None,
 hypothesis.settings.load_profile("dyntoken")
 # The product tests take whatever is registered: methods and backbones of your own, too.
 load_plugins(os.environ.get("DYNTOKEN_PLUGINS", ""))
+
+
+def pytest_collection_finish() -> None:
+    """What is imported stays: the collector of garbage need not look at it again and again."""
+    gc.freeze()
+    gc.set_threshold(10_000)

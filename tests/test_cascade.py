@@ -16,10 +16,13 @@ from dyntoken.tools import flops
 TINY = {"img_size": 32, "width": 16, "depth": 2, "heads": 2, "num_classes": 5, "exits": (2, 3, 4)}
 CASES = {
     "deit": ("dvt_deit_tiny", {}),
-    "t2t": ("dvt_t2t_vit_7", {"token_dim": 8}),
+    "t2t": ("dvt_t2t_vit_7", {"token_dim": 8, "exits": (2, 3)}),
     "two_exits": ("dvt_deit_tiny", {"exits": (2, (3, 4))}),
     "features": ("dvt_deit_tiny", {"relation_reuse": False}),
-    "relations": ("dvt_deit_tiny", {"feature_reuse": False, "class_token": False, "pool": "mean"}),
+    "relations": (
+        "dvt_deit_tiny",
+        {"feature_reuse": False, "class_token": False, "pool": "mean", "exits": (2, 3)},
+    ),
     "none": ("dvt_deit_tiny", {"feature_reuse": False, "relation_reuse": False}),
 }
 IMAGES = np.random.default_rng(7).normal(size=(3, 32, 32, 3)).astype(np.float32)

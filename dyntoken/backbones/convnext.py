@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dyntoken.backbones.sizes import pair
+from dyntoken.backbones.sizes import of_stage, pair
 from dyntoken.backbones.staged_dual_path import DualPathStages
 from dyntoken.nn import layers
 from dyntoken.nn.dual_path import Route, Streams, branch
@@ -19,6 +19,25 @@ from dyntoken.schema import Count, Positive
 
 Array = jax.Array
 SLOW_PATH, FAST_PATH = range(2)  # numbers of the random streams inside a layer
+
+
+class GlobalResponseNorm(nn.Module):
+    """`x + scale x n + bias` with n the norm of each channel over all cells, divided by the mean of these norms.
+
+    Woo et al. 2023, "ConvNeXt V2", section 3; both parameters start at 0.
+    """
+
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """`[B, N, C]` in and out."""
+        zeros = nn.initializers.zeros
+        scale, bias = (self.param(name, zeros, x.shape[-1:])[None, None] for name in ("scale", "bias"))
+        y = x.astype(jnp.float32)
+        norm = jnp.sqrt((y * y).sum(axis=1, keepdims=True))
+        y = y + scale * y * (norm / (norm.mean(axis=-1, keepdims=True) + 1e-6)) + bias
+        return y.astype(self.dtype)
 
 
 class ConvNeXtBlock(nn.Module):
@@ -32,6 +51,8 @@ class ConvNeXtBlock(nn.Module):
       kernel: taps of the convolution, odd.
       layer_scale: initial value of gamma, None for none.
       fast: whether it has a fast path.
+      grn: a `GlobalResponseNorm` before the last product.
+      conv_bias: bias of the convolution.
     """
 
     layer: int
@@ -43,10 +64,14 @@ class ConvNeXtBlock(nn.Module):
     norm_eps: float = 1e-6
     fast: bool = False
     dtype: Any = jnp.float32
+    act: str = "gelu"
+    grn: bool = False
+    conv_bias: bool = True
 
     def setup(self) -> None:
         options = {"padding": self.kernel // 2, "kernel_init": layers.trunc_normal(), "dtype": self.dtype}
-        self.dwconv = layers.DepthwiseConv(self.kernel, **options)
+        self.dwconv = layers.DepthwiseConv(self.kernel, use_bias=self.conv_bias, **options)
+        self.response = GlobalResponseNorm(self.dtype, name="grn") if self.grn else lambda x: x
         self.norm = self._norm()
         self.pwconv1 = layers.dense(4 * self.width, dtype=self.dtype)
         self.pwconv2 = layers.dense(self.width, dtype=self.dtype)
@@ -84,7 +109,8 @@ class ConvNeXtBlock(nn.Module):
         return self.dwconv(x.reshape(len(x), *self.grid, self.width)).reshape(x.shape)
 
     def _slow(self, x: Array) -> Array:
-        return _scaled(self.pwconv2(layers.gelu(self.pwconv1(self.norm(x)))), self.gamma)
+        x = layers.ACTIVATIONS[self.act](self.pwconv1(self.norm(x)))
+        return _scaled(self.pwconv2(self.response(x)), self.gamma)
 
     def _fast(self, x: Array) -> Array:
         return _scaled(self.fast_path_1(self.fast_path_0(x)), self.fast_path_gamma)
@@ -97,16 +123,30 @@ class ConvNeXt(DualPathStages):
 
     Attributes (besides those of `DualPathStages`):
       widths: channels per stage.
-      kernel: taps of the depthwise convolutions, odd.
+      kernel: taps of the depthwise convolutions, odd; one number, or one per stage.
+      activation: of the blocks and of stem="overlap_act", see `layers.ACTIVATIONS`.
+      grn: a `GlobalResponseNorm` in every block (ConvNeXt V2); not with a method.
+      conv_bias: biases of the convolutions.
+      stem: "patch" (one convolution per patch), or timm's two 3x3 convolutions of stride 2:
+        "overlap", "overlap_act" (an activation between them) or "overlap_tiered" (half as
+        many channels between them).
+      pooled: what the classifier's row is of the last cells, before the norm: "mean", "max" or "avgmax".
       layer_scale: initial value of gamma, None for none.
       norm_eps: LayerNorm epsilon.
     """
 
+    naming = "convnext"
+
     depths: tuple[Count, ...] = (3, 3, 9, 3)
     widths: tuple[Count, ...] = (96, 192, 384, 768)
-    kernel: Count = 7
+    kernel: Count | tuple[Count, ...] = 7
     layer_scale: float | None = 1e-6
     norm_eps: Positive = 1e-6
+    activation: Literal[tuple(layers.ACTIVATIONS)] = "gelu"
+    grn: bool = False
+    conv_bias: bool = True
+    stem: Literal["patch", "overlap", "overlap_act", "overlap_tiered"] = "patch"
+    pooled: Literal["mean", "max", "avgmax"] = "mean"
 
     predictor_eps = 1e-6
 
@@ -114,8 +154,15 @@ class ConvNeXt(DualPathStages):
         super().check()
         if len(self.widths) != len(self.depths):
             raise ValueError(f"widths={self.widths} needs one entry for each of depths={self.depths}")
-        if self.kernel % 2 == 0:
+        kernels = [of_stage(self.kernel, stage) for stage in range(len(self.depths))]
+        if any(kernel % 2 == 0 for kernel in kernels):
             raise ValueError(f"kernel={self.kernel} must be odd, so that the grid stays")
+        if self.activation == "swiglu":
+            raise ValueError("activation='swiglu' halves the width of an MLP, and these have none to spare")
+        if self.grn and self.sites:
+            raise ValueError("grn=True norms over all cells, which a method sends on two paths")
+        if self.stem != "patch" and pair(self.patch_size) != (4, 4):
+            raise ValueError(f"stem={self.stem!r} has patches of 4 pixels, not {self.patch_size}")
 
     @property
     def site_step(self) -> int:
@@ -123,7 +170,13 @@ class ConvNeXt(DualPathStages):
         return max(1, self.depth // 9)
 
     def setup(self) -> None:
-        self.stem_conv = self._conv(self.widths[0], pair(self.patch_size))
+        width = self.widths[0]
+        if self.stem == "patch":
+            self.stem_conv = self._conv(width, pair(self.patch_size))
+        else:
+            first = _divisible(width // 2) if self.stem == "overlap_tiered" else width
+            self.stem_conv_0 = self._conv(first, (3, 3), (2, 2), 1)
+            self.stem_conv_1 = self._conv(width, (3, 3), (2, 2), 1)
         self.stem_norm = self.make_norm()
         for number, width in enumerate(self.widths[1:], start=1):
             setattr(self, f"downsample_{number}_norm", self.make_norm())
@@ -131,16 +184,27 @@ class ConvNeXt(DualPathStages):
         self.stages = self.make_stages()
         self.norm = self.make_norm()
 
-    def _conv(self, width: int, side: tuple[int, int]) -> nn.Conv:
+    def _conv(
+        self, width: int, side: tuple[int, int], stride: tuple[int, int] | None = None, padding: int = 0
+    ) -> nn.Conv:
         init = layers.trunc_normal()
-        return nn.Conv(width, side, side, "VALID", kernel_init=init, dtype=self.dtype)
+        options = {"use_bias": self.conv_bias, "kernel_init": init, "dtype": self.dtype}
+        return nn.Conv(width, side, stride or side, padding, **options)
 
     def block(self, stage: int, index: int) -> Spec:
-        return Spec.of(ConvNeXtBlock, kernel=self.kernel, layer_scale=self.layer_scale)
+        options = {"act": self.activation, "grn": self.grn, "conv_bias": self.conv_bias}
+        kernel = of_stage(self.kernel, stage)
+        return Spec.of(ConvNeXtBlock, kernel=kernel, layer_scale=self.layer_scale, **options)
 
     def embed(self, images: Array, context: Context) -> Array:
-        """One convolution per patch, then a norm."""
-        return self.stem_norm(self.stem_conv(images)).reshape(len(images), -1, self.widths[0])
+        """One convolution per patch, or two small ones, then a norm."""
+        if self.stem == "patch":
+            x = self.stem_conv(images)
+        else:
+            x = self.stem_conv_0(images)
+            x = layers.ACTIVATIONS[self.activation](x) if self.stem == "overlap_act" else x
+            x = self.stem_conv_1(x)
+        return self.stem_norm(x).reshape(len(images), -1, self.widths[0])
 
     def downsample(self, stage: int, x: Array) -> Array:
         """Norm, then one convolution per square of four cells."""
@@ -149,9 +213,17 @@ class ConvNeXt(DualPathStages):
         return getattr(self, f"downsample_{stage}_conv")(x).reshape(len(x), -1, self.widths[stage])
 
     def final_norm(self, x: Array) -> Array:
-        """The mean cell and every cell, normalised."""
-        mean = x.astype(jnp.float32).mean(axis=1, keepdims=True).astype(x.dtype)
-        return self.norm(jnp.concatenate([mean, x], axis=1))
+        """The pooled cell and every cell, normalised."""
+        cells = x.astype(jnp.float32)
+        mean, best = cells.mean(axis=1, keepdims=True), cells.max(axis=1, keepdims=True)
+        pooled = {"mean": mean, "max": best, "avgmax": 0.5 * (mean + best)}[self.pooled]
+        return self.norm(jnp.concatenate([pooled.astype(x.dtype), x], axis=1))
+
+
+def _divisible(width: int) -> int:
+    """timm's `make_divisible`: the nearest multiple of 8, at most a tenth less."""
+    near = max(8, (width + 4) // 8 * 8)
+    return near + 8 if near < 0.9 * width else near
 
 
 def _scaled(x: Array, gamma: Array | None) -> Array:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dyntoken.backbones.sizes import pair
+from dyntoken.backbones.sizes import of_stage, pair
 from dyntoken.backbones.staged_regrown import RegrownStages
 from dyntoken.nn import layers
 from dyntoken.nn.batchnorm import BatchNorm
@@ -20,6 +20,7 @@ from dyntoken.schema import Count, Natural, Positive
 from dyntoken.types import Attended
 
 Array = jax.Array
+Projection = Literal["dw_bn", "avg", "linear"]
 
 
 class ConvEmbed(nn.Module):
@@ -41,17 +42,26 @@ class ConvEmbed(nn.Module):
 
 
 class ConvProjection(nn.Module):
-    """Depthwise convolution and BatchNorm of a map: `[B, H, W, C]` -> `[B, h * w, C]`."""
+    """A map as rows, `[B, H, W, C]` -> `[B, h * w, C]`.
+
+    Attributes:
+      method: "dw_bn" (depthwise convolution and BatchNorm), "avg" (`average_pool`)
+        or "linear" (the cells as they are).
+    """
 
     kernel: int
     stride: int
     padding: int
     frozen: bool = False
     dtype: Any = jnp.float32
+    method: str = "dw_bn"
 
     @nn.compact
     def __call__(self, cells: Array, train: bool) -> Array:
         options = (self.kernel, self.stride, self.padding)
+        if self.method != "dw_bn":
+            x = cells if self.method == "linear" else average_pool(cells, *options)
+            return x.reshape(x.shape[0], -1, x.shape[-1])
         x = layers.DepthwiseConv(*options, use_bias=False, dtype=self.dtype, name="conv")(cells)
         x = BatchNorm(frozen=self.frozen, dtype=self.dtype, name="bn")(x, train)
         return x.reshape(x.shape[0], -1, x.shape[-1])
@@ -64,6 +74,7 @@ class ConvAttention(nn.Module):
       kernel: of the convolutions, odd.
       stride, padding: of those of keys and values; queries keep the map's size.
       frozen: see `BatchNorm`.
+      method: of the projections, see `ConvProjection`; with "avg" queries are the cells themselves.
     """
 
     heads: int
@@ -75,6 +86,7 @@ class ConvAttention(nn.Module):
     dropout: float = 0.0
     dtype: Any = jnp.float32
     attn_dropout: float = 0.0
+    method: str = "dw_bn"
 
     @nn.compact
     def __call__(
@@ -113,7 +125,8 @@ class ConvAttention(nn.Module):
     def _projected(self, name: str, first: Array, spatial_map: Map, train: bool) -> Array:
         """Queries, keys or values `[B, heads, rows, head_dim]`."""
         stride, padding = (1, self.kernel // 2) if name == "q" else (self.stride, self.padding)
-        options = (self.kernel, stride, padding, self.frozen, self.dtype)
+        method = "linear" if name == "q" and self.method == "avg" else self.method
+        options = (self.kernel, stride, padding, self.frozen, self.dtype, method)
         x = ConvProjection(*options, name=f"conv_proj_{name}")(spatial_map.cells, train)
         if name == "q" and spatial_map.place is not None:
             x = select.take(x, spatial_map.place)
@@ -127,7 +140,7 @@ class ConvAttention(nn.Module):
         With strided keys a patch between two of them gets their mean. No
         official code says how; this is ours.
         """
-        axes = [key_weights(n, self.kernel, self.stride, self.padding) for n in grid]
+        axes = [key_weights(n, self.kernel, self.stride, self.padding, self.method) for n in grid]
         cls = cls.reshape(-1, *(weights.shape[1] for weights in axes))
         with jax.named_scope("resize"):
             rows, columns = map(jnp.asarray, axes)
@@ -136,12 +149,35 @@ class ConvAttention(nn.Module):
         return cls.reshape(cls.shape[0], -1)
 
 
-def key_weights(cells: int, kernel: int, stride: int, padding: int) -> np.ndarray:
+def key_weights(cells: int, kernel: int, stride: int, padding: int, method: str = "dw_bn") -> np.ndarray:
     """Weights `[cells, keys]` float32 of a linear interpolation between the centres of keys, along one axis."""
-    keys = unfold.count(cells, kernel, stride, padding)
+    if method == "linear":
+        return np.eye(cells, dtype=np.float32)
+    keys = (_pooled if method == "avg" else unfold.count)(cells, kernel, stride, padding)
     at = (np.arange(cells) + padding - (kernel - 1) / 2) / stride
     at = np.clip(at, 0, keys - 1)
     return np.maximum(0.0, 1.0 - np.abs(at[:, None] - np.arange(keys)[None])).astype(np.float32)
+
+
+def _pooled(size: int, kernel: int, stride: int, padding: int) -> int:
+    """Outputs of torch's average pooling with `ceil_mode` along an axis: the last window may overhang."""
+    count = -(-(size + 2 * padding - kernel) // stride) + 1
+    return count - ((count - 1) * stride >= size + padding)
+
+
+def average_pool(x: Array, kernel: int, stride: int, padding: int) -> Array:
+    """torch's `AvgPool2d(..., ceil_mode=True)` of `[B, H, W, C]`: padding counts as cells, an overhang does not."""
+    grid = x.shape[1:3]
+    over = [(_pooled(n, kernel, stride, padding) - 1) * stride + kernel - n - 2 * padding for n in grid]
+    x = jnp.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
+    ends = ((0, 0), *((0, max(0, o)) for o in over), (0, 0))
+
+    def sums(cells: Array) -> Array:
+        return jax.lax.reduce_window(
+            cells, 0.0, jax.lax.add, (1, kernel, kernel, 1), (1, stride, stride, 1), ends
+        )
+
+    return (sums(x.astype(jnp.float32)) / sums(jnp.ones_like(x[:1, :, :, :1], jnp.float32))).astype(x.dtype)
 
 
 class CvTBlock(SpatialBlock):
@@ -151,11 +187,12 @@ class CvTBlock(SpatialBlock):
     stride: int = 2
     padding: int = 1
     frozen: bool = False
+    method: str = "dw_bn"
     act: str = "quick_gelu"
 
     def attention(self) -> nn.Module:
         options = (self.kernel, self.stride, self.padding, self.frozen, self.dropout, self.dtype)
-        return ConvAttention(self.heads, self.qkv_bias, *options, self.attn_dropout)
+        return ConvAttention(self.heads, self.qkv_bias, *options, self.attn_dropout, self.method)
 
 
 class CvT(RegrownStages):
@@ -171,11 +208,15 @@ class CvT(RegrownStages):
       patch_sizes, patch_strides, patch_paddings: of each stage's embedding.
       kernels: of the convolutions in its blocks, odd.
       kv_strides, kv_paddings: of those of keys and values.
+      projection: how queries, keys and values come from the map, see `ConvProjection`; one, or one per stage.
+      activation: of the MLPs, see `layers.ACTIVATIONS`.
       class_tokens: whether a stage has a class token, which ends with it; the
         last one's is classified (without: pool="mean").
       frozen_stats: training leaves the BatchNorm statistics alone and uses them.
       drop_path: one rate is that of the last stage, whose blocks it grows over.
     """
+
+    naming = "cvt"
 
     widths: tuple[Count, ...] = (64, 192, 384)
     depths: tuple[Count, ...] = (1, 2, 10)
@@ -188,6 +229,8 @@ class CvT(RegrownStages):
     kernels: tuple[Count, ...] = (3, 3, 3)
     kv_strides: tuple[Count, ...] = (2, 2, 2)
     kv_paddings: tuple[Natural, ...] = (1, 1, 1)
+    projection: Projection | tuple[Projection, ...] = "dw_bn"
+    activation: Literal[tuple(layers.ACTIVATIONS)] = "quick_gelu"
     class_tokens: tuple[bool, ...] = (False, False, True)
     frozen_stats: bool = False
 
@@ -227,6 +270,7 @@ class CvT(RegrownStages):
 
     def block(self, stage: int) -> Spec:
         options = {"stride": self.kv_strides[stage], "padding": self.kv_paddings[stage]}
+        options |= {"method": of_stage(self.projection, stage), "act": self.activation}
         return Spec.of(CvTBlock, kernel=self.kernels[stage], frozen=self.frozen_stats, **options)
 
     def path_rate(self, number: int, index: int) -> float:

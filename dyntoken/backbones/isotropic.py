@@ -22,7 +22,7 @@ from dyntoken.types import DType, Reduction, Tokens
 Array = jax.Array
 # Fields that a block takes from its backbone as they are.
 OF_BLOCK = ("width", "heads", "mlp_ratio", "qkv_bias", "qk_scale", "dropout", "attn_dropout", "proj_bias")
-OF_BLOCK += ("qk_norm", "layer_scale", "norm_eps", "skip_lam", "dtype")
+OF_BLOCK += ("qk_norm", "layer_scale", "norm_eps", "skip_lam", "dtype", "attn_norm", "mlp_norm", "head_dim")
 
 
 class Isotropic(ReductionSites, nn.Module):
@@ -44,8 +44,10 @@ class Isotropic(ReductionSites, nn.Module):
       proj_bias: biases of attention projection and MLP.
       qk_norm: a LayerNorm per head on queries and keys.
       activation: of the MLPs: "gelu" (erf), "gelu_tanh", "quick_gelu", "relu", "silu" or "swiglu".
+      attn_norm, mlp_norm: a LayerNorm before the last product of a block's two branches.
+      head_dim: channels of a head, None for width / heads.
       final_norm: False hands on the last block's tokens as they are.
-      drop_path: stochastic depth of the last block.
+      drop_path: stochastic depth of the last block, or a tuple with that of each.
       drop_path_rule: "linear" from 0 (DeiT) or "constant" (TPS).
       layer_scale: initial LayerScale value, None for none.
       norm_eps: LayerNorm epsilon.
@@ -74,8 +76,11 @@ class Isotropic(ReductionSites, nn.Module):
     proj_bias: bool = True
     qk_norm: bool = False
     activation: Literal[tuple(layers.ACTIVATIONS)] = "gelu"
+    attn_norm: bool = False
+    mlp_norm: bool = False
+    head_dim: Count | None = None
     final_norm: bool = True
-    drop_path: Rate = 0.0
+    drop_path: Rate | tuple[Rate, ...] = 0.0
     drop_path_rule: Literal["linear", "constant"] = "linear"
     layer_scale: float | None = None
     norm_eps: Positive = 1e-6
@@ -105,8 +110,24 @@ class Isotropic(ReductionSites, nn.Module):
 
     def check(self) -> None:
         """Raises ValueError for fields that do not fit together."""
-        check_heads((self.width,), (self.heads,))
+        if self.head_dim is None:
+            check_heads((self.width,), (self.heads,))
+        if isinstance(self.drop_path, tuple) and len(self.drop_path) != self.path_count:
+            raise ValueError(f"drop_path={self.drop_path} needs one rate per block ({self.path_count})")
         check_policy(self.remat)
+
+    @property
+    def path_count(self) -> int:
+        """Number of blocks that stochastic depth is counted over."""
+        return self.depth
+
+    def path_rate(self, index: int) -> float:
+        """Stochastic depth of one of them."""
+        if isinstance(self.drop_path, tuple):
+            return self.drop_path[index]
+        if self.drop_path_rule == "constant":
+            return self.drop_path
+        return self.drop_path * index / max(1, self.path_count - 1)
 
     def positions(self) -> Array | None:
         """The position embedding `[1, prefix + N, width]`, or None; called once, in `setup`."""
@@ -128,11 +149,10 @@ class Isotropic(ReductionSites, nn.Module):
         return nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype)
 
     def _block(self, index: int) -> Spec:
-        linear = self.drop_path * index / max(1, self.depth - 1)
         return Spec.of(
             Block,
             layer=index,
-            drop_path=linear if self.drop_path_rule == "linear" else self.drop_path,
+            drop_path=self.path_rate(index),
             context=self.context if isinstance(self.context, int) else self.context[index],
             act=self.activation,
             **{name: getattr(self, name) for name in OF_BLOCK},
@@ -156,7 +176,9 @@ class Isotropic(ReductionSites, nn.Module):
     ) -> tuple[Tokens, tuple[Reduction, ...], dict[str, Any]]:
         """Runs stem, trunk and final norm; returns tokens, one `Reduction` per site, records by name."""
         tokens = self.embed(images, context)
-        chex.assert_shape(tokens.x, (images.shape[0], self.prefix + tokens.initial, self.width))
+        chex.assert_shape(
+            tokens.x, (*tokens.place.shape[:1], self.prefix + tokens.place.shape[1], self.width)
+        )
         embed = {"embed": tokens.x} if "embed" in context.record else {}
         tokens, reductions, records = self.trunk(tokens, context)
         return tokens.replace(x=self.norm(tokens.x)), reductions, {**embed, **records}

@@ -12,6 +12,7 @@ from dyntoken.backbones.isotropic import Isotropic
 from dyntoken.backbones.sizes import check_multiple, pair
 from dyntoken.nn import layers
 from dyntoken.nn.batchnorm import BatchNorm
+from dyntoken.nn.spec import Spec
 from dyntoken.nn.trunk import Context
 from dyntoken.ops import mixing
 from dyntoken.schema import Count, NonNegative, Positive, Size
@@ -67,6 +68,8 @@ class LVViT(Isotropic):
       stem: "conv" (`PatchConv`) or "patch" (one product per patch).
       stem_width: channels of the convolutional stem (128 in LV-ViT-L).
       frozen_stats: training leaves the BatchNorm statistics alone and uses them.
+      order: per block "tr" (both halves), "mha" or "ffn" (attention or MLP alone; their norm reads
+        `skip_lam` times the rows, officially), None for "tr" in all.
       aux_weight: share of the auxiliary head in the evaluation logits (0: it is
         there, but has none); None builds the model without it.
       mix_token: MixToken in training: one box of the token grid for the whole
@@ -75,6 +78,8 @@ class LVViT(Isotropic):
         distillation refuses it (DynamicViT trains LV-ViT without).
     """
 
+    naming = "lvvit"
+
     mlp_ratio: Positive = 3.0
     qkv_bias: bool = False
     norm_eps: Positive = 1e-5
@@ -82,6 +87,7 @@ class LVViT(Isotropic):
     stem: Literal["conv", "patch"] = "conv"
     stem_width: Count = 64
     frozen_stats: bool = False
+    order: tuple[Literal["tr", "mha", "ffn"], ...] | None = None
     aux_weight: NonNegative | None = None
     mix_token: bool = False
 
@@ -96,6 +102,8 @@ class LVViT(Isotropic):
         super().check()
         if self.stem == "conv" and any(p % 2 for p in pair(self.patch_size)):
             raise ValueError(f"stem='conv' halves the patches: patch_size {self.patch_size} must be even")
+        if self.order is not None and len(self.order) != self.depth:
+            raise ValueError(f"order={self.order} needs one entry per block ({self.depth})")
         if self.mix_token and self.aux_weight is None:
             raise ValueError("mix_token=True needs the auxiliary head: set aux_weight (0.5 is official)")
 
@@ -111,6 +119,18 @@ class LVViT(Isotropic):
     def stem_rows(self, images: Array, context: Context) -> Array:
         more = (context.train,) if self.stem == "conv" else ()
         return self.patch_embed(images, *more).reshape(images.shape[0], -1, self.width)
+
+    def _block(self, index: int) -> Spec:
+        spec = super()._block(index)
+        if self.order is None or self.order[index] == "tr":
+            return spec
+        # A norm of a times the rows is the norm with an epsilon of 1 / a^2 times as much.
+        half = {"mha": "attention", "ffn": "mlp"}[self.order[index]]
+        return spec.with_(half=half, norm_eps=self.norm_eps / self.skip_lam**2)
+
+    def shows(self, at: int) -> frozenset[str]:
+        """Nothing where a block has no attention."""
+        return frozenset() if self.order is not None and self.order[at] == "ffn" else super().shows(at)
 
     def embed(self, images: Array, context: Context) -> Tokens:
         """The tokens that enter block 0, in training with some swapped by MixToken."""

@@ -120,8 +120,12 @@ class PSViT(Isotropic):
         themselves move by the whole offset, without gradient, as official.
       offset_bias: bias of the layers that predict offsets.
       stem_channels: see `Stem`.
+      downsample_ratio: image pixels per unit of the points' coordinates; the stem's map has
+        4 per cell, and another ratio reads a part of it only (or beyond it).
       class_token: False leaves the class token out (use pool="mean").
     """
+
+    naming = "psvit"
 
     mlp_ratio: Positive = 3.0
     qkv_bias: bool = False
@@ -132,6 +136,7 @@ class PSViT(Isotropic):
     offset_bias: bool = True
     stem_channels: tuple[Count, Count, Count, Count] = (64, 64, 256, 64)
     class_token: bool = True
+    downsample_ratio: Count = STRIDE
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -162,23 +167,22 @@ class PSViT(Isotropic):
 
     def _sampling_block(self, index: int) -> Spec:
         # Numbers past those of the trunk key the draws; the rate grows from the first iteration on.
-        return self._block(0).with_(layer=self.depth + index, drop_path=self._rate(index))
+        return self._block(0).with_(layer=self.depth + index, drop_path=self.path_rate(index))
 
-    def _rate(self, index: int) -> float:
-        """Stochastic depth of a block, counted over sampling steps and trunk."""
-        if self.drop_path_rule == "constant":
-            return self.drop_path
-        return self.drop_path * index / max(1, self.iterations + self.depth - 1)
+    @property
+    def path_count(self) -> int:
+        """Sampling steps and blocks of the trunk."""
+        return self.iterations + self.depth
 
     def _block(self, index: int) -> Spec:
-        return super()._block(index).with_(drop_path=self._rate(self.iterations + index))
+        return super()._block(index).with_(drop_path=self.path_rate(self.iterations + index))
 
     def stem_rows(self, images: Array, context: Context) -> Array:
         """`[B, H, W, Cin]` to `[B, P, width]`."""
         features = self.stem(images, context.train)
-        batch, height, width, _ = features.shape
-        size = jnp.asarray([height, width], jnp.float32)[None, None]
-        points = jnp.broadcast_to(start_points(self.grid, (height, width))[None], (batch, *self._shape))
+        size = jnp.asarray(self._extent, jnp.float32)[None, None]
+        points = start_points(self.grid, self._extent)
+        points = jnp.broadcast_to(points[None], (len(features), *points.shape))
         offset, rows = jnp.zeros_like(points), None
         for index in range(self.iterations):
             sampled = bilinear.sample(features, points + self.gamma * offset)
@@ -191,13 +195,13 @@ class PSViT(Isotropic):
 
     def official_points(self) -> np.ndarray:
         """Where the points start, as the official code lists them, column by column: `[1, P, 2]` float32."""
-        size = tuple(side // STRIDE for side in pair(self.img_size))
-        points = np.asarray(start_points(self.grid, size)).reshape(*self.grid, 2)
+        points = np.asarray(start_points(self.grid, self._extent)).reshape(*self.grid, 2)
         return np.ascontiguousarray(points.transpose(1, 0, 2).reshape(1, -1, 2))
 
     @property
-    def _shape(self) -> tuple[int, int]:
-        return self.grid[0] * self.grid[1], 2
+    def _extent(self) -> tuple[int, int]:
+        """(rows, columns) that the points start on and are measured by."""
+        return tuple(side // self.downsample_ratio for side in pair(self.img_size))
 
 
 def start_points(grid: tuple[int, int], size: tuple[int, int]) -> Array:

@@ -130,6 +130,8 @@ class PVT(RegrownStages):
       qk_scale: factor on the logits; None is head_dim ** -0.5.
     """
 
+    naming = "pvt"
+
     patch_size: Count = 4
     sr_ratios: tuple[Count, ...] = (8, 4, 2, 1)
     qk_scale: Positive | None = None

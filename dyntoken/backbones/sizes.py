@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 
 Array = jax.Array
@@ -10,6 +12,11 @@ Array = jax.Array
 def pair(value: int | tuple[int, int]) -> tuple[int, int]:
     """`n` or `(rows, columns)` to a pair."""
     return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
+
+
+def of_stage(value: Any, stage: int) -> Any:
+    """The value for a stage of a field that holds one for all, or one per stage."""
+    return value[stage] if isinstance(value, tuple) else value
 
 
 def check_images(images: Array, img_size: int | tuple[int, int], in_chans: int) -> None:

@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dyntoken.backbones.sizes import check_heads, check_images
+from dyntoken.backbones.sizes import check_heads, check_images, of_stage
 from dyntoken.nn.reduction_sites import ReductionSites, listed
 from dyntoken.nn.remat import Remat, check_policy
 from dyntoken.nn.spatial import RegrownStage
@@ -222,8 +222,3 @@ class RegrownStages(ReductionSites, nn.Module):
             noise=None if context.noise is None else (context.noise[index],),
             decisions=None if context.decisions is None else (context.decisions[index],),
         )
-
-
-def of_stage(value: Any, stage: int) -> Any:
-    """The value for a stage of a field that holds one for all, or one per stage."""
-    return value[stage] if isinstance(value, tuple) else value

@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dyntoken.backbones.sizes import check_heads, nearest_multiple, pair
+from dyntoken.backbones.sizes import check_heads, nearest_multiple, of_stage, pair
 from dyntoken.backbones.staged_dual_path import DualPathStages
 from dyntoken.nn import layers
 from dyntoken.nn.dual_path import Route, Streams, branch
@@ -41,22 +41,23 @@ class WindowAttention(nn.Module):
     dropout: float = 0.0
     dtype: Any = jnp.float32
     attn_dropout: float = 0.0
+    head_dim: int | None = None
 
     @nn.compact
     def __call__(self, x: Array, draws: sample.Draws | None, path: tuple[int, ...]) -> Array:
         """Attends cells `[B, N, C]`."""
         batch, _, width = x.shape
-        each = width // self.heads
+        each = self.head_dim or width // self.heads
         x = windows.partition(x, self.grid, self.window, self.shift)
         squares, rows, _ = x.shape
-        qkv = layers.dense(3 * width, name="qkv", dtype=self.dtype, use_bias=self.qkv_bias)(x)
+        qkv = layers.dense(3 * self.heads * each, name="qkv", dtype=self.dtype, use_bias=self.qkv_bias)(x)
         q, k, v = jnp.moveaxis(qkv.reshape(squares, rows, 3, self.heads, each), (2, 3), (0, 2))
         logits = attend.logits(q, k, scale=self.qk_scale if self.qk_scale is not None else each**-0.5)
         logits = logits.reshape(batch, -1, *logits.shape[1:]) + self._bias()[None]
         p = attend.normalise(logits, policy=None, train=False)  # [B, squares of an image, heads, rows, rows]
         p = layers.drop(p, self.attn_dropout, draws, *path, 0).reshape(squares, self.heads, rows, rows)
         y = jnp.einsum("bhqk,bhkd->bhqd", p.astype(v.dtype), v)
-        y = jnp.swapaxes(y, 1, 2).reshape(squares, rows, width)
+        y = jnp.swapaxes(y, 1, 2).reshape(squares, rows, self.heads * each)
         y = layers.dense(width, name="proj", dtype=self.dtype)(y)
         return layers.drop(windows.merge(y, self.grid, self.shift), self.dropout, draws, *path)
 
@@ -98,6 +99,7 @@ class SwinBlock(nn.Module):
     fast: bool = False
     dtype: Any = jnp.float32
     attn_dropout: float = 0.0
+    head_dim: int | None = None
 
     def setup(self) -> None:
         self.norm1 = nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype)
@@ -111,6 +113,7 @@ class SwinBlock(nn.Module):
             self.dropout,
             self.dtype,
             self.attn_dropout,
+            self.head_dim,
         )
         self.norm2 = nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype)
         self.mlp = layers.Mlp(int(self.width * self.mlp_ratio), self.dropout, self.dtype, self.width)
@@ -178,21 +181,28 @@ class Swin(DualPathStages):
     classifier reads the mean of the normalised cells.
 
     Attributes (besides those of `DualPathStages`):
-      width: channels of the first stage; they double from stage to stage.
+      width: channels of the first stage, which double from stage to stage, or one number per stage.
       heads: attention heads per stage.
-      window: side of a window, in cells.
-      mlp_ratio, qkv_bias, qk_scale, dropout, attn_dropout, norm_eps: see `isotropic.Isotropic`.
+      window: side of a window, in cells; one number, or one per stage.
+      mlp_ratio, head_dim: one number, or one per stage, see `isotropic.Isotropic`.
+      qkv_bias, qk_scale, dropout, pos_dropout, attn_dropout, norm_eps: see `isotropic.Isotropic`.
+      always_partition: windows keep their side and move also where one window is the grid.
       patch_norm: a norm after the patch embedding.
       position: adds a position embedding to the first stage's cells (officially `ape`).
     """
 
-    width: Count = 96
+    naming = "swin"
+
+    width: Count | tuple[Count, ...] = 96
     heads: tuple[Count, ...] = (3, 6, 12, 24)
-    window: Count = 7
-    mlp_ratio: Positive = 4.0
+    window: Count | tuple[Count, ...] = 7
+    mlp_ratio: Positive | tuple[Positive, ...] = 4.0
+    head_dim: Count | tuple[Count, ...] | None = None
     qkv_bias: bool = True
     qk_scale: Positive | None = None
     dropout: Rate = 0.0
+    pos_dropout: Rate | None = None
+    always_partition: bool = False
     norm_eps: Positive = 1e-5
     patch_norm: bool = True
     attn_dropout: float = 0.0
@@ -200,6 +210,8 @@ class Swin(DualPathStages):
 
     @property
     def widths(self) -> tuple[int, ...]:
+        if isinstance(self.width, tuple):
+            return self.width
         return tuple(self.width * 2**stage for stage in range(len(self.depths)))
 
     @property
@@ -209,10 +221,14 @@ class Swin(DualPathStages):
 
     def check(self) -> None:
         super().check()
-        if len(self.heads) != len(self.depths):
-            raise ValueError(f"heads={self.heads} needs one entry for each of depths={self.depths}")
-        check_heads(self.widths, self.heads)
-        units = tuple(patch * self.total_stride * self.window for patch in pair(self.patch_size))
+        for name in ("heads", "width", "window", "mlp_ratio", "head_dim"):
+            value = getattr(self, name)
+            if isinstance(value, tuple) and len(value) != len(self.depths):
+                raise ValueError(f"{name}={value} needs one entry for each of depths={self.depths}")
+        if self.head_dim is None:
+            check_heads(self.widths, self.heads)
+        window = of_stage(self.window, -1)
+        units = tuple(patch * self.total_stride * window for patch in pair(self.patch_size))
         near = nearest_multiple(pair(self.img_size), units)
         for stage in range(len(self.depths)):
             side, grid = self.window_of(stage), self.grid_of(stage)
@@ -224,7 +240,8 @@ class Swin(DualPathStages):
 
     def window_of(self, stage: int) -> int:
         """Side of the windows of a stage."""
-        return min(self.window, *self.grid_of(stage))
+        window = of_stage(self.window, stage)
+        return window if self.always_partition else min(window, *self.grid_of(stage))
 
     def positions_of(self, path: str) -> tuple[int, tuple[int, int]]:
         """(prefix rows, grid) of the position embedding."""
@@ -232,15 +249,17 @@ class Swin(DualPathStages):
 
     def shift_of(self, stage: int, index: int) -> int:
         """Rows and columns by which the windows of a stage's block are moved."""
-        return self.window // 2 if index % 2 and min(self.grid_of(stage)) > self.window else 0
+        window = of_stage(self.window, stage)
+        moves = self.always_partition or min(self.grid_of(stage)) > window
+        return window // 2 if index % 2 and moves else 0
 
     def setup(self) -> None:
-        self.patch_embed = layers.PatchEmbed(pair(self.patch_size), self.width, dtype=self.dtype)
+        self.patch_embed = layers.PatchEmbed(pair(self.patch_size), self.widths[0], dtype=self.dtype)
         if self.patch_norm:
             self.patch_embed_norm = self.make_norm()
         if self.position:
             rows = self.grid_of(0)[0] * self.grid_of(0)[1]
-            self.added = self.param("absolute_pos_embed", layers.trunc_normal(), (1, rows, self.width))
+            self.added = self.param("absolute_pos_embed", layers.trunc_normal(), (1, rows, self.widths[0]))
         for number, width in enumerate(self.widths[1:], start=1):
             merging = PatchMerging(self.grid_of(number - 1), width, self.norm_eps, self.dtype)
             setattr(self, f"merge_{number - 1}", merging)  # officially at the end of the stage before
@@ -254,7 +273,8 @@ class Swin(DualPathStages):
             window=self.window_of(stage),
             shift=self.shift_of(stage, index),
             heads=self.heads[stage],
-            mlp_ratio=self.mlp_ratio,
+            mlp_ratio=of_stage(self.mlp_ratio, stage),
+            head_dim=of_stage(self.head_dim, stage),
             qkv_bias=self.qkv_bias,
             qk_scale=self.qk_scale,
             dropout=self.dropout,
@@ -263,11 +283,12 @@ class Swin(DualPathStages):
 
     def embed(self, images: Array, context: Context) -> Array:
         """One product per patch, then a norm."""
-        x = self.patch_embed(images).reshape(len(images), -1, self.width)
+        x = self.patch_embed(images).reshape(len(images), -1, self.widths[0])
         x = self.patch_embed_norm(x) if self.patch_norm else x
         x = x + self.added.astype(x.dtype) if self.position else x
         # This layer number keys the draw: no block uses it.
-        return layers.drop(x, self.dropout, context.dropout, sum(self.depths))
+        rate = self.dropout if self.pos_dropout is None else self.pos_dropout
+        return layers.drop(x, rate, context.dropout, sum(self.depths))
 
     def downsample(self, stage: int, x: Array) -> Array:
         """Patch merging."""

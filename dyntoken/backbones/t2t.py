@@ -104,7 +104,7 @@ class TokensToToken(nn.Module):
     `[B, H, W, Cin]` -> `[B, N, width]`; section 3.1 of the paper.
 
     Attributes:
-      kind: row of `STEPS`.
+      kind: row of `STEPS`, or "convolution": three convolutions in place of splits and steps.
       kernel, stride, padding: of the first split, (vertical, horizontal); the
         other two have windows of 3, stride 2, padding 1.
       token_dim: channels between the splits.
@@ -120,6 +120,8 @@ class TokensToToken(nn.Module):
 
     @nn.compact
     def __call__(self, images: Array) -> Array:
+        if self.kind == "convolution":
+            return self._convolved(images)
         x = unfold.unfold(images, self.kernel, self.stride, self.padding)
         for number in (1, 2):
             batch, high, wide, channels = x.shape
@@ -128,6 +130,18 @@ class TokensToToken(nn.Module):
             x = unfold.unfold(x, (3, 3), (2, 2), (1, 1))
         x = x.reshape(x.shape[0], -1, x.shape[-1])
         return layers.dense(self.width, name="project", dtype=self.dtype)(x)
+
+    def _convolved(self, x: Array) -> Array:
+        small = ((3, 3), (2, 2), (1, 1))
+        for name, width, (kernel, stride, padding) in (
+            ("soft_split0", self.token_dim, (self.kernel, self.stride, self.padding)),
+            ("soft_split1", self.token_dim, small),
+            ("project", self.width, small),
+        ):
+            init = layers.torch_uniform(kernel[0] * kernel[1] * x.shape[-1])
+            options = {"kernel_init": init, "bias_init": init, "dtype": self.dtype, "name": name}
+            x = nn.Conv(width, kernel, stride, [(p, p) for p in padding], **options)(x)
+        return x.reshape(x.shape[0], -1, self.width)
 
 
 class T2T(Isotropic):
@@ -139,15 +153,17 @@ class T2T(Isotropic):
 
     Attributes (besides those of `Isotropic`):
       tokens: wanted (rows, columns) of tokens; None is one per 16 pixels.
-      tokens_type: "performer" or "transformer" T2T steps.
+      tokens_type: "performer" or "transformer" T2T steps, or "convolution" (the paper's comparison).
       token_dim: channels between the soft splits.
     """
+
+    naming = "t2t"
 
     mlp_ratio: Positive = 3.0
     qkv_bias: bool = False
     norm_eps: Positive = NORM_EPS
     tokens: Size | None = None
-    tokens_type: Literal["performer", "transformer"] = "performer"
+    tokens_type: Literal["performer", "transformer", "convolution"] = "performer"
     token_dim: Count = 64
 
     @property

@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
 
 from dyntoken.backbones.isotropic import Isotropic
 from dyntoken.backbones.sizes import check_multiple, pair
 from dyntoken.nn import layers
 from dyntoken.nn.trunk import Context
-from dyntoken.schema import Natural, Size
+from dyntoken.ops import sample, select
+from dyntoken.schema import Natural, Rate, Size
 from dyntoken.types import Tokens
 
 Array = jax.Array
@@ -32,7 +34,11 @@ class ViT(Isotropic):
       registers: rows after the class token that are no patches and that no head reads.
       pre_norm: a norm before the first block, and no bias in the patch product (CLIP).
       position: False adds no position embedding.
+      patch_drop: share of the patches that training leaves out, drawn anew for every image
+        (Li et al. 2023, "Scaling Language-Image Pre-training via Masking"); not with a method.
     """
+
+    naming = "vit"
 
     patch_size: Size = 16
     tokens: Size | None = None
@@ -42,6 +48,7 @@ class ViT(Isotropic):
     registers: Natural = 0
     pre_norm: bool = False
     position: bool = True
+    patch_drop: Rate = 0.0
 
     @property
     def patches(self) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -80,6 +87,10 @@ class ViT(Isotropic):
         super().check()
         if self.distilled and not self.class_token:
             raise ValueError("a distilled model needs its class token")
+        if self.patch_drop and self.sites:
+            raise ValueError(
+                "patch_drop drops patches ahead of the sites, whose counts are fixed: give one of both"
+            )
         if self.pre_norm and self.stem != "patch":
             raise ValueError("pre_norm needs stem='patch'")
         kernel, _ = self.patches
@@ -101,7 +112,22 @@ class ViT(Isotropic):
     def embed(self, images: Array, context: Context) -> Tokens:
         """Images `[B, H, W, in_chans]` to the tokens that enter block 0."""
         tokens = super().embed(images, context)
+        if self.patch_drop and context.train:
+            tokens = self._thinned(tokens, context.dropout)
         return tokens.replace(x=self.norm_pre(tokens.x)) if self.pre_norm else tokens
+
+    def _thinned(self, tokens: Tokens, draws: sample.Draws) -> Tokens:
+        """A random part of the patches, in their order."""
+        # No block and no other dropout uses this number.
+        shuffled = sample.permutation(tokens.size, draws, self.depth + 1)
+        keep = jnp.sort(shuffled[:, : max(1, int(tokens.count * (1 - self.patch_drop)))], axis=1)
+        patches = select.take(tokens.patches, keep)
+        return tokens.replace(
+            x=jnp.concatenate([tokens.x[:, : tokens.prefix], patches], axis=1),
+            place=keep,
+            carrier=select.inverse(keep, tokens.count),
+            size=tokens.size[:, : keep.shape[1]],
+        )
 
     def shows(self, at: int) -> frozenset[str]:
         """Fields of `Attended`: registers alone are rows before the patches, but no class token."""

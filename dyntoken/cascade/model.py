@@ -137,7 +137,8 @@ class Cascade(Classifier):
     form: Form = "auto"
     dropped: Literal["host", "zero"] = "host"
 
-    decides = frozenset({"tokens", "patch_size"})
+    # Of `patch_drop`: an exit reuses features and relations of the whole grid.
+    decides = frozenset({"tokens", "patch_size", "patch_drop"})
     resets = frozenset({"stem"})
     RECORDS = ("features", *OF_TRUNK, "context", "maps", "biases")
 

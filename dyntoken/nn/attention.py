@@ -21,7 +21,7 @@ class Attention(nn.Module):
     """Self-attention with one fused qkv product, timm's `Attention`.
 
     Attributes:
-      heads: number of heads; the width must be divisible by it.
+      heads: number of heads; the width must be divisible by it, unless `head_dim` says their size.
       qkv_bias: bias of the qkv product.
       qk_scale: factor on the logits; None is head_dim ** -0.5.
       dropout: rate after the output projection.
@@ -29,6 +29,8 @@ class Attention(nn.Module):
       attn_dropout: rate on the attention weights.
       proj_bias: bias of the output projection.
       qk_norm_eps: epsilon of a LayerNorm per head on queries and keys, None for none.
+      norm_eps: epsilon of a LayerNorm before the output projection, None for none.
+      head_dim: channels of a head.
     """
 
     heads: int
@@ -39,6 +41,8 @@ class Attention(nn.Module):
     attn_dropout: float = 0.0
     proj_bias: bool = True
     qk_norm_eps: float | None = None
+    norm_eps: float | None = None
+    head_dim: int | None = None
 
     @nn.compact
     def __call__(
@@ -69,14 +73,15 @@ class Attention(nn.Module):
           `(y [B, T, C], Attended or None)`.
         """
         batch, rows, width = x.shape
+        each = self.head_dim or width // self.heads
         chex.assert_shape(policy, (batch, rows)) if policy is not None else None
-        qkv = layers.dense(3 * width, name="qkv", dtype=self.dtype, use_bias=self.qkv_bias)(x)
-        qkv = qkv.reshape(batch, rows, 3, self.heads, width // self.heads)
+        qkv = layers.dense(3 * self.heads * each, name="qkv", dtype=self.dtype, use_bias=self.qkv_bias)(x)
+        qkv = qkv.reshape(batch, rows, 3, self.heads, each)
         q, k, v = jnp.moveaxis(qkv, (2, 3), (0, 2))  # each [B, heads, T, head_dim]
         if self.qk_norm_eps is not None:
             norm = functools.partial(nn.LayerNorm, epsilon=self.qk_norm_eps, dtype=self.dtype)
             q, k = norm(name="q_norm")(q), norm(name="k_norm")(k)
-        scale = self.qk_scale if self.qk_scale is not None else (width // self.heads) ** -0.5
+        scale = self.qk_scale if self.qk_scale is not None else each**-0.5
         seen = None
         thinned = draws is not None and self.attn_dropout > 0.0
         if policy is None and not return_scores and not return_logits and not thinned:
@@ -89,6 +94,8 @@ class Attention(nn.Module):
             cls = attend.class_attention(p, prefix) if prefix and return_scores else None
             shown = {"cls": cls, "keys": k, "probs": p} if return_scores else {}
             seen = Attended(**shown, logits=logits if return_logits else None)
-        y = jnp.swapaxes(y, 1, 2).reshape(batch, rows, width)
+        y = jnp.swapaxes(y, 1, 2).reshape(batch, rows, self.heads * each)
+        if self.norm_eps is not None:
+            y = nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype, name="norm")(y)
         y = layers.dense(width, name="proj", dtype=self.dtype, use_bias=self.proj_bias)(y)
         return layers.drop(y, self.dropout, draws, *path), seen if return_scores or return_logits else None

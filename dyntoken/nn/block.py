@@ -52,6 +52,9 @@ class Block(nn.Module):
       proj_bias: biases of the attention projection and the MLP.
       qk_norm: a LayerNorm per head on queries and keys.
       act: activation of the MLP, see `layers.ACTIVATIONS`.
+      attn_norm, mlp_norm: a LayerNorm before the last product of either branch.
+      head_dim: channels of a head, None for width / heads.
+      half: "both", or the only one of the two halves that there is: "attention" or "mlp".
     """
 
     layer: int
@@ -71,6 +74,10 @@ class Block(nn.Module):
     proj_bias: bool = True
     qk_norm: bool = False
     act: str = "gelu"
+    attn_norm: bool = False
+    mlp_norm: bool = False
+    head_dim: int | None = None
+    half: str = "both"
 
     def setup(self) -> None:
         self.norm1 = nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype)
@@ -83,6 +90,7 @@ class Block(nn.Module):
             self.width,
             layers.ACTIVATIONS[self.act],
             self.proj_bias,
+            self.norm_eps if self.mlp_norm else None,
         )
         if self.layer_scale is not None:
             self.ls1 = layers.LayerScale(self.layer_scale)
@@ -99,6 +107,8 @@ class Block(nn.Module):
             self.attn_dropout,
             self.proj_bias,
             self.norm_eps if self.qk_norm else None,
+            self.norm_eps if self.attn_norm else None,
+            self.head_dim,
         )
 
     def attend(
@@ -121,6 +131,8 @@ class Block(nn.Module):
           layer: replaces the fields of these names (of `drop_path` only whether
             it is 0 counts then).
         """
+        if self.half == "mlp":
+            return tokens, None
         layer = layer or LayerArgs(self.layer, self.drop_path)
         policy = None if tokens.alive is None else attend.with_prefix(tokens.alive, tokens.prefix)
         y, seen = self.attn(
@@ -151,6 +163,8 @@ class Block(nn.Module):
             norm; the residual goes without it.
           layer: as in `attend`.
         """
+        if self.half == "attention":
+            return tokens
         layer = layer or LayerArgs(self.layer, self.drop_path)
         x = tokens.x
         if (extra is None) == bool(self.context):

@@ -60,6 +60,18 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
     "relu": jax.nn.relu,
     "silu": jax.nn.silu,
+    "mish": jax.nn.mish,
+    "hard_mish": lambda x: 0.5 * x * jnp.clip(x + 2.0, 0.0, 2.0),
+    "elu": jax.nn.elu,
+    "celu": jax.nn.celu,
+    "selu": jax.nn.selu,
+    "relu6": jax.nn.relu6,
+    "leaky_relu": jax.nn.leaky_relu,
+    "sigmoid": jax.nn.sigmoid,
+    "tanh": jnp.tanh,
+    "hard_sigmoid": jax.nn.hard_sigmoid,
+    "hard_swish": jax.nn.hard_swish,
+    "identity": lambda x: x,
     "swiglu": lambda x: jax.nn.silu(x[..., : x.shape[-1] // 2]) * x[..., x.shape[-1] // 2 :],
 }
 
@@ -128,7 +140,10 @@ def _padded(images: Array, padding: tuple[int, int], patch: int) -> Array:
 
 
 class Mlp(nn.Module):
-    """Two linear layers, between them an activation: `[B, T, C]` -> `[B, T, width]`, by default width = C."""
+    """Two linear layers, between them an activation: `[B, T, C]` -> `[B, T, width]`, by default width = C.
+
+    `norm_eps` is the epsilon of a LayerNorm before the second one, None for none.
+    """
 
     hidden: int
     dropout: float = 0.0
@@ -136,6 +151,7 @@ class Mlp(nn.Module):
     width: int | None = None
     activation: Callable[[Array], Array] = gelu
     use_bias: bool = True
+    norm_eps: float | None = None
 
     @nn.compact
     def __call__(self, x: Array, draws: sample.Draws | None = None, path: tuple[int, ...] = ()) -> Array:
@@ -144,6 +160,8 @@ class Mlp(nn.Module):
         options = {"dtype": self.dtype, "use_bias": self.use_bias}
         x = self.activation(dense(self.hidden, name="fc1", **options)(x))
         x = drop(x, self.dropout, draws, *path, 0)
+        if self.norm_eps is not None:
+            x = nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype, name="norm")(x)
         x = dense(width, name="fc2", **options)(x)
         return drop(x, self.dropout, draws, *path, 1)
 

@@ -33,12 +33,14 @@ class ReductionSites:
         from a whole grid of its own.
       site_noun: what the positions of sites count.
       resize: how the official code resizes position embeddings.
+      naming: row of `weights.keys.RULES`, the key names of its public checkpoints; None: there are none.
     """
 
     required = ()
     nested = True
     site_noun = "block"
     resize = "bicubic"
+    naming = None
 
     def sites_of(self, reducer: Any) -> tuple[int, ...]:
         """The default sites of a method: those that show what it needs."""

@@ -10,7 +10,7 @@ from dyntoken.ops.sample import Draws
 
 Array = jax.Array
 # Fields of a backbone that draw in training where they are not 0.
-RATES = ("dropout", "attn_dropout", "pos_dropout", "drop_path", "mix_token")
+RATES = ("dropout", "attn_dropout", "pos_dropout", "patch_drop", "drop_path", "mix_token")
 
 
 def of_stream(module: nn.Module, stream: str, ids: Array) -> Draws | None:
@@ -30,7 +30,8 @@ def of_dropout(module: nn.Module, backbone: Spec, ids: Array) -> Draws | None:
     Raises:
       ValueError: the model draws and `apply` got no key.
     """
-    if not any(_positive(backbone.get(rate, 0.0)) for rate in RATES):
+    rates = (getattr(module, "head_dropout", 0.0), *(backbone.get(rate, 0.0) for rate in RATES))
+    if not any(map(_positive, rates)):
         return None
     draws = of_stream(module, "dropout", ids)
     if draws is None:

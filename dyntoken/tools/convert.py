@@ -45,7 +45,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     from etils import epath
 
     from dyntoken import weights
-    from dyntoken.weights import buffers, files, runs
+    from dyntoken.weights import files, runs
 
     suffix = Path(args.target).suffix.lower()
     if suffix not in SUFFIXES[args.to]:
@@ -71,7 +71,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     if args.to == "ours":
         weights.save_weights(args.target, variables, model=model)
     else:
-        tensors = buffers.with_buffers(model, weights.export_reference(model, variables))
+        tensors = weights.with_buffers(model, weights.export_reference(model, variables))
         if suffix == ".npz":
             files.write_npz(args.target, tensors)
         else:

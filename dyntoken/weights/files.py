@@ -31,7 +31,7 @@ PARAMS_KEYS = ("params", "model", "net", "state_dict", "module", DVT_STATE)
 EMA_KEYS = ("ema", "model_ema", "state_dict_ema", "net_ema")
 DINO_KEYS = ("teacher", "student")
 PREFERENCES = ("ema", "params")
-# What DVT's checkpoints hold beside their weights; see `reference_dvt.stored_exits`.
+# What DVT's checkpoints hold beside their weights: costs, accuracies and thresholds of its exits.
 DVT_RESULTS = ("flops", "anytime_classification", "dynamic_threshold", "budgeted_batch_classification")
 PRETRAINED = epath.Path(__file__).resolve().parent / "pretrained"
 SAFETENSORS_TYPES = {

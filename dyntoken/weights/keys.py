@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from dyntoken.nn.reduction_sites import added
+from dyntoken.ops import windows
 from dyntoken.registry import Table
 
 # Leaf names of linen layers as torch spells them.
@@ -41,6 +42,7 @@ VIT_RULES = (
     (r"^backbone/trunk/reducer_(\d+)/predictor/(in|out)_conv_(\d+)/", r"score_predictor/\1/\2_conv/\3/"),
     (r"^backbone/(norm|norm_pre)/", r"\1/"),
     (r"^head/norm/", r"fc_norm/"),
+    (r"^head/attn_pool/", r"attn_pool/"),
     (r"^head/cls/", r"head/"),
     (r"^head/dist/", r"head_dist/"),
     (r"^head/pre_logits/", r"pre_logits/fc/"),
@@ -66,10 +68,10 @@ PSVIT_RULES = (
     *VIT_RULES,
 )
 PVT_RULES = (
-    # Its stages count from 1.
+    # Its stages count from 1; there are 4 in every published one.
     *(
         (rf"^backbone/stage_{i}/{ours}", theirs.format(i + 1))
-        for i in range(4)
+        for i in range(8)
         for ours, theirs in (
             ("pos_embed$", "pos_embed{}"),
             ("patch_embed/", "patch_embed{}/"),
@@ -97,7 +99,8 @@ SWIN_RULES = (
     *VIT_RULES,
 )
 CONVNEXT_RULES = (
-    (r"^backbone/stem_conv/", r"downsample_layers/0/0/"),
+    (r"^backbone/stem_conv(_0)?/", r"downsample_layers/0/0/"),
+    (r"^backbone/stem_conv_1/", r"downsample_layers/0/conv2/"),
     (r"^backbone/stem_norm/", r"downsample_layers/0/1/"),
     (r"^backbone/downsample_(\d+)_norm/", r"downsample_layers/\1/0/"),
     (r"^backbone/downsample_(\d+)_conv/", r"downsample_layers/\1/1/"),
@@ -120,8 +123,9 @@ CONVNEXT_ALIASES = (  # timm
     (r"^stages\.(\d+)\.downsample\.", r"downsample_layers.\1."),
     (r"^stages\.(\d+)\.blocks\.(\d+)\.conv_dw\.", r"stages.\1.\2.dwconv."),
     (r"^stages\.(\d+)\.blocks\.(\d+)\.mlp\.fc(\d)\.", r"stages.\1.\2.pwconv\3."),
-    (r"^stages\.(\d+)\.blocks\.(\d+)\.", r"stages.\1.\2."),
-    (r"^head\.norm\.", r"norm."),
+    (r"^stages\.(\d+)\.blocks\.(\d+)\.(?:mlp\.)?", r"stages.\1.\2."),
+    (r"^(?:head\.norm|norm_pre)\.", r"norm."),
+    (r"^head\.pre_logits\.", r"pre_logits."),
     (r"^head\.fc\.", r"head."),
 )
 
@@ -148,6 +152,41 @@ def _merging_first(names: Iterable[str]) -> dict[str, str]:
     return {name: f"layers.{int(hit[1]) - 1}.downsample.{name[hit.end() :]}" for name, hit in found.items()}
 
 
+def _sampling_buffers(body: Any, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """PS-ViT's starting points, and the position layer that each of its iterations lists once more."""
+    layer = {leaf: tensors[f"pos_layer.{leaf}"] for leaf in ("weight", "bias")}
+    again = {
+        f"ps_layers.{step}.position_layer.{leaf}": value
+        for step in range(body.iterations)
+        for leaf, value in layer.items()
+    }
+    return {**again, "point_coord": body.official_points()}
+
+
+def _window_buffers(body: Any, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Swin's index table of every block, and the mask of those whose windows move."""
+    found = {}
+    for stage, depth in enumerate(body.depths):
+        side = body.window_of(stage)
+        for index in range(depth):
+            block, shift = f"layers.{stage}.blocks.{index}", body.shift_of(stage, index)
+            table = windows.relative_position_index(side).reshape(side**2, side**2)
+            found[f"{block}.attn.relative_position_index"] = table.astype(np.int64)
+            if shift:
+                found[f"{block}.attn_mask"] = windows.shift_mask(body.grid_of(stage), side, shift)
+    return found
+
+
+def _overlapping_stem(names: Iterable[str]) -> dict[str, str]:
+    """timm's ConvNeXt with two convolutions in its stem: which number is which depends on an activation between."""
+    hits = {name: hit for name in names if (hit := re.match(r"stem\.(\d)\.", name))}
+    numbers = sorted({hit[1] for hit in hits.values()})
+    if len(numbers) != 3:
+        return {}
+    parts = dict(zip(numbers, ("0", "conv2", "1"), strict=True))
+    return {name: f"downsample_layers.0.{parts[hit[1]]}.{name[hit.end() :]}" for name, hit in hits.items()}
+
+
 @dataclasses.dataclass(frozen=True)
 class Naming:
     """The keys of one family of checkpoints.
@@ -157,38 +196,32 @@ class Naming:
       aliases: (pattern of a key, replacement): other spellings of the reference's keys.
       pointwise: pattern of paths whose linear layers are 1x1 convolutions there.
       respell: all keys of a file -> those that mean another of the reference's keys.
+      buffers: a backbone and its exported arrays -> what else the state dict holds.
     """
 
     rules: tuple[tuple[str, str], ...]
     aliases: tuple[tuple[str, str], ...] = ()
     pointwise: str = "/relation/"
-    respell: Callable[[Iterable[str]], dict[str, str]] | None = None
+    respell: Callable[[Iterable[str]], dict[str, str]] = lambda names: {}
+    buffers: Callable[[Any, Mapping[str, np.ndarray]], dict[str, np.ndarray]] = lambda body, tensors: {}
 
 
+# Row: `naming` of a backbone.
 RULES = Table(
     "weight family",
     {
         "vit": Naming(VIT_RULES, VIT_ALIASES),
         "t2t": Naming(T2T_RULES),
         "lvvit": Naming(LVVIT_RULES),
-        "psvit": Naming(PSVIT_RULES, PSVIT_ALIASES),
+        "psvit": Naming(PSVIT_RULES, PSVIT_ALIASES, buffers=_sampling_buffers),
         "pvt": Naming(PVT_RULES),
         "cvt": Naming(CVT_RULES),
-        "swin": Naming(SWIN_RULES, SWIN_ALIASES, respell=_merging_first),
-        "convnext": Naming(CONVNEXT_RULES, CONVNEXT_ALIASES, pointwise="/predictor/"),
+        "swin": Naming(SWIN_RULES, SWIN_ALIASES, respell=_merging_first, buffers=_window_buffers),
+        "convnext": Naming(
+            CONVNEXT_RULES, CONVNEXT_ALIASES, pointwise="/predictor/", respell=_overlapping_stem
+        ),
     },
 )
-# Backbone class -> row of RULES.
-FAMILIES = {
-    "ViT": "vit",
-    "T2T": "t2t",
-    "LVViT": "lvvit",
-    "PSViT": "psvit",
-    "PVT": "pvt",
-    "CvT": "cvt",
-    "Swin": "swin",
-    "ConvNeXt": "convnext",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,8 +257,10 @@ class Entry:
 
     def from_reference(self, value: np.ndarray) -> np.ndarray:
         """The reference's array in our layout."""
-        if self.layout == "linear" and value.ndim == 2:
-            return np.ascontiguousarray(value.T)
+        if self.layout == "linear" and (
+            value.ndim == 2 or value.shape[2:] == (1, 1)
+        ):  # also as a 1x1 convolution
+            return np.ascontiguousarray(value.reshape(value.shape[:2]).T)
         if self.layout == "pointwise" and value.ndim == 4:
             return np.ascontiguousarray(value[:, :, 0, 0].T)
         if self.layout == "conv" and value.ndim == 4:
@@ -240,12 +275,11 @@ class Entry:
 class KeyMap:
     """The entries of one model, searchable from both sides."""
 
-    def __init__(self, entries: Iterable[Entry], naming: Naming | None = None):
+    def __init__(self, entries: Iterable[Entry], naming: Naming = Naming(())):
         self.entries = tuple(entries)
+        self.naming = naming
         self.by_key = {entry.key: entry for entry in self.entries}
         self.by_path = {entry.path: entry for entry in self.entries}
-        self._aliases = () if naming is None else naming.aliases
-        self._respell = None if naming is None else naming.respell
         if len(self.by_key) != len(self.entries):
             raise ValueError("two parameters share a reference key")
 
@@ -253,7 +287,7 @@ class KeyMap:
         """The entry of a reference key, other known spellings included."""
         if key in self.by_key:
             return self.by_key[key]
-        for pattern, replacement in self._aliases:
+        for pattern, replacement in self.naming.aliases:
             other, count = re.subn(pattern, replacement, key)
             if count and other in self.by_key:
                 return self.by_key[other]
@@ -261,7 +295,7 @@ class KeyMap:
 
     def spelled(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
         """A whole file with every key in the reference's meaning."""
-        other = {} if self._respell is None else self._respell(tensors)
+        other = self.naming.respell(tensors)
         return {other.get(key, key): value for key, value in tensors.items()}
 
     def export(self, flat: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -271,19 +305,18 @@ class KeyMap:
         }
 
 
-def key_map(shapes: Mapping[str, tuple[int, ...]], family: str = "vit", *, grid_only: int = 0) -> KeyMap:
+def key_map(shapes: Mapping[str, tuple[int, ...]], naming: Naming, *, grid_only: int = 0) -> KeyMap:
     """Builds the key map of a model.
 
     Args:
       shapes: flat tree, path to shape.
-      family: which public naming ("vit": timm's ViT/DeiT and what builds on it).
+      naming: row of `RULES`.
       grid_only: number of prefix rows, if the reference's position embedding has
         none for them (timm's and TPS's `no_embed_class`); else 0.
 
     Raises:
       ValueError: a path that no rule names.
     """
-    naming = RULES[family]
     entries = []
     for path, shape in shapes.items():
         key = reference_key(path, naming.rules)

@@ -11,7 +11,7 @@ from dyntoken import paths, schedules
 from dyntoken.cascade import Cascade
 from dyntoken.models import create_model
 from dyntoken.registry import UnknownNameError
-from dyntoken.weights import positions, workdirs
+from dyntoken.weights import pos_embed, workdirs
 
 
 def describe(directory: epath.Path) -> dict[str, Any]:
@@ -66,8 +66,8 @@ def model_of(meta: Mapping[str, Any]) -> Any:
 def grids(model: Any) -> dict[str, str]:
     """The patches of a model as metadata, `{"grid": "16x32"}`, of a cascade one entry per exit."""
     if not isinstance(model, Cascade):
-        return {"grid": positions.spell(model.plain().grid)}
-    return {f"grid/exit_{index}": positions.spell(grid) for index, grid in enumerate(model.grids)}
+        return {"grid": pos_embed.spell(model.plain().grid)}
+    return {f"grid/exit_{index}": pos_embed.spell(grid) for index, grid in enumerate(model.grids)}
 
 
 def grids_of(meta: Mapping[str, Any]) -> dict[str, str]:

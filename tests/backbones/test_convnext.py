@@ -105,5 +105,5 @@ def test_errors():
         dyntoken.create_model("convnext_tiny", kernel=4)
     with pytest.raises(ValueError, match=r"widths=.*one entry for each"):
         dyntoken.create_model("convnext_tiny", widths=(4, 8))
-    with pytest.raises(weights.WeightsError, match="use_grn=True"):
-        weights.import_reference("timm", "ConvNeXt", {"use_grn": True}, {})
+    with pytest.raises(weights.WeightsError, match="output_stride=16"):
+        weights.import_reference("timm", "ConvNeXt", {"output_stride": 16}, {})

@@ -16,6 +16,7 @@ from dyntoken.nn.layers import ACTIVATIONS
 from dyntoken.train import mesh as meshes
 from dyntoken.train.state import create_state
 from dyntoken.train.step import make_train_step
+from dyntoken.weights import official
 
 SLOW = pytest.mark.slow
 TINY = {"widths": (8, 16), "depths": (1, 1), "heads": (1, 2), "mlp_ratios": (2, 2), "num_classes": 5}
@@ -89,15 +90,15 @@ def _spec(**changes):
 
 def test_import_reads_the_official_spec():
     options = {"num_classes": 5, "img_size": 16, "spec": _spec(QKV_BIAS=[False, True])}
-    model = weights.references.build("microsoft/CvT", "ConvolutionalVisionTransformer", options).model
+    model = official.build("microsoft/CvT", "ConvolutionalVisionTransformer", options).model
     assert model.pool == "mean" and model.plain().qkv_bias == (False, True)
     for changes, message in (
-        ({"QKV_PROJ_METHOD": ["dw_bn", "avg"]}, "only 'dw_bn' is implemented"),
+        ({"QKV_PROJ_METHOD": ["dw_bn", "max"]}, "projection"),
         ({"PADDING_Q": [1, 0]}, "changes the size of the queries' map"),
         ({"STRIDE_QK": [1, 1]}, "no entry 'STRIDE_QK'.*STRIDE_KV"),
     ):
         with pytest.raises(weights.WeightsError, match=message):
-            weights.references.build(
+            official.build(
                 "microsoft/CvT", "ConvolutionalVisionTransformer", {**options, "spec": _spec(**changes)}
             )
 

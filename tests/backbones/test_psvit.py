@@ -11,7 +11,7 @@ import dyntoken
 from dyntoken import weights
 from dyntoken.analysis import macs
 from dyntoken.backbones import psvit
-from dyntoken.weights.buffers import with_buffers
+from dyntoken.weights import with_buffers
 
 TINY = {
     "img_size": 16,

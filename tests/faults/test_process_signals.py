@@ -37,7 +37,9 @@ class Program:
         deadline = time.monotonic() + 240
         while text not in self.out.read_text():
             assert self.process.poll() is None, self.err.read_text()
-            assert time.monotonic() < deadline, self.out.read_text()
+            if time.monotonic() > deadline:
+                self.process.kill()
+                pytest.fail(self.out.read_text())
             time.sleep(0.02)
 
     def wait_for_handlers(self) -> None:

@@ -193,13 +193,31 @@ class TestRecord:
     CONFIG = tiny_config(steps=5, eval_steps=1, keep_best=1, keep_checkpoints=1)
     SCORES = (0.1, 0.9, 0.2, 0.3, 0.4)
 
-    def half(self, tmp_path, monkeypatch):
-        """A run that died after step 4 of 5, whose best checkpoint is that of step 2."""
-        calls = iter(self.SCORES)
-        monkeypatch.setattr(loop, "measure", lambda *_: {"top1": next(calls), "loss": 1.0})
-        with pytest.raises(CrashError):
-            train.run(self.CONFIG, tmp_path, log=Log("step 5/5", crash))
-        assert steps_kept(tmp_path) == [2, 4]
+    @pytest.fixture(scope="class")
+    def died(self, tmp_path_factory):
+        workdir = tmp_path_factory.mktemp("died") / "run"
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(CrashError):
+            calls = iter(self.SCORES)
+            patch.setattr(loop, "measure", lambda *_: {"top1": next(calls), "loss": 1.0})
+            train.run(self.CONFIG, workdir, log=Log("step 5/5", crash))
+        return workdir
+
+    @pytest.fixture
+    def half(self, died, tmp_path, monkeypatch):
+        """A run that died after step 4 of 5, whose best checkpoint is that of step 2; step 5 will score less."""
+        monkeypatch.setattr(loop, "measure", lambda *_: {"top1": self.SCORES[-1], "loss": 1.0})
+        workdir = shutil.copytree(died, tmp_path / "run")
+        assert steps_kept(workdir) == [2, 4]
+        return workdir
+
+    @pytest.fixture(scope="class")
+    def best_by_loss(self, tmp_path_factory):
+        """A whole run whose `best_metric` is no default: (result, workdir)."""
+        workdir, calls = tmp_path_factory.mktemp("by_loss") / "run", iter(self.SCORES)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(loop, "measure", lambda *_: {"top1": 0.5, "loss": 1 - next(calls)})
+            config = {**self.CONFIG.to_dict(), "best_metric": "loss"}
+            return train.run(config, workdir, log=Log()), workdir
 
     BAD = (
         b"\xff\xfe\x00not text",
@@ -214,43 +232,39 @@ class TestRecord:
     )
 
     @pytest.mark.parametrize("bad", [BAD, BAD[:1], BAD[2:3]])
-    def test_bad_lines_are_left_out(self, tmp_path, monkeypatch, bad):
-        self.half(tmp_path, monkeypatch)
-        path = tmp_path / "metrics.jsonl"
+    def test_bad_lines_are_left_out(self, half, bad):
+        path = half / "metrics.jsonl"
         good = path.read_bytes().splitlines()
         path.write_bytes(b"\n".join([good[0], *bad, *good[1:], b""]))
         log = Log()
-        result = train.run(self.CONFIG, tmp_path, log=log)
+        result = train.run(self.CONFIG, half, log=log)
         assert result.finished
-        assert [row["step"] for row in rows(tmp_path) if row["kind"] == "train"] == [1, 2, 3, 4, 5]
+        assert [row["step"] for row in rows(half) if row["kind"] == "train"] == [1, 2, 3, 4, 5]
         assert [line for line in log if line.startswith(f"{len(bad)} damaged line(s) in ")]
         assert len([line for line in log if "damaged line" in line]) == 1
-        assert steps_kept(tmp_path) == [2, 5]
+        assert steps_kept(half) == [2, 5]
 
     @pytest.mark.parametrize("loss", ["emptied", "absent", "zeros"])
-    def test_a_lost_record_costs_no_best_checkpoint(self, tmp_path, monkeypatch, loss):
-        self.half(tmp_path, monkeypatch)
-        path = tmp_path / "metrics.jsonl"
+    def test_a_lost_record_costs_no_best_checkpoint(self, half, loss):
+        path = half / "metrics.jsonl"
         path.write_bytes(b"\0" * 900 if loss == "zeros" else b"")
         if loss == "absent":
             path.unlink()
-        result = train.run(self.CONFIG, tmp_path, log=Log())
-        assert steps_kept(tmp_path) == [2, 5]
-        assert restore_from(tmp_path, result.plan.abstract_state, step="best").step == 2
+        result = train.run(self.CONFIG, half, log=Log())
+        assert steps_kept(half) == [2, 5]
+        assert restore_from(half, result.plan.abstract_state, step="best").step == 2
 
     @pytest.mark.parametrize("text", ["", "{", "null", "[]", '{"best_metric": 3}', "\0" * 20, None])
-    def test_a_damaged_config(self, tmp_path, monkeypatch, text):
-        calls = iter(self.SCORES)
-        monkeypatch.setattr(loop, "measure", lambda *_: {"top1": 0.5, "loss": 1 - next(calls)})
-        result = train.run({**self.CONFIG.to_dict(), "best_metric": "loss"}, tmp_path, log=Log())
-        path = tmp_path / "config.json"
+    def test_a_damaged_config(self, best_by_loss, tmp_path, text):
+        result, workdir = best_by_loss[0], shutil.copytree(best_by_loss[1], tmp_path / "run")
+        path = workdir / "config.json"
         path.unlink()
         if text is not None:
             path.write_text(text)
-        assert restore_from(tmp_path, result.plan.abstract_state, step="best").step == 2
-        loaded = dyntoken.load_weights(result.model, tmp_path, step="best")
+        assert restore_from(workdir, result.plan.abstract_state, step="best").step == 2
+        loaded = dyntoken.load_weights(result.model, workdir, step="best")
         assert_identical(
-            loaded["params"], restore_from(tmp_path, result.plan.abstract_state, step=2).state.params
+            loaded["params"], restore_from(workdir, result.plan.abstract_state, step=2).state.params
         )
 
 

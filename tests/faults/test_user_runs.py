@@ -1,7 +1,9 @@
 """A run keeps what it is: its classes and its patch grid, wherever its weights go."""
 
 import dataclasses
+import functools
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -19,31 +21,41 @@ OBLONG = {"data__size": (8, 16), "model__patch_size": 4, "data__augment": {}}
 real_info = data.info
 
 
-@pytest.fixture
-def classes(monkeypatch):
+def name_classes(patch, names):
     """Sets the class names of the data, and with them their number."""
 
-    def name(names):
-        def info(*args, **options):
-            found = real_info(*args, **options)
-            return dataclasses.replace(
-                found, class_names=tuple(names), num_classes=len(names) or found.num_classes
-            )
+    def info(*args, **options):
+        found = real_info(*args, **options)
+        return dataclasses.replace(
+            found, class_names=tuple(names), num_classes=len(names) or found.num_classes
+        )
 
-        monkeypatch.setattr(data, "info", info)
+    patch.setattr(data, "info", info)
 
-    return name
+
+@pytest.fixture
+def classes(monkeypatch):
+    return functools.partial(name_classes, monkeypatch)
 
 
 def quiet(line):
     """No log."""
 
 
+@pytest.fixture(scope="module")
+def named_run(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("named") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        name_classes(patch, NAMES)
+        train.run(tiny_config(steps=1), workdir, log=quiet)
+    return workdir
+
+
 @pytest.fixture
-def trained(tmp_path, classes):
+def trained(named_run, tmp_path, classes):
+    """A copy of the run, to be changed; its classes are the data's."""
     classes(NAMES)
-    train.run(tiny_config(steps=1), tmp_path / "run", log=quiet)
-    return tmp_path / "run"
+    return shutil.copytree(named_run, tmp_path / "run")
 
 
 def test_a_checkpoint_names_its_classes_under_its_checksum(trained):
@@ -124,10 +136,17 @@ def model_of(size, **more):
     return dyntoken.create_model(config.pop("name"), num_classes=7, **{**config, "img_size": size, **more})
 
 
+@pytest.fixture(scope="module")
+def oblong_run(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("oblong") / "run"
+    train.run(tiny_config(steps=1, **OBLONG), workdir, log=quiet)
+    return workdir
+
+
 @pytest.fixture
-def oblong(tmp_path):
-    train.run(tiny_config(steps=1, **OBLONG), tmp_path / "run", log=quiet)
-    return tmp_path / "run"
+def oblong(oblong_run, tmp_path):
+    """A copy of the run, to be changed."""
+    return shutil.copytree(oblong_run, tmp_path / "run")
 
 
 def check_resized(source):

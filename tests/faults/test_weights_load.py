@@ -368,7 +368,10 @@ def test_googles_flax_layouts(tmp_path, big, scan, root):
     model = make(representation_size=None if big else 8)
     found, report = weights.load_weights(model, tmp_path / "w.npz", strict=True, return_report=True)
     np.testing.assert_allclose(
-        model.apply(found, images).logits, theirs.apply(variables, images), rtol=1e-4, atol=1e-4
+        jax.jit(model.apply)(found, images).logits,
+        jax.jit(theirs.apply)(variables, images),
+        rtol=1e-4,
+        atol=1e-4,
     )
     assert "0.5" in " ".join(report.notes)  # its normalisation is not ImageNet's
 
@@ -399,7 +402,7 @@ def test_only_what_is_missing_is_initialised():
         )
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(weights.jax, "jit", spy)
+        patch.setattr(jax, "jit", spy)
         weights.load_weights(model, exported(make()), head="reset")
     whole = jax.jit(model.init).lower(jax.random.key(3), np.zeros((1, 16, 16, 3), np.float32)).compile()
     assert len(compiled) == 1 and len(jax.tree.leaves(compiled[0].out_info)) == 2

@@ -10,7 +10,9 @@ import pytest
 
 import dyntoken
 from dyntoken import weights
-from dyntoken.weights import references
+from dyntoken.backbones import convnext, cvt, swin
+from dyntoken.nn.attention import Attention
+from dyntoken.weights import official
 
 SMALL = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 5}
 ACTIVATIONS = {
@@ -19,12 +21,15 @@ ACTIVATIONS = {
     "quick_gelu": lambda x: x / (1 + np.exp(-1.702 * x)),
     "nn.ReLU": lambda x: np.maximum(x, 0),
     "nn.SiLU": lambda x: x / (1 + np.exp(-x)),
+    "mish": lambda x: x * np.tanh(np.log1p(np.exp(x))),
+    "hard_swish": lambda x: x * np.clip(x + 3, 0, 6) / 6,
+    "nn.LeakyReLU": lambda x: np.where(x > 0, x, 0.01 * x),
 }
 
 
 def tensors_of(repository, cls, constructor):
     """A random state dict of an official class."""
-    reference = references.build(repository, cls, constructor)
+    reference = official.build(repository, cls, constructor)
     shapes = weights.shapes_of(reference.model)
     rng = np.random.default_rng(0)
     flat = {path: rng.normal(0, 0.3, shape).astype(np.float32) for path, shape in shapes.items()}
@@ -63,6 +68,7 @@ def timm_vit(t, images, given):
             q, k = norm(q, f"{block}.attn.q_norm"), norm(k, f"{block}.attn.k_norm")
         a = np.exp(q @ k.swapaxes(-1, -2) / math.sqrt(8))
         y = (a / a.sum(-1, keepdims=True) @ v).transpose(0, 2, 1, 3).reshape(n, -1, 16)
+        y = norm(y, f"{block}.attn.norm") if c.get("scale_attn_norm") else y
         x = x + linear(y, f"{block}.attn.proj")
         y = linear(norm(x, f"{block}.norm2"), f"{block}.mlp.fc1")
         if c.get("mlp_layer") == "SwiGLUPacked":
@@ -70,13 +76,32 @@ def timm_vit(t, images, given):
             y = act(gate) * value
         else:
             y = act(y)
+        y = norm(y, f"{block}.mlp.norm") if c.get("scale_mlp_norm") else y
         x = x + linear(y, f"{block}.mlp.fc2")
-    after = c["global_pool"] == "avg" if c["fc_norm"] is None else c["fc_norm"]
+    after = c["global_pool"] in ("avg", "max", "avgmax") if c["fc_norm"] is None else c["fc_norm"]
     x = norm(x, "norm") if c["final_norm"] and not after else x
-    if c["global_pool"] == "token":
-        x = x[:, 0]
+    rows = x[:, 0 if c.get("pool_include_prefix") else prefix :]
+    if c["global_pool"] == "map":
+        q = (t["attn_pool.latent"] @ t["attn_pool.q.weight"].T + t["attn_pool.q.bias"]).reshape(1, 2, 1, 8)
+        k, v = linear(rows, "attn_pool.kv").reshape(n, -1, 2, 2, 8).transpose(2, 0, 3, 1, 4)
+        a = np.exp(q @ k.swapaxes(-1, -2) / math.sqrt(8))
+        y = (a / a.sum(-1, keepdims=True) @ v).transpose(0, 2, 1, 3).reshape(n, 16)
+        x = linear(y, "attn_pool.proj")
+        y = act(linear(norm(x, "attn_pool.norm"), "attn_pool.mlp.fc1"))
+        x = x + linear(y, "attn_pool.mlp.fc2")
+    elif c["global_pool"] == "prr":
+        h = x.reshape(n, -1, 2, 8).transpose(0, 2, 1, 3)
+        a = np.exp(h @ h.swapaxes(-1, -2) / math.sqrt(8))
+        y = (a / a.sum(-1, keepdims=True) @ h).transpose(0, 2, 1, 3).reshape(n, -1, 16)
+        x = y[:, 0] if "cls_token" in t else y.mean(1)
     else:
-        x = x[:, 0 if c.get("pool_include_prefix") else prefix :].mean(1)
+        pools = {
+            "token": x[:, 0],
+            "avg": rows.mean(1),
+            "max": rows.max(1),
+            "avgmax": (rows.mean(1) + rows.max(1)) / 2,
+        }
+        x = pools[c["global_pool"]]
     return linear(norm(x, "fc_norm") if c["final_norm"] and after else x, "head")
 
 
@@ -91,6 +116,14 @@ def timm_vit(t, images, given):
         {"global_pool": "avg"},
         {"global_pool": "avg", "fc_norm": False},
         {"global_pool": "avg", "pool_include_prefix": True},
+        {"global_pool": "max", "pool_include_prefix": True, "reg_tokens": 2},
+        {"global_pool": "avgmax", "reg_tokens": 2},
+        {"global_pool": "map", "class_token": False},
+        {"global_pool": "map", "fc_norm": True, "pool_include_prefix": True},
+        {"global_pool": "prr", "class_token": False, "reg_tokens": 1},
+        {"global_pool": "prr"},
+        {"scale_attn_norm": True, "drop_rate": 0.2},
+        {"scale_mlp_norm": True, "patch_drop_rate": 0.5},
         {"fc_norm": True},
         {"final_norm": False},
         {"proj_bias": False},
@@ -101,6 +134,9 @@ def timm_vit(t, images, given):
         {"act_layer": "nn.ReLU"},
         {"act_layer": "nn.SiLU"},
         {"act_layer": "nn.SiLU", "mlp_layer": "SwiGLUPacked"},
+        {"act_layer": "mish"},
+        {"act_layer": "hard_swish"},
+        {"act_layer": "nn.LeakyReLU"},
     ],
     ids=lambda given: "-".join(f"{k}={v}" for k, v in given.items()) or "plain",
 )
@@ -201,3 +237,367 @@ def test_dropout_of_attention_weights(repository, cls, constructor):
     drawn = logits(0.5, 0)
     np.testing.assert_array_equal(drawn, logits(0.5, 0))
     assert np.abs(drawn - logits(0.5, 1)).max() > 1e-3 and np.abs(drawn - logits(0.0, 0)).max() > 1e-3
+
+
+def fields_of(repository, cls, **constructor):
+    model = official.build(repository, cls, constructor).model
+    return {**dict(model.backbone.options), "model": model}
+
+
+TPS_SMALL = {**SMALL, "prune_loc": [1], "keep_ratio": [0.5]}
+
+
+def test_dropout_before_the_classifier_and_of_patches():
+    """Evaluation is that of the plain class; training draws, the same for the same key."""
+    images = np.random.default_rng(1).normal(size=(2, 16, 16, 3)).astype(np.float32)
+    tensors = tensors_of("timm", "VisionTransformer", SMALL)
+
+    def run(train=False, seed=0, **given):
+        model, variables = weights.import_reference("timm", "VisionTransformer", {**SMALL, **given}, tensors)
+        more = {"train": True, "rngs": {"dropout": jax.random.key(seed)}} if train else {}
+        return jax.jit(lambda v, x: model.apply(v, x, record=("features",), **more))(variables, images)
+
+    plain = run()
+    for given in ({"drop_rate": 0.5}, {"patch_drop_rate": 0.75}):
+        np.testing.assert_array_equal(run(**given).logits, plain.logits)
+        drawn = run(True, **given)
+        np.testing.assert_array_equal(drawn.logits, run(True, **given).logits)
+        assert np.abs(drawn.logits - run(True, 1, **given).logits).max() > 1e-3
+    tokens = drawn.tokens
+    assert tokens.patches.shape == (2, 4, 16)  # a quarter of 16 patches is left
+    for image in range(2):
+        place = np.asarray(tokens.place[image])
+        np.testing.assert_array_equal(np.asarray(tokens.carrier[image])[place], np.arange(4))
+        assert (np.asarray(tokens.carrier[image]) >= 0).sum() == 4
+
+
+def test_tps_arguments_of_its_head_and_scores():
+    fields = fields_of(
+        "megvii-research/TPS-CVPR2023", "DynamicVit", **TPS_SMALL, drop_rate=0.1, shuffle_score=True
+    )
+    assert fields["model"].head_dropout == 0.1
+    assert dict(fields["model"].method_options) == {"shuffle": True}
+
+
+LVVIT = ("zihangJiang/TokenLabeling", "LV_ViT", {**SMALL, "p_emb": "1", "return_dense": True})
+
+
+def test_lvvit_halves_of_blocks():
+    """ "mha" and "ffn" are the halves of "tr"; with skip_lam they norm `skip_lam` times the rows."""
+    repository, cls, given = LVVIT
+    images = np.random.default_rng(1).normal(size=(2, 16, 16, 3)).astype(np.float32)
+
+    def logits(tensors, **more):
+        model, variables = weights.import_reference(repository, cls, {**given, **more}, tensors)
+        return np.asarray(jax.jit(lambda v, x: model.apply(v, x).logits)(variables, images))
+
+    whole = tensors_of(repository, cls, {**given, "order": ("tr", "ffn")})
+    assert not any("norm1" in key for key in whole if key.startswith("blocks.1."))
+    halves = {}
+    for key, value in whole.items():
+        for old, new, part in (
+            ("blocks.1.", "blocks.2.", ""),
+            ("blocks.0.", "blocks.0.", "1 attn"),
+            ("blocks.0.", "blocks.1.", "2 mlp"),
+        ):
+            wanted = not part or any(f".{name}" in key for name in (f"norm{part[0]}.", f"{part[2:]}."))
+            if key.startswith(old) and wanted:
+                halves[new + key.removeprefix(old)] = value
+        if not key.startswith("blocks."):
+            halves[key] = value
+    found = logits(halves, order=("mha", "ffn", "ffn"))
+    np.testing.assert_allclose(found, logits(whole, order=("tr", "ffn")), rtol=1e-5, atol=1e-5)
+    fields = fields_of(repository, cls, **given, order=("mha", "ffn"), skip_lam=2.0)
+    body = fields["model"].plain()
+    assert [body._block(i)["half"] for i in range(2)] == ["attention", "mlp"]
+    assert body._block(0)["norm_eps"] == 1e-5 / 4
+    with pytest.raises(weights.WeightsError, match="order"):
+        official.build(repository, cls, {**given, "order": ("conv", "tr")})
+
+
+def test_lvvit_rates_per_block_and_width_of_heads():
+    repository, cls, given = LVVIT
+    rates = [0.1, 0.3]
+    body = fields_of(repository, cls, **given, drop_path_rate=rates, drop_path_decay="given")["model"].plain()
+    assert [body._block(i)["drop_path"] for i in range(2)] == rates
+    with pytest.raises(weights.WeightsError, match="one per block"):
+        official.build(repository, cls, {**given, "drop_path_decay": "given"})
+    tensors = tensors_of(repository, cls, {**given, "head_dim": 3})
+    assert tensors["blocks.0.attn.qkv.weight"].shape == (18, 16)
+    assert tensors["blocks.0.attn.proj.weight"].shape == (16, 6)
+    dropped = fields_of("raoyongming/DynamicViT", "LVViT_Teacher", **given, attn_drop_rate=0.1)
+    assert dropped["attn_dropout"] == 0.1
+
+
+def attention(x, qkv, proj, heads, bias=0.0):
+    """Self-attention of `x [n, C]` in numpy; heads as wide as `qkv` says."""
+    q, k, v = (x @ qkv[0] + qkv[1]).reshape(len(x), 3, heads, -1).transpose(1, 2, 0, 3)
+    a = np.exp(q @ k.swapaxes(-1, -2) / math.sqrt(q.shape[-1]) + bias)
+    y = (a / a.sum(-1, keepdims=True)) @ v
+    return y.transpose(1, 0, 2).reshape(len(x), -1) @ proj[0] + proj[1]
+
+
+def filled(module, *arguments):
+    """Random variables of a module."""
+    shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), *arguments))
+    rng = np.random.default_rng(2)
+    return jax.tree.map(lambda leaf: rng.normal(0, 0.5, leaf.shape).astype(np.float32), shapes)
+
+
+def layer(variables, name):
+    return (variables["params"][name]["kernel"], variables["params"][name]["bias"])
+
+
+def test_heads_of_their_own_width():
+    x = np.random.default_rng(1).normal(size=(1, 4, 6)).astype(np.float32)
+    module = Attention(2, head_dim=5, norm_eps=None)
+    variables = filled(module, x)
+    expected = attention(x[0], layer(variables, "qkv"), layer(variables, "proj"), 2)
+    np.testing.assert_allclose(module.apply(variables, x)[0][0], expected, rtol=1e-4, atol=1e-5)
+    windows = swin.WindowAttention((2, 2), 2, 0, 2, head_dim=5)
+    variables = filled(windows, x, None, ())
+    table = variables["params"]["relative_position_bias_table"]  # [9, heads], by (row, column) distance + 1
+    cells = np.array([(0, 0), (0, 1), (1, 0), (1, 1)])
+    distance = cells[:, None] - cells[None] + 1
+    bias = table[distance[..., 0] * 3 + distance[..., 1]].transpose(2, 0, 1)
+    expected = attention(x[0], layer(variables, "qkv"), layer(variables, "proj"), 2, bias)
+    np.testing.assert_allclose(windows.apply(variables, x, None, ())[0], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("size", "kernel", "stride", "padding"), [(4, 3, 2, 1), (5, 3, 2, 1), (4, 3, 1, 1), (5, 2, 2, 0)]
+)
+def test_average_pooling_counts_padding_and_no_overhang(size, kernel, stride, padding):
+    cells = np.random.default_rng(0).normal(size=(size, size)).astype(np.float32)
+    padded = np.pad(cells, padding)
+    starts = [i for i in range(0, size + padding, stride) if i < size + 2 * padding - kernel + stride]
+    expected = [[padded[i : i + kernel, j : j + kernel].mean() for j in starts] for i in starts]
+    found = cvt.average_pool(cells[None, :, :, None], kernel, stride, padding)[0, :, :, 0]
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+CVT_SPEC = {
+    "NUM_STAGES": 1,
+    "PATCH_SIZE": [7],
+    "PATCH_STRIDE": [4],
+    "PATCH_PADDING": [2],
+    "DIM_EMBED": [8],
+    "NUM_HEADS": [2],
+    "DEPTH": [1],
+    "MLP_RATIO": [2.0],
+    "DROP_RATE": [0.0],
+    "ATTN_DROP_RATE": [0.0],
+    "DROP_PATH_RATE": [0.0],
+    "QKV_BIAS": [True],
+    "QKV_PROJ_METHOD": ["linear"],
+    "CLS_TOKEN": [True],
+    "KERNEL_QKV": [1],
+    "STRIDE_KV": [1],
+    "PADDING_KV": [0],
+    "STRIDE_Q": [1],
+    "PADDING_Q": [0],
+}
+
+
+def test_cvt_projections_without_a_convolution():
+    """Pooling single cells is no projection at all; keys pooled by two are fewer."""
+    repository, cls = "microsoft/CvT", "ConvolutionalVisionTransformer"
+    given = {"img_size": 16, "num_classes": 5, "spec": CVT_SPEC}
+    tensors = tensors_of(repository, cls, given)
+    assert not any("conv_proj" in key for key in tensors)
+    images = np.random.default_rng(1).normal(size=(2, 16, 16, 3)).astype(np.float32)
+
+    def logits(**spec):
+        constructor = {**given, "spec": {**CVT_SPEC, **spec}}
+        model, variables = weights.import_reference(repository, cls, constructor, tensors)
+        return np.asarray(jax.jit(lambda v, x: model.apply(v, x).logits)(variables, images))
+
+    linear = logits()
+    np.testing.assert_allclose(logits(QKV_PROJ_METHOD=["avg"]), linear, rtol=1e-5, atol=1e-5)
+    pooled = {"KERNEL_QKV": [3], "STRIDE_KV": [2], "PADDING_KV": [1], "PADDING_Q": [1]}
+    assert np.abs(logits(QKV_PROJ_METHOD=["avg"], **pooled) - linear).max() > 1e-3
+    with pytest.raises(weights.WeightsError, match="so that no residual can be added"):
+        logits(QKV_PROJ_METHOD=["dw_bn"], STRIDE_Q=[2])
+
+
+def test_pvt_of_three_stages():
+    given = {
+        **{"img_size": 32, "patch_size": 4, "num_classes": 5, "num_stages": 3, "depths": (1,) * 4},
+        **{"embed_dims": (8, 8, 16, 16), "num_heads": (1,) * 4, "sr_ratios": (2, 2, 1, 1)},
+    }
+    tensors = tensors_of("whai362/PVT", "PyramidVisionTransformer", given)
+    assert tensors["pos_embed3"].shape == (1, 1 + 4, 16) and "pos_embed4" not in tensors
+    with pytest.raises(weights.WeightsError, match="as wide as the fourth stage"):
+        official.build("whai362/PVT", "PyramidVisionTransformer", {**given, "embed_dims": (8, 8, 8, 16)})
+
+
+def test_psvit_coordinates():
+    """The points lie on a map of `downsample_ratio` image pixels per unit, column by column."""
+    given = {
+        "img_size": 32,
+        "num_point_w": 2,
+        "num_point_h": 2,
+        "downsample_ratio": 2,
+        "depth": 3,
+        "num_iters": 2,
+    }
+    body = fields_of("yuexy/PS-ViT", "PSViT", **given, embed_dim=16, num_heads=2)["model"].plain()
+    np.testing.assert_array_equal(body.official_points(), [[[4, 4], [12, 4], [4, 12], [12, 12]]])
+
+
+def convolved(x, weight, bias, stride, padding):
+    """A convolution of `x [H, W, Cin]` with a weight `[out, in, k, k]` in numpy."""
+    k = weight.shape[-1]
+    x = np.pad(x, ((padding, padding), (padding, padding), (0, 0)))
+    rows = range(0, x.shape[0] - k + 1, stride)
+    return np.array(
+        [[np.einsum("hwc,ochw->o", x[i : i + k, j : j + k], weight) + bias for j in rows] for i in rows]
+    )
+
+
+def test_t2t_convolution_tokens():
+    given = {**SMALL, "img_size": 32, "tokens_type": "convolution", "token_dim": 4}
+    given.pop("patch_size")
+    repository, cls = "yitu-opensource/T2T-ViT", "T2T_ViT"
+    tensors = tensors_of(repository, cls, given)
+    model, variables = weights.import_reference(repository, cls, given, tensors)
+    image = np.random.default_rng(1).normal(size=(32, 32, 3)).astype(np.float32)
+    x = image
+    for name, stride, padding in (("soft_split0", 4, 2), ("soft_split1", 2, 1), ("project", 2, 1)):
+        weight, bias = (tensors[f"tokens_to_token.{name}.{leaf}"] for leaf in ("weight", "bias"))
+        x = convolved(x, weight, bias, stride, padding)
+    expected = x.reshape(4, 16) + tensors["pos_embed"][0, 1:]
+    out = jax.jit(lambda v, x: model.apply(v, x, record=("embed",)))(variables, image[None])
+    np.testing.assert_allclose(out.records["embed"][0, 1:], expected, rtol=1e-4, atol=1e-4)
+
+
+CONVNEXT = {"img_size": 32, "depths": (1, 1, 1, 1), "dims": (8, 8, 8, 8), "num_classes": 5}
+
+
+def convnext_out(tensors, **given):
+    model, variables = weights.import_reference("timm", "ConvNeXt", {**CONVNEXT, **given}, tensors)
+    images = np.random.default_rng(1).normal(size=(2, 32, 32, 3)).astype(np.float32)
+    run = jax.jit(lambda v, x: model.apply(v, x, record=("features", "embed", "blocks")))
+    return images, run(variables, images)
+
+
+def timm_keys(tensors):
+    """timm's spelling of its ConvNeXt's keys, with 1x1 convolutions in the MLPs."""
+    found = {}
+    for key, value in tensors.items():
+        parts = key.split(".")
+        if parts[0] == "stages":
+            name = ".".join(parts[3:]).replace("dwconv", "conv_dw")
+            name = name.replace("pwconv", "mlp.fc").replace("grn", "mlp.grn")
+            key = f"stages.{parts[1]}.blocks.{parts[2]}.{name}"
+            value = value[:, :, None, None] if "mlp.fc" in name and value.ndim == 2 else value
+        found[key] = value
+    return found
+
+
+def test_convnext_stem_of_two_convolutions():
+    for stem, numbers in (("overlap_act", "023"), ("overlap", "012")):
+        given = {"stem_type": stem, "act_layer": "relu"}
+        tensors = tensors_of("timm", "ConvNeXt", {**CONVNEXT, **given})
+        names = dict(zip(("0", "conv2", "1"), numbers, strict=True))
+        stems = {
+            f"stem.{names[key.split('.')[2]]}.{key.rpartition('.')[2]}": value
+            for key, value in tensors.items()
+            if key.startswith("downsample_layers.0.")
+        }
+        rest = {k: v for k, v in tensors.items() if not k.startswith("downsample_layers.0.")}
+        images, out = convnext_out({**rest, **stems}, **given)
+        first, second, last = ([stems[f"stem.{n}.{leaf}"] for leaf in ("weight", "bias")] for n in numbers)
+        x = convolved(images[0], *first, 2, 1)
+        x = convolved(np.maximum(x, 0) if stem == "overlap_act" else x, *second, 2, 1)
+        x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6) * last[0] + last[1]
+        np.testing.assert_allclose(out.records["embed"][0], x.reshape(-1, 8), rtol=1e-4, atol=1e-4)
+
+
+def test_convnext_heads_and_global_response_norm():
+    given = {"use_grn": True, "ls_init_value": None, "conv_mlp": True, "kernel_sizes": (3, 5, 7, 3)}
+    tensors = tensors_of("timm", "ConvNeXt", {**CONVNEXT, **given})
+    assert tensors["stages.1.0.dwconv.weight"].shape == (8, 1, 5, 5)
+    tensors = timm_keys(tensors)
+    classify = (tensors["head.weight"], tensors["head.bias"])
+
+    def norm(x):
+        x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
+        return x * tensors["norm.weight"] + tensors["norm.bias"]
+
+    pools = {
+        "avg": lambda x: x.mean(1),
+        "max": lambda x: x.max(1),
+        "avgmax": lambda x: (x.mean(1) + x.max(1)) / 2,
+        "catavgmax": lambda x: np.concatenate([x.mean(1), x.max(1)], axis=-1),
+    }
+    for first, pool in ((False, "max"), (True, "max"), (False, "avgmax"), (True, "catavgmax")):
+        wide = {"head.weight": np.tile(classify[0], (1, 2))} if pool == "catavgmax" else {}
+        more = {**given, "head_norm_first": first, "global_pool": pool}
+        _, out = convnext_out({**tensors, **wide}, **more)
+        cells = np.asarray(out.records["blocks"][-1])
+        pooled = pools[pool](norm(cells)) if first else norm(pools[pool](cells))
+        expected = pooled @ wide.get("head.weight", classify[0]).T + classify[1]
+        np.testing.assert_allclose(out.logits, expected, rtol=1e-4, atol=1e-4)
+    x = np.random.default_rng(3).normal(size=(2, 9, 4)).astype(np.float32)
+    module = convnext.GlobalResponseNorm()
+    variables = filled(module, x)
+    length = np.sqrt((x**2).sum(1, keepdims=True))
+    scale, bias = variables["params"]["scale"], variables["params"]["bias"]
+    expected = x + scale * x * length / length.mean(-1, keepdims=True) + bias
+    np.testing.assert_allclose(module.apply(variables, x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_convnext_hidden_layer_of_the_head():
+    tensors = tensors_of("timm", "ConvNeXt", {**CONVNEXT, "head_hidden_size": 6, "conv_bias": False})
+    assert not any(key.endswith("bias") and "conv" in key and "pwconv" not in key for key in tensors)
+    _, out = convnext_out(tensors, head_hidden_size=6, conv_bias=False, drop_rate=0.3)
+    hidden = (
+        np.asarray(out.tokens.x[:, 0]) @ tensors["pre_logits.fc.weight"].T + tensors["pre_logits.fc.bias"]
+    )
+    expected = ACTIVATIONS["gelu"](hidden) @ tensors["head.weight"].T + tensors["head.bias"]
+    np.testing.assert_allclose(out.logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_swin_windows_widths_and_pools():
+    given = {
+        **SWIN,
+        "window_size": ((4, 4), (2, 2)),
+        "embed_dim": (8, 12),
+        "mlp_ratio": (2, 3.0),
+        "head_dim": (8, 4),
+    }
+    tensors = tensors_of("timm", "SwinTransformer", {**given, "global_pool": "max"})
+    assert tensors["layers.1.blocks.0.attn.relative_position_bias_table"].shape == (9, 2)
+    assert tensors["layers.1.blocks.0.mlp.fc1.weight"].shape == (36, 12)
+    assert tensors["layers.0.blocks.0.attn.qkv.weight"].shape == (24, 8)
+    model, variables = weights.import_reference(
+        "timm", "SwinTransformer", {**given, "global_pool": "max"}, tensors
+    )
+    images = np.random.default_rng(1).normal(size=(2, 32, 32, 3)).astype(np.float32)
+    out = jax.jit(lambda v, x: model.apply(v, x, record=("features",)))(variables, images)
+    expected = np.asarray(out.tokens.patches).max(1) @ tensors["head.weight"].T + tensors["head.bias"]
+    np.testing.assert_allclose(out.logits, expected, rtol=1e-4, atol=1e-4)
+    shifts = fields_of("timm", "SwinTransformer", **{**SWIN, "depths": (1, 2)}, always_partition=True)
+    assert shifts["model"].plain().shift_of(1, 1) == 2  # though one window is the grid
+    for wrong, match in (({"window_size": (4, 2)}, "square"), ({"img_size": (16, 32)}, "no square")):
+        with pytest.raises(weights.WeightsError, match=match):
+            official.build("timm", "SwinTransformer", {**SWIN, **wrong})
+
+
+def test_dvt_passes_its_keywords_to_every_exit():
+    small = {"embed_dim": 16, "depth": 1, "num_heads": 2, "num_classes": 5, "drop_path_rate": 0.1}
+    repository = "blackfeather-wang/Dynamic-Vision-Transformer"
+    assert fields_of(repository, "DVT_Deit_small_model", **small, drop_rate=0.2)["dropout"] == 0.2
+    with pytest.raises(weights.WeightsError, match=r"img_size=384\).*written for that"):
+        official.build(repository, "DVT_T2t_vit_12_model", {**small, "img_size": 384})
+
+
+def test_every_argument_is_read_or_says_why_not():
+    """Each row of the table names its arguments once; values it lacks are refused in one line with a reason."""
+    for row, entry in official.OFFICIAL.items():
+        for name, argument in entry.arguments.items():
+            argument.convert(argument.default)  # its own default is always read
+            with pytest.raises(weights.WeightsError, match="no constructor argument") as error:
+                entry.build(row, {f"{name}_": 1})
+            assert "\n" not in str(error.value)

@@ -16,7 +16,7 @@ from tests.train.tiny import DTPS, SMALL, tiny_config
 
 def _saved(path, depth):
     model = dyntoken.create_model("deit_tiny_patch8_16", width=8, heads=2, depth=depth, num_classes=7)
-    dyntoken.save_weights(path, model.init(jax.random.key(0), np.zeros((1, 16, 16, 3), np.float32)))
+    dyntoken.save_weights(path, jax.jit(model.init)(jax.random.key(0), np.zeros((1, 16, 16, 3), np.float32)))
     return path
 
 

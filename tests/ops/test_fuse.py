@@ -1,3 +1,4 @@
+import functools
 import math
 
 import hypothesis
@@ -10,6 +11,10 @@ import pytest
 from dyntoken.ops import fuse
 
 E = math.e
+STATIC = ("same", "temperature", "normalize")
+squeeze = jax.jit(fuse.squeeze, static_argnames=STATIC)
+mean = jax.jit(fuse.mean, static_argnames=STATIC)
+one_token = jax.jit(fuse.one_token)
 
 
 def _rows(key, batch, rows, width):
@@ -19,7 +24,7 @@ def _rows(key, batch, rows, width):
 def test_squeeze_literal():
     targets = jnp.array([[[1.0, 0.0], [0.0, 2.0]]])
     sources = jnp.array([[[3.0, 0.0], [0.0, 5.0], [0.0, -1.0]]])
-    out = fuse.squeeze(targets, sources)
+    out = squeeze(targets, sources)
     np.testing.assert_array_equal(out.host, [[0, 1, 0]])  # the last: cosine 0 beats -1
     # target 0: e * (1,0) + e^1 (3,0) + e^0 (0,-1) over e + e + 1; target 1: (e * 2 + e * 5) / 2e
     np.testing.assert_allclose(out.x[0, 0], [4 * E / (2 * E + 1), -1 / (2 * E + 1)], rtol=1e-5)
@@ -28,19 +33,24 @@ def test_squeeze_literal():
 
 def test_temperature_and_inner_product():
     targets, sources = jnp.array([[[2.0, 0.0]]]), jnp.array([[[1.0, 0.0]]])
-    cold = fuse.squeeze(targets, sources, temperature=2.0)
+    cold = squeeze(targets, sources, temperature=2.0)
     share = math.exp(0.5)
     np.testing.assert_allclose(cold.x[0, 0, 0], (2 * E + share) / (E + share), rtol=1e-5)
-    dot = fuse.squeeze(targets, sources, temperature=4.0, normalize=False)
+    dot = squeeze(targets, sources, temperature=4.0, normalize=False)
     np.testing.assert_allclose(dot.x[0, 0, 0], (2 * E + share) / (E + share), rtol=1e-5)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _both_forms(x, kept):
+    keep = (jnp.arange(x.shape[1]) < kept).astype(jnp.float32)[None]
+    short = fuse.squeeze(x[:, :kept], x[:, kept:])
+    return short, fuse.squeeze(x, x, allowed=keep, weight=1 - keep, same=True)
 
 
 @hypothesis.given(st.integers(1, 6), st.integers(1, 6), st.integers(0, 99))
 def test_both_forms_of_squeeze_agree(kept, dropped, key):
-    x = _rows(key, 1, kept + dropped, 4)
-    keep = (jnp.arange(kept + dropped) < kept).astype(jnp.float32)[None]
-    short = fuse.squeeze(x[:, :kept], x[:, kept:])
-    long = fuse.squeeze(x, x, allowed=keep, weight=1 - keep, same=True)
+    x = np.random.default_rng(key).normal(size=(1, kept + dropped, 4)).astype(np.float32)
+    short, long = jax.device_get(_both_forms(x, kept))
     np.testing.assert_allclose(long.x[:, :kept], short.x, atol=1e-5)
     np.testing.assert_allclose(long.x[:, kept:], x[:, kept:], atol=1e-6)  # dropped rows keep their value
     np.testing.assert_array_equal(long.host[:, kept:], short.host)
@@ -50,28 +60,28 @@ def test_both_forms_of_squeeze_agree(kept, dropped, key):
 def test_squeeze_does_not_depend_on_the_order_of_the_dropped(order):
     targets, sources = _rows(0, 1, 3, 4), _rows(1, 1, 5, 4)
     shuffled = sources[:, jnp.array(order)]
-    np.testing.assert_allclose(fuse.squeeze(targets, shuffled).x, fuse.squeeze(targets, sources).x, atol=1e-6)
+    np.testing.assert_allclose(squeeze(targets, shuffled).x, squeeze(targets, sources).x, atol=1e-6)
 
 
 def test_equal_similarity_takes_the_first_host():
     targets = jnp.ones((1, 2, 3))
-    out = fuse.squeeze(targets, 2 * jnp.ones((1, 1, 3)))
+    out = squeeze(targets, 2 * jnp.ones((1, 1, 3)))
     np.testing.assert_array_equal(out.host, [[0]])
     np.testing.assert_allclose(out.x[0, 1], 1.0, rtol=1e-6)
 
 
-@pytest.mark.parametrize("rule", [fuse.squeeze, fuse.mean])
+@pytest.mark.parametrize("rule", [squeeze, mean], ids=["squeeze", "mean"])
 def test_without_a_host_nothing_changes(rule):
     x = _rows(2, 2, 4, 3)
     nobody = jnp.zeros((2, 4))
     out = rule(x, x, allowed=nobody, weight=1 - nobody, same=True)
     np.testing.assert_allclose(out.x, x, atol=1e-6)
-    grad = jax.grad(lambda x: rule(x, x, allowed=nobody, weight=1 - nobody, same=True).x.sum())(x)
+    grad = jax.jit(jax.grad(lambda x: rule(x, x, allowed=nobody, weight=1 - nobody, same=True).x.sum()))(x)
     assert np.isfinite(grad).all()
 
 
 def test_zero_rows_have_finite_gradients():
-    grad = jax.grad(lambda x: fuse.squeeze(x, x[:, :1]).x.sum())(jnp.zeros((1, 2, 3)))
+    grad = jax.jit(jax.grad(lambda x: squeeze(x, x[:, :1]).x.sum()))(jnp.zeros((1, 2, 3)))
     assert np.isfinite(grad).all()
 
 
@@ -81,24 +91,22 @@ def test_decision_gradient_literal():
     allowed = jnp.array([[1.0, 0.0]])
 
     def y(d):
-        return fuse.squeeze(x, x, allowed=allowed, weight=jnp.array([[0.0, 1.0]]) * d, same=True).x[0, 0]
+        return squeeze(x, x, allowed=allowed, weight=jnp.array([[0.0, 1.0]]) * d, same=True).x[0, 0]
 
-    np.testing.assert_allclose(jax.jacobian(y)(0.0), [-1 / E, 1 / E], rtol=1e-5)
+    np.testing.assert_allclose(jax.jit(jax.jacobian(y))(0.0), [-1 / E, 1 / E], rtol=1e-5)
 
 
 def test_mean_literal():
     targets, sources = jnp.array([[[1.0, 0.0], [0.0, 2.0]]]), jnp.array([[[3.0, 0.1], [5.0, 0.0]]])
-    out = fuse.mean(targets, sources)
+    out = mean(targets, sources)
     np.testing.assert_allclose(out.x, [[[3.0, 0.1 / 3], [0.0, 2.0]]], rtol=1e-5)
 
 
 def test_one_token_is_the_weighted_sum_not_the_mean():
     sources = jnp.array([[[1.0, 2.0], [3.0, 4.0]]])
-    out = fuse.one_token(sources, sources, importance=jnp.array([[0.1, 0.2]]))
+    out = one_token(sources, sources, importance=jnp.array([[0.1, 0.2]]))
     np.testing.assert_allclose(out.extra, [[[0.7, 1.0]]], rtol=1e-6)
-    masked = fuse.one_token(
-        sources, sources, importance=jnp.array([[0.1, 0.2]]), weight=jnp.array([[1.0, 0.0]])
-    )
+    masked = one_token(sources, sources, importance=jnp.array([[0.1, 0.2]]), weight=jnp.array([[1.0, 0.0]]))
     np.testing.assert_allclose(masked.extra, [[[0.1, 0.2]]], rtol=1e-6)
 
 

@@ -31,7 +31,8 @@ def config(**overrides):
         model__drop_path=0.1,
         losses__keep_ratio={"weight": 2.0},
         ema=0.9,
-        **{"checkpoint_steps": 3, **overrides},
+        # With seed 0 patches of an image score alike to the last bits: rounding would choose between them.
+        **{"checkpoint_steps": 3, "seed": 1, **overrides},
     )
 
 
@@ -46,7 +47,6 @@ def everything(images, **overrides):
             "augment": {"flip": 0.5, "rand_augment": "rand-m9-mstd0.5-inc1", "repeats": 3},
         },
         init={"path": f"{images}.safetensors"},
-        seed=1,  # with 0, two patches of one image score alike to 3e-7: rounding would choose between them
         mix__smoothing=0.1,
         mix__erase=0.25,
         steps=20,

@@ -251,10 +251,9 @@ def test_missing_arrays_start_like_a_fresh_model():
     assert report.missing == ("backbone/norm/scale",)
 
 
-def test_with_image_size_runs_other_images():
-    model = make()
-    other = weights.with_image_size(model, (8, 16))
-    variables = weights.load_weights(other, init(model))
+def test_weights_run_on_other_images():
+    other = make(img_size=(8, 16))
+    variables = weights.load_weights(other, init(make()))
     out = jax.eval_shape(other.apply, variables, np.zeros((2, 8, 16, 3), np.float32))
     assert out.logits.shape == (2, 5)
 

@@ -7,14 +7,15 @@ import pytest
 
 import dyntoken
 from dyntoken import weights
-from dyntoken.weights import WeightsError, reference_vit, references
+from dyntoken.weights import WeightsError, official, official_isotropic
+from tests.golden.checkers.evit import call_sites
 
 SMALL = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 4, "num_heads": 2, "num_classes": 5}
 DYNAMICVIT = {**SMALL, "pruning_loc": [1, 2], "token_ratio": [0.7, 0.5]}
 
 
 def build(repository, cls, **constructor):
-    return references.build(repository, cls, {**SMALL, **constructor})
+    return official.build(repository, cls, {**SMALL, **constructor})
 
 
 def backbone(reference):
@@ -42,7 +43,7 @@ def backbone(reference):
     ],
 )
 def test_repositories_are_recognised(repository, cls, row):
-    assert references.find_reference(repository, cls) == row
+    assert official.find_reference(repository, cls) == row
 
 
 def test_unknown_repository_class_and_argument():
@@ -57,9 +58,9 @@ def test_unknown_repository_class_and_argument():
 @pytest.mark.parametrize(
     ("repository", "cls", "argument"),
     [
-        ("timm", "VisionTransformer", {"scale_attn_norm": True}),
-        ("timm", "VisionTransformer", {"global_pool": "map"}),
-        ("timm", "VisionTransformer", {"act_layer": "mish"}),
+        ("timm", "VisionTransformer", {"attn_layer": "DiffAttention"}),
+        ("timm", "VisionTransformer", {"global_pool": ""}),
+        ("timm", "VisionTransformer", {"act_layer": "prelu"}),
         ("timm", "VisionTransformer", {"global_pool": "token", "class_token": False}),
         ("timm", "VisionTransformer", {"norm_layer": "RmsNorm"}),
         ("raoyongming/DynamicViT", "VisionTransformerTeacher", {"hybrid_backbone": "resnet"}),
@@ -75,7 +76,7 @@ def test_what_is_not_implemented_is_refused(repository, cls, argument):
 
 
 def test_dynamicvit_arguments():
-    reference = references.build("raoyongming/DynamicViT", "VisionTransformerDiffPruning", DYNAMICVIT)
+    reference = official.build("raoyongming/DynamicViT", "VisionTransformerDiffPruning", DYNAMICVIT)
     assert (reference.model.method, reference.model.at, reference.model.keep) == (
         "dynamicvit",
         (1, 2),
@@ -108,7 +109,7 @@ def test_tps_defaults_are_the_class_own():
     ],
 )
 def test_squeezing_module(module, options):
-    assert reference_vit.tps_options(module) == options
+    assert official_isotropic.tps_options(module) == options
     reference = build("megvii-research/TPS-CVPR2023", "DynamicVit", prune_loc=[1], token_merge_module=module)
     assert reference.model.method == ("dynamicvit" if module is None else "dtps")
     assert dict(reference.model.method_options) == (options or {})
@@ -124,14 +125,14 @@ def test_evit_sites_are_the_blocks_below_one(fuse, method):
 def test_evit_call_time_overrides():
     """A call's rate counts only where the block's own is below 1; `tokens` prunes anywhere."""
     rates = (1, 0.7, 1, 0.7)
-    assert reference_vit.evit_sites(rates, call_rate=0.4) == {"at": (1, 3), "keep": (0.4, 0.4)}
-    assert reference_vit.evit_sites(rates, call_rate=1) == {"at": (), "keep": ()}
-    assert reference_vit.evit_sites(rates, tokens=[None, 9, 5, None]) == {
+    assert call_sites(rates, call=0.4) == {"at": (1, 3), "keep": (0.4, 0.4)}
+    assert call_sites(rates, call=1) == {"at": (), "keep": ()}
+    assert call_sites(rates, tokens=[None, 9, 5, None]) == {
         "at": (1, 2, 3),
         "keep": (9, 5, 0.7),
     }
-    with pytest.raises(WeightsError, match="one entry per block"):
-        reference_vit.evit_sites(rates, call_rate=[0.4])
+    with pytest.raises(ValueError):
+        call_sites(rates, call=[0.4])
 
 
 @pytest.mark.parametrize(
@@ -152,7 +153,7 @@ def test_image_size_as_pair():
 
 
 def _state_dict(repository, cls, constructor):
-    reference = references.build(repository, cls, constructor)
+    reference = official.build(repository, cls, constructor)
     key_map = weights.reference_keys(reference.model, no_embed_class=bool(reference.grid_only))
     rng = np.random.default_rng(0)
     shapes = weights.shapes_of(reference.model)
@@ -197,7 +198,7 @@ def test_dvt_keys_and_layouts():
     small = {"embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 5}
     repository = "github.com/blackfeather-wang/Dynamic-Vision-Transformer"
     cls = "models_deit.DVT_Deit_small_model over timm.models.vision_transformer.VisionTransformer"
-    found = weights.reference_keys(references.build(repository, cls, small).model).by_key
+    found = weights.reference_keys(official.build(repository, cls, small).model).by_key
     assert (
         found["normal_token.blocks.1.feature_resuse_mlp.1.fc2.weight"].path == "reuse_2/context_1/fc2/kernel"
     )
@@ -210,4 +211,4 @@ def test_dvt_keys_and_layouts():
     assert exported.shape == (12, 4, 1, 1) and exported[5, 2, 0, 0] == kernel[2, 5]
     np.testing.assert_array_equal(mixing.from_reference(exported), kernel)
     with pytest.raises(WeightsError, match="img_size=384"):
-        references.build(repository, cls, {**small, "img_size": 384})
+        official.build(repository, cls, {**small, "img_size": 384})

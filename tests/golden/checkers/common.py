@@ -17,7 +17,7 @@ import numpy as np
 
 from dyntoken import weights
 from dyntoken.nn.spec import Spec
-from dyntoken.weights import keys, references
+from dyntoken.weights import keys, official
 from tests.golden.case import Case, CaseError
 
 RECORD = ("features", "embed", "blocks", "stages")
@@ -52,7 +52,7 @@ def build(
     if not case.has(file):
         raise CaseError(f"{case.folder}: has no {file}")
     model, variables = weights.import_reference(repository, cls, constructor, case.tensors(file))
-    grid_only = references.build(repository, cls, constructor).grid_only
+    grid_only = official.build(repository, cls, constructor).grid_only
     return Built(model, variables, weights.reference_keys(model, no_embed_class=bool(grid_only)))
 
 

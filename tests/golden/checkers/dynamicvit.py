@@ -12,7 +12,7 @@ import numpy as np
 
 from dyntoken import losses
 from dyntoken.types import Output, Tokens
-from dyntoken.weights import reference_vit
+from dyntoken.weights.official import OFFICIAL
 from tests.golden.case import Case
 from tests.golden.checkers import common
 from tests.golden.ledger import Ledger
@@ -45,7 +45,11 @@ def _check_teacher(case: Case, ledger: Ledger, images: np.ndarray) -> None:
     cls, repository = case.info.get("reference", {}).get("teacher_class", "VisionTransformerTeacher"), None
     if "other" in given:  # "as the student": what the student's description and the weights say
         given.pop("other")
-        student = {k: v for k, v in case.info["constructor"].items() if k in reference_vit.TIMM}
+        student = {
+            k: v
+            for k, v in case.info["constructor"].items()
+            if k in OFFICIAL["timm/VisionTransformer"].arguments
+        }
         given = {**student, **_seen(case.tensors("teacher.safetensors")), **given}
     if case.info["repository"].startswith("megvii"):  # its teacher is timm's plain ViT
         cls, repository = "VisionTransformer", "timm"

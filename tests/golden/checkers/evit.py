@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from dyntoken import losses, weights
-from dyntoken.weights import reference_vit
+from dyntoken.weights import official_isotropic
 from tests.golden.case import Case
 from tests.golden.checkers import common
 from tests.golden.ledger import Ledger
@@ -43,13 +43,13 @@ def _check_run(case: Case, ledger: Ledger, built: common.Built, variant: str, ru
     model, variables, images = built.model, built.variables, ledger.expected("input.images")
     runs, rates = case.info.get("runs", {}), _rates(case)
     if run == "eval_keep_rate_override":
-        model = _clone(model, reference_vit.evit_sites(rates, call_rate=runs[run]))
+        model = _clone(model, call_sites(rates, call=runs[run]))
     elif run == "eval_tokens_override":
-        model = _clone(model, reference_vit.evit_sites(rates, tokens=runs[run]))
+        model = _clone(model, call_sites(rates, tokens=runs[run]))
     elif run == "eval_other_size":
         images = ledger.expected("input.images_other_size")
         grid = model.plain().grid
-        model = weights.with_image_size(model, images.shape[2:])
+        model = common.with_options(model, img_size=images.shape[2:])
         variables, _ = weights.load_weights(model, variables, source_grid=grid, return_report=True)
     elif run != "eval":
         raise ValueError(f"unknown run {run!r}")
@@ -58,13 +58,26 @@ def _check_run(case: Case, ledger: Ledger, built: common.Built, variant: str, ru
     _check_counts(case, ledger, variant, run, out)
 
 
+def call_sites(rates: tuple[float, ...], call: Any = None, tokens: Any = None) -> dict[str, Any]:
+    """`at` and `keep` of a call: a block prunes if its own rate and the call's are below 1, or by its count."""
+    depth = len(rates)
+    calls = call if isinstance(call, list) else [call] * depth
+    counts = tokens if isinstance(tokens, list) else [tokens] * depth
+    keep = {}
+    for index, (own, rate, count) in enumerate(zip(rates, calls, counts, strict=True)):
+        rate = own if rate is None else rate
+        if count is not None or (own < 1 and rate < 1):
+            keep[index] = float(rate) if count is None else int(count)
+    return {"at": tuple(keep), "keep": tuple(keep.values())}
+
+
 def _clone(model: Any, sites: dict[str, Any]) -> Any:
     return model.clone(**sites) if sites["at"] else model.clone(method=None, at=())
 
 
 def _rates(case: Case) -> tuple[float, ...]:
     given = case.info["constructor"]
-    return reference_vit.per_block(given.get("keep_rate", (1,)), int(given.get("depth", 12)))
+    return official_isotropic.per_block(given.get("keep_rate", (1,)), int(given.get("depth", 12)))
 
 
 def _check_counts(case: Case, ledger: Ledger, variant: str, run: str, out: Any) -> None:

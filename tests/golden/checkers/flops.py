@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from dyntoken.analysis import macs
-from dyntoken.weights import files, references
+from dyntoken.weights import files, official
 from tests.golden.case import Case
 from tests.golden.ledger import Ledger
 
@@ -28,12 +28,12 @@ def _check_entry(ledger: Ledger, name: str, entry: Mapping[str, Any]) -> None:
     if batch != 1:
         raise ValueError(f"{name}: counted for {batch} images")
     try:
-        references.find_reference(entry["repository"], entry["model_class"])
+        official.find_reference(entry["repository"], entry["model_class"])
     except files.WeightsError as error:
         ledger.unsupported(name, str(error))
         return
     constructor = {"img_size": (height, width), "in_chans": channels, **entry["constructor"]}
-    model = references.build(entry["repository"], entry["model_class"], constructor).model
+    model = official.build(entry["repository"], entry["model_class"], constructor).model
     if entry["model_class"].startswith("Ada"):
         ledger.note(f"{name}: the counter traces the model, which rounds N * ratio in float32")
         model = model.clone(keep=_traced(model))

@@ -35,6 +35,6 @@ def check(case: Case, ledger: Ledger) -> None:
 def _check_other_size(case: Case, ledger: Ledger, model: Any) -> None:
     """The official keys loaded into a model of that size, which resizes the positions of every stage."""
     images = common.nhwc(ledger.expected("x_other_size"))
-    model = weights.with_image_size(model, images.shape[1:3])
+    model = common.with_options(model, img_size=images.shape[1:3])
     variables = weights.load_weights(model, case.tensors("weights.safetensors"), strict=True)
     ledger.offer("logits_other_size", common.evaluate(model, variables, images).logits)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from dyntoken.weights import positions
+from dyntoken.weights import pos_embed
 from tests.golden.case import Case
 from tests.golden.ledger import Ledger
 
@@ -20,7 +20,7 @@ def check(case: Case, ledger: Ledger) -> None:
             continue
         rows, columns, new_rows, new_columns, method = found.groups()
         source = ledger.expected(f"{name.rpartition('.')[0]}.in")
-        ours = positions.fit(
+        ours = pos_embed.fit(
             source,
             prefix=1,
             grid=(int(new_rows), int(new_columns or new_rows)),

@@ -11,7 +11,7 @@ import numpy as np
 
 from dyntoken import optim, schedules, weights
 from dyntoken.reducers.keep import keep_rate_schedule
-from dyntoken.weights import files, references
+from dyntoken.weights import files, official
 from tests.golden.case import Case
 from tests.golden.ledger import Ledger
 
@@ -139,7 +139,7 @@ def _tree(cls: str, options: Mapping[str, Any], listed: Iterable[str]) -> tuple[
             "pruning_loc": list(range(first, first + sites)),
             "sparse_ratio": [0.9**s for s in range(1, sites + 1)],
         }
-    model = references.build("raoyongming/DynamicViT", cls, {**given, **options}).model
+    model = official.build("raoyongming/DynamicViT", cls, {**given, **options}).model
     shapes = {
         path: shape for path, shape in weights.shapes_of(model).items() if not path.startswith("batch_stats/")
     }

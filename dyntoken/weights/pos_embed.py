@@ -13,6 +13,8 @@ from dyntoken.ops import resample
 from dyntoken.weights.files import Bundle, WeightsError
 
 Grid = tuple[int, int]
+Fresh = Callable[[tuple[str, ...]], Mapping[str, Any]]
+PREFIX = ("cls_token", "dist_token", "reg_token")
 
 
 def fit_all(
@@ -22,7 +24,7 @@ def fit_all(
     bundle: Bundle,
     method: str | None,
     source_grid: Grid | None,
-    fresh: Callable[[tuple[str, ...]], Mapping[str, Any]],
+    fresh: Fresh,
 ) -> list[str]:
     """Brings a source's position embeddings and relative biases to the model's sizes.
 
@@ -31,8 +33,7 @@ def fit_all(
       found: arrays by the model's paths; those that do not fit are replaced.
       shapes: of the model, by path.
       bundle: the source.
-      method: see `load_weights`; None for what the backbone's official code does.
-      source_grid: see `load_weights`.
+      method, source_grid: see `load_weights`.
       fresh: returns the freshly initialised arrays of some paths.
 
     Returns:
@@ -43,7 +44,7 @@ def fit_all(
         if path.endswith("pos_embed"):
             found[path] = _fitted(model, path, bundle, old, shapes[path], method, source_grid, fresh)
         elif path.endswith("relative_position_bias_table"):
-            found[path] = fit_relative(old, shapes[path], method=method or model.plain().resize)
+            found[path] = fit_relative(old, shapes[path], method or model.plain().resize)
         if found[path] is not old:
             resized.append(f"{path}: {list(old.shape)} -> {list(found[path].shape)}")
     return resized
@@ -57,7 +58,7 @@ def _fitted(
     want: tuple[int, ...],
     method: str | None,
     source_grid: Grid | None,
-    fresh: Callable[[tuple[str, ...]], Mapping[str, Any]],
+    fresh: Fresh,
 ) -> np.ndarray:
     """The source's position embedding on the model's grid; `value` itself if it fits."""
     exit_, nested, _ = path.partition("/backbone/")
@@ -65,8 +66,7 @@ def _fitted(
     prefix, grid = body.positions_of(path)
     stored = bundle.metadata.get(f"grid/{exit_}") or bundle.metadata.get("grid", "")
     if source_grid is None and "x" in stored:
-        rows, columns = stored.split("x")
-        source_grid = (int(rows), int(columns))
+        source_grid = tuple(map(int, stored.split("x")))
     if source_grid is not None:  # that of the final tokens; those of earlier stages are finer
         source_grid = tuple(n * g // f for n, g, f in zip(source_grid, grid, body.grid, strict=True))
     if value.ndim != 3 or value.shape[-1] != want[-1]:
@@ -74,18 +74,12 @@ def _fitted(
     if value.shape == want and source_grid in (None, tuple(grid)):
         return value
     tokens = {key.rsplit("/", 1)[-1]: array for key, array in bundle.tensors.items()}
-    first = sum(tokens[name].shape[1] for name in ("cls_token", "dist_token", "reg_token") if name in tokens)
-    return fit(
-        value,
-        prefix=prefix,
-        grid=grid,
-        source_prefix=first if prefix == body.prefix else prefix,
-        source_grid=source_grid,
-        bare=not bundle.own,
-        method=method or body.resize,
-        fresh=lambda: fresh((path,))[path],
-        origin=bundle.origin,
+    first = (
+        sum(tokens[name].shape[1] for name in PREFIX if name in tokens) if prefix == body.prefix else prefix
     )
+    options = {"method": method or body.resize, "origin": bundle.origin, "bare": not bundle.own}
+    grids = {"prefix": prefix, "grid": grid, "source_prefix": first, "source_grid": source_grid}
+    return fit(value, **grids, **options, fresh=lambda: fresh((path,))[path])
 
 
 def spell(grid: Grid) -> str:
@@ -97,9 +91,9 @@ def fit(
     value: np.ndarray,
     *,
     prefix: int,
-    grid: tuple[int, int],
+    grid: Grid,
     source_prefix: int,
-    source_grid: tuple[int, int] | None,
+    source_grid: Grid | None,
     method: str,
     origin: str,
     bare: bool = False,
@@ -112,8 +106,7 @@ def fit(
 
     Args:
       value: the source's embedding.
-      prefix: prefix rows of the model.
-      grid: (rows, columns) of the model.
+      prefix, grid: prefix rows and (rows, columns) of the model.
       source_prefix: prefix tokens of the source.
       source_grid: its grid where known; else its patches are taken as the
         model's grid if the number fits, or as a square.
@@ -126,21 +119,31 @@ def fit(
     Raises:
       WeightsError: no grid can be made out.
     """
-    length = value.shape[1]
-    source_prefix, source_grid = _layout(length, source_prefix, source_grid, grid, bare, origin)
-    rows, patches = value[:, :source_prefix], value[:, source_prefix:]
-    if source_grid != tuple(grid):
-        patches = np.asarray(resample.resize_grid(jnp.asarray(patches), source_grid, grid, method))
-    if source_prefix == 0 and prefix:
+    length, grid = value.shape[1], tuple(grid)
+    for first in dict.fromkeys((source_prefix, 0) if bare else (source_prefix,)):
+        side = math.isqrt(max(length - first, 0))
+        known = [source_grid] if source_grid is not None else [grid, (side, side)]
+        fits = [tuple(g) for g in known if 0 < g[0] * g[1] == length - first]
+        if fits:
+            break
+    else:
+        raise WeightsError(
+            f"{origin}: pos_embed has {length} rows, which with {source_prefix} prefix tokens make no square "
+            "grid; pass source_grid=(rows, columns)"
+        )
+    rows, patches = value[:, :first], value[:, first:]
+    if fits[0] != grid:
+        patches = np.asarray(resample.resize_grid(jnp.asarray(patches), fits[0], grid, method))
+    if first == 0 and prefix:
         rows = np.zeros((1, prefix, value.shape[-1]), value.dtype)
-    elif source_prefix < prefix:
+    elif first < prefix:
         if fresh is None:
-            raise WeightsError(f"{origin}: pos_embed has {source_prefix} prefix rows, the model {prefix}")
-        rows = np.concatenate([rows, np.asarray(fresh())[:, source_prefix:prefix]], axis=1)
+            raise WeightsError(f"{origin}: pos_embed has {first} prefix rows, the model {prefix}")
+        rows = np.concatenate([rows, np.asarray(fresh())[:, first:prefix]], axis=1)
     return np.concatenate([rows[:, :prefix], patches], axis=1)
 
 
-def fit_relative(value: np.ndarray, want: tuple[int, ...], *, method: str) -> np.ndarray:
+def fit_relative(value: np.ndarray, want: tuple[int, ...], method: str) -> np.ndarray:
     """A bias per relative position `[(2w - 1)^2, heads]` of another window; `value` itself if it fits.
 
     microsoft/Swin-Transformer resizes it as a picture, bicubic. What is no square
@@ -151,29 +154,3 @@ def fit_relative(value: np.ndarray, want: tuple[int, ...], *, method: str) -> np
         return value
     resized = resample.resize_grid(jnp.asarray(value)[None], (sides[0],) * 2, (sides[1],) * 2, method)
     return np.asarray(resized[0])
-
-
-def _layout(
-    length: int,
-    prefix: int,
-    grid: tuple[int, int] | None,
-    target: tuple[int, int],
-    bare: bool,
-    origin: str,
-) -> tuple[int, tuple[int, int]]:
-    """(prefix rows, grid) of a source's embedding."""
-    for rows in dict.fromkeys((prefix, 0) if bare else (prefix,)):
-        patches = length - rows
-        if grid is not None:
-            if patches == grid[0] * grid[1]:
-                return rows, tuple(grid)
-            continue
-        if patches == target[0] * target[1]:
-            return rows, tuple(target)
-        side = math.isqrt(max(patches, 0))
-        if side and side * side == patches:
-            return rows, (side, side)
-    raise WeightsError(
-        f"{origin}: pos_embed has {length} rows, which with {prefix} prefix tokens make no square grid; "
-        "pass source_grid=(rows, columns)"
-    )
