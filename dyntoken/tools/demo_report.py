@@ -12,7 +12,7 @@ import numpy as np
 import optax
 
 from dyntoken import data, train
-from dyntoken.analysis import exit_plots, figures, macs, timing
+from dyntoken.analysis import exit_plots, figures, macs, timing, token_maps
 from dyntoken.models import create_model, split_name
 from dyntoken.reducers import ScoreSelectFuse
 from dyntoken.tools import cli, thresholds
@@ -174,8 +174,6 @@ def _picture(
 
 
 def _draw_kept(result: train.Result) -> Any:
-    from dyntoken.analysis import token_maps
-
     image = next(iter(result.run.eval_batches()))["image"][:1]
     variables = jax.device_get(result.state.variables)
     out = jax.jit(result.model.apply)(variables, result.run.prepare(jnp.asarray(image)))
