@@ -41,7 +41,7 @@ def report(config: Config, result: train.Result, *, log: Log = print) -> list[Ro
 
     Args:
       config: of the run.
-      result: what `train.run` returned; several processes say how to compare it.
+      result: what `train.run` returned; several processes only say that one is to compare.
 
     Returns:
       One dict per row: `model`, `top1` (fraction), `gmacs`, and `images_per_s` or
