@@ -39,6 +39,11 @@ def _variables(case):
     return jax.jit(_model(case).init)(jax.random.key(0), IMAGES[:1])
 
 
+@functools.cache
+def _shapes(case):
+    return jax.eval_shape(_model(case).init, jax.random.key(0), IMAGES[:1])
+
+
 def test_reuse_matrix_is_the_official_one():
     for old, new in ((7, 10), (10, 14)):
         matrix = resample.reuse_matrix(old, new)
@@ -99,10 +104,7 @@ def test_upto_and_steps_equal_the_whole():
 
 
 def test_early_exits_do_not_know_the_later_ones():
-    shapes = [
-        jax.eval_shape(_model(case).init, jax.random.key(0), IMAGES[:1])["params"]["exit_0"]
-        for case in ("deit", "none")
-    ]
+    shapes = [_shapes(case)["params"]["exit_0"] for case in ("deit", "none")]
     assert jax.tree.map(jnp.shape, shapes[0]) == jax.tree.map(jnp.shape, shapes[1])
     counted = [macs.count(_model("deit"), upto=index).total for index in range(3)]
     assert counted[0] == macs.count(_model("none"), upto=0).total
@@ -121,7 +123,7 @@ def test_remat_and_bfloat16():
 def test_records_have_one_entry_per_exit():
     model = _model("features")
     record = ("features", "blocks", "relations", "context", "maps")
-    out = jax.eval_shape(lambda v: model.apply(v, IMAGES, record=record), _variables("features"))
+    out = jax.eval_shape(lambda v: model.apply(v, IMAGES, record=record), _shapes("features"))
     assert [t.grid for t in out.tokens] == [(2, 2), (3, 3), (4, 4)]
     assert [len(context) for context in out.records["context"]] == [0, 2, 2]
     assert out.records["context"][2][1].shape == (3, 17, 48) and out.records["maps"] == ((), (), ())
