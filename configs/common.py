@@ -54,7 +54,7 @@ KINDS = {float: schema.Keep, tuple: tuple[int | float, ...], int: int, str: str,
 
 
 def base():
-    """All keys a run reads (`dyntoken.train.plan.Settings`), with their defaults."""
+    """All keys a run reads (`dyntoken.train.settings.Settings`), with their defaults."""
     c = ml_collections.ConfigDict()
     c.plugins = ()  # modules with methods, backbones, losses or data of your own, imported first
     c.seed = 0
@@ -124,6 +124,14 @@ def base():
     return c
 
 
+def dense(name):
+    """`base` with a dense model and its weights."""
+    c = base()
+    c.model.name = name
+    c.init.path = f"weights/{name}.safetensors"
+    return c
+
+
 def deit_augment(c, repeats=3, policy="rand-m9-mstd0.5-inc1"):
     """What DeiT does to ImageNet beyond crop, flip and mixing; `demo` and `tiny` undo it.
 
@@ -150,9 +158,7 @@ def deit_name(arg, pixels=224):
 
 def deit(arg):
     """`base` with the dense DeiT of `arg` (entries of `DEIT`) on ImageNet or iNaturalist 2019."""
-    c = base()
-    c.model.name = deit_name(arg, arg.pixels)
-    c.init.path = f"weights/{c.model.name}.safetensors"
+    c = dense(deit_name(arg, arg.pixels))
     c.data.size = arg.pixels
     if arg.inat:
         c.data.name = "i_naturalist2019"
@@ -209,7 +215,6 @@ def dual_path(c):
     smoothing are its own, those of DeiT; no repeated augmentation. What differs: mixup
     pairs neighbouring images.
     """
-    c.init.path = f"weights/{c.model.name}.safetensors"
     c.batch, c.accumulate, c.epochs = 4096, 4, 120.0
     rates = {"lr": per_batch(c, 4e-3), "min_lr": per_batch(c, 1e-6), "backbone_lr_scale": 0.2}
     dynamicvit(c, **rates, warmup_epochs=20, frozen=())

@@ -36,8 +36,7 @@ def get_config(arg=None):
     """`size=t|s|b`, `keep=`, `at=`, `demo`, `tiny`."""
     arg = common.parse_arg(arg, size="t", **common.REDUCED)
     common.one_of(arg, size=DROP_PATH)
-    c = common.base()
-    c.model.name = f"convnext_{common.SIZES[arg.size]}"
+    c = common.dense(f"convnext_{common.SIZES[arg.size]}")
     c.model.drop_path = DROP_PATH[arg.size]
     common.dual_path(c)
     return toys.finish_dual_path(c, arg, small=DEMO, toy=TINY)

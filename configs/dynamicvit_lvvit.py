@@ -30,16 +30,13 @@ minutes 1 s on 2 cores.
 from configs import common, toys
 
 BATCH = {"s": 512, "m": 384}
-DEMO = {"patch_size": 4, "width": 64, "depth": 6, "heads": 2, "stem_width": 16}
 
 
 def get_config(arg=None):
     """`size=s|m`, `keep=`, `at=`, `demo`, `tiny`."""
     arg = common.parse_arg(arg, size="s", **common.REDUCED)
     common.one_of(arg, size=BATCH)
-    c = common.base()
-    c.model.name = f"lvvit_{arg.size}"
-    c.init.path = f"weights/{c.model.name}.safetensors"
+    c = common.dense(f"lvvit_{arg.size}")
     c.batch = BATCH[arg.size]
     c.data.eval.crop_pct = 0.9 if arg.size == "s" else 1.0
     common.dynamicvit(c, lr=common.per_batch(c, 1e-3, 1024), min_lr=common.per_batch(c, 1e-6))
@@ -49,7 +46,7 @@ def get_config(arg=None):
         "logit_kl": {"weight": 0.5},
         "dense_distill": {"weight": 0.5},
     }
-    toys.finish(c, arg, "dynamicvit", small=DEMO, toy={"patch_size": 4, "stem_width": 8})
+    toys.finish(c, arg, "dynamicvit", small=toys.LVVIT, toy=toys.LVVIT_TOY)
     if c.teacher.name:
         c.teacher.aux_weight = 0.0
     return c

@@ -25,7 +25,6 @@ minutes 46 s on 2 cores.
 from configs import common, toys
 
 DROP_PATH = {"t": 0.1, "s": 0.1, "m": 0.2, "l": 0.3}
-DEMO = {"patch_size": 4, "width": 64, "depth": 6, "heads": 2, "stem_width": 16}
 
 
 def get_config(arg=None):
@@ -41,8 +40,8 @@ def get_config(arg=None):
     c.losses = {"ce": {"weight": 1.0}, "token_label": {"weight": 0.5}}
     common.timm_cosine(c, common.per_batch(c, 1.6e-3, 1024))
     if arg.demo:
-        toys.demo_from_scratch(c, ("ce", "token_label"), mix_token=True, **DEMO)
+        toys.demo_from_scratch(c, ("ce", "token_label"), mix_token=True, **toys.LVVIT)
         c.epochs = 12.0  # a mixed label teaches slower: 75.05 % after 8
     if arg.tiny:
-        toys.tiny(c, patch_size=4, stem_width=8)
+        toys.tiny(c, **toys.LVVIT_TOY)
     return c

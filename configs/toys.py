@@ -6,6 +6,8 @@ from configs import common
 
 DEMO_SITES = (4, 5)  # of 6 blocks: 49 patches bear less than the 196 of ImageNet
 CIFAR_SITES = (2, 3, 4)  # of 6 blocks, 64 patches
+LVVIT = {"patch_size": 4, "width": 64, "depth": 6, "heads": 2, "stem_width": 16}  # of its demos
+LVVIT_TOY = {"patch_size": 4, "stem_width": 8}
 
 
 def demo(c):

@@ -42,9 +42,7 @@ def get_config(arg=None):
     """`variant=dtps|etps`, `size=13|21|w24`, `keep=`, `at=`, `dropped=zero|last`, `demo`, `tiny`."""
     arg = common.parse_arg(arg, size="13", **common.REDUCED, variant="dtps", dropped="zero")
     common.one_of(arg, size=SIZES)
-    c = common.base()
-    c.model.name = f"cvt_{arg.size}"
-    c.init.path = f"weights/{c.model.name}.safetensors"
+    c = common.dense(f"cvt_{arg.size}")
     c.data.size = SIZES[arg.size]
     c.data.eval.crop_pct = 0.875 if c.data.size == 224 else 1.0
     common.tps(c, arg)

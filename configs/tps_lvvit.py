@@ -27,19 +27,16 @@ top-1 after 5 min 27 s on 2 cores.
 from configs import common, toys
 
 SIZES = {"t": 0.9, "s": 0.9, "m": 1.0, "l": 1.0}  # share of the image that evaluation crops
-DEMO = {"patch_size": 4, "width": 64, "depth": 6, "heads": 2, "stem_width": 16}
 
 
 def get_config(arg=None):
     """`variant=dtps|etps`, `size=t|s|m|l`, `keep=`, `at=`, `demo`, `tiny`."""
     arg = common.parse_arg(arg, variant="dtps", size="s", **common.REDUCED)
     common.one_of(arg, size=SIZES)
-    c = common.base()
-    c.model.name = f"lvvit_{arg.size}"
-    c.init.path = f"weights/{c.model.name}.safetensors"
+    c = common.dense(f"lvvit_{arg.size}")
     c.data.eval.crop_pct = SIZES[arg.size]
     common.tps(c, arg)
-    toys.finish(c, arg, arg.variant, keep=0.5, small=DEMO, toy={"patch_size": 4, "stem_width": 8})
+    toys.finish(c, arg, arg.variant, keep=0.5, small=toys.LVVIT, toy=toys.LVVIT_TOY)
     if c.teacher.name:
         c.teacher.aux_weight = 0.0
     return c

@@ -31,9 +31,7 @@ def get_config(arg=None):
     """`variant=dtps|etps`, `size=ti_14|b_10|b_14|b_16|b_18`, `keep=`, `at=`, `demo`, `tiny`."""
     arg = common.parse_arg(arg, variant="dtps", size="b_14", **common.REDUCED)
     common.one_of(arg, size=SIZES)
-    c = common.base()
-    c.model.name = f"psvit_{arg.size}"
-    c.init.path = f"weights/{c.model.name}.safetensors"
+    c = common.dense(f"psvit_{arg.size}")
     c.data.eval.crop_pct = 0.9
     common.tps(c, arg)
     toys.finish(c, arg, arg.variant, sites=(2, 3), small=DEMO, toy=TINY)

@@ -39,9 +39,7 @@ def get_config(arg=None):
     """`variant=dtps|etps`, `size=tiny|small|medium|large`, `keep=`, `at=`, `dropped=zero|last`, `demo`, `tiny`."""
     arg = common.parse_arg(arg, size="small", **common.REDUCED, variant="dtps", dropped="zero")
     common.one_of(arg, size=SIZES)
-    c = common.base()
-    c.model.name = f"pvt_{arg.size}"
-    c.init.path = f"weights/{c.model.name}.safetensors"
+    c = common.dense(f"pvt_{arg.size}")
     common.tps(c, arg)
     # A fresh PVT, without convolutions, learns slowly from holes in its maps: the demo's last stage alone.
     toys.finish_stages(c, arg, small=DEMO, toy=TINY, sites=(1,))

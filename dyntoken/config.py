@@ -68,7 +68,6 @@ def arguments(path: str) -> str:
 def _module(name: str) -> ModuleType:
     """The module of a recipe, which has a `get_config`."""
     file = locate(name)
-    _adopt(file.parent)
     try:
         module = _import(f"configs.{file.stem}", file)
     except Exception as error:
@@ -87,16 +86,13 @@ def _blame(file: str, error: Exception) -> str:
     return f"{where}: {type(error).__name__}: {error}"
 
 
-def _adopt(folder: pathlib.Path) -> None:
-    """Makes `from configs import common` mean the recipe's own folder."""
-    package = ModuleType("configs")
-    package.__path__ = [str(folder)]
-    for name in [n for n in sys.modules if n == "configs" or n.startswith("configs.")]:
-        del sys.modules[name]
-    sys.modules["configs"] = package
-
-
 def _import(name: str, file: pathlib.Path) -> ModuleType:
+    """A recipe's module, for which `from configs import common` means its own folder."""
+    package = ModuleType("configs")
+    package.__path__ = [str(file.parent)]
+    for other in [n for n in sys.modules if n == "configs" or n.startswith("configs.")]:
+        del sys.modules[other]
+    sys.modules["configs"] = package
     spec = importlib.util.spec_from_file_location(name, file)
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module

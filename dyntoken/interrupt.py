@@ -73,13 +73,22 @@ def end(signum: int) -> None:
     """Ends this process at once, in one line."""
     line = f"{WORDS[signum]}{go_on()}"
     for farewell in _farewells:
-        with contextlib.suppress(Exception):
-            farewell(WORDS[signum])
-    flush = threading.Thread(target=sys.stdout.flush, daemon=True)  # a reader that hangs must not hold us
-    flush.start()
-    flush.join(1.0)
+        _try(farewell, WORDS[signum], within=PATIENCE_S)
+    _try(sys.stdout.flush, within=1.0)
     print(line, file=sys.stderr, flush=True)
     os._exit(128 + signum)
+
+
+def _try(fn: Callable[..., None], *args: str, within: float) -> None:
+    """Calls a function that may fail; a file system or a reader that hangs must not hold us."""
+
+    def call() -> None:
+        with contextlib.suppress(Exception):
+            fn(*args)
+
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    thread.join(within)
 
 
 def before_end(farewell: Callable[[str], None]) -> None:
@@ -138,3 +147,37 @@ def _reassure() -> None:
     timer = threading.Timer(PATIENCE_S, lambda: print(line, file=sys.stderr, flush=True))
     timer.daemon = True
     timer.start()
+
+
+class Stop:
+    """Turns SIGTERM and SIGINT into `asked`, while it is entered; a second one ends the process.
+
+    Args:
+      several: whether there are other processes. They are asked through the cluster's notice instead
+        (`Checkpoints.preempted`), so that all of them stop at the same step.
+
+    Attributes:
+      signum: of the signal that came; 0 for none.
+    """
+
+    def __init__(self, several: bool = False) -> None:
+        self.signum, self._several = 0, several
+        self._stack = contextlib.ExitStack()
+
+    @property
+    def asked(self) -> bool:
+        """Whether this process alone decides to stop."""
+        return self.signum != 0 and not self._several
+
+    def __enter__(self) -> Stop:
+        if not self.signum:
+            self._stack.enter_context(listening(self._ask))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def _ask(self, signum: int) -> None:
+        self.signum = signum
+        if self._several and signum != signal.SIGTERM:
+            os.kill(os.getpid(), signal.SIGTERM)  # jax waits for it, and gives notice to the others

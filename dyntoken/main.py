@@ -21,8 +21,8 @@ import sys
 
 from absl import app, flags, logging
 
-from dyntoken import cluster, peers, schema
 from dyntoken import config as recipes
+from dyntoken import multihost, peers, schema
 
 FLAGS = flags.FLAGS
 USER_ERRORS = (ValueError, OSError, ImportError, RuntimeError)
@@ -52,7 +52,7 @@ flags.DEFINE_string("step", "newest", "of --mode=eval: newest, best (by the run'
 flags.DEFINE_bool("restart", False, "start anew; what is in the workdir is moved to WORKDIR/old/N")
 flags.DEFINE_bool("dry_run", False, "build, compile, print parameters, MACs, memory and plan; read no data")
 flags.DEFINE_enum(
-    "distributed", "auto", cluster.MODES, "join other processes (auto: if the environment says so)"
+    "distributed", "auto", multihost.MODES, "join other processes (auto: if the environment says so)"
 )
 flags.DEFINE_string(
     "coordinator", None, "HOST:PORT of process 0, on a cluster without Slurm, Open MPI or TPUs"
@@ -84,30 +84,33 @@ def start(config, what: str) -> None:
     """
     logging.set_verbosity(logging.WARNING)  # jax and Orbax narrate what they do
     logging.get_absl_logger().addFilter(lambda record: "preemption sync point" not in record.getMessage())
-    found = cluster.find(
+    cluster = multihost.detect(
         FLAGS.distributed, coordinator=FLAGS.coordinator, processes=FLAGS.processes, process=FLAGS.process
     )
-    if not found.process:
+    if not cluster.process:
         print(f"{what}; starting takes some seconds", flush=True)
-    use_all_cores(config.batch // (found.processes or 1))
-    cluster.join(found, timeout=FLAGS.cluster_timeout, lost_after=FLAGS.lost_after)
+    use_all_cores(config.batch // (cluster.processes or 1))
+    try:
+        multihost.initialize(cluster, timeout=FLAGS.cluster_timeout, lost_after=FLAGS.lost_after)
+    except multihost.HostError as error:
+        fail(error, at_once=True)
 
 
 def run(
     config, workdir: str | None, mode: str, dry_run: bool, step: str = "newest", *, restart: bool = False
 ) -> int:
     """Does what the flags ask for; returns the exit status; raises what goes wrong."""
-    import jax
-
     from dyntoken import train
 
-    say = print if jax.process_index() == 0 else _silent
+    say = multihost.only_first(print)
     config = config.to_dict()
     if restart and (dry_run or mode == "eval"):
         raise ValueError("--restart starts a training run anew: leave it out of --mode=eval and --dry_run")
     if dry_run:
         facts = train.dry_run(config, log=say)
-        say(f"gmacs: {_spell(_gmacs(train.build(config).model))}")
+        gmacs = _gmacs(train.build(config).model)
+        each = [f"{value:.4g}" for value in gmacs] if isinstance(gmacs, list) else []
+        say(f"gmacs: {' / '.join(each)} up to each exit" if each else f"gmacs: {gmacs:.3f}")
         say(f"plan: {facts['steps']} steps of {config['batch']} images into {workdir}")
     elif mode == "eval":
         metrics = train.evaluate(config, workdir, step=step)
@@ -117,19 +120,20 @@ def run(
         result = train.run(config, workdir, restart=restart)
         if not result.finished:
             return 128 + result.signum
-        if config.get("compare") and result.finished and jax.process_count() > 1:
-            say(
-                "one process makes the comparison: run this command again on one host, with --distributed=off"
-            )
-        elif config.get("compare") and result.finished:
-            from dyntoken.tools import demo_report
-
-            demo_report.report(config, result)
+        if config.get("compare"):
+            _compare(config, result, say)
     return 0
 
 
-def _silent(line: str) -> None:
-    """What the other processes say."""
+def _compare(config, result, say) -> None:
+    import jax
+
+    from dyntoken.tools import demo_report
+
+    if jax.process_count() > 1:
+        say("one process makes the comparison: run this command again on one host, with --distributed=off")
+    else:
+        demo_report.report(config, result)
 
 
 def _gmacs(model) -> float | list[float]:
@@ -140,12 +144,6 @@ def _gmacs(model) -> float | list[float]:
     return [round(value, 6) for value in found] if isinstance(found, list) else round(found, 6)
 
 
-def _spell(gmacs: float | list[float]) -> str:
-    if isinstance(gmacs, list):
-        return " / ".join(f"{value:.4g}" for value in gmacs) + " up to each exit"
-    return f"{gmacs:.3f}"
-
-
 def main(argv: list[str]) -> int:
     """Entry point under `absl.app`; returns the exit status."""
     if argv[1:]:
@@ -153,20 +151,14 @@ def main(argv: list[str]) -> int:
     default = os.path.join("runs", re.sub(r"\W+", "_", os.path.basename(RECIPE.path).replace(".py", "")))
     try:
         workdir = FLAGS.workdir or default
-        if FLAGS.mode == "eval" and FLAGS.workdir is None and chosen("config.init.path"):
+        names_weights = any(word.partition("=")[0].lstrip("-") == "config.init.path" for word in sys.argv[1:])
+        if FLAGS.mode == "eval" and FLAGS.workdir is None and names_weights:
             workdir = None  # these weights, not the run that may lie in the default folder
         start(FLAGS.config, describe(FLAGS.config, workdir))
         return run(FLAGS.config, workdir, FLAGS.mode, FLAGS.dry_run, FLAGS.step, restart=FLAGS.restart)
-    except cluster.ClusterError as error:
-        fail(error, at_once=True)
     except USER_ERRORS as error:
         peers.blame(error)
         fail(error)
-
-
-def chosen(option: str) -> bool:
-    """Whether the command line has `--option`."""
-    return any(word.partition("=")[0].lstrip("-") == option for word in sys.argv[1:])
 
 
 def describe(config, workdir: str | None) -> str:

@@ -18,6 +18,10 @@ class PathError(ValueError):
     """A place that cannot be used; one line that says why and what to do."""
 
 
+class StorageError(OSError):
+    """What lies there cannot be read or written now; one line that says why and what to do."""
+
+
 def is_uri(path: Any) -> bool:
     """Whether a path is one of a storage service, not of this machine."""
     return "://" in os.fspath(path)
@@ -75,6 +79,16 @@ def move(source: epath.Path, target: epath.Path) -> None:
     else:
         source.copy(target)
         source.unlink(missing_ok=True)
+
+
+def atomic_write(path: epath.Path, text: str) -> None:
+    """Replaces a file as a whole: a reader sees the old text or the new one."""
+    if is_uri(path):  # as every write to a storage service
+        path.write_text(text)
+        return
+    draft = path.parent / (path.name + ".new")
+    draft.write_text(text)
+    draft.replace(path)
 
 
 @functools.lru_cache(maxsize=32)

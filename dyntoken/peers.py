@@ -1,9 +1,10 @@
 """Watches the other processes of a program: whoever is lost, or leaves, ends this one too, in one line.
 
 jax does that after its own heartbeat's time-out and with a stack dump out of C++, at once where process 0
-is lost, which serves the others. Here every process counts up its key in jax's key-value store and reads
-those of the others; what C++ writes passes a thread that keeps its farewell back, and SIGABRT waits until
-our line is out.
+is lost, which serves the others. Its options allow nothing simpler (jaxlib 0.10): a missed heartbeat cannot
+call a Python function (std::bad_cast), and jax_enable_recoverability keeps a process alive only as long as
+process 0 is. Here every process counts up its key in jax's key-value store and reads those of the others;
+what C++ writes passes a thread that keeps its farewell back, and SIGABRT waits until our line is out.
 """
 
 from __future__ import annotations

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 from etils import epath
 
+from dyntoken import workdirs
 from dyntoken.preprocessing import Preprocess
-from dyntoken.weights import WeightsError, load_weights, orbax, runs
+from dyntoken.weights import WeightsError, load_weights, runs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,8 +31,17 @@ class Run:
     step: int
 
     def name(self, number: int) -> str:
-        """The name of a class, "class 3" where there is none."""
-        return self.class_names[number] if number < len(self.class_names) else f"class {number}"
+        """The name of a class, "class 3" where the data set names none.
+
+        Raises:
+          ValueError: the model has no such class.
+        """
+        if not 0 <= number < self.model.num_classes:
+            raise ValueError(
+                f"there is no class {number}: the run has {self.model.num_classes}, "
+                f"0 to {self.model.num_classes - 1}"
+            )
+        return self.class_names[number] if self.class_names else f"class {number}"
 
 
 def load_run(workdir: str | epath.PathLike, *, step: int | str = "newest", prefer: str = "ema") -> Run:
@@ -50,12 +59,17 @@ def load_run(workdir: str | epath.PathLike, *, step: int | str = "newest", prefe
     path = epath.Path(workdir).expanduser()
     if not path.is_dir():
         raise WeightsError(f"no run in {workdir}: give the workdir of a training run")
-    directory = orbax.step_folder(path, step)
-    meta = runs.describe(directory)
+    try:
+        directory = workdirs.step_folder(path, step)
+    except workdirs.CheckpointError as error:
+        raise WeightsError(str(error)) from error
+    meta = workdirs.read_meta(directory)
     if not meta:
         raise WeightsError(f"{directory} has no description of its run (or a damaged one): give another step")
-    if "run" not in meta:
-        meta = {**meta, "run": _rebuilt(meta.get("config", {}))}
+    if "run" not in meta:  # as checkpoints were written once; this needs the data set
+        from dyntoken import train
+
+        meta = {**meta, "run": train.build(meta.get("config", {})).description}
     about = meta["run"]
     model = runs.model_of(meta)
     height, width, channels = about["image_shape"]
@@ -63,10 +77,3 @@ def load_run(workdir: str | epath.PathLike, *, step: int | str = "newest", prefe
     preprocess = Preprocess((height, width), channels, tuple(about["mean"]), tuple(about["std"]), **reading)
     variables = load_weights(model, directory, prefer=prefer, strict=True)
     return Run(model, variables, preprocess, tuple(about["class_names"]), int(meta["step"]))
-
-
-def _rebuilt(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The description of a run whose checkpoints have none; it needs the data set."""
-    from dyntoken.train import identity, plan
-
-    return identity.describe(plan.build(config))

@@ -15,10 +15,10 @@ from absl import flags
 from PIL import Image
 
 import dyntoken
-from dyntoken import cluster, main
 from dyntoken import config as recipes
+from dyntoken import main, multihost
 from dyntoken.eval.runner import Runner
-from dyntoken.train import plan
+from dyntoken.train import settings as train_settings
 from tests.train.tiny import tiny_config
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -169,17 +169,17 @@ def test_a_command_parses(command, only_parse):
             recipes.load(names["config"])
         return
     given = parse([module, *words])
-    settings = plan.read(given.config)
+    settings = train_settings.read(given.config)
     assert settings.batch % settings.data.shards == 0
     if given.coordinator:
-        found = cluster.find(
+        found = multihost.detect(
             given.distributed,
             coordinator=given.coordinator,
             processes=given.processes,
             process=given.process,
             environ={},
         )
-        assert found == cluster.Cluster("flags", ADDRESS, 2, given.process)
+        assert found == multihost.Cluster("flags", ADDRESS, 2, given.process)
 
 
 def test_a_cheap_command_runs(capsys):

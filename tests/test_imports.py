@@ -21,7 +21,9 @@ IMPORTS = {
     "peers": {"interrupt"},
     "schedules": {"registry"},
     "schema": {"registry"},
-    "cluster": {"peers"},
+    "multihost": {"paths", "peers"},
+    "workdirs": set(),
+    "checkpoints": {"paths", "workdirs"},
     "data": {"paths", "registry", "schema"},
     "types": {"schema"},
     "losses": {"ops", "registry", "schema", "types"},
@@ -50,15 +52,28 @@ IMPORTS = {
         "types",
     },
     "preprocessing": {"architectures", "data", "device_augment", "models"},
-    "weights": {"cascade", "models", "nn", "ops", "paths", "registry", "schedules"},
+    "weights": {
+        "cascade",
+        "checkpoints",
+        "models",
+        "nn",
+        "ops",
+        "paths",
+        "registry",
+        "schedules",
+        "workdirs",
+    },
     "train": {
         "analysis",
+        "checkpoints",
         "data",
         "eval",
         "interrupt",
         "losses",
         "device_augment",
         "models",
+        "multihost",
+        "nn",
         "optim",
         "paths",
         "reducers",
@@ -66,8 +81,9 @@ IMPORTS = {
         "schedules",
         "schema",
         "weights",
+        "workdirs",
     },
-    "runs": {"preprocessing", "train", "weights"},
+    "runs": {"preprocessing", "train", "weights", "workdirs"},
     "tools": {
         "analysis",
         "config",
@@ -86,14 +102,11 @@ IMPORTS = {
         "train",
         "weights",
     },
-    "main": {"analysis", "cluster", "config", "peers", "schema", "tools", "train"},
+    "main": {"analysis", "config", "multihost", "peers", "schema", "tools", "train"},
 }
 TENSORFLOW = {"tensorflow", "tensorflow_datasets"}
 FLAX = {"ops/sample.py"}  # of the operators: a record that passes through jit
 BACKWARDS = {  # imports that close a circle, and have to go
-    ("train/evalsets.py", "train/settings.py"),
-    ("weights/files.py", "weights/orbax.py"),
-    ("weights/runs.py", "weights/orbax.py"),
 }
 FILES = sorted(ROOT.rglob("*.py"))
 

@@ -13,7 +13,7 @@ import pytest
 
 from dyntoken import config as recipes
 from dyntoken import main
-from dyntoken.train import plan as train_plan
+from dyntoken.train import settings as train_settings
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RECIPES = (
@@ -182,7 +182,7 @@ def test_what_is_augmented_how(recipe):
     def section(argument):
         c = recipes.load(f"configs/{recipe}.py{argument}")
         augment = dict(c.data.augment)
-        train_plan.read(c)
+        train_settings.read(c)
         return (augment.get("rand_augment"), c.mix.get("erase", 0.0)), augment.get("repeats", 1)
 
     assert section("") == ((DEIT, VIEWS[recipe]) if recipe in VIEWS else (NOTHING, 1))
@@ -209,7 +209,7 @@ def _check_moves(recipe, result):
 
     from dyntoken import optim
 
-    before = result.plan.new_state().params
+    before = result.run.new_state().params
     same = jax.tree.map(lambda a, b: np.array_equal(a, b), before, result.state.params)
     # Read by nothing after the last block of the last exit, where only decay moves it.
     unread = f"reuse_{len(result.model.exits) - 1}/context_1"

@@ -8,7 +8,7 @@ import dyntoken
 from dyntoken import config as recipes
 from dyntoken import train
 from dyntoken.analysis import macs
-from dyntoken.train import plan as train_plan
+from dyntoken.train import settings as train_settings
 
 TABLES = {  # recipe -> rows its header must have at least
     "deit": 6,
@@ -51,7 +51,7 @@ def test_a_header_has_every_published_row_once(recipe):
 @pytest.mark.parametrize("recipe, argument, gmacs, top1", ROWS)
 def test_a_row_is_the_model_it_names(recipe, argument, gmacs, top1):
     c = recipes.load(f"configs/{recipe}.py:{argument}")
-    train_plan.read(c)
+    train_settings.read(c)
     model = model_of(c)
     given = dict(part.split("=") for part in argument.split(","))
     size = given.get("size", "s")

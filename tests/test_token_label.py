@@ -10,9 +10,9 @@ import pytest
 
 import dyntoken
 from dyntoken import device_augment, losses, optim
-from dyntoken.train import mesh as meshes
+from dyntoken.train import sharding as meshes
 from dyntoken.train.state import create_state, init_variables
-from dyntoken.train.step import make_train_step
+from dyntoken.train.step import train_step
 from dyntoken.types import Output, Tokens
 
 L3 = np.log(3.0)  # logits (L3, 0) are probabilities 3/4, 1/4
@@ -102,7 +102,8 @@ def _trained(devices):
             labels, CLASSES, 0.1
         )
 
-    step = make_train_step(model, tx, specs=SPECS, augment=augment, seed=3, ema=0.9)
+    options = {"objective": losses.Objective(SPECS), "augment": augment, "seed": 3, "ema": 0.9}
+    step = functools.partial(train_step, model=model, tx=tx, **options)
     mesh = meshes.data_mesh(jax.devices()[:devices])
     rng = np.random.default_rng(0)
     batch = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 from typing import Any, NamedTuple
 
 import jax
@@ -51,41 +52,39 @@ def put(buffer: Rows, tail: Array, rows: Rows, chosen: Array) -> Rows:
 
 
 class Ring:
-    """The host's side of one exit's ring buffers, one per device: where rows lie and whose they are.
+    """The host's side of one exit's ring buffers, one per device: where rows lie and which rows they are.
 
     Attributes:
-      head, count: int32 `[devices]`, first waiting row and number of waiting rows.
+      head: int32 `[devices]`, slot of the first waiting row.
     """
 
     def __init__(self, devices: int, slots: int):
         self.head = np.zeros(devices, np.int32)
-        self.count = np.zeros(devices, np.int32)
-        self._ids = np.full((devices, slots), -1, np.int64)
+        self._slots = np.int32(slots)
+        self._ids = [collections.deque() for _ in range(devices)]
+
+    @property
+    def count(self) -> np.ndarray:
+        """Waiting rows, int32 `[devices]`."""
+        return np.array([len(ids) for ids in self._ids], np.int32)
 
     @property
     def tail(self) -> np.ndarray:
         """First free slot, int32 `[devices]`."""
-        return (self.head + self.count) % np.int32(self._ids.shape[1])
+        return (self.head + self.count) % self._slots
 
     @property
     def fullest(self) -> int:
         """Waiting rows of the device that has most."""
-        return int(self.count.max())
+        return max(map(len, self._ids))
 
     def take(self, rows: int) -> np.ndarray:
         """Removes up to `rows` rows per device; their ids `[devices, rows]`, -1 where there is none."""
-        slots = (self.head[:, None] + np.arange(rows)[None, :]) % self._ids.shape[1]
-        ids = np.take_along_axis(self._ids, slots, axis=1)
-        ids = np.where(np.arange(rows)[None, :] < self.count[:, None], ids, -1)
-        taken = np.minimum(self.count, rows).astype(np.int32)
-        self.head = (self.head + taken) % np.int32(self._ids.shape[1])
-        self.count = self.count - taken
-        return ids
+        self.head = (self.head + np.minimum(self.count, np.int32(rows))) % self._slots
+        taken = [[ids.popleft() if ids else -1 for _ in range(rows)] for ids in self._ids]
+        return np.array(taken, np.int64)
 
     def put(self, ids: np.ndarray, chosen: np.ndarray) -> None:
         """Appends the chosen ids (both `[devices, n]`) in order, as `put` does on the devices."""
-        slots = self._ids.shape[1]
-        for device, tail in enumerate(self.tail):
-            mine = ids[device, chosen[device]]
-            self._ids[device, (tail + np.arange(len(mine))) % slots] = mine
-            self.count[device] += len(mine)
+        for waiting, row, which in zip(self._ids, ids, chosen, strict=True):
+            waiting.extend(row[which].tolist())

@@ -29,7 +29,7 @@ def token_label(output: Output, batch: Mapping[str, Any]) -> Pair:
 
     Dense labels: `batch["dense"]` `[B, N0, K]`, soft targets of the cells of the
     first grid, row-major, for the images as the model sees them (cropped and
-    flipped with them; without mixup and CutMix). `train.step.make_train_step`
+    flipped with them; without mixup and CutMix). `train.step.train_step`
     hands them on. Without them every token's target is its image's
     `batch["target"]`, as in the official code without label maps. To let a
     network label the tokens while training, make it the teacher and use

@@ -87,7 +87,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     from dyntoken.eval.runner import Runner
 
     model = cli.build(args, dtype=args.dtype)
-    count, device = len(model.exits), jax.devices()[0]
+    count = len(model.exits)
     if count != len(args.exits):
         have = f"{count} exits" if count else "no exits"
         raise ValueError(f"{args.name} has {have}, and --exits names {len(args.exits)} shares")
@@ -95,7 +95,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     variables = timing.random_variables(model)
     images = timing.random_images(model, args.batch)
     every = timing.evaluation(model, variables, images)
-    runner = Runner(model, variables, np.zeros(count), batch=args.batch, devices=[device])
+    runner = Runner(model, variables, np.zeros(count), batch=args.batch, devices=jax.devices()[:1])
 
     def calls(leave: np.ndarray) -> Any:
         return [runner(images, leave=row).logits for row in leave]
@@ -108,7 +108,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         _time("streaming", stream, period(args.exits), every, gmacs, args),
     ]
     return {
-        "device": f"{device.platform}: {device.device_kind}",
+        "device": timing.device(),
         "mode": "exits",
         "name": args.name,
         "dtype": args.dtype,

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 
 from dyntoken import data, train
-from dyntoken.analysis import exit_plots, figures, macs, timing
+from dyntoken.analysis import exit_plots, figures, macs, timing, token_maps
 from dyntoken.models import create_model, split_name
 from dyntoken.reducers import ScoreSelectFuse
 from dyntoken.tools import cli, thresholds
@@ -51,11 +51,11 @@ def report(config: Config, result: train.Result, *, log: Log = print) -> list[Ro
     exits = bool(result.model.exits)
     if not target.exists():
         log("fitting the linear classifier")
-        rows = [{"model": "linear classifier", "top1": linear_top1(result.plan)}]
+        rows = [{"model": "linear classifier", "top1": linear_top1(result.run)}]
         rows += (_measure_exits if exits else _measure)(config, result, log)
         target.write_text(json.dumps(rows, indent=2) + "\n")
     rows = json.loads(target.read_text())
-    log(f"\n{_table(rows, result.plan.info.name)}")
+    log(f"\n{_table(rows, result.run.info.name)}")
     if exits:
         _picture(result, "exits.png", "top-1 against multiply-adds of the exits", _draw_exits, rows, log)
         found = result.workdir / "budget"
@@ -70,20 +70,20 @@ def report(config: Config, result: train.Result, *, log: Log = print) -> list[Ro
 
 def _measure_exits(config: Config, result: train.Result, log: Log) -> list[Row]:
     rows, reference = [], create_model(SHIPPED)
-    if (reference.input_shape, reference.num_classes) == (result.plan.shape, result.plan.info.num_classes):
+    if (reference.input_shape, reference.num_classes) == (result.run.shape, result.run.info.num_classes):
         log("evaluating the dense model of the package")
         start = {"model": {"name": SHIPPED}, "init": {"path": f"pretrained:{SHIPPED}"}, "optim": {}}
         top1 = train.evaluate({**config, **PLAIN, **start}, log=lambda line: None)["top1"]
         rows.append({"model": f"dense {SHIPPED}", "top1": top1, "gmacs": macs.count(reference).gmacs})
     costs = macs.gmacs(result.model)
     for index, (top1, gmacs) in enumerate(zip(result.metrics["top1_per_exit"], costs, strict=True)):
-        name = f"{result.plan.settings.model['name']}, exit {index}"
+        name = f"{result.run.settings.model['name']}, exit {index}"
         rows.append({"model": name, "top1": top1, "gmacs": gmacs, "exit": index})
     return rows
 
 
 def _measure(config: Config, result: train.Result, log: Log) -> list[Row]:
-    name = result.plan.settings.model["name"]
+    name = result.run.settings.model["name"]
     log("evaluating the dense model and the drop in place of the fusion")
     dense = {**config, **PLAIN, "model": {"name": split_name(name)[1]}}
     drop = train.build({**config, "model": {**config["model"], "fuse": ScoreSelectFuse.fuse}})  # its default
@@ -174,13 +174,11 @@ def _picture(
 
 
 def _draw_kept(result: train.Result) -> Any:
-    from dyntoken.analysis import token_maps
-
-    image = next(iter(result.plan.eval_batches()))["image"][:1]
+    image = next(iter(result.run.eval_batches()))["image"][:1]
     variables = jax.device_get(result.state.variables)
-    out = jax.jit(result.model.apply)(variables, result.plan.prepare(jnp.asarray(image)))
-    names = result.plan.info.class_names
-    title = f"{result.plan.settings.model['name']}: {names[int(out.logits[0].argmax())] if names else ''}"
+    out = jax.jit(result.model.apply)(variables, result.run.prepare(jnp.asarray(image)))
+    names = result.run.info.class_names
+    title = f"{result.run.settings.model['name']}: {names[int(out.logits[0].argmax())] if names else ''}"
     return token_maps.picture(image[0], out.reductions, at=result.model.at, title=title)
 
 

@@ -38,7 +38,7 @@ from dyntoken.eval import exits
 from dyntoken.eval.logits import collect, make_logits_step
 from dyntoken.tools import cli
 from dyntoken.tools.thresholds import UNITS, read
-from dyntoken.train import mesh as meshes
+from dyntoken.train import sharding as meshes
 from dyntoken.weights.whole import load_whole
 
 CLASSES = 12  # of more classes, columns are just examples
@@ -169,7 +169,7 @@ def _of_run(args: argparse.Namespace) -> Split:
     if args.weights or len(args.words) > 1 or cli.overrides(args):
         raise ValueError("--workdir knows its model, weights and data: add a split at most")
     opened, logits, labels = read(args.workdir, args.words[0] if args.words else None, args.ema)
-    plan = opened.plan
+    plan = opened.run
     title = f"{plan.settings.model['name']}, {plan.settings.data.name}/{plan.settings.data.eval_split}"
     return Split(title, labels, logits, plan.info.class_names, plan.eval_batches)
 

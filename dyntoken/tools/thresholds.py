@@ -40,7 +40,7 @@ from dyntoken.eval.exits import Operating
 from dyntoken.eval.logits import collect, make_logits_step
 from dyntoken.eval.solvers import SOLVERS
 from dyntoken.tools import cli
-from dyntoken.train.workdir import Opened, open_workdir
+from dyntoken.train.evaluate import Opened, open_workdir
 
 Result = dict[str, Any]
 UNITS = {"gmacs": "GMACs", "ms": "ms"}
@@ -108,14 +108,14 @@ def read(workdir: str, split: str | None, ema: bool) -> tuple[Opened, np.ndarray
     """
     told = lambda line: print(line, file=sys.stderr)  # noqa: E731
     opened = open_workdir(workdir, split=split, ema=ema, log=told)
-    step = make_logits_step(opened.plan.model, opened.plan.mesh, prepare=opened.plan.prepare)
+    step = make_logits_step(opened.run.model, opened.run.mesh, prepare=opened.run.prepare)
     return opened, *collect(step, opened.variables, opened.batches())
 
 
 def load(workdir: str, args: argparse.Namespace, unit: str) -> Result:
     """What a run says about the split, and the costs of its exits."""
     opened, logits, labels = read(workdir, args.split, args.ema)
-    plan, model, data = opened.plan, opened.plan.model, opened.plan.settings.data
+    plan, model, data = opened.run, opened.run.model, opened.run.settings.data
     gmacs = costs = macs.gmacs(model)
     if unit == "ms":
         # On one device: the variables lie on all of them.

@@ -166,7 +166,7 @@ def make_plan(args: argparse.Namespace) -> Any:
     if args.teacher and (args.config or not args.train):
         raise ValueError("--teacher goes with NAME and --train; a recipe says itself who teaches")
     _, count, _ = chips(args.topology)
-    from dyntoken.train import plan as plans
+    from dyntoken import train
 
     given = {"dtype": args.dtype, "scan": args.scan, "remat": args.remat}
     given = {key: value for key, value in given.items() if value}
@@ -174,7 +174,7 @@ def make_plan(args: argparse.Namespace) -> Any:
     config["batch"] = args.batch * count
     config["data"].setdefault("eval", {}).pop("batch", None)
     config |= {k: v for k in ("accumulate", "shard") if (v := getattr(args, k)) is not None}
-    return plans.build(plans.read(config), devices=devices(args.topology))
+    return train.build(config, devices=devices(args.topology))
 
 
 def _of_recipe(args: argparse.Namespace, given: dict[str, Any]) -> dict[str, Any]:

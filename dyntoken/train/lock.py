@@ -26,7 +26,9 @@ from typing import Any
 
 from etils import epath
 
-from dyntoken.train.report import atomic_write, duration
+from dyntoken import interrupt
+from dyntoken.paths import atomic_write
+from dyntoken.train.logging import duration
 
 Claim = dict[str, Any]
 CLAIM = re.compile(r"lock-.+\.json")
@@ -43,7 +45,6 @@ class Lock:
 
     Args:
       workdir: an existing folder; may be on `gs://`.
-      log: takes one line of text.
     """
 
     def __init__(self, workdir: epath.Path, log: Callable[[str], None] = print):
@@ -56,6 +57,8 @@ class Lock:
         self._watched: dict[str, tuple[Any, float]] = {}
 
     def __enter__(self) -> Lock:
+        # Also where a signal ends the process at once, as during a compilation.
+        interrupt.before_end(lambda word: (self._end.set(), self._remove(self._name)))
         try:
             self._write()
             self._beating.start()

@@ -7,35 +7,41 @@ first of these that is given: its own workdir, `config.resume` (another run),
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import dataclasses
 import signal
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
-import numpy as np
 from etils import epath
 
 from dyntoken import data, interrupt, paths
-from dyntoken.train import hosts, identity
-from dyntoken.train import mesh as meshes
-from dyntoken.train.checkpoint import Checkpoints
-from dyntoken.train.compiled import Programs, state_bytes
-from dyntoken.train.evaluation import average_warning, check_finite, check_sets, measure
-from dyntoken.train.keeper import Keeper
+from dyntoken.checkpoints import Checkpoints
+from dyntoken.multihost import all_or_none, check_workdir, only_first
+from dyntoken.train import sharding
+from dyntoken.train.build import Run, build, peak_bytes
+from dyntoken.train.evaluate import check_finite, check_sets, measure, warn_of_average
 from dyntoken.train.lock import Lock
-from dyntoken.train.plan import Plan, build
-from dyntoken.train.report import Report, Value, silent
-from dyntoken.train.start import beginning, facts, load_teacher, move_aside, start, write_config
+from dyntoken.train.logging import (
+    Clock,
+    MetricBuffer,
+    NotFiniteError,
+    Observer,
+    Report,
+    Retention,
+    TensorBoard,
+    Value,
+    duration,
+)
+from dyntoken.train.profiler import Profiler
+from dyntoken.train.start import beginning, check_same_run, load_teacher, move_aside, start, write_config
 from dyntoken.train.state import TrainState
-from dyntoken.train.stop import Stop
-from dyntoken.train.tracing import Tracer, Window
-from dyntoken.train.watch import NotFiniteError, Watch
 
 Log = Callable[[str], None]
-Batches = Iterator[dict[str, np.ndarray]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,8 +54,7 @@ class Result:
         where there is a value per exit); empty if the run was stopped before
         its end.
       model: the module; `model.apply(result.state.variables, images)`.
-      plan: what was run.
-      workdir: folder of the run.
+      run: what was run.
       finished: False if a signal stopped it; rerun to go on.
       signum: of that signal; 0 if it finished.
     """
@@ -57,7 +62,7 @@ class Result:
     state: TrainState
     metrics: dict[str, Value]
     model: nn.Module
-    plan: Plan
+    run: Run
     workdir: epath.Path
     finished: bool
     signum: int = 0
@@ -69,10 +74,9 @@ def run(
     """Trains, evaluates and checkpoints; resumes by itself.
 
     Args:
-      config: see `plan.Settings`.
+      config: see `settings.Settings`.
       workdir: folder of the run, made if absent; may be on `gs://`.
       restart: start anew; what is in the workdir is moved to `<workdir>/old/N`.
-      log: takes one line of text.
 
     Raises:
       TrainError: when the loss or the gradient stops being finite, and
@@ -81,171 +85,175 @@ def run(
         not finite.
       CheckpointError: when the workdir holds another run, or only damaged files.
       LockedError: when another run writes to the workdir.
-      StorageError: when a checkpoint cannot be read, or the disk is full.
-      WorkdirError: when nothing, or no checkpoint, can be written to the workdir.
+      StorageError: when nothing, or no checkpoint, can be written to the workdir, or a checkpoint cannot be read.
       HostError: when the processes differ in data, config, weights or workdir.
       ImportError: when `config.tensorboard` lacks its library.
     """
-    log = log if jax.process_index() == 0 else silent
-    plan = hosts.agree(lambda: build(config), facts)
-    workdir = hosts.agree(lambda: paths.resolve(workdir))
-    hosts.check_workdir(workdir, need=state_bytes(plan))
+    log = only_first(log)
+    log(f"devices: {sharding.describe_devices(jax.devices())}")
+    made = all_or_none(lambda: build(config), lambda made: made.facts)
+    return train(made, workdir, restart=restart, log=log)
+
+
+def train(run: Run, workdir: str | epath.PathLike, *, restart: bool = False, log: Log = print) -> Result:
+    """What `run` does with a config that was built."""
+    log, settings, total = only_first(log), run.settings, run.total_steps
+    workdir = all_or_none(lambda: paths.resolve(workdir))
+    check_workdir(workdir, need=run.state_bytes)
     with contextlib.ExitStack() as stack:
+        # One run at a time in a workdir; process 0 holds the lock for all.
         lock = Lock(workdir, log)
-        hosts.agree(lambda: stack.enter_context(lock) if jax.process_index() == 0 else None)
+        all_or_none(lambda: stack.enter_context(lock) if jax.process_index() == 0 else None)
         if restart:
-            hosts.agree(lambda: move_aside(workdir, log))
-        session = _Session(plan, workdir, lock, log, stack)
-        state, stopped = session.state, False
-        if int(state.step) < plan.total_steps:
-            state, stopped = session.train(state)
-        if not session.save_last(state) or stopped:
-            again = interrupt.go_on() or ": run the same command again to go on"
-            log(f"stopped by a signal after step {int(state.step)}, which is saved{again}")
-            signum = session.stop.signum or signal.SIGTERM  # of several processes, to another one
-            return Result(state, {}, plan.model, plan, workdir, finished=False, signum=signum)
-        return Result(state, session.finish(state), plan.model, plan, workdir, finished=True)
+            all_or_none(lambda: move_aside(workdir, log))
 
-
-class _Session:
-    """One life of a run, from its start or restart to its end or interruption."""
-
-    def __init__(self, plan: Plan, workdir: epath.Path, lock: Lock, log: Log, stack: contextlib.ExitStack):
-        settings = plan.settings
-        self.plan, self.workdir, self.lock, self.log = plan, workdir, lock, log
-        self.keeper = Keeper(plan)
-        self.report = hosts.agree(
-            lambda: Report(
-                workdir,
-                total=plan.total_steps,
-                batch=settings.batch,
-                board=settings.tensorboard,
-                curves=settings.curves,
-                log=log,
+        # What watches the run.
+        clock = Clock()
+        metrics = MetricBuffer(
+            clock, every=settings.log_steps, total=total, batch=settings.batch, lr_fn=run.lr_fn
+        )
+        report = Report(workdir, total=total, metrics=metrics, curves=settings.curves, log=log)
+        retention = Retention(
+            workdir,
+            metric=settings.best_metric,
+            best=settings.keep_best,
+            rewind=settings.rewind > 0,
+            periods=[settings.checkpoint_steps] + [run.eval_every] * (settings.keep_best > 0),
+        )
+        observers: list[Observer] = [metrics, report, retention]
+        if settings.tensorboard:
+            observers += all_or_none(
+                lambda: [TensorBoard(workdir, metrics)] if jax.process_index() == 0 else []
             )
-        )
-        stack.callback(self.report.close)
-        self.checkpoints = Checkpoints(
-            workdir, keep=settings.keep_checkpoints, also=self.keeper.choose, log=log
-        )
-        stack.callback(self.checkpoints.close)
-        self.stop = Stop()
-        identity.check(workdir, plan)
-        begun = start(plan, self.checkpoints, log)
-        self.state, self.clock, self.rewinds = begun.state, begun.clock, begun.rewinds
-        self.first = int(begun.state.step)
-        self.finished_before = begun.same and self.first >= plan.total_steps
-        self._take_up(self.first, begun.meta)
-        write_config(workdir, plan)
+        if settings.profile is not None and jax.process_index() == 0:
+            observers.append(Profiler(settings.profile, workdir, total=total, log=log))
+        for observer in observers:
+            stack.callback(observer.close)
 
-    def _take_up(self, step: int, meta: Mapping[str, Any]) -> None:
-        """Makes the records those of a run that is at this step, with `meta` of its checkpoint."""
-        self.report.resume(step)
-        self.keeper.read(self.report.rows(), meta.get("scores"))
-        self.watch = Watch(meta.get("sums"))
+        # Restore.
+        checkpoints = Checkpoints(workdir, keep=settings.keep_checkpoints, also=retention.choose, log=log)
+        stack.callback(checkpoints.close)
+        check_same_run(workdir, run)
+        begun = start(run, checkpoints, log)
+        state, rewinds, step = begun.state, begun.rewinds, int(begun.state.step)
+        evaluated = begun.same and step >= total  # perhaps, by an earlier session
+        clock.add(begun.seconds)
+        for observer in observers:
+            observer.resume(step, begun.meta)
+        del begun  # the first step consumes its state
+        write_config(workdir, run)
 
-    def train(self, state: TrainState) -> tuple[TrainState, bool]:
-        """Takes the steps that are left; returns the last state and whether a signal stopped it.
+        def save(state: TrainState) -> None:
+            all_or_none(lock.check)
+            report.flush()  # the record must be there before the checkpoint is
+            meta = {"config": settings.plain, "run": run.description, "seconds": clock.seconds}
+            for one in (rewinds, *observers):
+                meta |= one.meta
+            checkpoints.save(int(state.step), state, **meta)
 
-        Raises:
-          TrainError: see `run`.
-        """
-        # Both: a set that is missing must not show up after the training.
-        batches, _ = hosts.agree(lambda: (self._batches(self.first), check_sets(self.plan)))
-        teacher = load_teacher(self.plan, self.log)
-        programs = Programs(self.plan, self.log)
-        self.state = None  # the first step consumes it
-        while True:
+        def evaluate(state: TrainState) -> dict[str, Value]:
+            values = measure(run, state.variables, state.ema)
+            for observer in observers:
+                observer.eval(step, values)
+            warn_of_average(run, step, log)
+            return values
+
+        # Loop.
+        stop, stopping = interrupt.Stop(several=jax.process_count() > 1), False
+        if step < total:
+            # Both: a set that is missing must not show up after the training.
+            batches, _ = all_or_none(lambda: (run.train_batches(step, **rewinds.data), check_sets(run)))
+            teacher, programs = load_teacher(run, log), StepCache(run, clock, log)
+        while step < total and not stopping:
+            first, newest, train_step = step, None, programs.at(step)
+            clock.start(step)
+            for observer in observers:
+                observer.start(step)
             try:
-                return self._steps(programs, teacher, state, batches)
-            except NotFiniteError as error:
-                bad = error.with_traceback(None)  # whose frames hold the state
-            del state, batches
-            state = self._go_back(bad)
-            batches = self._batches(int(state.step))
-
-    def _batches(self, step: int) -> Batches:
-        return self.plan.train_batches(step, **self.rewinds.data)
-
-    def _steps(
-        self, programs: Programs, teacher: Any, state: TrainState, batches: Batches
-    ) -> tuple[TrainState, bool]:
-        plan, settings, total, first = self.plan, self.plan.settings, self.plan.total_steps, int(state.step)
-        watch, metrics = self.watch, None
-        tracer = Tracer(Window.of(settings.profile), self.workdir, self.log)
-        train_step = programs.at(first)
-        self.clock.start(first)
-        with data.prefetch(batches) as batches, contextlib.closing(tracer), self.stop:
-            for step in range(first + 1, total + 1):
-                if not programs.ready(step - 1):
-                    with self.clock:
+                with data.prefetch(batches) as batches, stop:
+                    for step in range(first + 1, total + 1):
                         train_step = programs.at(step - 1)
-                tracer.before(step, metrics)
-                batch = self.clock.take(batches, running=metrics)
-                state, metrics = train_step(state, teacher, meshes.place(batch, plan.mesh))
-                tracer.after(step, metrics)
-                watch.add(step, metrics)
-                stopping = self.stop.asked or self.checkpoints.preempted(step)
-                if step % settings.log_steps == 0 or step == total:
-                    lr = float(plan.lr_fn(step - 1))
-                    self.report.train(step, watch.means(), lr=lr, clock=self.clock)
-                evaluating = plan.eval_every > 0 and step % plan.eval_every == 0 and step < total
-                saving = self.keeper.planned(step) or stopping or step == total
-                if evaluating or saving:
-                    watch.flush()  # what is not finite is neither evaluated nor saved
-                    with self.clock:
-                        if evaluating:
-                            self._evaluate(step, state)
-                        if saving:
-                            self._save(state)
-                if stopping and step < total:
-                    return state, True
-        return state, False
+                        batch = sharding.place(clock.take(batches, running=newest), run.mesh)
+                        state, newest = train_step(state, teacher, batch)
+                        stopping = (stop.asked or checkpoints.preempted(step)) and step < total
+                        for observer in observers:
+                            observer.step(step, newest)
+                        evaluating = run.eval_every > 0 and step % run.eval_every == 0 and step < total
+                        saving = retention.planned(step) or stopping or step == total
+                        if evaluating or saving:
+                            metrics.flush()
+                            with clock:
+                                if evaluating:
+                                    evaluate(state)
+                                if saving:
+                                    save(state)
+                        if stopping:
+                            break
+            except NotFiniteError as error:
+                rewinds.check(error, checkpoints.newest)
+                stopping = False  # after the next step, then
+                bad = error.with_traceback(None)  # whose frames hold the state
+                state = newest = batch = batches = None
+                checkpoints.wait()
+                found = checkpoints.restore(run.abstract_state, among=retention.planned)
+                state = beginning(run, log).state if found is None else found.tree
+                step = int(state.step)
+                checkpoints.forget(step)
+                log(rewinds.add(step, bad))
+                for observer in observers:
+                    observer.resume(step, {} if found is None else found.meta)
+                found, batches = None, run.train_batches(step, **rewinds.data)
 
-    def save_last(self, state: TrainState) -> bool:
-        """Saves before the last evaluation: a run killed during that only evaluates when run again.
-
-        Returns whether to go on: False where a signal came meanwhile.
-        """
-        with self.stop:
-            self._save(state)
-            self.checkpoints.wait()
-        return not self.stop.asked
-
-    def finish(self, state: TrainState) -> dict[str, Value]:
-        """The last evaluation, unless an earlier session made it."""
-        step = int(state.step)
-        final = self.report.evaluated(step) if self.finished_before else None
+        # Finish. Saved before the last evaluation: a run killed during that only evaluates when run again.
+        with stop:
+            save(state)
+            checkpoints.wait()
+        if stopping or stop.asked:
+            again = interrupt.go_on() or ": run the same command again to go on"
+            log(f"stopped by a signal after step {step}, which is saved{again}")
+            signum = stop.signum or signal.SIGTERM  # of several processes, to another one
+            return Result(state, {}, run.model, run, workdir, finished=False, signum=signum)
+        final = report.evaluated(step) if evaluated else None
         if final is None:
-            final = self._evaluate(step, state)
+            final = evaluate(state)
         else:
-            self.log(f"nothing to do: the run in {self.workdir} finished at step {step}")
+            log(f"nothing to do: the run in {workdir} finished at step {step}")
         check_finite(final)
-        return final
+        return Result(state, final, run.model, run, workdir, finished=True)
 
-    def _evaluate(self, step: int, state: TrainState) -> dict[str, Value]:
-        metrics = measure(self.plan, state.variables, state.ema)
-        self.report.evaluation(step, metrics)
-        average_warning(self.plan, step, self.log)
-        self.keeper.note(step, metrics)
-        return metrics
 
-    def _save(self, state: TrainState) -> None:
-        hosts.agree(self.lock.check)
-        self.report.flush()
-        facts = {"config": self.plan.settings.plain, "run": identity.describe(self.plan)}
-        meta = {**facts, **self.rewinds.meta, **self.keeper.meta, **self.watch.meta}
-        self.checkpoints.save(state, seconds=self.clock.seconds, **meta)
+class StepCache:
+    """The train step of each phase of a run, compiled when it is reached.
 
-    def _go_back(self, bad: NotFiniteError) -> TrainState:
-        """The state of the last planned checkpoint, or of the beginning."""
-        self.rewinds.check(bad, self.checkpoints.newest)
-        self.checkpoints.wait()
-        found = self.checkpoints.restore(self.plan.abstract_state, among=self.keeper.planned)
-        state = beginning(self.plan, self.log).state if found is None else found.state
-        meta = {} if found is None else found.meta
-        step = int(state.step)
-        self.checkpoints.forget(step)
-        self.log(self.rewinds.add(step, bad))
-        self._take_up(step, meta)
-        return state
+    Args:
+      clock: does not count compilations.
+      log: takes one line of text; hears of all phases at once.
+    """
+
+    def __init__(self, run: Run, clock: Clock, log: Log):
+        self._run, self._clock, self._log = run, clock, log
+        self._firsts = [phase.first for phase in run.phases]
+        self._phase, self._compiled = -1, None
+        if len(run.phases) > 1:
+            parts = (f"{'/'.join(map(str, phase.counts))} from step {phase.first}" for phase in run.phases)
+            log(f"tokens kept in {len(run.phases)} stages, a compilation each: {', '.join(parts)}")
+
+    def at(self, done: int) -> jax.stages.Compiled:
+        """The step that follows `done` steps."""
+        phase = bisect.bisect_right(self._firsts, done) - 1
+        if phase != self._phase:
+            with self._clock:
+                self._compiled = self._compile(self._run.phases[phase].model)
+            self._phase = phase
+        return self._compiled
+
+    def _compile(self, model: nn.Module) -> jax.stages.Compiled:
+        self._log("compiling the training step: seconds for a small model, minutes for others")
+        began = time.monotonic()
+        compiled = self._run.train_step_for(model)
+        memory = peak_bytes(compiled.memory_analysis()) / 2**20
+        self._log(
+            f"compiled in {duration(time.monotonic() - began)}: {self._run.total_steps} steps of "
+            f"{self._run.settings.batch} images, {memory:.0f} MiB a device"
+        )
+        return compiled

@@ -13,11 +13,8 @@ import ml_collections
 from dyntoken import data, device_augment, losses, models, optim, schema, weights
 from dyntoken.registry import load_plugins
 from dyntoken.schema import Count, Natural, NonNegative, Positive, Rate, Section, Seed, Size, within
-from dyntoken.train import mesh as meshes
-from dyntoken.train.evalsets import EVAL_OWN, SOURCE, EvalSettings, check_labels
-from dyntoken.train.shrink import Shrink
-from dyntoken.train.tracing import Window
-from dyntoken.weights import workdirs
+from dyntoken.train import sharding
+from dyntoken.workdirs import DEFAULT_METRIC
 
 MOST_STEPS = 2**31 - 1  # the optimizer counts in int32
 
@@ -33,11 +30,20 @@ def _of_model(given: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any
     return {**told, **models.keywords(str(given["name"])), **own}
 
 
+def _of_source(given: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The options of a data set; any of one that may not exist, which is said where it is opened."""
+    sure = name in data.SOURCES or name.startswith("folder:")
+    return {**({} if sure else dict.fromkeys(given, Any)), **data.source_options(name)}
+
+
 # What reads the sections that are no dataclass: a key of theirs is an argument there.
 MODEL = Section(lambda given, around: _of_model(given, {"name": str}))
 TEACHER = Section(lambda given, around: _of_model(given, {"name": str | None, "weights": str | None}))
 AUGMENT = Section(lambda given, around: schema.fields(data.AugmentOptions))
+SOURCE = Section(lambda given, around: _of_source(given, str(around.get("name", ""))))
+EVAL_OWN = ("split", "size", "shards", "process", "data_dir")  # of `data.eval_batches`, set by the trainer
 READING = Section(lambda given, around: schema.keywords(data.eval_batches, but=EVAL_OWN))
+ALSO_READING = Section(lambda given, around: schema.keywords(data.eval_batches, but=(*EVAL_OWN, "batch")))
 LOSS = Section(lambda given, around: {key: Annotated[dict, _of_loss(key)] for key in given})
 MIX = Section(lambda given, around: schema.keywords(device_augment.mix, but=("num_classes",)))
 OPTIM = Section(lambda given, around: schema.keywords(optim.make, but=("total_steps", "steps_per_epoch")))
@@ -48,8 +54,6 @@ INIT = Section(
         "seed": Seed,
     }
 )
-SHRINK = Section(lambda given, around: schema.fields(Shrink))
-WINDOW = Section(lambda given, around: schema.fields(Window))
 
 
 def _of_loss(key: str) -> Section:
@@ -90,6 +94,61 @@ class DataSettings:
 
 
 @dataclasses.dataclass(frozen=True)
+class EvalSettings:
+    """One entry of `config.evals`; images are resized and normalised as those of `config.data`.
+
+    Attributes:
+      name: see `dyntoken.data`.
+      split: TFDS spelling.
+      data_dir: where TFDS data lies; None: where `config.data` has it.
+      eval: arguments of `data.eval_batches` that differ from `config.data.eval`.
+      options: of the source.
+    """
+
+    name: str
+    split: str | Sequence[str] = "test"
+    data_dir: str | None = None
+    eval: Annotated[Mapping[str, Any], ALSO_READING] = dataclasses.field(default_factory=dict)
+    options: Annotated[Mapping[str, Any], SOURCE] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class KeepSchedule:
+    """`config.keep_schedule`; follows youweiliang/evit, `adjust_keep_rate`.
+
+    Until `start_epoch` every token stays; then the rate falls by a cosine to
+    that of the model, which holds from `end_epoch` on. It fixes shapes, so it is
+    rounded to a few `levels` (see `reducers.keep.quantize_keep_rates`).
+
+    Attributes:
+      start_epoch: whole epochs at rate 1.
+      end_epoch: first epoch at the model's own rate; 0: no schedule.
+      levels: number of rates, the first and the last included.
+    """
+
+    start_epoch: Natural = 0
+    end_epoch: Natural = 0
+    levels: Annotated[int, within("[2, inf)")] = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class ProfileConfig:
+    """`config.profile`: a few steps of a long run, traced into its workdir.
+
+    Attributes:
+      start: first step that is traced, from 1; let it be some steps after the
+        start of a session, which is not like the others.
+      steps: how many; 0: none.
+    """
+
+    start: Count = 20
+    steps: Natural = 5
+
+    def __contains__(self, step: int) -> bool:
+        return self.start <= step < self.start + self.steps
+
+
+@dataclasses.dataclass(frozen=True)
 class Settings:
     """The whole config.
 
@@ -97,9 +156,8 @@ class Settings:
       model: `name` and keywords of `create_model`; classes, image size and
         channels come from the data unless given.
       data: see `DataSettings`.
-      keep_schedule: a keep rate that falls during training, see `shrink.Shrink`.
+      keep_schedule: a keep rate that falls during training, see `KeepSchedule`.
       losses: name -> {weight, options}, see `dyntoken.losses`.
-      batch: rows of the global batch.
       accumulate: slices that a device's rows are split into, forward and
         backward one after the other: the same step from less memory. Not for
         models with BatchNorm.
@@ -128,7 +186,7 @@ class Settings:
         that is not finite, and on with other images; 0: it ends there.
       evals: label -> `EvalSettings`: sets to evaluate on besides, their metrics
         are `LABEL/top1`, ...
-      profile: `start` and `steps`: which steps are traced into `WORKDIR/profile`.
+      profile: which steps are traced into `WORKDIR/profile`, see `ProfileConfig`.
       tensorboard: also write `WORKDIR/tensorboard`; needs the extra of that name.
       curves: draw `WORKDIR/curves.png` at every evaluation, if matplotlib is there.
       compare: the command line ends a training run with `tools.demo_report`.
@@ -140,8 +198,8 @@ class Settings:
     losses: Annotated[Mapping[str, Any], LOSS]
     batch: Count
     accumulate: Count = 1
-    shard: Literal[tuple(meshes.SHARDS)] = "none"
-    keep_schedule: Annotated[Mapping[str, Any] | None, SHRINK] = None
+    shard: Literal[tuple(sharding.SHARDS)] = "none"
+    keep_schedule: KeepSchedule | None = None
     epochs: NonNegative = 0.0
     steps: Annotated[int, within(f"[0, {MOST_STEPS}]")] = 0
     seed: Seed = 0
@@ -158,10 +216,10 @@ class Settings:
     checkpoint_steps: Natural = 0
     keep_checkpoints: Count = 2
     keep_best: Natural = 0
-    best_metric: str = workdirs.DEFAULT_METRIC
+    best_metric: str = DEFAULT_METRIC
     rewind: Natural = 0
     evals: Mapping[str, EvalSettings] = dataclasses.field(default_factory=dict)
-    profile: Annotated[Mapping[str, Any] | None, WINDOW] = None
+    profile: ProfileConfig | None = None
     tensorboard: bool = False
     curves: bool = True
     compare: bool = False
@@ -187,7 +245,9 @@ def read(config: Mapping[str, Any]) -> Settings:
         raise ValueError(f"config is the text {config!r}: give dyntoken.config.load({config!r})")
     plugins(config)
     settings = schema.check(Settings, config, "config")
-    check_labels(settings.evals)
+    for label in settings.evals:  # the prefix of its metrics
+        if not label or "/" in label or label == "ema":
+            raise ValueError(f"config.evals has the label {label!r}: use a word without '/', not 'ema'")
     data.AugmentOptions.of(settings.data.augment)
     losses.Objective(settings.losses)
     return settings
@@ -246,9 +306,9 @@ def check_lengths(settings: Settings, *, total: int, eval_every: int) -> None:
         raise ValueError("the run has no length: set config.epochs (or config.steps) above 0")
     if total > MOST_STEPS:
         raise ValueError(f"the run has {total} steps, more than {MOST_STEPS}: lower config.epochs")
-    window = Window.of(settings.profile)
-    if window is not None and window.start > total:
-        raise ValueError(f"config.profile.start is {window.start}, but the run has {total} steps")
+    profile = settings.profile
+    if profile is not None and profile.steps and profile.start > total:
+        raise ValueError(f"config.profile.start is {profile.start}, but the run has {total} steps")
     if settings.keep_best and not eval_every:
         raise ValueError(
             f"config.keep_best is {settings.keep_best}, but the run evaluates only at its end: set "

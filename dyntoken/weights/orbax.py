@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import warnings
-import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,9 +12,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from dyntoken import paths
-from dyntoken.weights import files, runs, workdirs
-from dyntoken.weights.errors import first_line
+from dyntoken import checkpoints, paths, workdirs
+from dyntoken.weights import runs
+from dyntoken.weights.errors import WeightsError, first_line
 
 
 def read(path: Any, step: int | str = "newest") -> dict[str, Any]:
@@ -32,9 +31,12 @@ def read(path: Any, step: int | str = "newest") -> dict[str, Any]:
     Raises:
       WeightsError: no finished checkpoint, or an unreadable one.
     """
-    directory = step_folder(paths.resolve(path), step)
+    try:
+        directory = workdirs.step_folder(paths.resolve(path), step)
+    except workdirs.CheckpointError as error:
+        raise WeightsError(str(error)) from error
     item = directory / "state" if (directory / "state").exists() else directory
-    workdirs.ignore_late_callbacks()
+    checkpoints.ignore_late_callbacks()
     handler = ocp.StandardCheckpointHandler()
     try:
         metadata = handler.metadata(item)
@@ -43,12 +45,12 @@ def read(path: Any, step: int | str = "newest") -> dict[str, Any]:
         )
         state = handler.restore(item, args=ocp.args.StandardRestore(target))
         unverified = _verify(directory, state)
-    except files.WeightsError:
+    except WeightsError:
         raise
     except Exception as error:  # orbax raises whatever the storage layer raised
-        reason = workdirs.unreadable(directory, error)
+        reason = checkpoints.unreadable(directory, error)
         if reason is not None:
-            raise files.WeightsError(f"{directory} cannot be read ({reason}): see to the storage") from error
+            raise WeightsError(f"{directory} cannot be read ({reason}): see to the storage") from error
         raise _damaged(directory, first_line(error)) from error
     finally:
         handler.close()
@@ -62,7 +64,7 @@ def read(path: Any, step: int | str = "newest") -> dict[str, Any]:
 
 def describe(path: Any, step: int | str = "newest") -> dict[str, str]:
     """What the same checkpoint says of its run, see `runs.strings`; arguments as `read`."""
-    return runs.strings(runs.describe(step_folder(paths.resolve(path), step)))
+    return runs.strings(runs.of_workdir(path, step))
 
 
 def _verify(directory: epath.Path, state: Mapping[str, Any]) -> str | None:
@@ -72,10 +74,9 @@ def _verify(directory: epath.Path, state: Mapping[str, Any]) -> str | None:
     path = directory / workdirs.META
     meta = json.loads(path.read_text()) if path.exists() else {}
     written = meta.get("leaves") or {}
-    arrays = files.flatten(state)
+    arrays = checkpoints.flatten(dict(state))
     for name, value in arrays.items():
-        found = zlib.crc32(np.ascontiguousarray(value).reshape(-1).view(np.uint8))
-        if name in written and found != written[name][2]:
+        if name in written and checkpoints.describe_leaf(np.asarray(value))[2] != written[name][2]:
             raise _damaged(directory, f"{name} has another checksum than when it was written")
     without = sum(name not in written for name in arrays)
     if not without:
@@ -84,26 +85,9 @@ def _verify(directory: epath.Path, state: Mapping[str, Any]) -> str | None:
     return f"{path} is missing or without checksums: {many} verified"
 
 
-def _damaged(directory: epath.Path, why: str) -> files.WeightsError:
+def _damaged(directory: epath.Path, why: str) -> WeightsError:
     """The error for a checkpoint that is not what was written."""
-    steps = [int(entry.name) for entry in directory.parent.iterdir() if entry.name.isdigit()]
-    older = [step for step in steps if directory.name.isdigit() and step < int(directory.name)]
+    name = directory.name
+    older = [n for n in workdirs.numbered(directory.parent) if name.isdigit() and n < int(name)]
     remedy = f"give step={max(older)}, the one before" if older else "there is none before it"
-    return files.WeightsError(f"{directory}: damaged checkpoint ({why}); {remedy}")
-
-
-def step_folder(path: epath.Path, step: int | str) -> epath.Path:
-    """The folder of one checkpoint, arguments and errors as `read`."""
-    root = path / workdirs.CHECKPOINTS if (path / workdirs.CHECKPOINTS).is_dir() else path
-    if (root / "state").exists() or (root / "_METADATA").exists():
-        return root
-    steps = [int(entry.name) for entry in root.iterdir() if entry.is_dir() and entry.name.isdigit()]
-    if not steps:
-        raise files.WeightsError(
-            f"{path}: no finished checkpoint; expected a workdir with checkpoints/<step>/ in it"
-        )
-    workdir = root.parent if root.name == workdirs.CHECKPOINTS else root
-    try:
-        return root / str(workdirs.candidates(workdir, steps, step)[0])
-    except workdirs.NoCheckpointError as error:
-        raise files.WeightsError(str(error)) from error
+    return WeightsError(f"{directory}: damaged checkpoint ({why}); {remedy}")

@@ -82,11 +82,6 @@ def _fitted(
     return fit(value, **grids, **options, fresh=lambda: fresh((path,))[path])
 
 
-def spell(grid: Grid) -> str:
-    """A grid as it stands in a file's metadata, "16x32"."""
-    return "x".join(map(str, grid))
-
-
 def fit(
     value: np.ndarray,
     *,

@@ -5,37 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from etils import epath
-
-from dyntoken import paths, schedules
+from dyntoken import paths, schedules, workdirs
 from dyntoken.cascade import Cascade
 from dyntoken.models import create_model
 from dyntoken.registry import UnknownNameError
-from dyntoken.weights import pos_embed, workdirs
 
 
-def describe(directory: epath.Path) -> dict[str, Any]:
-    """The description beside the arrays of one checkpoint; {} where there is none that can be trusted.
+def of_workdir(path: Any, step: int | str = "newest") -> dict[str, Any]:
+    """What one checkpoint of a workdir says, see `workdirs.read_meta`; {} of whatever is none.
 
     Its key "run" holds `class_names`, `model` (keywords of `create_model`), `image_shape`,
     `mean`, `std` and what `Preprocess` takes besides; checkpoints from before it was
     written have "config" alone.
-
-    Args:
-      directory: `<workdir>/checkpoints/<step>`.
     """
-    return workdirs.read_meta(directory)
-
-
-def of_workdir(path: Any, step: int | str = "newest") -> dict[str, Any]:
-    """`describe` of one checkpoint of a workdir; {} of whatever is none."""
     path = paths.resolve(path)
-    if not path.is_dir():
-        return {}
-    from dyntoken.weights import orbax
-
     try:
-        return describe(orbax.step_folder(path, step))
+        return workdirs.read_meta(workdirs.step_folder(path, step)) if path.is_dir() else {}
     except (OSError, ValueError):
         return {}
 
@@ -65,9 +50,11 @@ def model_of(meta: Mapping[str, Any]) -> Any:
 
 def grids(model: Any) -> dict[str, str]:
     """The patches of a model as metadata, `{"grid": "16x32"}`, of a cascade one entry per exit."""
-    if not isinstance(model, Cascade):
-        return {"grid": pos_embed.spell(model.plain().grid)}
-    return {f"grid/exit_{index}": pos_embed.spell(grid) for index, grid in enumerate(model.grids)}
+    if isinstance(model, Cascade):
+        named = {f"grid/exit_{index}": grid for index, grid in enumerate(model.grids)}
+    else:
+        named = {"grid": model.plain().grid}
+    return {name: "x".join(map(str, grid)) for name, grid in named.items()}
 
 
 def grids_of(meta: Mapping[str, Any]) -> dict[str, str]:

@@ -6,7 +6,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from dyntoken.analysis import hlo
-from dyntoken.train import mesh as meshes
+from dyntoken.train import sharding as meshes
 
 # As a TPU compiler writes it, shortened: a loop of 3 rounds, fusions with an estimate, a started copy.
 TPU = """\

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 import dyntoken
-from dyntoken import device_augment, optim, weights
+from dyntoken import device_augment, losses, optim, weights
 from dyntoken.analysis import macs
 from dyntoken.backbones.cvt import key_weights
 from dyntoken.nn.layers import ACTIVATIONS
-from dyntoken.train import mesh as meshes
+from dyntoken.train import sharding as meshes
 from dyntoken.train.state import create_state
-from dyntoken.train.step import make_train_step
+from dyntoken.train.step import train_step
 from dyntoken.weights import official
 
 SLOW = pytest.mark.slow
@@ -135,9 +135,13 @@ def _trained(devices, name="dtps_cvt_13", **options):
     tx, _ = optim.make(
         variables["params"], total_steps=10, steps_per_epoch=5, name="sgd", lr=0.1, weight_decay=0.0, clip=1.0
     )
-    step = make_train_step(
-        model, tx, specs={"ce": {}, "keep_ratio": {}}, augment=augment, seed=3, ema=0.9, teacher=None
-    )
+    options = {
+        "objective": losses.Objective({"ce": {}, "keep_ratio": {}}),
+        "augment": augment,
+        "seed": 3,
+        "ema": 0.9,
+    }
+    step = functools.partial(train_step, model=model, tx=tx, **options)
     mesh = meshes.data_mesh(jax.devices()[:devices])
     rng = np.random.default_rng(0)
     batch = {

@@ -15,7 +15,7 @@ from dyntoken.analysis import macs
 from dyntoken.backbones.staged_dual_path import DualPathStages
 from dyntoken.models import pairings
 from dyntoken.reducers import METHODS
-from dyntoken.train import mesh as meshes
+from dyntoken.train import sharding as meshes
 from tests.backbones import small
 
 SHARED = {"num_classes": 5, "at": (0, 1), "keep": 0.6}  # 9 and 6 of 4 x 4 cells

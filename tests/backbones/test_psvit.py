@@ -81,7 +81,7 @@ def test_remat_and_half_precision_build():
 def test_stochastic_depth_grows_over_sampling_and_trunk():
     model = dyntoken.create_model("psvit_b_14", drop_path=0.13)
     body = model.plain()
-    sampling = [dict(body._sampling_block(i))["drop_path"] for i in range(4)]
+    sampling = [body._sampling_block(i)["drop_path"] for i in range(4)]
     trunk = [dict(body._block(i).options)["drop_path"] for i in range(10)]
     np.testing.assert_allclose(sampling + trunk, np.linspace(0, 0.13, 14))
 

@@ -9,7 +9,7 @@ import pytest
 
 from dyntoken import data
 from dyntoken.eval import logits as split_logits
-from dyntoken.train import mesh as meshes
+from dyntoken.train import sharding as meshes
 from dyntoken.types import Output
 
 SOURCE = {"image_size": 16, "train": 8, "test": 37, "num_classes": 7}

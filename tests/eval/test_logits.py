@@ -15,7 +15,7 @@ import dyntoken
 from dyntoken import config as recipes
 from dyntoken import data, device_augment, train
 from dyntoken.eval.logits import classify, make_eval_step
-from dyntoken.train import mesh as meshes
+from dyntoken.train import sharding as meshes
 from dyntoken.types import Output
 
 MEAN, STD = (0.5,) * 3, (0.25,) * 3

@@ -20,25 +20,25 @@ def parts() -> None:
     import jax
     from etils import epath
 
-    from dyntoken.train import lock, report, start
-    from dyntoken.train import mesh as meshes
-    from dyntoken.train.checkpoint import Checkpoints
+    from dyntoken.checkpoints import Checkpoints
+    from dyntoken.train import lock, sharding, start
+    from dyntoken.train import logging as report
     from tests.train.test_checkpoint import make_state
 
-    workdir, mesh = epath.Path("gs://bucket/parts"), meshes.data_mesh(jax.devices()[:1])
+    workdir, mesh = epath.Path("gs://bucket/parts"), sharding.data_mesh(jax.devices()[:1])
     with lock.Lock(workdir):
         checkpoints = Checkpoints(workdir, keep=2)
         for step in (1, 2, 3):
-            checkpoints.save(make_state(step, mesh))
+            checkpoints.save(step, make_state(step, mesh))
         checkpoints.wait()
         damaged = workdir / "checkpoints" / "3" / "meta" / "metadata"
         damaged.write_text(damaged.read_text()[:50])
-        found = checkpoints.restore(meshes.replicated_like(make_state(0, mesh), mesh))
+        found = checkpoints.restore(sharding.abstract(make_state(0, mesh), mesh))
         checkpoints.close()
-        record = report.Report(workdir, total=2, batch=1)
-        record.evaluation(1, {"top1": 0.5})
-        record.evaluation(2, {"top1": 0.6})
-        record.resume(1)
+        record = report.Report(workdir, total=2)
+        record.eval(1, {"top1": 0.5})
+        record.eval(2, {"top1": 0.6})
+        record.resume(1, {})
         record.close()
         start.move_aside(workdir, print)
         names = sorted(path.name for path in workdir.iterdir())
@@ -54,14 +54,14 @@ def main(folder: str, port: str, what: str) -> None:
     bucket.install(folder, int(port))
     import dyntoken
     from dyntoken import train
-    from dyntoken.train.workdir import open_workdir
+    from dyntoken.train.evaluate import open_workdir
 
     if what == "parts":
         parts()
     elif what == "evaluate":
         best = train.evaluate(CONFIG, WORKDIR, step="best")
         opened = open_workdir(WORKDIR)
-        dyntoken.load_weights(opened.plan.model, WORKDIR)
+        dyntoken.load_weights(opened.run.model, WORKDIR)
         print(json.dumps({"best": best["step"], "opened": opened.step}))
     else:
         train.run(CONFIG, WORKDIR, restart=what == "restart")

@@ -75,7 +75,10 @@ def every_key():
 @pytest.mark.parametrize(("model", "key", "kind"), list(every_key()))
 def test_every_key_can_be_set_on_a_recipe_that_does_not_name_it(model, key, kind):
     taken = 0
-    words = typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else ()
+    kinds = (kind, *typing.get_args(kind))
+    words = [
+        word for one in kinds if typing.get_origin(one) is typing.Literal for word in typing.get_args(one)
+    ]
     samples = [*((str(word), word) for word in words), *SAMPLES]
     if key.endswith("rand_augment"):  # read further
         samples = [("rand-m9-mstd0.5-inc1", "rand-m9-mstd0.5-inc1")]

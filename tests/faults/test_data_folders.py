@@ -176,8 +176,8 @@ def test_what_is_left_out_is_said(tmp_path, caplog):
 
 
 def test_sets_are_compared_by_name(tmp_path):
-    from dyntoken.train import evalsets
-    from dyntoken.train.settings import DataSettings
+    from dyntoken.train import eval_datasets
+    from dyntoken.train.settings import DataSettings, EvalSettings
 
     put(tmp_path / "one", "cat/1.jpg", "dog/1.jpg")
     put(tmp_path / "same", "cat/1.jpg", "dog/1.jpg")
@@ -187,8 +187,8 @@ def test_sets_are_compared_by_name(tmp_path):
     info = data.info(chosen.name)
 
     def opened(name):
-        entry = evalsets.EvalSettings(f"folder:{tmp_path / name}", split="train")
-        return evalsets.open_sets(chosen, info, {"more": entry})
+        entry = EvalSettings(f"folder:{tmp_path / name}", split="train")
+        return eval_datasets.open_eval_sets(chosen, info, {"more": entry})
 
     assert set(opened("same")) == {"", "more"}
     with pytest.raises(ValueError, match=r"evals\.more: label 1 is 'wolf' in .* and 'dog' in"):

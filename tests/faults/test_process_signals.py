@@ -88,10 +88,12 @@ def test_before_the_first_step_it_ends_at_once(tmp_path, moment, signum):
     code, errors = program.stop(signum)
     assert code == 128 + signum and len(errors) == 1 and time.monotonic() - began < 5
     assert "-m dyntoken.main --config=recipe.py --workdir=run" in errors[0]
+    assert not list(tmp_path.glob("run/lock-*"))  # the next run need not find out whose that is
 
 
 def test_the_second_one_ends_at_once(tmp_path):
-    slow = "import time; import dyntoken.train.loop as loop; loop._Session._save = lambda *a: time.sleep(60)"
+    slow = "import time; from dyntoken.checkpoints import Checkpoints; "
+    slow += "Checkpoints.save = lambda *args, **more: time.sleep(60)"
     (tmp_path / "slow.py").write_text(slow)
     (tmp_path / "recipe.py").write_text(f"exec(open({str(tmp_path / 'slow.py')!r}).read())\n{RECIPE}")
     program = Program(tmp_path, "dyntoken.main", "--config=recipe.py", "--workdir=run")

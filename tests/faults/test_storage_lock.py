@@ -20,8 +20,8 @@ from etils import epath
 import dyntoken
 from dyntoken import train
 from dyntoken.train import lock
+from dyntoken.train.evaluate import open_workdir
 from dyntoken.train.lock import Lock, LockedError
-from dyntoken.train.workdir import open_workdir
 from tests.train.test_kill import kill_after, rows, start
 from tests.train.tiny import long_config
 

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 import dyntoken
-from dyntoken import train
-from dyntoken.train import checkpoint, loop
-from dyntoken.train import mesh as meshes
-from dyntoken.train.checkpoint import CheckpointError, Checkpoints, restore_from
-from dyntoken.weights import WeightsError, workdirs
+from dyntoken import checkpoints, train, workdirs
+from dyntoken.checkpoints import Checkpoints, restore_from
+from dyntoken.train import loop, sharding
+from dyntoken.weights import WeightsError
+from dyntoken.workdirs import CheckpointError
 from tests.train.test_checkpoint import damage, files, make_state
 from tests.train.test_loop import CrashError, Log, assert_identical, crash, rows, steps_kept
 from tests.train.tiny import tiny_config
@@ -26,25 +26,25 @@ pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptio
 
 @pytest.fixture(autouse=True)
 def no_pauses(monkeypatch):
-    monkeypatch.setattr(checkpoint, "RETRY_PAUSES_S", (0.0, 0.0), raising=False)
+    monkeypatch.setattr(checkpoints, "RETRY_PAUSES_S", (0.0, 0.0), raising=False)
 
 
 @pytest.fixture
 def mesh():
-    return meshes.data_mesh()
+    return sharding.data_mesh()
 
 
 @pytest.fixture
 def saved(tmp_path, mesh):
     checkpoints = Checkpoints(tmp_path, keep=3)
     for step in (2, 4, 6):
-        checkpoints.save(make_state(step, mesh), seconds=1.0, config={"seed": 0})
+        checkpoints.save(step, make_state(step, mesh), seconds=1.0, config={"seed": 0})
     checkpoints.close()
     return tmp_path
 
 
 def like(mesh):
-    return meshes.replicated_like(make_state(0, mesh), mesh)
+    return sharding.abstract(make_state(0, mesh), mesh)
 
 
 def restore(workdir, mesh):
@@ -67,7 +67,7 @@ class TestUnreadable:
 
     def failing(self, monkeypatch, error, times):
         """`CheckpointManager.restore` fails some times."""
-        real, left = checkpoint.ocp.CheckpointManager.restore, [times]
+        real, left = checkpoints.ocp.CheckpointManager.restore, [times]
 
         def restore(*args, **kwargs):
             left[0] -= 1
@@ -75,7 +75,7 @@ class TestUnreadable:
                 raise error
             return real(*args, **kwargs)
 
-        monkeypatch.setattr(checkpoint.ocp.CheckpointManager, "restore", restore)
+        monkeypatch.setattr(checkpoints.ocp.CheckpointManager, "restore", restore)
 
     @pytest.mark.parametrize(
         "error",
@@ -187,37 +187,42 @@ class TestAllDamaged:
         assert result.metrics == ended[0].metrics and not (tmp_path / "new" / "old").exists()
 
 
+RECORDED = tiny_config(steps=5, eval_steps=1, keep_best=1, keep_checkpoints=1)
+SCORES = (0.1, 0.9, 0.2, 0.3, 0.4)
+
+
+@pytest.fixture(scope="module")
+def died(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("died") / "run"
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(CrashError):
+        calls = iter(SCORES)
+        patch.setattr(loop, "measure", lambda *_: {"top1": next(calls), "loss": 1.0})
+        train.run(RECORDED, workdir, log=Log("step 5/5", crash))
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def best_by_loss(tmp_path_factory):
+    """A whole run whose `best_metric` is no default: (result, workdir)."""
+    workdir, calls = tmp_path_factory.mktemp("by_loss") / "run", iter(SCORES)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "measure", lambda *_: {"top1": 0.5, "loss": 1 - next(calls)})
+        config = {**RECORDED.to_dict(), "best_metric": "loss"}
+        return train.run(config, workdir, log=Log()), workdir
+
+
 class TestRecord:
     """metrics.jsonl and config.json are files that people touch; the checkpoints carry what matters."""
 
-    CONFIG = tiny_config(steps=5, eval_steps=1, keep_best=1, keep_checkpoints=1)
-    SCORES = (0.1, 0.9, 0.2, 0.3, 0.4)
-
-    @pytest.fixture(scope="class")
-    def died(self, tmp_path_factory):
-        workdir = tmp_path_factory.mktemp("died") / "run"
-        with pytest.MonkeyPatch.context() as patch, pytest.raises(CrashError):
-            calls = iter(self.SCORES)
-            patch.setattr(loop, "measure", lambda *_: {"top1": next(calls), "loss": 1.0})
-            train.run(self.CONFIG, workdir, log=Log("step 5/5", crash))
-        return workdir
+    CONFIG = RECORDED
 
     @pytest.fixture
     def half(self, died, tmp_path, monkeypatch):
         """A run that died after step 4 of 5, whose best checkpoint is that of step 2; step 5 will score less."""
-        monkeypatch.setattr(loop, "measure", lambda *_: {"top1": self.SCORES[-1], "loss": 1.0})
+        monkeypatch.setattr(loop, "measure", lambda *_: {"top1": SCORES[-1], "loss": 1.0})
         workdir = shutil.copytree(died, tmp_path / "run")
         assert steps_kept(workdir) == [2, 4]
         return workdir
-
-    @pytest.fixture(scope="class")
-    def best_by_loss(self, tmp_path_factory):
-        """A whole run whose `best_metric` is no default: (result, workdir)."""
-        workdir, calls = tmp_path_factory.mktemp("by_loss") / "run", iter(self.SCORES)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(loop, "measure", lambda *_: {"top1": 0.5, "loss": 1 - next(calls)})
-            config = {**self.CONFIG.to_dict(), "best_metric": "loss"}
-            return train.run(config, workdir, log=Log()), workdir
 
     BAD = (
         b"\xff\xfe\x00not text",
@@ -252,7 +257,7 @@ class TestRecord:
             path.unlink()
         result = train.run(self.CONFIG, half, log=Log())
         assert steps_kept(half) == [2, 5]
-        assert restore_from(half, result.plan.abstract_state, step="best").step == 2
+        assert restore_from(half, result.run.abstract_state, step="best").step == 2
 
     @pytest.mark.parametrize("text", ["", "{", "null", "[]", '{"best_metric": 3}', "\0" * 20, None])
     def test_a_damaged_config(self, best_by_loss, tmp_path, text):
@@ -261,10 +266,10 @@ class TestRecord:
         path.unlink()
         if text is not None:
             path.write_text(text)
-        assert restore_from(workdir, result.plan.abstract_state, step="best").step == 2
+        assert restore_from(workdir, result.run.abstract_state, step="best").step == 2
         loaded = dyntoken.load_weights(result.model, workdir, step="best")
         assert_identical(
-            loaded["params"], restore_from(workdir, result.plan.abstract_state, step=2).state.params
+            loaded["params"], restore_from(workdir, result.run.abstract_state, step=2).tree.params
         )
 
 

@@ -16,10 +16,11 @@ import pytest
 from etils import epath
 
 from dyntoken import data, paths, train
+from dyntoken.checkpoints import folder, restore_from
 from dyntoken.data.folder import open_folder
-from dyntoken.train import report, workdir
-from dyntoken.train.checkpoint import CheckpointError, folder, restore_from
+from dyntoken.train import logging as report
 from dyntoken.weights import WeightsError, files
+from dyntoken.workdirs import CheckpointError
 from tests.faults.bucket_run import CONFIG
 from tests.train.test_kill import rows
 from tests.train.test_loop import Log
@@ -81,7 +82,7 @@ def test_a_uri_of_another_kind_is_refused_at_once(uri, use, tmp_path):
     uses = {
         "train": lambda: train.run(tiny_config(), uri, log=Log()),
         "evaluate": lambda: train.evaluate(tiny_config(), uri, log=Log()),
-        "open": lambda: workdir.open_workdir(uri),
+        "open": lambda: train.open_workdir(uri),
         "data": lambda: data.info("cifar10", uri),
         "folder": lambda: data.info(f"folder:{uri}"),
         "weights": lambda: files.read(uri),
@@ -136,16 +137,16 @@ def test_nothing_is_appended_to_an_object(tmp_path, monkeypatch):
 
     monkeypatch.setattr(report.paths, "is_uri", lambda path: True)
     monkeypatch.setattr(epath.Path("x").__class__, "open", no_append)
-    one = report.Report(epath.Path(tmp_path), total=4, batch=1, log=lambda line: None)
-    one.evaluation(1, {"top1": 0.5})
-    one._write(2, "train", {"ce": 1.0})  # not written yet
+    one = report.Report(epath.Path(tmp_path), total=4, log=lambda line: None)
+    one.eval(1, {"top1": 0.5})
+    one.write(2, "train", {"ce": 1.0})  # not written yet
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1
-    one.evaluation(3, {"top1": 0.6})
-    one._write(4, "train", {"ce": 1.0})
+    one.eval(3, {"top1": 0.6})
+    one.write(4, "train", {"ce": 1.0})
     assert [row["step"] for row in one.rows()] == [1, 2, 3, 4]
-    again = report.Report(epath.Path(tmp_path), total=4, batch=1, log=lambda line: None)
-    again.resume(2)
-    again._write(3, "train", {"ce": 2.0})
+    again = report.Report(epath.Path(tmp_path), total=4, log=lambda line: None)
+    again.resume(2, {})
+    again.write(3, "train", {"ce": 2.0})
     again.close()
     assert [row["step"] for row in again.rows()] == [1, 2, 3]
 

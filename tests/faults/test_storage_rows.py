@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import json
 import os
 import signal
@@ -12,10 +13,9 @@ import numpy as np
 import pytest
 
 import dyntoken
-from dyntoken import train
-from dyntoken.train import checkpoint, loop
-from dyntoken.train import mesh as meshes
-from dyntoken.train.plan import Plan
+from dyntoken import checkpoints, train
+from dyntoken.train import loop, sharding
+from dyntoken.train.build import Run
 from tests.train.test_checkpoint import make_state
 from tests.train.test_loop import CrashError, Log, assert_identical, crash, rows
 from tests.train.tiny import tiny_config
@@ -81,13 +81,13 @@ def test_a_shorter_config_is_explained(straight, tmp_path):
     ("bad", "every", "said"), [(4, 2, "after step 4"), (1, 2, "after step 2"), (1, 5, "nothing was saved")]
 )
 def test_the_last_saved_step_is_named(tmp_path, monkeypatch, bad, every, said):
-    real = Plan.train_batches
+    real = Run.train_batches
 
     def train_batches(self, start_step, **kwargs):
         for index, batch in enumerate(real(self, start_step, **kwargs), start_step):
             yield {**batch, "mask": batch["mask"] * np.float32(np.nan if index == bad + 1 else 1)}
 
-    monkeypatch.setattr(Plan, "train_batches", train_batches)
+    monkeypatch.setattr(Run, "train_batches", train_batches)
     bad_step = bad + 2
     with pytest.raises(train.TrainError, match=rf"step {bad_step}: .*{said}"):
         train.run(tiny_config(checkpoint_steps=every), tmp_path, log=Log())
@@ -112,7 +112,7 @@ class TestNotFinite:
         assert "\n" not in str(caught.value)
 
     def test_the_set_is_named(self, trained, monkeypatch):
-        from dyntoken.train import evaluation
+        evaluation = importlib.import_module("dyntoken.train.evaluate")
 
         fake = {
             "top1": 0.5,
@@ -157,25 +157,25 @@ def test_a_full_disk_is_called_one(tmp_path, monkeypatch, error, place):
     def fail(*args, **kwargs):
         raise error
 
-    state = make_state(2, meshes.data_mesh())
-    checkpoints = checkpoint.Checkpoints(tmp_path)
+    state = make_state(2, sharding.data_mesh())
+    saving = checkpoints.Checkpoints(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint.ocp.CheckpointManager, place, fail)
+        patch.setattr(checkpoints.ocp.CheckpointManager, place, fail)
         with pytest.raises(
             OSError, match=r"the disk of .*checkpoints is full.*run the same command again"
         ) as caught:
-            checkpoints.save(state)
-            checkpoints.wait()
+            saving.save(int(state.step), state)
+            saving.wait()
     assert "zarr" not in str(caught.value) and "\n" not in str(caught.value)
-    checkpoints.close()
+    saving.close()
 
 
 def test_other_errors_of_writing_are_not_called_a_full_disk(tmp_path, monkeypatch):
     def fail(*args, **kwargs):
         raise ValueError("RESOURCE_EXHAUSTED: Out of memory allocating 12 bytes")
 
-    monkeypatch.setattr(checkpoint.ocp.CheckpointManager, "save", fail)
-    checkpoints = checkpoint.Checkpoints(tmp_path)
+    monkeypatch.setattr(checkpoints.ocp.CheckpointManager, "save", fail)
+    saving = checkpoints.Checkpoints(tmp_path)
     with pytest.raises(ValueError, match="Out of memory"):
-        checkpoints.save(make_state(2, meshes.data_mesh()))
-    checkpoints.close()
+        saving.save(2, make_state(2, sharding.data_mesh()))
+    saving.close()

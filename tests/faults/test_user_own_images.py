@@ -9,11 +9,11 @@ import pytest
 from PIL import Image
 
 import dyntoken
-from dyntoken import train
+from dyntoken import train, workdirs
 from dyntoken.analysis import figures, token_maps
 from dyntoken.registry import UnknownNameError
 from dyntoken.tools import colour, predict, show
-from dyntoken.weights import WeightsError, workdirs
+from dyntoken.weights import WeightsError
 from tests.train.tiny import DTPS, tiny_config
 
 CLASSES = ("cherry", "leaf", "sky")

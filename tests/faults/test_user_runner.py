@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from dyntoken.eval.runner import Runner
-from dyntoken.train import mesh
+from dyntoken.train import sharding as mesh
 from tests.eval.test_runner import ALL, IMAGES, all_exits, between, cascade, exits, shared
 
 

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 import dyntoken
-from dyntoken import data, train
+from dyntoken import data, train, workdirs
 from dyntoken.tools import convert
-from dyntoken.train.checkpoint import CheckpointError
-from dyntoken.weights import runs, workdirs
+from dyntoken.weights import runs
+from dyntoken.workdirs import CheckpointError
 from tests.train.tiny import tiny_config
 
 NAMES = ("bird", "cat", "dog", "fish", "horse", "newt", "owl")

@@ -78,7 +78,7 @@ def test_a_run_warms_its_average_up_and_resumes_exactly(tmp_path):
         np.concatenate([x.ravel() for x in jax.tree.leaves(t)])
         for t in (whole.state.ema, whole.state.variables)
     )
-    start = np.concatenate([x.ravel() for x in jax.tree.leaves(whole.plan.new_state().variables)])
+    start = np.concatenate([x.ravel() for x in jax.tree.leaves(whole.run.new_state().variables)])
     assert np.abs(average - weights).max() < 0.6 * np.abs(start - weights).max()
 
 

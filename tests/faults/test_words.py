@@ -9,7 +9,7 @@ import pytest
 import dyntoken
 from dyntoken import train
 from dyntoken.data import DataError
-from dyntoken.train import mesh
+from dyntoken.train import sharding as mesh
 from dyntoken.weights import WeightsError
 from tests.train.tiny import DTPS, SMALL, tiny_config
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from dyntoken import train
-from dyntoken.train.checkpoint import Checkpoints
+from dyntoken.checkpoints import Checkpoints
 
 NAME = "dvt_vit_mini"
 SMALL = {"exits": [1, 2, 4], "depth": 1, "width": 16, "heads": 2, "context_width": 4, "context_hidden": 8}
@@ -35,6 +35,6 @@ def make_workdir(path, config):
     path.mkdir(parents=True, exist_ok=True)
     (path / "config.json").write_text(json.dumps(plan.settings.plain))
     checkpoints = Checkpoints(path)
-    checkpoints.save(plan.new_state(), seconds=0.0, config=plan.settings.plain)
+    checkpoints.save(0, plan.new_state(), seconds=0.0, config=plan.settings.plain)
     checkpoints.close()
     return path

@@ -70,7 +70,7 @@ def care():
 
 
 def poisoned(real, index=3):
-    """`Plan.train_batches` whose batch `index` of the data makes the loss NaN."""
+    """`Run.train_batches` whose batch `index` of the data makes the loss NaN."""
 
     def train_batches(self, start_step, *, skipped=0, rewinds=0):
         batches = real(self, start_step, skipped=skipped, rewinds=rewinds)
@@ -101,24 +101,25 @@ def main() -> None:
 
     import jax
 
-    from dyntoken import cluster
+    from dyntoken import multihost
 
     jax.config.update("jax_num_cpu_devices", DEVICES)
     address = f"localhost:{args.port}"
-    cluster.join(
-        cluster.find("on", coordinator=address, processes=2, process=args.process, environ={}), timeout=240
+    multihost.initialize(
+        multihost.detect("on", coordinator=address, processes=2, process=args.process, environ={}),
+        timeout=240,
     )
     from dyntoken import train
 
     chosen = everything(args.images) if args.images else config(data__options__train=args.train, **pieces)
     if args.care:
-        from dyntoken.train.plan import Plan
+        from dyntoken.train.build import Run
 
         chosen = care()
         if args.process == 1:
-            Plan.train_batches = poisoned(Plan.train_batches)
+            Run.train_batches = poisoned(Run.train_batches)
     result = train.run(chosen, args.workdir, log=log)
-    print("mesh", result.plan.mesh.size, "count", result.metrics.get("count"), flush=True)
+    print("mesh", result.run.mesh.size, "count", result.metrics.get("count"), flush=True)
 
 
 if __name__ == "__main__":

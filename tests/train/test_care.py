@@ -14,14 +14,14 @@ import pytest
 
 import dyntoken
 from dyntoken import train
+from dyntoken.checkpoints import restore_from
 from dyntoken.data import sources
 from dyntoken.data.fake import open_fake
-from dyntoken.train import loop
-from dyntoken.train import mesh as meshes
-from dyntoken.train.checkpoint import CheckpointError, restore_from
-from dyntoken.train.plan import Plan, build
+from dyntoken.train import loop, sharding
+from dyntoken.train.build import Run, build
 from dyntoken.train.state import TrainError
 from dyntoken.weights import WeightsError
+from dyntoken.workdirs import CheckpointError
 from tests.train.test_loop import CrashError, Log, assert_identical, crash, rows, steps_kept
 from tests.train.tiny import tiny_config
 
@@ -30,28 +30,21 @@ pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptio
 
 config = functools.partial(tiny_config, checkpoint_steps=2, ema=0.9, model__dropout=0.1)
 FAKE = {"image_size": 16, "train": 64, "test": 21, "num_classes": 7}
-PROGRAMS = {}
 
 
 @pytest.fixture(autouse=True, scope="module")
-def one_program():
-    """The steps are the same in all these runs, so they are compiled once (per number of devices)."""
-    train_step, eval_step = Plan.train_step_for, Plan.eval_step_for
+def one_compilation():
+    """Many of these runs take the same steps: what lowers to the same program is compiled once."""
+    compile_, compiled = jax.stages.Lowered.compile, {}
 
-    def train_step_for(plan, model):
-        if plan.mesh.size not in PROGRAMS:
-            PROGRAMS[plan.mesh.size] = train_step(plan, model)
-        return PROGRAMS[plan.mesh.size]
-
-    def eval_step_for(plan, label):
-        key = plan.mesh.size, plan.eval_sets[label].info.several_labels
-        if key not in PROGRAMS:
-            PROGRAMS[key] = eval_step(plan, label)
-        return PROGRAMS[key]
+    def compile_once(lowered, *args, **options):
+        program = lowered.as_text()
+        if program not in compiled:
+            compiled[program] = compile_(lowered, *args, **options)
+        return compiled[program]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Plan, "train_step_for", train_step_for)
-        patch.setattr(Plan, "eval_step_for", eval_step_for)
+        patch.setattr(jax.stages.Lowered, "compile", compile_once)
         yield
 
 
@@ -62,8 +55,8 @@ class Several:
         self.info = dataclasses.replace(source.info, several_labels=True)
         self._source = source
 
-    def evaluate(self, plan):
-        for batch in self._source.evaluate(plan):
+    def evaluate(self, run):
+        for batch in self._source.evaluate(run):
             yield {**batch, "labels": np.ones((len(batch["label"]), self.info.num_classes), bool)}
 
 
@@ -96,7 +89,7 @@ def test_sets_trace_picture_and_events(tmp_path, monkeypatch):
     again = train.evaluate(own, tmp_path, log=Log())
     assert {name: again[name] for name in found} == found
     alone = train.measure(
-        dataclasses.replace(result.plan, eval_sets=_only(result.plan, "more")), *_both(result)
+        dataclasses.replace(result.run, eval_sets=_only(result.run, "more")), *_both(result)
     )
     assert alone["more/loss"] == found["more/loss"]
 
@@ -113,8 +106,8 @@ def test_sets_trace_picture_and_events(tmp_path, monkeypatch):
     assert sum(wait is not None for wait in waits) == 6 and all(0 <= wait <= 1 for wait in waits if wait)
 
 
-def _only(plan, label):
-    return {label: plan.eval_sets[label]}
+def _only(run, label):
+    return {label: run.eval_sets[label]}
 
 
 def _both(result):
@@ -152,7 +145,7 @@ def test_errors_say_what_to_do(overrides, message):
 
 def test_a_set_that_is_not_on_disk_ends_the_run_before_it_starts(tmp_path, monkeypatch):
     """Common sets are described without being there: only opening them tells."""
-    monkeypatch.setattr(loop, "Programs", lambda *_: pytest.fail("compiled"))
+    monkeypatch.setattr(loop, "StepCache", lambda *_: pytest.fail("compiled"))
     card = dataclasses.replace(build(tiny_config()).info, name="imagenet_v2", splits={"test": 9})
     monkeypatch.setattr("dyntoken.data.tfds_source.KNOWN_DATASETS", {"imagenet_v2": card})
     own = tiny_config(evals={"v2": {"name": "imagenet_v2", "data_dir": str(tmp_path / "none")}})
@@ -181,10 +174,10 @@ class TestBest:
         assert steps_kept(tmp_path) == [2, 4, 6]
         assert result.metrics["top1"] == 0.4
 
-        like = result.plan.abstract_state
+        like = result.run.abstract_state
         steps = {which: restore_from(tmp_path, like, step=which).step for which in ("newest", "best", 4)}
         assert steps == {"newest": 6, "best": 2, 4: 4}
-        best = restore_from(tmp_path, like, step="best").state
+        best = restore_from(tmp_path, like, step="best").tree
         loaded = dyntoken.load_weights(result.model, tmp_path, step="best", prefer="params")
         assert_identical(loaded["params"], best.params)
         with pytest.raises(CheckpointError, match=r"no checkpoint of step 3; it has: 2, 4, 6"):
@@ -207,7 +200,7 @@ class TestBest:
         with pytest.raises(
             CheckpointError, match=r"no evaluation of 'top1' at a checkpoint .2.*keep_best > 0"
         ):
-            restore_from(tmp_path, result.plan.abstract_state, step="best")
+            restore_from(tmp_path, result.run.abstract_state, step="best")
 
 
 REWINDS = config(rewind=2)
@@ -215,7 +208,7 @@ REWINDS = config(rewind=2)
 
 @pytest.fixture(scope="class")
 def poison():
-    real = Plan.train_batches
+    real = Run.train_batches
 
     def train_batches(self, start_step, *, skipped=0, rewinds=0):
         batches = real(self, start_step, skipped=skipped, rewinds=rewinds)
@@ -224,7 +217,7 @@ def poison():
             yield {**batch, "mask": batch["mask"] * bad}
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Plan, "train_batches", train_batches)
+        patch.setattr(Run, "train_batches", train_batches)
         yield real
 
 
@@ -246,14 +239,14 @@ class TestRewind:
         assert "step 1: ce nan" in told[0] and "going back to step 0, rewind 1 of 2" in told[0]
         assert "step 4: ce nan" in told[1] and "going back to step 2, rewind 2 of 2" in told[1]
         assert [row["step"] for row in rows(workdir)] == [1, 2, 3, 4, 5, 6, 6]
-        found = restore_from(workdir, result.plan.abstract_state)
+        found = restore_from(workdir, result.run.abstract_state)
         assert found.meta["rewinds"] == [[0, 1], [2, 4]]
 
-        plan, state = result.plan, result.plan.new_state()
+        run, state = result.run, result.run.new_state()
         for batch, rewinds in self.PATH:
-            chosen = next(poison(plan, batch, rewinds=rewinds))
+            chosen = next(poison(run, batch, rewinds=rewinds))
             assert chosen["id"].tolist() == list(range(16 * rewinds, 16 * rewinds + 16))
-            state, _ = PROGRAMS[4](state, {}, meshes.place(chosen, plan.mesh))
+            state, _ = run.train_step(state, {}, sharding.place(chosen, run.mesh))
         assert_identical(state, result.state)
 
     @pytest.mark.parametrize(
@@ -299,7 +292,7 @@ def test_four_devices_then_fewer(four, tmp_path, monkeypatch, devices):
     monkeypatch.setattr(loop, "build", functools.partial(build, devices=jax.devices()[:devices]))
     log = Log()
     resumed = train.run(config(resume=str(died)), tmp_path, log=log)
-    assert f"going on from step 2 of {died}" in log and resumed.plan.mesh.size == devices
+    assert f"going on from step 2 of {died}" in log and resumed.run.mesh.size == devices
     close = functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-5)
     jax.tree.map(close, resumed.state.params, whole.state.params)
     jax.tree.map(close, resumed.state.ema, whole.state.ema)

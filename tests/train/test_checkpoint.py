@@ -12,9 +12,10 @@ import numpy as np
 import optax
 import pytest
 
-from dyntoken.train import mesh as meshes
-from dyntoken.train.checkpoint import CheckpointError, Checkpoints, restore_from
+from dyntoken.checkpoints import Checkpoints, restore_from
+from dyntoken.train import sharding
 from dyntoken.train.state import create_state
+from dyntoken.workdirs import CheckpointError
 
 # After a read that failed, TensorStore's threads still answer to the event loop that Orbax has closed.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -27,7 +28,7 @@ def make_state(step: int, mesh, width: int = 5, ema: bool = True):
     params["a"]["half"] = jnp.full((3,), 1.5 + step, jnp.bfloat16)
     variables = {"params": params, "batch_stats": {"mean": jnp.full((3,), 0.5 * step)}}
     state = create_state(variables, optax.chain(optax.clip(1.0), optax.adam(1e-3)), ema=ema)
-    return meshes.replicate(state.replace(step=jnp.int32(step)), mesh)
+    return sharding.replicate(state.replace(step=jnp.int32(step)), mesh)
 
 
 def assert_equal(a, b):
@@ -36,7 +37,7 @@ def assert_equal(a, b):
 
 @pytest.fixture
 def mesh():
-    return meshes.data_mesh()
+    return sharding.data_mesh()
 
 
 @pytest.fixture
@@ -44,7 +45,7 @@ def saved(tmp_path, mesh):
     """A workdir with checkpoints 2 and 4, and the lines logged since."""
     checkpoints = Checkpoints(tmp_path, keep=2)
     for step in (1, 2, 4):
-        checkpoints.save(make_state(step, mesh), seconds=1.5 * step, config={"seed": 0})
+        checkpoints.save(step, make_state(step, mesh), seconds=1.5 * step, config={"seed": 0})
     checkpoints.close()
     return tmp_path
 
@@ -53,7 +54,7 @@ def restore(workdir, mesh, **options):
     lines = []
     checkpoints = Checkpoints(workdir, log=lines.append)
     try:
-        return checkpoints.restore(meshes.replicated_like(make_state(0, mesh, **options), mesh)), lines
+        return checkpoints.restore(sharding.abstract(make_state(0, mesh, **options), mesh)), lines
     finally:
         checkpoints.close()
 
@@ -77,8 +78,8 @@ def flip(raw: bytes, place: float = 0.5, bit: int = 1) -> bytes:
 def test_round_trip_keeps_the_newest(saved, mesh):
     found, lines = restore(saved, mesh)
     assert found.step == 4 and found.meta["seconds"] == 6.0 and found.meta["config"] == {"seed": 0}
-    assert_equal(found.state, make_state(4, mesh))
-    assert isinstance(found.state.opt_state[1][0], optax.ScaleByAdamState)
+    assert_equal(found.tree, make_state(4, mesh))
+    assert isinstance(found.tree.opt_state[1][0], optax.ScaleByAdamState)
     assert lines == []
     assert sorted(p.name for p in (saved / "checkpoints").iterdir()) == ["2", "4"]
 
@@ -89,48 +90,48 @@ def test_nothing_there(tmp_path, mesh):
 
 def test_without_average(tmp_path, mesh):
     checkpoints = Checkpoints(tmp_path)
-    checkpoints.save(make_state(3, mesh, ema=False))
+    checkpoints.save(3, make_state(3, mesh, ema=False))
     checkpoints.close()
     found, _ = restore(tmp_path, mesh, ema=False)
-    assert found.state.ema is None
-    assert_equal(found.state.params, make_state(3, mesh).params)
+    assert found.tree.ema is None
+    assert_equal(found.tree.params, make_state(3, mesh).params)
 
 
 @pytest.mark.parametrize(("before", "after"), [(4, 1), (1, 4), (4, 2)])
 def test_other_number_of_devices(tmp_path, before, after):
     checkpoints = Checkpoints(tmp_path)
-    checkpoints.save(make_state(7, meshes.data_mesh(jax.devices()[:before])))
+    checkpoints.save(7, make_state(7, sharding.data_mesh(jax.devices()[:before])))
     checkpoints.close()
-    mesh = meshes.data_mesh(jax.devices()[:after])
+    mesh = sharding.data_mesh(jax.devices()[:after])
     found, _ = restore(tmp_path, mesh)
-    assert_equal(found.state, make_state(7, mesh))
-    assert found.state.params["a"]["kernel"].sharding.mesh == mesh
+    assert_equal(found.tree, make_state(7, mesh))
+    assert found.tree.params["a"]["kernel"].sharding.mesh == mesh
 
 
 def test_what_else_is_kept_and_forgotten(tmp_path, mesh):
     asked = []
     checkpoints = Checkpoints(tmp_path, keep=1, also=lambda steps: asked.append(steps) or {2, 3, 9})
     for step in range(1, 6):
-        checkpoints.save(make_state(step, mesh))
+        checkpoints.save(step, make_state(step, mesh))
     checkpoints.wait()
     assert asked[-1] == [2, 3, 4, 5]  # 4 goes, and was there until 5 was complete
     kept = tmp_path / "checkpoints"
     assert sorted(path.name for path in kept.iterdir()) == ["2", "3", "5"]
-    like = meshes.replicated_like(make_state(0, mesh), mesh)
+    like = sharding.abstract(make_state(0, mesh), mesh)
     assert checkpoints.restore(like, among=lambda step: step % 2 == 0).step == 2
     assert checkpoints.restore(like, among=lambda step: step > 5) is None
     checkpoints.forget(2)
     assert [path.name for path in kept.iterdir()] == ["2"]
-    checkpoints.save(make_state(3, mesh))
+    checkpoints.save(3, make_state(3, mesh))
     checkpoints.close()
     assert restore(tmp_path, mesh)[0].step == 3
 
 
 def test_saving_again_is_no_error(saved, mesh):
     checkpoints = Checkpoints(saved)
-    checkpoints.restore(meshes.replicated_like(make_state(0, mesh), mesh))
-    checkpoints.save(make_state(4, mesh))
-    checkpoints.save(make_state(5, mesh))
+    checkpoints.restore(sharding.abstract(make_state(0, mesh), mesh))
+    checkpoints.save(4, make_state(4, mesh))
+    checkpoints.save(5, make_state(5, mesh))
     checkpoints.close()
     assert restore(saved, mesh)[0].step == 5
 
@@ -139,7 +140,7 @@ def test_bit_flip_in_the_newest(saved, mesh):
     damage(saved / "checkpoints" / "4", flip)
     found, lines = restore(saved, mesh)
     assert found.step == 2
-    assert_equal(found.state, make_state(2, mesh))
+    assert_equal(found.tree, make_state(2, mesh))
     assert len(lines) == 1 and "checkpoint 4" in lines[0] and "damaged" in lines[0]
     assert (saved / "damaged" / "4").is_dir() and not (saved / "checkpoints" / "4").exists()
 
@@ -147,8 +148,8 @@ def test_bit_flip_in_the_newest(saved, mesh):
 def test_the_damaged_step_can_be_saved_again(saved, mesh):
     damage(saved / "checkpoints" / "4", lambda raw: b"")
     checkpoints = Checkpoints(saved, log=lambda line: None)
-    checkpoints.restore(meshes.replicated_like(make_state(0, mesh), mesh))
-    checkpoints.save(make_state(4, mesh))
+    checkpoints.restore(sharding.abstract(make_state(0, mesh), mesh))
+    checkpoints.save(4, make_state(4, mesh))
     checkpoints.close()
     assert restore(saved, mesh)[0].step == 4
 
@@ -166,7 +167,7 @@ def test_any_flipped_byte_is_found_or_harmless(saved, mesh, tmp_path_factory):
             found, lines = restore(copy, mesh)
             caught += found.step == 2
             assert found.step in (2, 4) and bool(lines) == (found.step == 2), (name, place)
-            assert_equal(found.state, make_state(found.step, mesh))
+            assert_equal(found.tree, make_state(found.step, mesh))
     assert caught >= 6  # the arrays and both descriptions at least
 
 
@@ -213,7 +214,7 @@ def test_another_model_is_named_not_set_aside(saved, mesh):
 
 
 def test_from_another_run_leaves_it_untouched(saved, mesh):
-    like = meshes.replicated_like(make_state(0, mesh), mesh)
+    like = sharding.abstract(make_state(0, mesh), mesh)
     damage(saved / "checkpoints" / "4", lambda raw: b"")
     lines = []
     assert restore_from(saved, like, log=lines.append).step == 2

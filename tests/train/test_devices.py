@@ -10,8 +10,8 @@ import jax
 import numpy as np
 import pytest
 
-from dyntoken.train import mesh as meshes
-from dyntoken.train.plan import build
+from dyntoken.train import sharding
+from dyntoken.train.build import build
 from dyntoken.train.state import init_variables
 from tests.train.tiny import DTPS, SMALL, tiny_config
 
@@ -28,7 +28,7 @@ STEPS = 2
 
 
 @functools.cache
-def plan(family, devices):
+def run(family, devices):
     losses = {"ce": {}}
     if family == "dvt":
         losses = {"ce": {"weights": (0.5, 1.0)}}
@@ -46,13 +46,13 @@ def plan(family, devices):
 
 def trained(family, devices):
     """(state, metrics of each step, evaluated sums) on the first devices."""
-    made = plan(family, devices)
+    made = run(family, devices)
     variables = jax.jit(lambda: init_variables(made.model, made.shape, 0))()
     # As if trained: of scores that are alike, rounding would choose.
     state = made.new_state(jax.tree.map(lambda p: 10 * p if p.ndim > 1 else p, variables))
     history = []
     for batch in itertools.islice(made.train_batches(0), STEPS):
-        state, metrics = made.train_step(state, {}, meshes.place(batch, made.mesh))
+        state, metrics = made.train_step(state, {}, sharding.place(batch, made.mesh))
         history.append(jax.device_get(metrics))
     return jax.device_get(state), history
 

@@ -12,8 +12,8 @@ import pytest
 
 from dyntoken import train
 from dyntoken.eval.logits import classify
-from dyntoken.train import mesh as meshes
-from dyntoken.train.plan import build
+from dyntoken.train import sharding
+from dyntoken.train.build import build
 from tests.train.test_loop import CrashError, Log, assert_identical, crash, rows
 from tests.train.tiny import DENSE, SMALL, tiny_config
 
@@ -33,12 +33,12 @@ CONFIG = tiny_config(
 @functools.cache
 def trained(devices: int):
     """(state, metrics of two steps, evaluation) on the first devices."""
-    plan = build(CONFIG, devices=jax.devices()[:devices])
-    state, history = plan.new_state(), []
-    for batch in itertools.islice(plan.train_batches(0), 2):
-        state, metrics = plan.train_step(state, {}, meshes.place(batch, plan.mesh))
+    run = build(CONFIG, devices=jax.devices()[:devices])
+    state, history = run.new_state(), []
+    for batch in itertools.islice(run.train_batches(0), 2):
+        state, metrics = run.train_step(state, {}, sharding.place(batch, run.mesh))
         history.append(jax.device_get(metrics))
-    found = classify(plan.eval_step, state.ema, (meshes.place(b, plan.mesh) for b in plan.eval_batches()))
+    found = classify(run.eval_step, state.ema, (sharding.place(b, run.mesh) for b in run.eval_batches()))
     return jax.device_get(state), history, found
 
 

@@ -20,9 +20,9 @@ import pytest
 from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from dyntoken import train, weights
-from dyntoken.train import hosts, loop
-from dyntoken.train.plan import Plan, build
+from dyntoken import multihost, paths, train, weights
+from dyntoken.train import loop
+from dyntoken.train.build import Run, build
 from dyntoken.train.state import init_variables
 from tests.train.pair import care, config, everything, poisoned
 
@@ -92,7 +92,7 @@ def run_alone(chosen, workdir):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "build", functools.partial(build, devices=jax.devices()[:1]))
         result = train.run(chosen, workdir, log=[].append)
-    assert result.plan.mesh.size == 1
+    assert result.run.mesh.size == 1
     return result, rows(workdir)
 
 
@@ -187,8 +187,8 @@ def images(tmp_path_factory):
 
 def save_decided(chosen, path):
     """Fresh weights whose predictor has clear opinions: of scores that are alike, rounding would choose."""
-    plan = build(chosen)
-    variables = init_variables(plan.model, plan.shape, plan.settings.seed)
+    run = build(chosen)
+    variables = init_variables(run.model, run.shape, run.settings.seed)
     louder = {name: 10.0 if "reducer" in name else 1.0 for name in flatten_dict(variables, sep="/")}
     scaled = {name: leaf * louder[name] for name, leaf in flatten_dict(variables, sep="/").items()}
     weights.save_weights(path, unflatten_dict(scaled, sep="/"))
@@ -230,7 +230,7 @@ def checkpoints(workdir):
 def test_two_processes_rewind_and_keep_the_best_as_one(tmp_path, monkeypatch):
     """Rows of the second process alone are not finite: both go back, and on, and keep the same."""
     with monkeypatch.context() as patch:
-        patch.setattr(Plan, "train_batches", poisoned(Plan.train_batches))
+        patch.setattr(Run, "train_batches", poisoned(Run.train_batches))
         alone = run_alone(care(), tmp_path / "alone")
     with pair(tmp_path, "--care") as (processes, outputs):
         texts = finish(processes, outputs)
@@ -272,30 +272,30 @@ def test_unequal_data_end_both_processes_before_training(tmp_path):
 
 def test_facts_that_differ_are_named():
     same = {"config.seed": 0, "the size of split 'train'": 64}
-    hosts._compare([same, dict(same)])
+    multihost.check_equal([same, dict(same)])
     other = {**same, "the size of split 'train'": 63}
-    with pytest.raises(hosts.HostError, match="split 'train' is 64 on process 0, 63 on process 2"):
-        hosts._compare([same, same, other])
+    with pytest.raises(multihost.HostError, match="split 'train' is 64 on process 0, 63 on process 2"):
+        multihost.check_equal([same, same, other])
 
 
 def test_weights_have_a_checksum():
     tree = {"a": np.arange(3.0), "b": np.ones((), np.int32)}
-    assert hosts.digest(tree) == hosts.digest(dict(tree))
-    assert hosts.digest(tree) != hosts.digest({**tree, "a": np.array([0.0, 1.0, 2.5])})
+    assert multihost.digest(tree) == multihost.digest(dict(tree))
+    assert multihost.digest(tree) != multihost.digest({**tree, "a": np.array([0.0, 1.0, 2.5])})
 
 
 @pytest.mark.parametrize("where", ["/proc/dyntoken/run", "file/run"])
 def test_a_workdir_that_cannot_be_written(where, tmp_path):
     (tmp_path / "file").write_text("")
     workdir = tmp_path / where  # an absolute `where` replaces tmp_path
-    with pytest.raises(hosts.WorkdirError, match=r"cannot write to the workdir .*another --workdir"):
+    with pytest.raises(paths.StorageError, match=r"cannot write to the workdir .*another --workdir"):
         train.run(config(), workdir, log=[].append)
 
 
 def test_a_full_workdir_is_said_before_training(tmp_path, monkeypatch):
     usage = shutil._ntuple_diskusage(10**9, 10**9 - 5 * 2**20, 5 * 2**20)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    hosts.check_workdir(epath.Path(tmp_path), need=4 * 2**20)
-    with pytest.raises(hosts.WorkdirError, match="5 MiB left, one checkpoint takes 6"):
-        hosts.check_workdir(epath.Path(tmp_path), need=6 * 2**20)
+    multihost.check_workdir(epath.Path(tmp_path), need=4 * 2**20)
+    with pytest.raises(paths.StorageError, match="5 MiB left, one checkpoint takes 6"):
+        multihost.check_workdir(epath.Path(tmp_path), need=6 * 2**20)
     assert not list(tmp_path.iterdir())

@@ -12,8 +12,9 @@ import pytest
 
 import dyntoken
 from dyntoken import train
-from dyntoken.train import loop, plan
-from dyntoken.train.checkpoint import CheckpointError, restore_from
+from dyntoken.checkpoints import restore_from
+from dyntoken.train import loop
+from dyntoken.workdirs import CheckpointError
 from tests.train.tiny import DTPS, SMALL, tiny_config
 
 # After a read that failed, TensorStore's threads still answer to the event loop that Orbax has closed.
@@ -69,6 +70,7 @@ def straight(tmp_path_factory):
 
 def test_what_a_run_leaves_behind(straight):
     result, workdir, log = straight
+    assert log[0] == "devices: 4 x cpu, virtual devices that share this machine's cores"
     assert result.finished and int(result.state.step) == 6
     assert result.metrics["count"] == 37
     assert set(result.metrics) == {"top1", "top5", "loss", "count", "ema/top1", "ema/top5", "ema/loss"}
@@ -91,7 +93,7 @@ def test_what_a_run_leaves_behind(straight):
 def test_a_rerun_does_nothing(straight, monkeypatch):
     result, workdir, _ = straight
     before = (workdir / "metrics.jsonl").read_text()
-    monkeypatch.setattr(loop, "Programs", lambda *_: pytest.fail("compiled a finished run"))
+    monkeypatch.setattr(loop, "StepCache", lambda *_: pytest.fail("compiled a finished run"))
     monkeypatch.setattr(loop, "measure", lambda *_: pytest.fail("evaluated a finished run"))
     log = Log()
     again = train.run(CONFIG, workdir, log=log)
@@ -124,7 +126,7 @@ def test_killed_during_the_last_evaluation(straight, tmp_path, monkeypatch):
     with pytest.raises(CrashError), monkeypatch.context() as patch:
         patch.setattr(loop, "measure", lambda *_: crash())
         train.run(config, tmp_path, log=Log())
-    monkeypatch.setattr(loop, "Programs", lambda *_: pytest.fail("trained a finished run"))
+    monkeypatch.setattr(loop, "StepCache", lambda *_: pytest.fail("trained a finished run"))
     again = train.run(config, tmp_path, log=Log())
     assert again.finished and again.metrics == straight[0].metrics
 
@@ -166,7 +168,7 @@ def test_not_finite_names_step_and_norm_and_saves_nothing(tmp_path):
     assert steps_kept(tmp_path) == [1, 2]
     with pytest.raises(train.TrainError, match=r"at step 3"):  # the same again, from what was saved
         train.run(config, tmp_path, log=Log())
-    state = restore_from(tmp_path, plan.build(config).abstract_state).state
+    state = restore_from(tmp_path, train.build(config).abstract_state).tree
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(state))
 
 

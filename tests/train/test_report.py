@@ -6,20 +6,20 @@ import json
 import struct
 import sys
 
+import jax.numpy as jnp
 import pytest
 from etils import epath
 
 from dyntoken.analysis import figures
-from dyntoken.train import clock as clocks
-from dyntoken.train.clock import Clock
-from dyntoken.train.report import Report, duration
+from dyntoken.train import logging
+from dyntoken.train.logging import Clock, MetricBuffer, NotFiniteError, Report, TensorBoard, duration
 
 
 @pytest.fixture
 def now(monkeypatch):
     """A clock set by hand."""
     time = [100.0]
-    monkeypatch.setattr(clocks.time, "monotonic", lambda: time[0])
+    monkeypatch.setattr(logging.time, "monotonic", lambda: time[0])
     return time
 
 
@@ -93,47 +93,72 @@ def test_a_clock_that_starts_again_goes_on(now):
     assert clock.seconds == 5.0 and clock.lap(3) == (1.0, 0.0)
 
 
-def test_lines(tmp_path, now):
-    lines = []
-    reports = Report(epath.Path(tmp_path), total=200, batch=32, log=lines.append)
-    clock = Clock()
+def metrics_of(clock, total=200, every=50):
+    """A buffer for batches of 32 and a learning rate of 5e-4."""
     clock.start(0)
+    return MetricBuffer(clock, every=every, total=total, batch=32, lr_fn=lambda step: 5e-4)
+
+
+def step(step, values, metrics, *others):
+    """A step with such metrics of one example, as all observers hear of it."""
+    pairs = {name: (jnp.asarray(value), jnp.ones(())) for name, value in values.items()}
+    for observer in (metrics, *others):
+        observer.step(step, pairs)
+
+
+def test_lines(tmp_path, now):
+    lines, metrics = [], metrics_of(Clock())
+    reports = Report(epath.Path(tmp_path), total=200, metrics=metrics, log=lines.append)
     now[0] += 10.0
-    reports.train(50, {"ce": 1.23456, "loss": 2.0}, lr=5e-4, clock=clock)
-    assert lines == ["step 50/200  25.0%  160 img/s  data 0%  ETA 30s  lr 0.0005  ce 1.235  loss 2"]
-    expected = {"step": 50, "kind": "train", "ce": 1.23456, "loss": 2.0, "lr": 5e-4}
+    step(49, {"ce": 1.0, "loss": 1.0}, metrics, reports)
+    assert metrics.row is None and not lines
+    step(50, {"ce": 1.5, "loss": 3.0}, metrics, reports)
+    assert lines == ["step 50/200  25.0%  160 img/s  data 0%  ETA 30s  lr 0.0005  ce 1.25  loss 2"]
+    expected = {"step": 50, "kind": "train", "ce": 1.25, "loss": 2.0, "lr": 5e-4}
     assert reports.rows() == [expected | {"images_per_s": 160.0, "data_wait": 0.0, "seconds": 10.0}]
-    reports.evaluation(50, {"top1": 0.25, "count": 37})
+    reports.eval(50, {"top1": 0.25, "count": 37})
     assert lines[1] == "eval at step 50/200  top1 25.00%  count 37"
-    reports.evaluation(50, {"top1": 0.5, "count": 37})
+    reports.eval(50, {"top1": 0.5, "count": 37})
     assert reports.evaluated(50) == {"top1": 0.5, "count": 37}
     assert reports.evaluated(100) is None
 
 
+def test_what_is_not_finite_is_named_one_step_later_or_at_a_report(now):
+    metrics = metrics_of(Clock(), every=3)
+    step(1, {"ce": float("nan")}, metrics)
+    with pytest.raises(NotFiniteError, match="not finite at step 1: ce nan"):
+        step(2, {"ce": 1.0}, metrics)
+    metrics.resume(1, {"sums": {"ce": [2.0, 1.0]}})  # of a checkpoint between two reports
+    step(2, {"ce": 1.0}, metrics)
+    assert metrics.meta == {"sums": {"ce": [2.0, 1.0]}}
+    metrics.flush()
+    assert metrics.meta == {"sums": {"ce": [3.0, 2.0]}}
+    with pytest.raises(NotFiniteError, match="at step 3: ce inf"):
+        step(3, {"ce": float("inf")}, metrics)
+
+
 def test_lines_of_a_model_with_exits(tmp_path, now):
-    lines = []
-    reports = Report(epath.Path(tmp_path), total=200, batch=32, log=lines.append)
-    clock = Clock()
-    clock.start(0)
+    lines, metrics = [], metrics_of(Clock())
+    reports = Report(epath.Path(tmp_path), total=200, metrics=metrics, log=lines.append)
     now[0] += 10.0
-    reports.train(50, {"ce": 3.0, "ce_per_exit": [1.23456, 0.9, 0.86544]}, lr=5e-4, clock=clock)
-    assert lines[0].endswith("ce 3  ce_per_exit 1.235/0.9/0.8654")
+    step(50, {"ce": 3.0, "ce_per_exit": [1.25, 0.875, 0.5]}, metrics, reports)
+    assert lines[0].endswith("ce 3  ce_per_exit 1.25/0.875/0.5")
     metrics = {"top1": 0.5, "top1_per_exit": [0.25, 0.375, 0.5], "loss": 1.25, "count": 8}
-    reports.evaluation(50, metrics)
+    reports.eval(50, metrics)
     assert lines[1] == (
         "eval at step 50/200  top1 50.00%  top1_per_exit 25.00/37.50/50.00%  loss 1.25  count 8"
     )
-    assert reports.evaluated(50) == metrics and reports.rows()[0]["ce_per_exit"] == [1.23456, 0.9, 0.86544]
+    assert reports.evaluated(50) == metrics and reports.rows()[0]["ce_per_exit"] == [1.25, 0.875, 0.5]
 
 
 def test_resume_forgets_what_came_after(tmp_path):
     path = tmp_path / "metrics.jsonl"
     rows = [{"step": s, "kind": "train"} for s in (10, 20, 30)]
     path.write_text("\n".join(map(json.dumps, rows)) + '\n{"step": 40, "ki')
-    reports = Report(epath.Path(tmp_path), total=100, batch=1)
-    reports.resume(20)
+    reports = Report(epath.Path(tmp_path), total=100)
+    reports.resume(20, {})
     assert path.read_text() == '{"step": 10, "kind": "train"}\n{"step": 20, "kind": "train"}\n'
-    reports.resume(0)
+    reports.resume(0, {})
     assert path.read_text() == ""
 
 
@@ -157,15 +182,17 @@ def points(folder):
 
 def test_the_board_holds_every_point_once(tmp_path, now):
     def session(first, last, loss):
-        reports = Report(epath.Path(tmp_path), total=4, batch=32, board=True, log=lambda line: None)
-        reports.resume(first)
         clock = Clock()
+        metrics = metrics_of(clock, total=4, every=1)
+        observers = metrics, TensorBoard(epath.Path(tmp_path), metrics)
+        for observer in observers:
+            observer.resume(first, {})
         clock.start(first)
-        for step in range(first + 1, last + 1):
+        for number in range(first + 1, last + 1):
             now[0] += 1.0
-            reports.train(step, {"loss": loss, "ce_per_exit": [1.0, 2.0]}, lr=0.5, clock=clock)
-        reports.evaluation(last, {"top1": 0.25, "ema/top1": 0.5})
-        reports.close()
+            step(number, {"loss": loss, "ce_per_exit": [1.0, 2.0]}, *observers)
+        observers[1].eval(last, {"top1": 0.25, "ema/top1": 0.5})
+        observers[1].close()
 
     session(0, 3, loss=1.0)  # killed after step 3, the last checkpoint is of step 2
     session(2, 4, loss=2.0)
@@ -176,7 +203,7 @@ def test_the_board_holds_every_point_once(tmp_path, now):
         ("eval/top1", 4): 0.25,
         ("eval/ema/top1", 4): 0.5,
     }
-    assert shown["train/ce_per_exit/1", 4] == 2.0 and shown["train/lr", 1] == 0.5
+    assert shown["train/ce_per_exit/1", 4] == 2.0 and shown["train/lr", 1] == pytest.approx(5e-4)
 
 
 def test_a_board_without_its_library(tmp_path, monkeypatch):
@@ -184,25 +211,24 @@ def test_a_board_without_its_library(tmp_path, monkeypatch):
     with pytest.raises(
         ImportError, match=r"needs tensorboardX: install it with .*pip install tensorboardX"
     ) as e:
-        Report(epath.Path(tmp_path), total=4, batch=32, board=True)
+        TensorBoard(epath.Path(tmp_path), metrics_of(Clock()))
     assert "\n" not in str(e.value)
-    Report(epath.Path(tmp_path), total=4, batch=32)
 
 
 def test_a_picture_at_every_evaluation_if_there_is_matplotlib(tmp_path, monkeypatch):
     lines = []
-    reports = Report(epath.Path(tmp_path), total=4, batch=32, curves=True, log=lines.append)
-    reports.evaluation(2, {"top1": 0.25})
+    reports = Report(epath.Path(tmp_path), total=4, curves=True, log=lines.append)
+    reports.eval(2, {"top1": 0.25})
     first = (tmp_path / "curves.png").read_bytes()
-    reports.evaluation(4, {"top1": 0.5})
+    reports.eval(4, {"top1": 0.5})
     assert first.startswith(b"\x89PNG") and (tmp_path / "curves.png").read_bytes() != first
 
     def absent(name):
         raise ModuleNotFoundError("drawing needs matplotlib: pip install matplotlib")
 
     monkeypatch.setattr(figures, "matplotlib", absent)
-    reports.evaluation(5, {"top1": 0.5})
-    reports.evaluation(6, {"top1": 0.5})
+    reports.eval(5, {"top1": 0.5})
+    reports.eval(6, {"top1": 0.5})
     assert [line for line in lines if "matplotlib" in line] == [
         "no curves.png: drawing needs matplotlib: pip install matplotlib"
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import types
 
 import chex
 import jax
@@ -12,13 +13,14 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec
 
-from dyntoken import train
+from dyntoken import losses, train
+from dyntoken.checkpoints import Checkpoints
 from dyntoken.registry import UnknownNameError
-from dyntoken.train import mesh as meshes
-from dyntoken.train.checkpoint import Checkpoints
-from dyntoken.train.plan import build, read
+from dyntoken.train import sharding
+from dyntoken.train.build import build
+from dyntoken.train.settings import read
 from dyntoken.train.state import create_state
-from dyntoken.train.step import joined, make_gradient, make_update
+from dyntoken.train.step import gradient, train_step, update
 from tests.train import test_step as whole
 from tests.train.tiny import tiny_config
 
@@ -32,19 +34,31 @@ CASES += [pytest.param(c, marks=pytest.mark.slow) for c in ((4, 2, "none"), (4, 
 @functools.cache
 def compiled(devices, accumulate, shard):
     model, teacher, variables, _ = whole.parts()
-    mesh = meshes.data_mesh(jax.devices()[:devices])
-    options = {"specs": whole.LOSSES, "augment": whole.augment, "seed": 3, "teacher": teacher}
-    gradient = make_gradient(model, **options, accumulate=accumulate)
-    update = make_update(whole.optimizer(), specs=whole.LOSSES, ema=0.9)
+    mesh = sharding.data_mesh(jax.devices()[:devices])
+    first = {
+        "model": model,
+        "teacher": teacher,
+        "augment": whole.augment,
+        "seed": 3,
+        "accumulate": accumulate,
+    }
+    second = {"objective": losses.Objective(whole.LOSSES), "tx": whole.optimizer(), "ema": 0.9}
     state = create_state(variables, whole.optimizer(), ema=True)
-    layout = meshes.layout_of(state, mesh, shard)
+    layout = sharding.state_sharding(state, mesh, shard)
     if shard == "none":
-        step = meshes.data_parallel(joined(gradient, update), mesh, replicated=2, donate=(0,))
+        step = sharding.data_parallel(
+            functools.partial(train_step, **first, **second), mesh, replicated=2, donate=(0,)
+        )
     else:
-        step = meshes.split_update(gradient, update, mesh, layout)
+        step = sharding.split_update(
+            functools.partial(gradient, objective=second["objective"], **first),
+            functools.partial(update, **second),
+            mesh,
+            layout,
+        )
     _, teacher, batch = whole.inputs(mesh)
-    state = meshes.replicate(state, mesh, layout)
-    return step.lower(meshes.like(state, layout), teacher, batch).compile(), state, teacher, batch
+    state = sharding.replicate(state, mesh, layout)
+    return step.lower(sharding.abstract(state, mesh, layout), teacher, batch).compile(), state, teacher, batch
 
 
 @functools.cache
@@ -87,13 +101,16 @@ def test_each_device_holds_a_piece_and_updates_it():
 
 
 def test_pieces_are_cut_along_the_longest_axis_that_divides():
-    mesh = meshes.data_mesh(jax.devices()[:4])
+    mesh = sharding.data_mesh(jax.devices()[:4])
     shapes = {(6, 8, 12): (None, None, "data"), (8, 8): ("data",), (7,): (), (): (), (0, 4): (None, "data")}
     for shape, spec in shapes.items():
-        assert meshes.piece(np.zeros(shape), mesh).spec == PartitionSpec(*spec)
-    assert meshes.piece(np.zeros((8,)), meshes.data_mesh(jax.devices()[:1])).spec == PartitionSpec()
+        assert sharding.shard_longest_axis(np.zeros(shape), mesh).spec == PartitionSpec(*spec)
+    assert (
+        sharding.shard_longest_axis(np.zeros((8,)), sharding.data_mesh(jax.devices()[:1])).spec
+        == PartitionSpec()
+    )
     state = create_state(whole.parts()[2], whole.optimizer(), ema=True)
-    layout = meshes.layout_of(state, mesh, "optimizer")
+    layout = sharding.state_sharding(state, mesh, "optimizer")
     assert layout.params["head"]["cls"]["kernel"].spec == PartitionSpec()
     assert optax.tree.get(layout.opt_state, "trace")["head"]["cls"]["kernel"].spec == PartitionSpec("data")
 
@@ -101,11 +118,13 @@ def test_pieces_are_cut_along_the_longest_axis_that_divides():
 def test_a_checkpoint_fits_every_layout_and_number_of_devices(tmp_path):
     state, _ = trained(BOTH)
     checkpoints = Checkpoints(tmp_path)
-    checkpoints.save(state)
+    checkpoints.save(int(state.step), state)
     checkpoints.wait()
     for devices, shard in ((1, "none"), (2, "params"), (4, "optimizer")):
-        mesh = meshes.data_mesh(jax.devices()[:devices])
-        found = checkpoints.restore(meshes.like(state, meshes.layout_of(state, mesh, shard))).state
+        mesh = sharding.data_mesh(jax.devices()[:devices])
+        found = checkpoints.restore(
+            sharding.abstract(state, mesh, sharding.state_sharding(state, mesh, shard))
+        ).tree
         chex.assert_trees_all_equal(jax.device_get(found), jax.device_get(state))
         leaf = optax.tree.get(found.opt_state, "trace")["head"]["cls"]["kernel"]
         assert leaf.addressable_shards[0].data.shape == ((8 if shard == "none" else 8 // devices), 7)
@@ -117,7 +136,7 @@ def test_a_run_in_pieces_evaluates_and_goes_on_whole(tmp_path):
     cut = tiny_config(shard="params", accumulate=2, steps=1, ema=0.9, batch=16)
     first = train.run(cut, tmp_path, log=[].append)
     assert not first.state.params["head"]["cls"]["kernel"].is_fully_replicated
-    assert first.metrics["count"] == first.plan.info.splits["test"] == 37
+    assert first.metrics["count"] == first.run.info.splits["test"] == 37
     lines = []
     again = train.run(tiny_config(steps=1, ema=0.9, batch=16), tmp_path, log=lines.append)
     assert any("accumulate 2 -> 1, shard params -> none" in line for line in lines)
@@ -128,9 +147,9 @@ def test_a_run_in_pieces_evaluates_and_goes_on_whole(tmp_path):
 
 def test_whole_again():
     state, _ = trained(BOTH)
-    leaf = meshes.gathered(state.params)["head"]["cls"]["kernel"]
+    leaf = sharding.replicate_all(state.params)["head"]["cls"]["kernel"]
     assert leaf.is_fully_replicated and leaf.addressable_shards[3].data.shape == (8, 7)
-    assert meshes.gathered(state.step) is state.step
+    assert sharding.replicate_all(state.step) is state.step
 
 
 def test_batch_norm_refuses_slices():
@@ -146,22 +165,29 @@ def test_settings_are_checked():
         read(tiny_config(accumulate=0))
     with pytest.raises(UnknownNameError, match=r"shard is 'param': did you mean params"):
         read(tiny_config(shard="param"))
-    mesh = meshes.data_mesh(jax.devices()[:4])
+    mesh = sharding.data_mesh(jax.devices()[:4])
     with pytest.raises(
         ValueError, match=r"in groups of 4 \(mixup pairs neighbours, accumulate=2\): set batch to 16 or 32"
     ):
-        meshes.check_batch(24, mesh, multiple=2, slices=2)
+        sharding.check_batch(24, mesh, multiple=2, slices=2)
 
 
 def test_half_precision_keeps_float32_masters():
-    losses, mesh = {}, meshes.data_mesh(jax.devices()[:1])
+    losses, mesh = {}, sharding.data_mesh(jax.devices()[:1])
     for dtype in ("float32", "bfloat16"):
         config = tiny_config(model__dtype=dtype, batch=4, ema=0.9, optim__name="adamw")
-        plan = build(config, devices=jax.devices()[:1])
+        run = build(config, devices=jax.devices()[:1])
         batch = {name: value[:4] for name, value in whole.make_batch().items()}
-        state, metrics = plan.train_step(plan.new_state(), {}, meshes.place(batch, mesh))
+        state, metrics = run.train_step(run.new_state(), {}, sharding.place(batch, mesh))
         losses[dtype] = float(metrics["loss"][0])
         assert {leaf.dtype for leaf in jax.tree.leaves(state) if leaf.ndim} == {np.dtype("float32")}
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
     assert losses["bfloat16"] != losses["float32"]
     assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.02)
+
+
+def test_devices_are_named():
+    assert sharding.describe_devices(jax.devices()[:1]) == "1 x cpu"
+    assert sharding.describe_devices(jax.devices()[:4]).startswith("4 x cpu, virtual devices")
+    gpu = types.SimpleNamespace(platform="gpu", device_kind="NVIDIA H200")
+    assert sharding.describe_devices([gpu, gpu]) == "2 x gpu (NVIDIA H200)"

@@ -13,10 +13,10 @@ import optax
 import pytest
 
 import dyntoken
-from dyntoken import device_augment, optim
-from dyntoken.train import mesh as meshes
+from dyntoken import device_augment, losses, optim
+from dyntoken.train import sharding
 from dyntoken.train.state import create_state, init_variables
-from dyntoken.train.step import make_train_step
+from dyntoken.train.step import train_step
 from tests.train.tiny import DENSE, DTPS, SMALL
 
 CLASSES, ROWS, SHAPE = 7, 16, (16, 16, 3)
@@ -57,8 +57,15 @@ def make_batch():
 
 def make_step():
     model, teacher, _, _ = parts()
-    return make_train_step(
-        model, optimizer(), specs=LOSSES, augment=augment, seed=3, ema=0.9, teacher=teacher
+    return functools.partial(
+        train_step,
+        model=model,
+        tx=optimizer(),
+        objective=losses.Objective(LOSSES),
+        augment=augment,
+        seed=3,
+        ema=0.9,
+        teacher=teacher,
     )
 
 
@@ -72,16 +79,20 @@ def optimizer():
 @functools.cache
 def compiled(devices: int):
     """The step on the first devices, compiled once for all tests."""
-    mesh = meshes.data_mesh(jax.devices()[:devices])
+    mesh = sharding.data_mesh(jax.devices()[:devices])
     state, teacher, batch = inputs(mesh)
-    step = meshes.data_parallel(make_step(), mesh, replicated=2, donate=(0,))
+    step = sharding.data_parallel(make_step(), mesh, replicated=2, donate=(0,))
     return mesh, step.lower(state, teacher, batch).compile()
 
 
 def inputs(mesh):
     _, _, variables, teacher = parts()
     state = create_state(variables, optimizer(), ema=True)
-    return meshes.replicate(state, mesh), meshes.replicate(teacher, mesh), meshes.place(make_batch(), mesh)
+    return (
+        sharding.replicate(state, mesh),
+        sharding.replicate(teacher, mesh),
+        sharding.place(make_batch(), mesh),
+    )
 
 
 @functools.cache
@@ -135,6 +146,18 @@ def test_pmap_runs_the_same_function():
     assert float(metrics["loss"][0][0]) == pytest.approx(float(others["loss"][0]), rel=1e-5)
 
 
+def test_a_notebook_calls_it_on_one_device():
+    """Without devices to sum over it is a function of state and batch like any other."""
+    _, _, variables, teacher = parts()
+    state, metrics = jax.jit(make_step())(
+        create_state(variables, optimizer(), ema=True), teacher, make_batch()
+    )
+    other, others = trained(1, steps=1)
+    chex.assert_trees_all_close(jax.device_get(state.params), other.params, atol=1e-5, rtol=0)
+    loss, count = metrics["loss"]
+    assert float(loss / count) == pytest.approx(others[0]["loss"], rel=1e-5)
+
+
 def test_one_all_reduce_of_gradients_and_one_of_scalars():
     text = compiled(4)[1].as_text()
     pattern = r"= (.*?) (all-reduce|all-gather|all-to-all|reduce-scatter|collective-[a-z]+)(?:-start)?\("
@@ -174,26 +197,26 @@ def test_a_fresh_average_shares_no_buffer_with_the_parameters():
 
 class TestMesh:
     def test_batch_must_divide(self):
-        mesh = meshes.data_mesh(jax.devices()[:4])
-        meshes.check_batch(8, mesh, multiple=2)
+        mesh = sharding.data_mesh(jax.devices()[:4])
+        sharding.check_batch(8, mesh, multiple=2)
         with pytest.raises(
             ValueError, match="batch of 6 does not divide over 4 devices: set batch to 4 or 8"
         ):
-            meshes.check_batch(6, mesh)
+            sharding.check_batch(6, mesh)
         with pytest.raises(ValueError, match=r"batch of 12 .* groups of 2 .*set batch to 8 or 16"):
-            meshes.check_batch(12, mesh, multiple=2)
+            sharding.check_batch(12, mesh, multiple=2)
         with pytest.raises(ValueError, match="batch of 2 does not divide over 4 devices: set batch to 4, or"):
-            meshes.check_batch(2, mesh)
+            sharding.check_batch(2, mesh)
 
     def test_a_forgotten_reduction_is_refused(self):
-        mesh = meshes.data_mesh(jax.devices()[:4])
-        summed = meshes.data_parallel(lambda x: jax.lax.psum(x.sum(), "data"), mesh, replicated=0)
+        mesh = sharding.data_mesh(jax.devices()[:4])
+        summed = sharding.data_parallel(lambda x: jax.lax.psum(x.sum(), "data"), mesh, replicated=0)
         assert float(summed(jnp.arange(8.0))) == 28.0
         with pytest.raises(ValueError, match="replicat"):
-            meshes.data_parallel(lambda x: x.sum(), mesh, replicated=0)(jnp.arange(8.0))
+            sharding.data_parallel(lambda x: x.sum(), mesh, replicated=0)(jnp.arange(8.0))
 
     def test_placed_rows_keep_their_order(self):
-        mesh = meshes.data_mesh(jax.devices()[:4])
-        placed = meshes.place({"x": np.arange(8)}, mesh)["x"]
+        mesh = sharding.data_mesh(jax.devices()[:4])
+        placed = sharding.place({"x": np.arange(8)}, mesh)["x"]
         np.testing.assert_array_equal(placed, np.arange(8))
         assert [shard.data.shape for shard in placed.addressable_shards] == [(2,)] * 4

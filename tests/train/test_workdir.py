@@ -6,8 +6,9 @@ import jax
 import numpy as np
 import pytest
 
+import dyntoken
 from dyntoken import train
-from dyntoken.train.workdir import open_workdir
+from dyntoken.train.evaluate import open_workdir
 from tests.train.tiny import tiny_config
 
 
@@ -27,9 +28,17 @@ def test_variables_average_and_batches(trained):
     whole = np.concatenate([np.asarray(batch["mask"]) for batch in opened.batches()])
     assert whole.sum() == 37
     batch = next(opened.batches())
-    assert batch["image"].sharding.mesh.size == opened.plan.mesh.size == 4
+    assert batch["image"].sharding.mesh.size == opened.run.mesh.size == 4
     part = open_workdir(workdir, split="train[:5]")
     assert sum(float(batch["mask"].sum()) for batch in part.batches()) == 5
+
+
+def test_a_class_by_its_number(trained):
+    run = dyntoken.load_run(trained[0])
+    assert [run.name(number) for number in (0, 6)] == ["class 0", "class 6"]
+    for number in (7, 9, -1):
+        with pytest.raises(ValueError, match=rf"no class {number}: the run has 7, 0 to 6"):
+            run.name(number)
 
 
 def test_one_clear_error_each(trained, tmp_path):

@@ -63,7 +63,7 @@ def main() -> None:
 
     jax.config.update("jax_num_cpu_devices", 4)
     from dyntoken import train
-    from dyntoken.train.checkpoint import Checkpoints
+    from dyntoken.checkpoints import Checkpoints
 
     restore = Checkpoints.restore
     Checkpoints.restore = lambda *args, **more: (print("restoring"), restore(*args, **more))[1]

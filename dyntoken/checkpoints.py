@@ -1,16 +1,17 @@
 """Checkpoints that are either whole or refused.
 
-Orbax writes them (asynchronously, atomically); it restores a flipped bit
-without a word, so every leaf travels with a checksum in the JSON item, which
-has one of its own. A damaged checkpoint is set aside and the one before it is
-used. Damaged is only what could be read whole and is not what was written; a
-storage that fails ends the run and nothing is moved.
+They hold a tree of arrays and a JSON description, `<workdir>/checkpoints/<step>/{state,meta}`. Orbax writes
+them (asynchronously, atomically); it restores a flipped bit without a word, so every leaf has a checksum in
+the description, which has one of its own. A damaged checkpoint is set aside and the one before it is used.
+Damaged is only what could be read whole and is not what was written; a storage that fails ends the run and
+nothing is moved.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import sys
 import time
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -25,28 +26,16 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from dyntoken import paths
-from dyntoken.train.mesh import gathered
-from dyntoken.train.state import TrainState
-from dyntoken.weights import workdirs
+from dyntoken.paths import StorageError
+from dyntoken.workdirs import FOLDER, CheckpointError, candidates, checksum, numbered
 
 Tree = Any
 Log = Callable[[str], None]
-FOLDER = workdirs.CHECKPOINTS
 RETRY_PAUSES_S = (1.0, 5.0, 15.0)  # a network file system comes back within them, or not soon
-
-
 REMEDY = (
     "restore the folder from a backup, use another workdir, or give --restart to start anew here (the old "
     "run is kept, moved aside)"
 )
-
-
-class CheckpointError(RuntimeError):
-    """No checkpoint can be used; the message says why and what to do."""
-
-
-class StorageError(OSError):
-    """The storage of the checkpoints cannot be read or written now; nothing was moved or lost."""
 
 
 class _DamagedError(Exception):
@@ -55,9 +44,9 @@ class _DamagedError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Restored:
-    """A verified checkpoint: the state, and what was saved beside it."""
+    """A verified checkpoint: the tree, and what was saved beside it."""
 
-    state: TrainState
+    tree: Tree
     meta: dict[str, Any]
 
     @property
@@ -65,14 +54,13 @@ class Restored:
         return int(self.meta["step"])
 
 
-def folder(workdir: str | epath.PathLike) -> epath.Path:
-    """Where a run keeps its checkpoints."""
-    return paths.resolve(workdir) / FOLDER
-
-
 @dataclasses.dataclass
 class _Chosen(ocp.checkpoint_managers.PreservationPolicy):
-    """Keeps the steps that a function chooses."""
+    """Keeps the steps that a function chooses.
+
+    Not Orbax's `BestN`: it ranks by a metrics file of each checkpoint that has no checksum (one flipped bit
+    there and no checkpoint is found any more), and the last evaluation comes after the last checkpoint.
+    """
 
     choose: Callable[[list[int]], Collection[int]]
 
@@ -83,13 +71,14 @@ class _Chosen(ocp.checkpoint_managers.PreservationPolicy):
 
 
 class Checkpoints:
-    """The checkpoints of one run, `<workdir>/checkpoints/<step>/{state,meta}`.
+    """The checkpoints of one run.
 
     Args:
-      workdir: folder of the run; may be on `gs://`.
       keep: how many of the newest to keep; at least 2 leave one to fall back to.
       also: which of some steps to keep besides; asked at every save.
-      log: takes one line of text.
+
+    Attributes:
+      newest: the step that was saved or restored last, None for none.
     """
 
     def __init__(
@@ -112,38 +101,32 @@ class Checkpoints:
                 cleanup_tmp_directories=True,
             ),
         )
-        self._newest = -1
+        self.newest: int | None = None
 
-    @property
-    def newest(self) -> int | None:
-        """The step that was saved or restored last."""
-        return self._newest if self._newest >= 0 else None
-
-    def save(self, state: TrainState, **meta: Any) -> None:
-        """Starts writing a copy of the state, unless this step is saved already.
+    def save(self, step: int, tree: Tree, **meta: Any) -> None:
+        """Starts writing a copy of a tree, unless this step is saved already.
 
         Args:
-          state: replicated over the devices, or in pieces on them.
+          tree: arrays, replicated over the devices or in pieces on them.
           **meta: JSON values to keep beside it.
 
         Raises:
           StorageError: the disk is full; also for the checkpoint before, which was still being written.
         """
-        step = int(state.step)
-        if step == self._newest:
+        if step == self.newest:
             return
-        flat = {name: _host(leaf) for name, leaf in flatten(state).items()}
-        meta = {"step": step, **meta, "leaves": {name: _describe(leaf) for name, leaf in flat.items()}}
+        flat = {name: _host(leaf) for name, leaf in flatten(tree).items()}
+        meta = {"step": step, **meta, "leaves": {name: describe_leaf(leaf) for name, leaf in flat.items()}}
         with self._writing():
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
                     state=ocp.args.StandardSave(flax.traverse_util.unflatten_dict(flat, sep="/")),
-                    meta=ocp.args.JsonSave({**meta, "checksum": workdirs.checksum(meta)}),
+                    meta=ocp.args.JsonSave({**meta, "checksum": checksum(meta)}),
                 ),
                 force=True,  # without it a save that meets a running one is skipped
             )
-        self._newest = step
+        self.newest = step
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -158,17 +141,14 @@ class Checkpoints:
                 "space there, then run the same command again to go on from the one before"
             ) from error
 
-    def restore(
-        self, like: TrainState, *, among: Callable[[int], bool] = lambda step: True
-    ) -> Restored | None:
+    def restore(self, like: Tree, *, among: Callable[[int], bool] = lambda step: True) -> Restored | None:
         """The newest intact checkpoint, or None if there is none at all.
 
         Damaged ones that are newer are moved to `<workdir>/damaged/<step>`;
         none is moved where none is intact.
 
         Args:
-          like: shapes, types and shardings to restore to (`mesh.like`);
-            any number of devices.
+          like: shapes, types and shardings to restore to; any number of devices.
           among: which steps come into question.
 
         Raises:
@@ -176,15 +156,22 @@ class Checkpoints:
           StorageError: if one cannot be read.
         """
         steps = sorted(filter(among, self._manager.all_steps()), reverse=True)
-        if not steps and (aside := sorted(_numbered(self._aside), key=int)):
+        aside = epath.Path(self._manager.directory).parent / "damaged"
+        if not steps and (before := sorted(numbered(aside))):
             raise CheckpointError(
-                f"no checkpoint in {self._manager.directory} is intact, damaged ones are in {self._aside} "
-                f"({', '.join(aside)}): {REMEDY}"
+                f"no checkpoint in {self._manager.directory} is intact, damaged ones are in {aside} "
+                f"({', '.join(map(str, before))}): {REMEDY}"
             )
         found, damaged = _first_intact(self._manager, steps, like, self._log)
         for step in damaged:
-            self._set_aside(step)
-        self._newest = found.step if found else -1
+            if jax.process_index() == 0:
+                if (aside / str(step)).exists():
+                    (aside / str(step)).rmtree()
+                paths.move(epath.Path(self._manager.directory) / str(step), aside / str(step))
+            if jax.process_count() > 1:
+                multihost_utils.sync_global_devices(f"dyntoken_set_aside_{step}")
+            self._manager.reload()
+        self.newest = found.step if found else None
         return found
 
     def forget(self, step: int) -> None:
@@ -192,19 +179,6 @@ class Checkpoints:
         for later in self._manager.all_steps():
             if later > step:
                 self._manager.delete(later)
-
-    @property
-    def _aside(self) -> epath.Path:
-        return epath.Path(self._manager.directory).parent / "damaged"
-
-    def _set_aside(self, step: int) -> None:
-        source, target = epath.Path(self._manager.directory) / str(step), self._aside / str(step)
-        if jax.process_index() == 0:
-            if target.exists():
-                target.rmtree()
-            paths.move(source, target)
-        _barrier(f"dyntoken_set_aside_{step}")
-        self._manager.reload()
 
     def preempted(self, step: int) -> bool:
         """Whether the cluster is about to stop the (multi-process) job."""
@@ -227,16 +201,14 @@ class Checkpoints:
 
 
 def restore_from(
-    workdir: str | epath.PathLike, like: TrainState, *, step: int | str = "newest", log: Log = print
+    workdir: str | epath.PathLike, like: Tree, *, step: int | str = "newest", log: Log = print
 ) -> Restored:
     """The newest intact checkpoint of another run, which is left untouched.
 
     Args:
-      workdir: of that run.
       like: as in `Checkpoints.restore`.
       step: "newest", "best" (by the run's `best_metric`, the next best where
         it is damaged) or the number of a step.
-      log: takes one line of text.
 
     Raises:
       CheckpointError: if there is none, all are damaged, or they hold another model.
@@ -247,10 +219,8 @@ def restore_from(
         raise CheckpointError(f"no checkpoints in {where}: give the workdir of a run")
     manager = ocp.CheckpointManager(where, options=ocp.CheckpointManagerOptions(create=False))
     try:
-        steps = workdirs.candidates(where.parent, manager.all_steps(), step)
+        steps = candidates(where.parent, manager.all_steps(), step)
         found, _ = _first_intact(manager, steps, like, log)
-    except workdirs.NoCheckpointError as error:
-        raise CheckpointError(str(error)) from error
     finally:
         manager.close()
     if found is None:
@@ -258,23 +228,19 @@ def restore_from(
     return found
 
 
-def flatten(state: TrainState) -> dict[str, jax.Array]:
-    """Leaves by name, `params/backbone/...`; what is absent (no EMA) has no name."""
-    tree = flax.serialization.to_state_dict(state)
-    leaves = flax.traverse_util.flatten_dict(tree, sep="/")
+def folder(workdir: str | epath.PathLike) -> epath.Path:
+    """Where a run keeps its checkpoints."""
+    return paths.resolve(workdir) / FOLDER
+
+
+def flatten(tree: Tree) -> dict[str, Any]:
+    """Leaves by name, `params/backbone/...`; what is None has no name."""
+    leaves = flax.traverse_util.flatten_dict(flax.serialization.to_state_dict(tree), sep="/")
     return {name: leaf for name, leaf in leaves.items() if leaf is not None}
 
 
-def _unflatten(like: TrainState, flat: Mapping[str, Any]) -> TrainState:
-    tree = flax.traverse_util.flatten_dict(
-        flax.serialization.to_state_dict(like), sep="/", keep_empty_nodes=True
-    )
-    tree = flax.traverse_util.unflatten_dict(tree | dict(flat), sep="/")
-    return flax.serialization.from_state_dict(like, tree)
-
-
 def _first_intact(
-    manager: ocp.CheckpointManager, steps: Sequence[int], like: TrainState, log: Log
+    manager: ocp.CheckpointManager, steps: Sequence[int], like: Tree, log: Log
 ) -> tuple[Restored | None, list[int]]:
     """The first of some steps that is intact (None without steps), and the damaged ones before it."""
     damaged = []
@@ -289,19 +255,21 @@ def _first_intact(
     return None, damaged
 
 
-def _restore(manager: ocp.CheckpointManager, step: int, like: TrainState, log: Log) -> Restored:
+def _restore(manager: ocp.CheckpointManager, step: int, like: Tree, log: Log) -> Restored:
     """One checkpoint; what cannot be read is tried again before it counts as such."""
     where = epath.Path(manager.directory) / str(step)
-    workdirs.ignore_late_callbacks()
-    for pause in (*RETRY_PAUSES_S, None):
+    ignore_late_callbacks()
+    pauses = iter(RETRY_PAUSES_S)
+    while True:
         try:
             return _read(manager, step, like)
         except (CheckpointError, _DamagedError):
             raise
         except Exception as error:
-            reason = workdirs.unreadable(where, error)
+            reason = unreadable(where, error)
             if reason is None:
-                raise _DamagedError(workdirs.first_line(error)) from error
+                raise _DamagedError(first_line(error)) from error
+            pause = next(pauses, None)
             if pause is None:
                 raise StorageError(
                     f"{where} cannot be read ({reason}); nothing was moved: see to the storage, "
@@ -309,33 +277,15 @@ def _restore(manager: ocp.CheckpointManager, step: int, like: TrainState, log: L
                 ) from error
             log(f"{where} cannot be read ({reason}); trying again in {pause:.0f} s")
             time.sleep(pause)
-    raise AssertionError("unreachable")
 
 
-def _read(manager: ocp.CheckpointManager, step: int, like: TrainState) -> Restored:
-    meta = {"step": step, **_read_meta(manager, step)}
-    wanted, where = flatten(like), f"{manager.directory}/{step}"
-    _check_leaves(meta.get("leaves"), where)
-    _check_same_model(meta["leaves"], wanted, where)
-    args = ocp.args.StandardRestore(flax.traverse_util.unflatten_dict(wanted, sep="/"))
-    tree = manager.restore(step, args=ocp.args.Composite(state=args)).state
-    flat = flax.traverse_util.flatten_dict(tree, sep="/")
-    for name, leaf in flat.items():
-        if _describe(_host(leaf)) != meta["leaves"][name]:
-            raise _DamagedError(f"{name} has another checksum than when it was written")
-    return Restored(_unflatten(like, flat), meta)
-
-
-def _read_meta(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
+def _read(manager: ocp.CheckpointManager, step: int, like: Tree) -> Restored:
+    where = f"{manager.directory}/{step}"
     meta = dict(manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta)
     written = meta.pop("checksum")
-    if workdirs.checksum(meta) != written:
+    if checksum(meta) != written:
         raise _DamagedError("its description has another checksum than when it was written")
-    return meta
-
-
-def _check_leaves(leaves: Any, where: str) -> None:
-    """A description that is intact, but not as this version writes it."""
+    leaves, wanted = meta.get("leaves"), flatten(like)
     if not isinstance(leaves, Mapping) or not all(
         isinstance(x, list) and len(x) == 3 for x in leaves.values()
     ):
@@ -343,35 +293,89 @@ def _check_leaves(leaves: Any, where: str) -> None:
             f"{where} was written by another version of dyntoken (its description has no list of arrays with "
             "checksums): go on with that version, or start from its weights (init.path) in another workdir"
         )
-
-
-def _check_same_model(saved: Mapping[str, Any], wanted: Mapping[str, Any], where: str) -> None:
     here = {name: [list(leaf.shape), str(leaf.dtype)] for name, leaf in wanted.items()}
-    for name in sorted(saved.keys() | here.keys()):
-        there = saved[name][:2] if name in saved else "absent"
+    for name in sorted(leaves.keys() | here.keys()):
+        there = leaves[name][:2] if name in leaves else "absent"
         if there != here.get(name, "absent"):
             raise CheckpointError(
                 f"{where} holds another run: {name} is {there} there, {here.get(name, 'absent')} here; "
                 "use another workdir (and init.path to start from its weights)"
             )
+    args = ocp.args.StandardRestore(flax.traverse_util.unflatten_dict(wanted, sep="/"))
+    tree = manager.restore(step, args=ocp.args.Composite(state=args)).state
+    flat = flax.traverse_util.flatten_dict(tree, sep="/")
+    for name, leaf in flat.items():
+        if describe_leaf(_host(leaf)) != leaves[name]:
+            raise _DamagedError(f"{name} has another checksum than when it was written")
+    empty = flax.traverse_util.flatten_dict(
+        flax.serialization.to_state_dict(like), sep="/", keep_empty_nodes=True
+    )
+    tree = flax.traverse_util.unflatten_dict(empty | flat, sep="/")
+    return Restored(flax.serialization.from_state_dict(like, tree), {"step": step, **meta})
 
 
 def _host(leaf: jax.Array) -> np.ndarray:
     """A copy of a whole array. What is written and what is summed up are these very bytes:
     on a CPU an array without a copy is a view, and the next step reuses the donated memory."""
-    return np.array(gathered(leaf).addressable_data(0), order="C")
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable and not leaf.is_fully_replicated:
+        leaf = multihost_utils.process_allgather(leaf, tiled=True)
+    elif isinstance(leaf, jax.Array) and leaf.is_fully_replicated:
+        leaf = leaf.addressable_data(0)
+    return np.array(leaf, order="C")
 
 
-def _describe(value: np.ndarray) -> list[Any]:
+def describe_leaf(value: np.ndarray) -> list[Any]:
     """[shape, type, CRC-32] of an array."""
-    return [list(value.shape), str(value.dtype), zlib.crc32(value.reshape(-1).view(np.uint8))]
+    return [
+        list(value.shape),
+        str(value.dtype),
+        zlib.crc32(np.ascontiguousarray(value).reshape(-1).view(np.uint8)),
+    ]
 
 
-def _numbered(folder: epath.Path) -> list[str]:
-    """The steps that have a folder there."""
-    return [entry.name for entry in folder.iterdir() if entry.name.isdigit()] if folder.is_dir() else []
+def unreadable(where: epath.Path, error: Exception) -> str | None:
+    """Why a checkpoint could not be read; None if it can be, and is not what was written.
+
+    TensorStore raises a ValueError for both, and words it as the storage did.
+    So all of its files are read here.
+
+    Args:
+      where: folder of the step.
+      error: what reading it raised.
+    """
+    missing = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+    failing = (OSError, MemoryError, jax.errors.JaxRuntimeError)
+    if isinstance(error, failing) and not isinstance(error, missing):
+        return first_line(error)
+    try:
+        for file in paths.walk(where):
+            with file.open("rb") as stream:
+                while stream.read(2**24):
+                    pass
+    except missing:  # a part of it is gone
+        return None
+    except Exception as failed:  # of whatever library reads this kind of storage
+        return first_line(failed)
+    signs = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "UNAUTHENTICATED", "PERMISSION_DENIED")
+    return first_line(error) if str(error).startswith(signs) else None
 
 
-def _barrier(name: str) -> None:
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
+def first_line(error: Exception) -> str:
+    """What an error says, cut to one line."""
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:200]
+
+
+def ignore_late_callbacks() -> None:
+    """After a read that failed, TensorStore's threads answer to an event loop that Orbax has closed:
+    dozens of lines of stack trace around our one."""
+    before = sys.unraisablehook
+    if getattr(before, "quiet", False):
+        return
+
+    def hook(event: Any) -> None:
+        if str(event.exc_value) != "Event loop is closed":
+            before(event)
+
+    hook.quiet = True
+    sys.unraisablehook = hook

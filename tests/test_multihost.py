@@ -9,8 +9,8 @@ import time
 
 import pytest
 
-from dyntoken import cluster
-from dyntoken.cluster import Cluster, find
+from dyntoken import multihost
+from dyntoken.multihost import Cluster, detect
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SLURM = {
@@ -38,25 +38,25 @@ PLAIN = {"JAX_COORDINATOR_ADDRESS": "node0:8476", "JAX_NUM_PROCESSES": "2", "JAX
     ],
 )
 def test_auto_reads_the_environment(environ, found):
-    assert find(environ=environ) == found
-    assert find("off", environ=environ) == Cluster()
+    assert detect(environ=environ) == found
+    assert detect("off", environ=environ) == Cluster()
 
 
 def test_flags_win_and_a_launcher_fills_in():
-    given = find(coordinator="a:1", processes=8, process=7, environ={**PLAIN, **SLURM})
+    given = detect(coordinator="a:1", processes=8, process=7, environ={**PLAIN, **SLURM})
     assert given == Cluster("flags", "a:1", 8, 7)
-    assert find(coordinator="a:1", environ=SLURM) == Cluster("flags", "a:1", 4, 3)
-    assert find(coordinator="a:1", environ=OMPI) == Cluster("flags", "a:1", 2, 1)
+    assert detect(coordinator="a:1", environ=SLURM) == Cluster("flags", "a:1", 4, 3)
+    assert detect(coordinator="a:1", environ=OMPI) == Cluster("flags", "a:1", 2, 1)
 
 
 def test_a_pod_is_recognised_by_its_chips(monkeypatch):
-    monkeypatch.setattr(cluster.importlib.util, "find_spec", lambda name: object())
-    monkeypatch.setattr(cluster.glob, "glob", lambda pattern: ["/dev/accel0"] if "accel" in pattern else [])
-    assert find(environ={"JAX_PLATFORMS": "cpu"}) == Cluster()
-    assert find(environ={}) == Cluster("tpu", None, None, None, sure=False)
-    assert find(environ={"TPU_WORKER_HOSTNAMES": "a"}).sure is False
-    assert find(environ={"TPU_WORKER_HOSTNAMES": "a,b"}).sure is True
-    assert find("on", environ={}).sure is True
+    monkeypatch.setattr(multihost.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(multihost.glob, "glob", lambda pattern: ["/dev/accel0"] if "accel" in pattern else [])
+    assert detect(environ={"JAX_PLATFORMS": "cpu"}) == Cluster()
+    assert detect(environ={}) == Cluster("tpu", None, None, None, sure=False)
+    assert detect(environ={"TPU_WORKER_HOSTNAMES": "a"}).sure is False
+    assert detect(environ={"TPU_WORKER_HOSTNAMES": "a,b"}).sure is True
+    assert detect("on", environ={}).sure is True
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_a_pod_is_recognised_by_its_chips(monkeypatch):
 )
 def test_what_does_not_fit_says_what_to_give(flags, environ, message):
     with pytest.raises(ValueError, match=message):
-        find(**flags, environ=environ)
+        detect(**flags, environ=environ)
 
 
 def test_an_unreachable_coordinator_ends_in_one_line_in_time():

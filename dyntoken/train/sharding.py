@@ -29,12 +29,21 @@ def data_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
     return jax.make_mesh((len(devices),), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
 
 
+def describe_devices(devices: Sequence[jax.Device]) -> str:
+    """Number, platform and kind of the devices of a run."""
+    first, count = devices[0], len(devices)
+    if first.platform == "cpu":
+        one = "1 x cpu" if count == 1 else f"{count} x cpu, virtual devices that share this machine's cores"
+    else:
+        one = f"{count} x {first.platform} ({first.device_kind})"
+    processes = jax.process_count()
+    return one if processes == 1 else f"{one}, of {processes} processes"
+
+
 def check_batch(batch: int, mesh: Mesh, *, multiple: int = 1, slices: int = 1, shards: int = 1) -> None:
     """Raises ValueError unless every device gets the same number of rows.
 
     Args:
-      batch: rows of the global batch.
-      mesh: from `data_mesh`.
       multiple: what the rows of one slice must divide by; 2 where mixup pairs
         neighbouring rows.
       slices: of the rows of one device, see `config.accumulate`.
@@ -64,7 +73,6 @@ def data_parallel(
       fn: takes `replicated` replicated arguments, then one batch whose leaves
         are split by rows; returns replicated results (what differs between
         devices must have been reduced over the axis, which is checked).
-      mesh: from `data_mesh`.
       replicated: number of leading arguments that every device holds whole.
       donate: positions of arguments whose memory the results may reuse.
     """
@@ -89,48 +97,46 @@ def split_update(
     piece it sees.
 
     Args:
-      gradient, update: from `train.step`.
-      mesh: from `data_mesh`.
-      layout: a state of shardings, from `layout_of`.
+      gradient, update: `(step, variables, teacher, batch) -> result` and `(state, result) -> (state, metrics)`.
+      layout: a state of shardings, from `state_sharding`.
     """
     specs = (PartitionSpec(),) * 3 + (PartitionSpec(AXIS),)
     mapped = jax.shard_map(gradient, mesh=mesh, in_specs=specs, out_specs=PartitionSpec())
 
     def step(state, teacher, batch):
-        found = mapped(state.step, state.variables, teacher, batch)
+        result = mapped(state.step, state.variables, teacher, batch)
         # Cut before the update, not after: the moments then never leave their device.
-        pieces = jax.tree.map(lambda x: piece(x, mesh), found.grads)
-        return update(state, found._replace(grads=jax.lax.with_sharding_constraint(found.grads, pieces)))
+        pieces = jax.tree.map(lambda x: shard_longest_axis(x, mesh), result.grads)
+        return update(state, result._replace(grads=jax.lax.with_sharding_constraint(result.grads, pieces)))
 
-    whole = NamedSharding(mesh, PartitionSpec())
-    return jax.jit(step, donate_argnums=(0,), out_shardings=(layout, whole))
+    return jax.jit(step, donate_argnums=(0,), out_shardings=(layout, NamedSharding(mesh, PartitionSpec())))
 
 
-def piece(leaf: Any, mesh: Mesh) -> NamedSharding:
+def shard_longest_axis(leaf: Any, mesh: Mesh) -> NamedSharding:
     """An array cut along its longest axis that divides over the devices, else whole on each."""
     fits = [axis for axis, size in enumerate(leaf.shape) if size % mesh.size == 0 and size > 0]
     if not fits or mesh.size == 1:
         return NamedSharding(mesh, PartitionSpec())
     longest = max(fits, key=lambda axis: leaf.shape[axis])
-    return NamedSharding(
-        mesh, PartitionSpec(*(AXIS if axis == longest else None for axis in range(longest + 1)))
-    )
+    return NamedSharding(mesh, PartitionSpec(*[None] * longest, AXIS))
 
 
-def layout_of(state: Tree, mesh: Mesh, shard: str) -> Tree:
+def state_sharding(state: Tree, mesh: Mesh, shard: str) -> Tree:
     """A tree of shardings for a `TrainState`.
 
     Args:
       state: arrays, or their shapes and types.
-      shard: row of `SHARDS`. With "params" each step gathers the parameters
-        once.
+      shard: row of `SHARDS`. With "params" each step gathers the parameters once.
     """
     whole = jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), state)
-    cut = {n: jax.tree.map(lambda x: piece(x, mesh), getattr(state, n)) for n in SHARDS[shard]}
+    cut = {
+        name: jax.tree.map(lambda x: shard_longest_axis(x, mesh), getattr(state, name))
+        for name in SHARDS[shard]
+    }
     return whole.replace(**cut)
 
 
-def gathered(tree: Tree) -> Tree:
+def replicate_all(tree: Tree) -> Tree:
     """The same arrays, whole on every device; all processes call it together."""
     leaves, structure = jax.tree.flatten(tree)
     cut = [x for x in leaves if not x.is_fully_replicated]
@@ -140,8 +146,7 @@ def gathered(tree: Tree) -> Tree:
     # devices that share few threads may each wait for another one, for ever.
     copies = _copies(NamedSharding(cut[0].sharding.mesh, PartitionSpec()))
     whole = iter(jax.block_until_ready(copies(cut)))
-    leaves = [x if x.is_fully_replicated else next(whole) for x in leaves]
-    return jax.tree.unflatten(structure, leaves)
+    return jax.tree.unflatten(structure, [x if x.is_fully_replicated else next(whole) for x in leaves])
 
 
 @functools.cache
@@ -168,39 +173,32 @@ def replicate(tree: Tree, mesh: Mesh, layout: Tree | None = None) -> Tree:
     layout = jax.tree.map(lambda _: sharding, copies) if layout is None else layout
     if jax.process_count() == 1:
         return jax.device_put(copies, layout)
-    # device_put would compare every leaf over all processes; `hosts` did that once, by checksum.
+    # device_put would compare every leaf over all processes; a checksum did that once.
     return jax.tree.map(
         lambda x, where: jax.make_array_from_callback(x.shape, where, lambda index: x[index]), copies, layout
     )
 
 
-def like(tree: Tree, layout: Tree) -> Tree:
-    """Shapes and types of a tree with the shardings of another (for compiling and restoring)."""
+def abstract(tree: Tree, mesh: Mesh, layout: Tree | None = None) -> Tree:
+    """Shapes, types and places of a tree (for compiling and restoring); by default every device holds all."""
+    if layout is None:
+        layout = jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), tree)
     return jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree, layout)
 
 
-def replicated_like(tree: Tree, mesh: Mesh) -> Tree:
-    """Shapes and types of a tree with the replicated sharding."""
-    return like(tree, jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), tree))
-
-
-def batch_like(
+def abstract_batch(
     mesh: Mesh, batch: int, shape: tuple[int, int, int], *, labels: int = 0
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes and types of a batch split over the mesh.
 
     Args:
-      mesh: from `data_mesh`.
-      batch: rows of the global batch.
-      shape: `(H, W, C)` of an image.
       labels: classes, if the batch holds every label that fits; else 0.
     """
-    sharding = NamedSharding(mesh, PartitionSpec(AXIS))
-    rows = functools.partial(jax.ShapeDtypeStruct, sharding=sharding)
-    found = {
+    rows = functools.partial(jax.ShapeDtypeStruct, sharding=NamedSharding(mesh, PartitionSpec(AXIS)))
+    made = {
         "image": rows((batch, *shape), np.uint8),
         "label": rows((batch,), np.int32),
         "mask": rows((batch,), np.float32),
         "id": rows((batch,), np.int32),
     }
-    return found | ({"labels": rows((batch, labels), np.bool_)} if labels else {})
+    return made | ({"labels": rows((batch, labels), np.bool_)} if labels else {})

@@ -8,7 +8,7 @@ import math
 import pytest
 from etils import epath
 
-from dyntoken.weights import workdirs
+from dyntoken import workdirs
 
 
 def write(tmp_path, rows, **config):
@@ -61,5 +61,5 @@ def test_the_later_evaluation_of_a_step_counts(tmp_path):
     ],
 )
 def test_errors(tmp_path, which, message):
-    with pytest.raises(workdirs.NoCheckpointError, match=message):
+    with pytest.raises(workdirs.CheckpointError, match=message):
         workdirs.candidates(epath.Path(tmp_path), STEPS, which)
