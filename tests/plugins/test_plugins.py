@@ -400,7 +400,7 @@ def test_product_tests_pick_up_methods_rules_and_backbones():
     cases = _product("--collect-only", "-m", "slow or not slow")
     for method in NEW:
         assert f"test_both_forms_have_one_tree[{method}]" in cases
-        assert f"[{method}_tall_tiny]" in cases and f"[{method}_lvvit_s]" in cases
+        assert f"[{method}_tall_tiny]" in cases and f"[{method}_lvvit_t]" in cases
     assert "[longrows_tiled_tiny]" in cases and "[attended_tiled_tiny]" not in cases
     assert "test_both_forms_have_one_tree[dynamicvit+received]" in cases
 
