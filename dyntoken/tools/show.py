@@ -93,6 +93,7 @@ def arguments(parser: cli.Parser) -> None:
 
 def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Writes one PNG per image and reduced exit: its file, and what becomes of the patches at each site."""
+    is_run = _is_run(args)
     import jax
 
     from dyntoken.analysis import figures, token_maps
@@ -100,7 +101,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     from dyntoken.tools import colour
     from dyntoken.weights import load_whole
 
-    run = load_run(args.name) if _is_run(args) else None
+    run = load_run(args.name) if is_run else None
     model = cli.build(args) if run is None else run.model
     name = args.name if run is None else Path(args.name).resolve().name
     if not model.sites():

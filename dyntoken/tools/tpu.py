@@ -102,12 +102,12 @@ def measure(args: argparse.Namespace) -> dict[str, Any] | list[dict[str, Any]]:
     """The report of one step, stored or new; with --table, stored ones."""
     if args.table:
         return [json.loads(pathlib.Path(path).read_text()) for path in args.table]
-    plan = make_plan(args)
-    wanted = request(args, plan)
+    run = make_run(args)
+    wanted = request(args, run)
     path = pathlib.Path(args.results) / f"{slug(wanted)}.json"
     found = None if args.again or args.hlo else stored(path, wanted)
     if found is None:
-        found = {"command": command(args.argv), **wanted, **compiled(args, plan)}
+        found = {"command": command(args.argv), **wanted, **compiled(args, run)}
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(found, indent=1) + "\n")
     return found
@@ -159,7 +159,7 @@ def devices(topology: str) -> Sequence[Any]:
         raise ValueError(f"libtpu makes no topology {name!r}: {cli.one_line(error)[:200]}") from error
 
 
-def make_plan(args: argparse.Namespace) -> Any:
+def make_run(args: argparse.Namespace) -> Any:
     """The run whose step is compiled; reads no images and no weights."""
     if (args.name is None) == (args.config is None):
         raise ValueError("give the NAME of a model, or --config=RECIPE")
@@ -214,9 +214,9 @@ def _of_name(args: argparse.Namespace, given: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
-def request(args: argparse.Namespace, plan: Any) -> dict[str, Any]:
+def request(args: argparse.Namespace, run: Any) -> dict[str, Any]:
     """What a report depends on, besides the code: the program, the chips, the versions."""
-    settings, train = plan.settings, args.train
+    settings, train = run.settings, args.train
     name, count, hbm = chips(args.topology)
     versions = {package: importlib.metadata.version(package) for package in ("jax", "jaxlib", "libtpu")}
     return {
@@ -259,7 +259,7 @@ def slug(wanted: dict[str, Any]) -> str:
     return "".join(c if c.isalnum() or c in "._-" else "-" for c in "_".join(map(str, parts)))
 
 
-def compiled(args: argparse.Namespace, plan: Any) -> dict[str, Any]:
+def compiled(args: argparse.Namespace, run: Any) -> dict[str, Any]:
     """Compiles and reads off the program; what does not fit is reported, not raised."""
     import jax
 
@@ -270,7 +270,7 @@ def compiled(args: argparse.Namespace, plan: Any) -> dict[str, Any]:
     refused = step = None
     try:
         with backend.trace_for("tpu"):
-            step = plan.train_step if args.train else plan.eval_step
+            step = run.train_step if args.train else run.eval_step
     except jax.errors.JaxRuntimeError as error:
         refused = cli.one_line(error)[:300]
         if "RESOURCE_EXHAUSTED" not in str(error):

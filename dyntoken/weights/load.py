@@ -109,11 +109,11 @@ def load_weights(
     bundle = layouts.from_flax_vit(files.read(source, prefer, step))
     shapes = trees.shapes_of(model)
     if not bundle.own:
-        dense = [from_dense.dense_of(model, 0)] if isinstance(model, Cascade) else []
-        bundle = layouts.without_prefix(bundle, [trees.reference_keys(m) for m in (model, *dense)], prefer)
+        models = [model, from_dense.dense_of(model, 0)] if isinstance(model, Cascade) else [model]
+        bundle = layouts.without_prefix(bundle, [trees.reference_keys(m) for m in models], prefer)
     found, left = _sort_for(model, bundle)
     spread = isinstance(model, Cascade) and not found  # none in its own keys: a dense model's
-    if spread:
+    if isinstance(model, Cascade) and spread:
         found, left = from_dense.spread(model, functools.partial(_sort_for, bundle=bundle), shapes)
     if head == "reset":
         found = {path: value for path, value in found.items() if not placing.of_head(path)}

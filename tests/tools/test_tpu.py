@@ -68,24 +68,24 @@ def test_bad_arguments_end_in_one_line(argv, message, capsys):
 
 
 def test_what_a_name_trains_with(host):
-    plan = tpu.make_plan(_args("--train", "--teacher", "--scan", "--remat=dots_saveable", "--accumulate=2"))
-    assert set(plan.settings.losses) == {"ce", "keep_ratio", "logit_kl", "token_distill"}
-    assert (plan.settings.batch, plan.settings.accumulate, plan.mesh.size) == (16, 2, 4)
-    body = plan.model.plain()
+    run = tpu.make_run(_args("--train", "--teacher", "--scan", "--remat=dots_saveable", "--accumulate=2"))
+    assert set(run.settings.losses) == {"ce", "keep_ratio", "logit_kl", "token_distill"}
+    assert (run.settings.batch, run.settings.accumulate, run.mesh.size) == (16, 2, 4)
+    body = run.model.plain()
     assert (body.scan, body.remat, body.width) == (True, "dots_saveable", 16)
-    assert plan.teacher.method is None and plan.teacher.plain().scan
+    assert run.teacher.method is None and run.teacher.plain().scan
 
 
 def test_a_recipe_says_all_itself(host):
-    plan = tpu.make_plan(_parsed("--config=configs/tps_deit.py:tiny", "--train", "--scan"))
-    assert plan.settings.losses.keys() == {"ce", "keep_ratio"} and plan.settings.batch == 16
-    assert plan.model.method == "dtps" and plan.model.plain().scan
-    assert plan.model.plain().dtype == jnp.bfloat16
+    run = tpu.make_run(_parsed("--config=configs/tps_deit.py:tiny", "--train", "--scan"))
+    assert run.settings.losses.keys() == {"ce", "keep_ratio"} and run.settings.batch == 16
+    assert run.model.method == "dtps" and run.model.plain().scan
+    assert run.model.plain().dtype == jnp.bfloat16
 
 
 def test_another_request_is_compiled_anew(host, tmp_path):
     args = _args("--train")
-    wanted = tpu.request(args, tpu.make_plan(args))
+    wanted = tpu.request(args, tpu.make_run(args))
     assert wanted["model"]["name"] == TINY[0] and wanted["versions"]["libtpu"] == "9"
     path = tmp_path / "report.json"
     assert tpu.stored(path, wanted) is None
