@@ -201,8 +201,11 @@ TIMM_CONVNEXT = {
 
 def _timm_convnext(a: Values) -> dict[str, Any]:
     pool, stem = a["global_pool"], a["stem_type"]
-    if stem == "patch" and a["patch_size"] == 2:
-        raise ValueError("patch_size=2 adds a downsampling ahead of the first stage: it is not implemented")
+    if stem == "patch" and (a["patch_size"] == 2 or a["patch_size"] > 7):
+        raise ValueError(
+            f"patch_size={a['patch_size']}: with 2 the first stage downsamples, from 8 on the last one does not "
+            "(its convolutions are dilated instead), which is not implemented"
+        )
     if pool == "catavgmax" and not a["head_norm_first"]:
         raise ValueError(
             "global_pool='catavgmax' needs head_norm_first=True: the norm is as wide as the cells"

@@ -107,3 +107,6 @@ def test_errors():
         dyntoken.create_model("convnext_tiny", widths=(4, 8))
     with pytest.raises(weights.WeightsError, match="output_stride=16"):
         weights.import_reference("timm", "ConvNeXt", {"output_stride": 16}, {})
+    for patch in (2, 8):  # their last grids are others than those of 4
+        with pytest.raises(weights.WeightsError, match=f"patch_size={patch}: "):
+            weights.import_reference("timm", "ConvNeXt", {"patch_size": patch}, {})
