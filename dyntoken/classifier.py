@@ -73,7 +73,6 @@ class Classifier(nn.Module):
     def validate(self) -> None:
         """Raises ValueError for fields that do not fit together."""
         body = self.plain()
-        body.check()
         self.sites()  # so that a bad value fails here, not inside a jitted step
         if self.pool in ("map", "prr") and not (
             self.attends and isinstance(getattr(body, "heads", None), int)

@@ -121,19 +121,10 @@ def run(
         if not result.finished:
             return 128 + result.signum
         if config.get("compare"):
-            _compare(config, result, say)
+            from dyntoken.tools import demo_report
+
+            demo_report.report(config, result, log=say)
     return 0
-
-
-def _compare(config, result, say) -> None:
-    import jax
-
-    from dyntoken.tools import demo_report
-
-    if jax.process_count() > 1:
-        say("one process makes the comparison: run this command again on one host, with --distributed=off")
-    else:
-        demo_report.report(config, result)
 
 
 def _gmacs(model) -> float | list[float]:

@@ -15,7 +15,7 @@ from dyntoken.backbones import BACKBONES
 from dyntoken.backbones.isotropic import Isotropic
 from dyntoken.cascade import Cascade
 from dyntoken.classifier import Classifier
-from dyntoken.heads import REPRESENTATIONS, AttentionPool, ClassHead, PatchRefinement, with_dense
+from dyntoken.heads import AttentionPool, ClassHead, PatchRefinement, with_dense
 from dyntoken.multiexit import MultiExit, default_exits
 from dyntoken.nn import layers
 from dyntoken.nn.spec import Site, Spec
@@ -61,7 +61,7 @@ class Model(Classifier):
     form: Form = "auto"
     representation_size: Count | None = None
     fc_norm: bool = False
-    representation_act: Literal[tuple(REPRESENTATIONS)] = "tanh"
+    representation_act: Literal["tanh", "gelu"] = "tanh"
     pool_prefix: bool = False
     head_dropout: Rate = 0.0
 
@@ -242,8 +242,15 @@ def create_model(name: str, **overrides: Any) -> Model | Cascade | MultiExit:
         fit together.
     """
     kind, method, arch_name = _kind(name)
-    if method is None and kind is not MultiExit:
-        _refuse_sites(name, overrides, f"{'dvt_' if kind is Cascade else ''}dtps_{arch_name}")
+    if (
+        method is None
+        and kind is not MultiExit
+        and (wrong := [key for key in overrides if key in OF_METHODS])
+    ):
+        other = f"{'dvt_' if kind is Cascade else ''}dtps_{arch_name}"
+        raise UnknownNameError(
+            f"{name} is dense and takes no {wrong[0]!r}: put a method into its name, as in {other}"
+        )
     known = keywords(name)  # refuses a backbone of which no cascade can be made, before its values
     kind.check_options(overrides)
     overrides = schema.check(known, overrides, owner=name)
@@ -307,15 +314,6 @@ def _isotropic(arch_name: str) -> bool:
 def _of_method(method: str) -> dict[str, Any]:
     """Keywords that a method takes, with their annotations."""
     return schema.fields(reducers.METHODS[method].make, but=(*OF_SITE, "predictor_eps"))
-
-
-def _refuse_sites(name: str, overrides: dict[str, Any], other: str) -> None:
-    """Raises UnknownNameError where a model without a method is told how to reduce."""
-    for key in overrides:
-        if key in OF_METHODS:
-            raise UnknownNameError(
-                f"{name} is dense and takes no {key!r}: put a method into its name, as in {other}"
-            )
 
 
 def _site_fields(method: str, at: Any, overrides: dict[str, Any], backbone: Spec) -> dict[str, Any]:

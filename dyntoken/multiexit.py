@@ -85,10 +85,7 @@ class MultiExit(Classifier):
     ) -> Output:
         """Runs the exits 0 .. `upto`.
 
-        Args:
-          images: `[B, H, W, C]` float, normalised.
-          train: training mode.
-          ids: `[B]` global example indices that key every random draw.
+        Args (images, train and ids as in `Model`):
           upto: number of the last exit that is computed (static); None runs all.
           record: "features" (`Output.tokens`: normalised tokens of each exit),
             "embed" (rows entering block 0), "blocks" (rows after each block).
@@ -126,14 +123,14 @@ class MultiExit(Classifier):
     ) -> tuple[Array, Array | None]:
         """Runs one exit: `model.apply(variables, images, upstream, index=1, method="step")`.
 
-        Args:
+        Args (train and ids as in a call of the whole):
           images: `[B, H, W, C]`; after exit 0 only their number counts.
           upstream: what the exit before returned, for the same rows.
           index: number of the exit (static).
 
         Returns:
-          `(logits [B, classes], rows after its last block [B, prefix + N, width])`;
-          None instead of the rows after the last exit.
+          `(logits [B, classes], rows after its last block [B, prefix + N, width])`,
+          None in place of the rows after the last exit.
         """
         check_upstream(index, upstream, index > 0)
         context = self._context(images, ids, train)

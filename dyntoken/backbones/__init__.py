@@ -9,7 +9,7 @@ from typing import Any
 import flax.linen as nn
 
 from dyntoken import architectures
-from dyntoken.nn.reduction_sites import ReductionSites
+from dyntoken.backbones.base import Backbone
 from dyntoken.registry import Table, check_options
 
 BACKBONES = Table(
@@ -49,7 +49,7 @@ def register_backbone(
       UnknownNameError: no such field.
       ValueError: a name that is taken, or no backbone.
     """
-    if not (isinstance(make, type) and issubclass(make, ReductionSites) and issubclass(make, nn.Module)):
+    if not (isinstance(make, type) and issubclass(make, Backbone)):
         raise ValueError(
             f"backbone {name!r} must subclass Isotropic, RegrownStages or DualPathStages, got {make!r}"
         )

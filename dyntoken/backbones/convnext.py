@@ -18,6 +18,11 @@ from dyntoken.ops import sample
 from dyntoken.schema import Count, Positive
 
 Array = jax.Array
+POOLED = {  # cells [B, N, C] to the classifier's row [B, 1, C]
+    "mean": lambda x: x.mean(axis=1, keepdims=True),
+    "max": lambda x: x.max(axis=1, keepdims=True),
+    "avgmax": lambda x: 0.5 * (x.mean(axis=1, keepdims=True) + x.max(axis=1, keepdims=True)),
+}
 SLOW_PATH, FAST_PATH = range(2)  # numbers of the random streams inside a layer
 
 
@@ -146,7 +151,7 @@ class ConvNeXt(DualPathStages):
     grn: bool = False
     conv_bias: bool = True
     stem: Literal["patch", "overlap", "overlap_act", "overlap_tiered"] = "patch"
-    pooled: Literal["mean", "max", "avgmax"] = "mean"
+    pooled: Literal[tuple(POOLED)] = "mean"
 
     predictor_eps = 1e-6
 
@@ -214,9 +219,7 @@ class ConvNeXt(DualPathStages):
 
     def final_norm(self, x: Array) -> Array:
         """The pooled cell and every cell, normalised."""
-        cells = x.astype(jnp.float32)
-        mean, best = cells.mean(axis=1, keepdims=True), cells.max(axis=1, keepdims=True)
-        pooled = {"mean": mean, "max": best, "avgmax": 0.5 * (mean + best)}[self.pooled]
+        pooled = POOLED[self.pooled](x.astype(jnp.float32))
         return self.norm(jnp.concatenate([pooled.astype(x.dtype), x], axis=1))
 
 

@@ -13,7 +13,7 @@ from dyntoken.backbones.sizes import of_stage, pair
 from dyntoken.backbones.staged_regrown import RegrownStages
 from dyntoken.nn import layers
 from dyntoken.nn.batchnorm import BatchNorm
-from dyntoken.nn.spatial import Map, SpatialBlock
+from dyntoken.nn.spatial import SpatialBlock, SpatialMap
 from dyntoken.nn.spec import Spec
 from dyntoken.ops import attend, sample, select, unfold
 from dyntoken.schema import Count, Natural, Positive
@@ -35,9 +35,8 @@ class ConvEmbed(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        init = layers.torch_uniform(self.kernel**2 * x.shape[-1])
-        options = {"kernel_init": init, "bias_init": init, "dtype": self.dtype, "name": "proj"}
-        x = nn.Conv(self.width, (self.kernel,) * 2, self.stride, self.padding, **options)(x)
+        options = ((self.kernel,) * 2, self.stride, self.padding)
+        x = layers.conv(x, self.width, *options, name="proj", dtype=self.dtype)
         return nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype, name="norm")(x)
 
 
@@ -93,7 +92,7 @@ class ConvAttention(nn.Module):
         self,
         x: Array,
         *,
-        spatial_map: Map,
+        spatial_map: SpatialMap,
         prefix: int = 0,
         train: bool = False,
         return_scores: bool = False,
@@ -122,7 +121,7 @@ class ConvAttention(nn.Module):
         y = layers.dense(width, name="proj", dtype=self.dtype)(y)
         return layers.drop(y, self.dropout, draws, *path), seen
 
-    def _projected(self, name: str, first: Array, spatial_map: Map, train: bool) -> Array:
+    def _projected(self, name: str, first: Array, spatial_map: SpatialMap, train: bool) -> Array:
         """Queries, keys or values `[B, heads, rows, head_dim]`."""
         stride, padding = (1, self.kernel // 2) if name == "q" else (self.stride, self.padding)
         method = "linear" if name == "q" and self.method == "avg" else self.method

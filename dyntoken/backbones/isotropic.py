@@ -5,19 +5,17 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import chex
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from dyntoken.backbones.base import Backbone
 from dyntoken.backbones.sizes import check_heads, check_images
 from dyntoken.nn import layers
 from dyntoken.nn.block import Block
-from dyntoken.nn.reduction_sites import ReductionSites
-from dyntoken.nn.remat import Remat, check_policy
-from dyntoken.nn.spec import Site, Spec
+from dyntoken.nn.spec import Spec
 from dyntoken.nn.trunk import Context, Trunk
-from dyntoken.schema import Count, Positive, Rate, Size
-from dyntoken.types import DType, Reduction, Tokens
+from dyntoken.schema import Count, Positive, Rate
+from dyntoken.types import Reduction, Tokens
 
 Array = jax.Array
 # Fields that a block takes from its backbone as they are.
@@ -25,7 +23,7 @@ OF_BLOCK = ("width", "heads", "mlp_ratio", "qkv_bias", "qk_scale", "dropout", "a
 OF_BLOCK += ("qk_norm", "layer_scale", "norm_eps", "skip_lam", "dtype", "attn_norm", "mlp_norm", "head_dim")
 
 
-class Isotropic(ReductionSites, nn.Module):
+class Isotropic(Backbone):
     """A stem, then blocks of one width.
 
     Class (and other prefix) tokens come first, then one position embedding of
@@ -34,9 +32,7 @@ class Isotropic(ReductionSites, nn.Module):
     in `stem_rows(images, context)`, which returns the patch rows `[B, N, width]`;
     it may have other `prefix_rows` and `positions`.
 
-    Attributes:
-      img_size: pixels, `n` or `(height, width)`.
-      in_chans: image channels.
+    Attributes (besides those of `Backbone`):
       width, depth, heads, mlp_ratio, qkv_bias, qk_scale: as timm's.
       dropout: after the position embedding, attention projection and MLP.
       attn_dropout: on the attention weights.
@@ -50,20 +46,13 @@ class Isotropic(ReductionSites, nn.Module):
       drop_path: stochastic depth of the last block, or a tuple with that of each.
       drop_path_rule: "linear" from 0 (DeiT) or "constant" (TPS).
       layer_scale: initial LayerScale value, None for none.
-      norm_eps: LayerNorm epsilon.
       skip_lam: what the residual branches are divided by.
       context: channels that something outside concatenates before each MLP,
         one number or one per block.
-      remat: recompute block halves in the backward pass: True, or the name of
-        what to keep, see `nn.remat.POLICIES`.
       scan: run the blocks between two sites as one loop: same parameters and
         results, a shorter compilation, see `nn.scan`.
-      dtype: compute type; parameters stay float32.
-      sites: reduction sites.
     """
 
-    img_size: Size = 224
-    in_chans: Count = 3
     width: Count = 384
     depth: Count = 12
     heads: Count = 6
@@ -83,13 +72,9 @@ class Isotropic(ReductionSites, nn.Module):
     drop_path: Rate | tuple[Rate, ...] = 0.0
     drop_path_rule: Literal["linear", "constant"] = "linear"
     layer_scale: float | None = None
-    norm_eps: Positive = 1e-6
     skip_lam: Positive = 1.0
     context: int | tuple[int, ...] = 0
-    remat: Remat = False
     scan: bool = False
-    dtype: DType = jnp.float32
-    sites: tuple[Site, ...] = ()
 
     required = ("grid", "setup_stem", "stem_rows")
 
@@ -109,12 +94,11 @@ class Isotropic(ReductionSites, nn.Module):
         return sum(self.prefix_rows.values())
 
     def check(self) -> None:
-        """Raises ValueError for fields that do not fit together."""
+        super().check()
         if self.head_dim is None:
             check_heads((self.width,), (self.heads,))
         if isinstance(self.drop_path, tuple) and len(self.drop_path) != self.path_count:
             raise ValueError(f"drop_path={self.drop_path} needs one rate per block ({self.path_count})")
-        check_policy(self.remat)
 
     @property
     def path_count(self) -> int:
@@ -135,7 +119,6 @@ class Isotropic(ReductionSites, nn.Module):
         return self.param("pos_embed", layers.trunc_normal(), (1, rows, self.width))
 
     def setup(self) -> None:
-        self.check()
         self.setup_stem()
         init = layers.trunc_normal()
         self.first = [self.param(name, init, (1, n, self.width)) for name, n in self.prefix_rows.items()]
@@ -143,10 +126,6 @@ class Isotropic(ReductionSites, nn.Module):
         blocks = tuple(self._block(i) for i in range(self.depth))
         self.trunk = Trunk(blocks, self.sites, self.remat, self.scan)
         self.norm = self.make_norm() if self.final_norm else lambda x: x
-
-    def make_norm(self) -> nn.LayerNorm:
-        """A LayerNorm of the backbone's own epsilon and type."""
-        return nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype)
 
     def _block(self, index: int) -> Spec:
         return Spec.of(

@@ -44,13 +44,10 @@ class PatchConv(nn.Module):
         x = images
         for number, (kernel, stride) in enumerate(((7, 2), (3, 1), (3, 1)), start=1):
             options = {"use_bias": False, "dtype": self.dtype, "name": f"conv{number}"}
-            init = layers.torch_uniform(kernel * kernel * x.shape[-1])
-            x = nn.Conv(self.channels, (kernel, kernel), stride, kernel // 2, kernel_init=init, **options)(x)
+            x = layers.conv(x, self.channels, (kernel, kernel), stride, kernel // 2, **options)
             x = nn.relu(BatchNorm(frozen=self.frozen, dtype=self.dtype, name=f"bn{number}")(x, train))
         half = tuple(p // 2 for p in self.patch)
-        init = layers.torch_uniform(half[0] * half[1] * self.channels)
-        options = {"kernel_init": init, "bias_init": init, "dtype": self.dtype, "name": "proj"}
-        return nn.Conv(self.width, half, half, "VALID", **options)(x)
+        return layers.conv(x, self.width, half, half, name="proj", dtype=self.dtype)
 
 
 class LVViT(Isotropic):

@@ -69,9 +69,8 @@ class Stem(nn.Module):
 
 
 def _conv(x: Array, channels: int, kernel: int, stride: int, dtype: Any, name: str) -> Array:
-    init = layers.torch_uniform(kernel * kernel * x.shape[-1])
     size, pad = (kernel, kernel), kernel // 2
-    return nn.Conv(channels, size, stride, pad, use_bias=False, kernel_init=init, dtype=dtype, name=name)(x)
+    return layers.conv(x, channels, size, stride, pad, use_bias=False, dtype=dtype, name=name)
 
 
 class Sampling(nn.Module):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from dyntoken.backbones.sizes import check_multiple, pair
 from dyntoken.backbones.staged_regrown import RegrownStages
 from dyntoken.nn import layers
-from dyntoken.nn.spatial import Map, SpatialBlock
+from dyntoken.nn.spatial import SpatialBlock, SpatialMap
 from dyntoken.nn.spec import Spec
 from dyntoken.ops import attend, sample
 from dyntoken.schema import Count, Positive
@@ -22,7 +22,7 @@ EMBED_EPS = 1e-5  # torch's default, which its embeddings and reduced maps keep 
 
 
 class Embed(nn.Module):
-    """Non-overlapping patches, then a norm: `[B, H, W, Cin]` -> `[B, H / patch, W / patch, width]`."""
+    """Non-overlapping patches, then a norm: `[B, H, W, Cin]` -> `[B, H // patch, W // patch, width]`."""
 
     patch: int
     width: int
@@ -30,15 +30,8 @@ class Embed(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        x = _patches(self.width, self.patch, x, "proj", self.dtype)
+        x = layers.conv(x, self.width, (self.patch,) * 2, self.patch, name="proj", dtype=self.dtype)
         return nn.LayerNorm(epsilon=EMBED_EPS, dtype=self.dtype, name="norm")(x)
-
-
-def _patches(width: int, patch: int, x: Array, name: str, dtype: Any) -> Array:
-    """A convolution without overlap; what fills no patch at the end of an axis is left out."""
-    init = layers.torch_uniform(patch * patch * x.shape[-1])
-    options = {"kernel_init": init, "bias_init": init, "dtype": dtype, "name": name}
-    return nn.Conv(width, (patch, patch), patch, "VALID", **options)(x)
 
 
 class SpatialReductionAttention(nn.Module):
@@ -61,7 +54,7 @@ class SpatialReductionAttention(nn.Module):
         self,
         x: Array,
         *,
-        spatial_map: Map | None = None,
+        spatial_map: SpatialMap | None = None,
         policy: Array | None = None,
         prefix: int = 0,
         train: bool = False,
@@ -78,7 +71,8 @@ class SpatialReductionAttention(nn.Module):
         options = {"dtype": self.dtype, "use_bias": self.qkv_bias}
         source = x
         if self.ratio > 1:
-            small = _patches(width, self.ratio, spatial_map.cells, "sr", self.dtype)
+            kernel = (self.ratio, self.ratio)
+            small = layers.conv(spatial_map.cells, width, kernel, self.ratio, name="sr", dtype=self.dtype)
             source = small.reshape(batch, -1, width)
             source = nn.LayerNorm(epsilon=EMBED_EPS, dtype=self.dtype, name="norm")(source)
         q = layers.dense(width, name="q", **options)(x)

@@ -9,14 +9,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from dyntoken.backbones.base import Backbone
 from dyntoken.backbones.sizes import check_images, check_multiple, pair
 from dyntoken.nn.dual_path import Route, Streams
-from dyntoken.nn.reduction_sites import ReductionSites
-from dyntoken.nn.remat import Remat, check_policy, rematerialised
+from dyntoken.nn.remat import rematerialised
 from dyntoken.nn.spec import Site, Spec
 from dyntoken.nn.trunk import Context
-from dyntoken.schema import Count, Rate, Size
-from dyntoken.types import DType, Reduction, Tokens
+from dyntoken.schema import Count, Size
+from dyntoken.types import Reduction, Tokens
 
 Array = jax.Array
 SPARSE_STAGE = 2  # index of the stage whose cells a method tells apart
@@ -77,18 +77,12 @@ class DualPathStage(nn.Module):
 
     def _decide(self, number: int, cells: Array, context: Context) -> tuple[Route, Reduction]:
         reducer = getattr(self, f"reducer_{number}")
-        _, reduction = reducer(
-            Tokens.start(cells, prefix=0, grid=self.grid),
-            None,
-            context.train,
-            draws=context.policy,
-            noise=None if context.noise is None else context.noise[number],
-            decision=None if context.decisions is None else context.decisions[number],
-        )
+        tokens = Tokens.start(cells, prefix=0, grid=self.grid)
+        _, reduction = reducer(tokens, None, context.train, **context.at_site(number))
         return Route.of(reduction, reducer.resolved(context.train), context.train), reduction
 
 
-class DualPathStages(ReductionSites, nn.Module):
+class DualPathStages(Backbone):
     """A stem, then stages, each on a grid half as fine as the one before.
 
     Sites are blocks of the third stage, `at` counts from its first block. All cells
@@ -99,7 +93,7 @@ class DualPathStages(ReductionSites, nn.Module):
     The final tokens are one row that the classifier reads, the pooled one, then
     the cells of the last grid, each normalised.
 
-    A subclass has `widths` (channels per stage) and `norm_eps`, and gives
+    A subclass has `widths` (channels per stage) and gives
     `site_step` (blocks from one default site to the next),
     `embed(images, context)` (images to the cells `[B, N, C]` that enter block 0),
     `downsample(stage, x)` (cells of the stage before to those that enter `stage`,
@@ -107,29 +101,19 @@ class DualPathStages(ReductionSites, nn.Module):
     final rows `[B, 1 + N, C]`) and `block(stage, index)`, the recipe of a block;
     `layer`, `width`, `grid`, `drop_path`, `norm_eps` and `dtype` are added.
 
-    Attributes (img_size, in_chans, remat, dtype and sites as in `isotropic.Isotropic`):
+    Attributes (besides those of `Backbone`):
       patch_size: pixels, `n` or `(height, width)`.
       depths: blocks per stage.
       drop_path: stochastic depth of the last block, growing linearly from 0.
     """
 
-    img_size: Size = 224
-    in_chans: Count = 3
     patch_size: Size = 4
     depths: tuple[Count, ...] = (2, 2, 6, 2)
-    drop_path: Rate = 0.0
-    remat: Remat = False
-    dtype: DType = jnp.float32
-    sites: tuple[Site, ...] = ()
 
-    required = ("widths", "norm_eps", "site_step", "embed", "downsample", "final_norm", "block")
+    required = ("widths", "site_step", "embed", "downsample", "final_norm", "block")
     nested = False
     prefix = 1  # row of the final tokens that is no cell: the pooled one
     predictor_eps = 1e-5
-
-    def __post_init__(self) -> None:
-        self.check()
-        super().__post_init__()
 
     @property
     def total_stride(self) -> int:
@@ -137,7 +121,7 @@ class DualPathStages(ReductionSites, nn.Module):
         return 2 ** (len(self.depths) - 1)
 
     def check(self) -> None:
-        check_policy(self.remat)
+        super().check()
         if not self.depths:
             raise ValueError("depths is empty: it names the blocks of each stage")
         patch = pair(self.patch_size)
@@ -226,10 +210,6 @@ class DualPathStages(ReductionSites, nn.Module):
             norm_eps=self.norm_eps,
             dtype=self.dtype,
         )
-
-    def make_norm(self) -> nn.LayerNorm:
-        """A LayerNorm of the backbone's own epsilon and type."""
-        return nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype)
 
     def __call__(
         self, images: Array, context: Context

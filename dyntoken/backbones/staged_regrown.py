@@ -5,24 +5,22 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal
 
-import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
+from dyntoken.backbones.base import Backbone
 from dyntoken.backbones.sizes import check_heads, check_images, of_stage
-from dyntoken.nn.reduction_sites import ReductionSites, listed
-from dyntoken.nn.remat import Remat, check_policy
+from dyntoken.nn.reduction_sites import listed
 from dyntoken.nn.spatial import RegrownStage
 from dyntoken.nn.spec import Site, Spec
 from dyntoken.nn.trunk import Context
 from dyntoken.ops import sample
-from dyntoken.schema import Count, Positive, Rate, Size
-from dyntoken.types import DType, Reduction, Tokens
+from dyntoken.schema import Count, Positive, Rate
+from dyntoken.types import Reduction, Tokens
 
 Array = jax.Array
 
 
-class RegrownStages(ReductionSites, nn.Module):
+class RegrownStages(Backbone):
     """Stages of falling resolution, each with blocks of its own width.
 
     `at` counts stages, from 0. A site lies in the first block of its stage:
@@ -43,7 +41,7 @@ class RegrownStages(ReductionSites, nn.Module):
     of the embedding it starts with and of a block (fields that all kinds share
     are added).
 
-    Attributes (besides those of `isotropic.Isotropic` of the same name):
+    Attributes (besides those of `Backbone`):
       widths, depths, heads, mlp_ratios: one number per stage.
       qkv_bias, dropout, attn_dropout: one for all stages, or one per stage.
       drop_path: stochastic depth of the last block, or of the last one of each stage.
@@ -51,8 +49,6 @@ class RegrownStages(ReductionSites, nn.Module):
         describes it), or "last", its value when it was dropped.
     """
 
-    img_size: Size = 224
-    in_chans: Count = 3
     widths: tuple[Count, ...] = (64, 128, 320, 512)
     depths: tuple[Count, ...] = (3, 4, 6, 3)
     heads: tuple[Count, ...] = (1, 2, 5, 8)
@@ -62,11 +58,7 @@ class RegrownStages(ReductionSites, nn.Module):
     attn_dropout: Rate | tuple[Rate, ...] = 0.0
     drop_path: Rate | tuple[Rate, ...] = 0.0
     drop_path_rule: Literal["linear", "constant"] = "linear"
-    norm_eps: Positive = 1e-6
     dropped: Literal["zero", "last"] = "zero"
-    remat: Remat = False
-    dtype: DType = jnp.float32
-    sites: tuple[Site, ...] = ()
 
     required = ("grids", "prefixes", "convolves", "embed", "block")
     nested = False
@@ -95,7 +87,7 @@ class RegrownStages(ReductionSites, nn.Module):
         return self.prefixes[-1]
 
     def check(self) -> None:
-        """Raises ValueError for fields that do not fit together."""
+        super().check()
         for name in (*self.per_stage, "qkv_bias", "dropout", "attn_dropout", "drop_path"):
             values = getattr(self, name)
             if (isinstance(values, tuple) or name in self.per_stage) and len(values) != self.depth:
@@ -103,7 +95,6 @@ class RegrownStages(ReductionSites, nn.Module):
                     f"{name}={values} has {len(values)} entries for {self.depth} stages (widths={self.widths})"
                 )
         check_heads(self.widths, self.heads)
-        check_policy(self.remat)
 
     # Where sites may lie
 
@@ -133,11 +124,10 @@ class RegrownStages(ReductionSites, nn.Module):
     # Running
 
     def setup(self) -> None:
-        self.check()
         at = {site.at: site for site in self.sites}
         for number in range(self.depth):
             setattr(self, f"stage_{number}", self._stage(number, at.get(number)))
-        self.norm = nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype)
+        self.norm = self.make_norm()
 
     def _stage(self, number: int, site: Site | None) -> RegrownStage:
         return RegrownStage(

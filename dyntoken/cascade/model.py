@@ -195,7 +195,7 @@ class Cascade(Classifier):
         self._check_exits()
         self._check_switches()
         for index in range(len(self.exits)):
-            self.plain(index).check()
+            self.plain(index)  # checks its fields
         super().validate()
 
     def _check_exits(self) -> None:
@@ -274,12 +274,8 @@ class Cascade(Classifier):
     ) -> Output:
         """Runs the exits 0 .. `upto`.
 
-        Args:
-          images: `[B, H, W, C]` float, normalised.
-          train: training mode.
-          ids: `[B]` global example indices that key every random draw.
-          noise, decisions: as in `Model`, over the sites of all exits, exit after
-            exit.
+        Args (images, train and ids as in `Model`):
+          noise, decisions: as there, over the sites of all exits, exit after exit.
           upto: number of the last exit that is computed (static); None runs all.
           record: "features" (`Output.tokens`: final tokens), and by name, one
             entry per exit: "embed", "blocks", "stages", "relations" (attention
@@ -322,12 +318,10 @@ class Cascade(Classifier):
     ) -> tuple[Array, Upstream]:
         """Runs one exit: `model.apply(variables, images, upstream, index=1, method="step")`.
 
-        Args:
-          images: `[B, H, W, C]`.
+        Args (images, train and ids as in a call of the whole):
           upstream: what the exit before returned, for the same rows.
           index: number of the exit (static).
-          train, ids: as in a call of the whole.
-          noise, decisions: as there, over the sites of this exit.
+          noise, decisions: over the sites of this exit.
 
         Returns:
           `(logits [B, classes], what the next exit needs)`.

@@ -108,12 +108,7 @@ class AugmentOptions:
 
 
 def random_boxes(
-    draws: Any,
-    height: Any,
-    width: Any,
-    scale: tuple[float, float],
-    ratio: tuple[float, float],
-    xp: Any = np,
+    draws: Any, height: Any, width: Any, scale: tuple[float, float], ratio: tuple[float, float], xp: Any = np
 ) -> Any:
     """Random resized crop boxes, with the procedure of timm and torchvision.
 

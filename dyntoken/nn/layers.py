@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -42,6 +42,23 @@ def dense(
 ) -> nn.Dense:
     """A linear layer as DeiT initialises it: truncated normal 0.02, bias zero."""
     return nn.Dense(features, use_bias=use_bias, kernel_init=trunc_normal(), dtype=dtype, name=name)
+
+
+def conv(
+    x: Array,
+    features: int,
+    kernel: tuple[int, int],
+    stride: int | tuple[int, int] = 1,
+    padding: int | Sequence[tuple[int, int]] = 0,
+    *,
+    name: str,
+    dtype: Dtype = jnp.float32,
+    use_bias: bool = True,
+) -> Array:
+    """A convolution of maps `[B, H, W, C]` with torch's default initialisation; a child of the calling module."""
+    init = torch_uniform(kernel[0] * kernel[1] * x.shape[-1])
+    options = {"kernel_init": init, "bias_init": init, "dtype": dtype, "use_bias": use_bias, "name": name}
+    return nn.Conv(features, kernel, stride, padding, **options)(x)
 
 
 def gelu(x: Array) -> Array:
@@ -92,11 +109,9 @@ class PatchEmbed(nn.Module):
 
     @nn.compact
     def __call__(self, images: Array) -> Array:
-        fan_in = self.patch[0] * self.patch[1] * images.shape[-1]
-        init = torch_uniform(fan_in)
         padding = [(p, p) for p in self.padding]
-        options = {"kernel_init": init, "bias_init": init, "dtype": self.dtype, "name": "proj"}
-        return nn.Conv(self.width, self.patch, self.patch, padding, use_bias=self.use_bias, **options)(images)
+        options = {"name": "proj", "dtype": self.dtype, "use_bias": self.use_bias}
+        return conv(images, self.width, self.patch, self.patch, padding, **options)
 
 
 class ConvStem(nn.Module):
@@ -123,10 +138,8 @@ class ConvStem(nn.Module):
         steps = self.patch[0].bit_length() - 1
         x = _padded(images, self.padding, self.patch[0])
         for step in range(steps):
-            init = torch_uniform(9 * x.shape[-1])
             channels = self.width >> (steps - 1 - step)
-            options = {"kernel_init": init, "bias_init": init, "dtype": self.dtype}
-            x = nn.relu(nn.Conv(channels, (3, 3), 1, 1, **options, name=f"conv_{step}")(x))
+            x = nn.relu(conv(x, channels, (3, 3), 1, 1, name=f"conv_{step}", dtype=self.dtype))
             batch, height, width, _ = x.shape
             x = x.reshape(batch, height // 2, 2, width // 2, 2, channels).max(axis=(2, 4))
         return x

@@ -28,7 +28,6 @@ class ReductionSites:
     `prefix` of its final tokens, and `default_sites`.
 
     Attributes:
-      required: what a subclass has to define.
       nested: a site sees what the one before it left. False: every site starts
         from a whole grid of its own.
       site_noun: what the positions of sites count.
@@ -36,7 +35,6 @@ class ReductionSites:
       naming: row of `weights.keys.RULES`, the key names of its public checkpoints; None: there are none.
     """
 
-    required = ()
     nested = True
     site_noun = "block"
     resize = "bicubic"

@@ -25,7 +25,7 @@ from dyntoken.types import Attended, Reduction, Tokens
 Array = jax.Array
 
 
-class Map(NamedTuple):
+class SpatialMap(NamedTuple):
     """What a block's attention sees besides its rows."""
 
     cells: Array  # [B, H, W, C], the normed patches on their grid
@@ -58,7 +58,7 @@ class SpatialBlock(Block):
     """A pre-norm block whose attention takes keys and values from a map of the whole grid.
 
     A subclass overrides `attention`: its module is called like `Attention`, with a
-    `Map` as `spatial_map` and no policy where `convolves`.
+    `SpatialMap` as `spatial_map` and no policy where `convolves`.
 
     Keys that come from a map are those of the grid: dropped tokens are in them
     as empty cells, and none is masked, in either form. Without a map dropped
@@ -104,12 +104,12 @@ class SpatialBlock(Block):
             tokens = tokens.replace(last=tokens.patches)
         return tokens, seen
 
-    def _spatial_map(self, tokens: Tokens, rows: Array) -> Map:
+    def _spatial_map(self, tokens: Tokens, rows: Array) -> SpatialMap:
         """The normed patch rows on the grid."""
         if not self.reduced:
-            return Map(rows.reshape(rows.shape[0], *tokens.grid, rows.shape[-1]), None)
+            return SpatialMap(rows.reshape(rows.shape[0], *tokens.grid, rows.shape[-1]), None)
         empty = None if tokens.last is None else self.norm1(tokens.last)
-        return Map(to_map(tokens, rows, empty), tokens.place if tokens.alive is None else None)
+        return SpatialMap(to_map(tokens, rows, empty), tokens.place if tokens.alive is None else None)
 
 
 class RegrownStage(nn.Module):

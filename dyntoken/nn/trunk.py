@@ -66,6 +66,12 @@ class Context:
     extra: Sequence[Array | None] | None = None
     record: tuple[str, ...] = ()
 
+    def at_site(self, number: int) -> dict[str, Any]:
+        """What the reducer of a site is called with besides tokens."""
+        noise = None if self.noise is None else self.noise[number]
+        decision = None if self.decisions is None else self.decisions[number]
+        return {"draws": self.policy, "noise": noise, "decision": decision}
+
 
 class Address(NamedTuple):
     """Where patches are after a reduction: `carrier [B, N0]` and `place [B, n]` of `Tokens`."""
@@ -215,14 +221,7 @@ class Trunk(nn.Module):
         self, stage: int, tokens: Tokens, seen: Attended | None, context: Context
     ) -> tuple[Tokens, Reduction]:
         reducer = getattr(self, f"reducer_{stage}")
-        return reducer(
-            tokens,
-            seen,
-            context.train,
-            draws=context.policy,
-            noise=None if context.noise is None else context.noise[stage],
-            decision=None if context.decisions is None else context.decisions[stage],
-        )
+        return reducer(tokens, seen, context.train, **context.at_site(stage))
 
 
 def _rows(tokens: Tokens) -> tuple[Array | None, int]:

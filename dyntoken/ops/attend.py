@@ -95,13 +95,7 @@ def normalise(logits: Array, *, policy: Array | None, train: bool) -> Array:
 def class_attention(probs: Array, prefix: int) -> Array:
     """The class token's attention to the patches, averaged over heads.
 
-    EViT, section 3.2: taken from the softmax over all rows, prefix columns left
-    out, not renormalised.
-
-    Args:
-      probs: `[B, H, T, T]`; row 0 is the class token.
-
-    Returns:
-      `[B, T - prefix]` float32.
+    EViT, section 3.2: `[B, T - prefix]` float32 from the softmax over all rows
+    `probs [B, H, T, T]` (row 0 is the class token), not renormalised.
     """
     return probs[:, :, 0, prefix:].mean(axis=1)

@@ -20,12 +20,9 @@ def depthwise(x: Array, kernel: Array, *, stride: int = 1, padding: int = 0) -> 
     the filter's taps are shifted copies that are added up (in float32).
 
     Args:
-      x: `[B, H, W, C]`.
+      x: `[B, H, W, C]`, the result `[B, h, w, C]` with h = (H + 2 padding - kh) // stride + 1.
       kernel: `[kh, kw, 1, C]`, the layout of a grouped `nn.Conv`.
       stride, padding: of both axes; `padding` zeros on every side.
-
-    Returns:
-      `[B, h, w, C]` of x's type, h = (H + 2 padding - kh) // stride + 1.
     """
     if kernel.ndim != 4 or kernel.shape[2:] != (1, x.shape[-1]):
         raise ValueError(f"kernel {kernel.shape} must be [kh, kw, 1, {x.shape[-1]}] for x {x.shape}")

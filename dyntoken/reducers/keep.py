@@ -104,14 +104,12 @@ def keep_rate_schedule(
 ) -> float:
     """EViT's keep rate at a step: 1 at first, then a cosine down to `base`.
 
-    youweiliang/evit, `adjust_keep_rate`. A keep rate fixes shapes, so this is
-    a function of a Python int; `quantize_keep_rates` bounds how many different
-    rates, hence compilations, a run sees.
+    youweiliang/evit, `adjust_keep_rate`. A keep rate fixes shapes, so the step is
+    a Python int; `quantize_keep_rates` bounds the number of compilations.
 
     Args:
       step: training step, from 0.
       base: final keep rate, in (0, 1].
-      steps_per_epoch: steps per epoch.
       warmup_epochs: epochs at rate 1 (`shrink_start_epoch`).
       total_epochs: first epoch at `base` (`shrink_start_epoch + shrink_epochs`).
     """

@@ -154,10 +154,8 @@ def make_sites(
 
     Args:
       body: the backbone, see `nn.reduction_sites.ReductionSites`.
-      name: row of `METHODS`; options: replacements of its own fields.
-      keep: keep rate or counts, see `reducers.keep.keep_counts`.
-      at: 0-based positions, of blocks or (in stages) as the backbone says.
-      form: "auto", "mask" or "gather".
+      name, options: row of `METHODS`, replacements of its own fields.
+      keep, at, form: see `models.Model`.
       arch: what messages call the backbone.
 
     Raises:
@@ -179,7 +177,7 @@ def make_sites(
     return tuple(
         Site(
             index,
-            Spec(row.make, row.options).with_(keep=kept, current=current, ratio=ratio, form=form),
+            row.with_(keep=kept, current=current, ratio=ratio, form=form),
             row.inside,
         )
         for index, (current, kept, ratio) in zip(at, counts, strict=True)

@@ -41,12 +41,15 @@ def report(config: Config, result: train.Result, *, log: Log = print) -> list[Ro
 
     Args:
       config: of the run.
-      result: what `train.run` returned.
+      result: what `train.run` returned; several processes only say that one is to compare.
 
     Returns:
       One dict per row: `model`, `top1` (fraction), `gmacs`, and `images_per_s` or
       `exit`, its number.
     """
+    if jax.process_count() > 1:
+        log("one process makes the comparison: run this command again on one host, with --distributed=off")
+        return []
     target = result.workdir / "compare.json"
     exits = bool(result.model.exits)
     if not target.exists():

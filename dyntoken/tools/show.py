@@ -99,7 +99,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     from dyntoken.analysis import figures, token_maps
     from dyntoken.runs import load_run
     from dyntoken.tools import colour
-    from dyntoken.weights.whole import load_whole
+    from dyntoken.weights import load_whole
 
     run = load_run(args.name) if is_run else None
     model = cli.build(args) if run is None else run.model

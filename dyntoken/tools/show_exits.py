@@ -39,7 +39,7 @@ from dyntoken.eval.logits import collect, make_logits_step
 from dyntoken.tools import cli
 from dyntoken.tools.thresholds import UNITS, read
 from dyntoken.train import sharding as meshes
-from dyntoken.weights.whole import load_whole
+from dyntoken.weights import load_whole
 
 CLASSES = 12  # of more classes, columns are just examples
 COLUMNS = 10

@@ -21,7 +21,7 @@ from dyntoken.train.build import Run, build, peak_bytes
 from dyntoken.train.eval_datasets import MAIN
 from dyntoken.train.logging import Value
 from dyntoken.train.start import check_same_run, load_init
-from dyntoken.weights.whole import load_whole
+from dyntoken.weights import load_whole
 from dyntoken.workdirs import CONFIG, FOLDER
 
 Tree = Any

@@ -6,7 +6,7 @@ arguments and state dict, into a model of this library with its variables.
 """
 
 from dyntoken.weights.errors import WeightsError
-from dyntoken.weights.load import Report, load_weights, save_weights
+from dyntoken.weights.load import Report, load_weights, load_whole, save_weights
 from dyntoken.weights.reference import export_reference, import_reference, with_buffers
 from dyntoken.weights.trees import flat_variables, reference_keys, shapes_of
 
@@ -17,6 +17,7 @@ __all__ = [
     "flat_variables",
     "import_reference",
     "load_weights",
+    "load_whole",
     "reference_keys",
     "save_weights",
     "shapes_of",

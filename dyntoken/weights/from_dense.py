@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import numpy as np
 
@@ -15,11 +14,6 @@ Sort = Callable[[Model], tuple[dict[str, np.ndarray], tuple[str, ...]]]
 Shapes = Mapping[str, tuple[int, ...]]
 STEMS = ("backbone/patch_embed/", "backbone/tokens_to_token/")
 WIDENED = ("/norm2/", "/mlp/fc1/kernel")  # where the context embedding of the exit before comes in
-
-
-def applies(model: Any, found: Mapping[str, Any]) -> bool:
-    """Whether weights, read with the cascade's own key names, have to come from a dense model."""
-    return isinstance(model, Cascade) and not found
 
 
 def dense_of(model: Cascade, index: int) -> Model:

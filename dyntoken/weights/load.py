@@ -109,11 +109,11 @@ def load_weights(
     bundle = layouts.from_flax_vit(files.read(source, prefer, step))
     shapes = trees.shapes_of(model)
     if not bundle.own:
-        dense = [from_dense.dense_of(model, 0)] if isinstance(model, Cascade) else []
-        bundle = layouts.without_prefix(bundle, [trees.reference_keys(m) for m in (model, *dense)], prefer)
+        models = [model, from_dense.dense_of(model, 0)] if isinstance(model, Cascade) else [model]
+        bundle = layouts.without_prefix(bundle, [trees.reference_keys(m) for m in models], prefer)
     found, left = _sort_for(model, bundle)
-    spread = from_dense.applies(model, found)
-    if spread:
+    spread = isinstance(model, Cascade) and not found  # none in its own keys: a dense model's
+    if isinstance(model, Cascade) and spread:
         found, left = from_dense.spread(model, functools.partial(_sort_for, bundle=bundle), shapes)
     if head == "reset":
         found = {path: value for path, value in found.items() if not placing.of_head(path)}
@@ -150,6 +150,25 @@ def load_weights(
     found.update(fresh(missing) if missing else {})
     variables = trees.nested_variables({path: found[path] for path in shapes})
     return (variables, report) if return_report else variables
+
+
+def load_whole(model: Model, source: Any, **options: Any) -> tuple[Any, Report]:
+    """As `load_weights`, variables and report, of a source that holds every array of the model.
+
+    Raises:
+      WeightsError: for one that does not.
+    """
+    variables, report = load_weights(model, source, return_report=True, **options)
+    if report.missing:
+        more = ", ..." if len(report.missing) > 3 else ""
+        raise WeightsError(
+            f"{report.origin}: holds no values for {len(report.missing)} of the model's arrays "
+            f"({', '.join(report.missing[:3])}{more}), and freshly initialised ones tell nothing: "
+            "train first and name the workdir, or give weights of this very model"
+        )
+    if report.unexpected or report.resized:
+        _log.warning("%s", report)
+    return variables, report
 
 
 def save_weights(

@@ -159,7 +159,7 @@ def check_shapes(
     raise WeightsError(f"{origin}: weights of another shape: {listed}; {remedy}")
 
 
-def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+def check_choice(name: str, value: Any, choices: tuple[str | None, ...]) -> None:
     """Refuses a keyword's value that is none of its choices."""
     if value not in choices:
         raise WeightsError(f"{name}={value!r}: choose {' or '.join(map(repr, choices))}")

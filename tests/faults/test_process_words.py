@@ -15,7 +15,7 @@ import pytest
 
 import dyntoken
 from dyntoken.tools import convert, show
-from dyntoken.weights.whole import load_whole
+from dyntoken.weights import load_whole
 from tests.train.tiny import DENSE, SMALL
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]

@@ -6,6 +6,7 @@ import functools
 import importlib
 import json
 import os
+import shutil
 import signal
 
 import jax
@@ -21,25 +22,28 @@ from tests.train.test_loop import CrashError, Log, assert_identical, crash, rows
 from tests.train.tiny import tiny_config
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    return train.run(tiny_config(steps=2), tmp_path_factory.mktemp("trained"), log=Log())
+
+
 @pytest.mark.parametrize(
     "changed", [{"log_steps": 3}, {"curves": True}, {"keep_checkpoints": 5, "checkpoint_steps": 3}]
 )
-def test_a_finished_run_is_evaluated_once(tmp_path, monkeypatch, changed):
-    config = tiny_config(steps=2)
-    result = train.run(config, tmp_path, log=Log())
-    before = rows(tmp_path)
+def test_a_finished_run_is_evaluated_once(trained, tmp_path, monkeypatch, changed):
+    workdir = shutil.copytree(trained.workdir, tmp_path / "run")
+    before = rows(workdir)
     monkeypatch.setattr(loop, "measure", lambda *_: pytest.fail("evaluated again"))
-    again = train.run({**config.to_dict(), **changed}, tmp_path, log=Log())
-    assert again.metrics == result.metrics and rows(tmp_path) == before
+    again = train.run({**tiny_config(steps=2).to_dict(), **changed}, workdir, log=Log())
+    assert again.metrics == trained.metrics and rows(workdir) == before
 
 
-def test_another_evaluation_takes_the_place_of_the_row(tmp_path):
-    config = tiny_config(steps=2)
-    train.run(config, tmp_path, log=Log())
+def test_another_evaluation_takes_the_place_of_the_row(trained, tmp_path):
+    workdir = shutil.copytree(trained.workdir, tmp_path / "run")
     fake = {"image_size": 16, "train": 64, "test": 21, "num_classes": 7}
-    more = {**config.to_dict(), "evals": {"more": {"name": "fake", "options": fake}}}
-    train.run(more, tmp_path, log=Log())
-    found = [row for row in rows(tmp_path) if row["kind"] == "eval"]
+    more = {**tiny_config(steps=2).to_dict(), "evals": {"more": {"name": "fake", "options": fake}}}
+    train.run(more, workdir, log=Log())
+    found = [row for row in rows(workdir) if row["kind"] == "eval"]
     assert len(found) == 1 and found[0]["more/count"] == 21
 
 
@@ -91,11 +95,6 @@ def test_the_last_saved_step_is_named(tmp_path, monkeypatch, bad, every, said):
     bad_step = bad + 2
     with pytest.raises(train.TrainError, match=rf"step {bad_step}: .*{said}"):
         train.run(tiny_config(checkpoint_steps=every), tmp_path, log=Log())
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    return train.run(tiny_config(steps=2), tmp_path_factory.mktemp("trained"), log=Log())
 
 
 class TestNotFinite:
