@@ -26,7 +26,7 @@ def compilations(monkeypatch):
         return types.SimpleNamespace(logits=jnp.stack([-light, light], axis=1))
 
     how = Preprocess((8, 8), 3, (0.5,) * 3, (0.25,) * 3)
-    run = runs.Run(types.SimpleNamespace(apply=apply), {}, how, ("dark", "light"), 1)
+    run = runs.Run(types.SimpleNamespace(apply=apply, num_classes=2), {}, how, ("dark", "light"), 1)
     monkeypatch.setattr(runs, "load_run", lambda workdir, **options: run)
     return traced
 
