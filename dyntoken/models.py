@@ -262,7 +262,8 @@ def create_model(name: str, **overrides: Any) -> Model | Cascade | MultiExit:
     if kind is MultiExit:
         fields.setdefault("exits", default_exits(backbone(parent=None).depth))
     if method is not None:
-        fields |= _site_fields(method, fields.get("at"), overrides, backbone)
+        body = kind(arch=arch_name, backbone=backbone, **fields).plain()  # a cascade sets the grid itself
+        fields |= _site_fields(method, fields.get("at"), overrides, body)
         fields["reducer" if kind is Cascade else "method"] = method
     model = kind(arch=arch_name, backbone=backbone, **fields)
     model.validate()
@@ -316,11 +317,11 @@ def _of_method(method: str) -> dict[str, Any]:
     return schema.fields(reducers.METHODS[method].make, but=(*OF_SITE, "predictor_eps"))
 
 
-def _site_fields(method: str, at: Any, overrides: dict[str, Any], backbone: Spec) -> dict[str, Any]:
+def _site_fields(method: str, at: Any, overrides: dict[str, Any], body: Any) -> dict[str, Any]:
     """`at` (by default the backbone's) and the method's own options."""
     options = tuple(sorted((k, _static(v)) for k, v in overrides.items() if k in _of_method(method)))
     if at is None or at == ():
-        at = backbone(parent=None).sites_of(reducers.method(method, **dict(options)).plain)
+        at = body.sites_of(reducers.method(method, **dict(options)).plain)
     return {"at": (at,) if isinstance(at, int) else tuple(at), "method_options": options}
 
 
