@@ -201,12 +201,19 @@ class Checkpoints:
 
 
 def restore_from(
-    workdir: str | epath.PathLike, like: Tree, *, step: int | str = "newest", log: Log = print
+    workdir: str | epath.PathLike,
+    like: Tree,
+    *,
+    step: int | str = "newest",
+    log: Log = print,
+    leave_out: str | None = None,
 ) -> Restored:
     """The newest intact checkpoint of another run, which is left untouched.
 
     Args:
       like: as in `Checkpoints.restore`.
+      leave_out: a part of the tree that is neither read nor verified
+        ("opt_state"); it is None in `like`.
       step: "newest", "best" (by the run's `best_metric`, the next best where
         it is damaged) or the number of a step.
 
@@ -220,7 +227,7 @@ def restore_from(
     manager = ocp.CheckpointManager(where, options=ocp.CheckpointManagerOptions(create=False))
     try:
         steps = candidates(where.parent, manager.all_steps(), step)
-        found, _ = _first_intact(manager, steps, like, log)
+        found, _ = _first_intact(manager, steps, like, log, leave_out)
     finally:
         manager.close()
     if found is None:
@@ -240,13 +247,17 @@ def flatten(tree: Tree) -> dict[str, Any]:
 
 
 def _first_intact(
-    manager: ocp.CheckpointManager, steps: Sequence[int], like: Tree, log: Log
+    manager: ocp.CheckpointManager,
+    steps: Sequence[int],
+    like: Tree,
+    log: Log,
+    leave_out: str | None = None,
 ) -> tuple[Restored | None, list[int]]:
     """The first of some steps that is intact (None without steps), and the damaged ones before it."""
     damaged = []
     for step in steps:
         try:
-            return _restore(manager, step, like, log), damaged
+            return _restore(manager, step, like, log, leave_out), damaged
         except _DamagedError as error:
             log(f"checkpoint {step} in {manager.directory} is damaged ({error}); trying the one before")
             damaged.append(step)
@@ -255,14 +266,16 @@ def _first_intact(
     return None, damaged
 
 
-def _restore(manager: ocp.CheckpointManager, step: int, like: Tree, log: Log) -> Restored:
+def _restore(
+    manager: ocp.CheckpointManager, step: int, like: Tree, log: Log, leave_out: str | None
+) -> Restored:
     """One checkpoint; what cannot be read is tried again before it counts as such."""
     where = epath.Path(manager.directory) / str(step)
     ignore_late_callbacks()
     pauses = iter(RETRY_PAUSES_S)
     while True:
         try:
-            return _read(manager, step, like)
+            return _read(manager, step, like, leave_out)
         except (CheckpointError, _DamagedError):
             raise
         except Exception as error:
@@ -279,7 +292,7 @@ def _restore(manager: ocp.CheckpointManager, step: int, like: Tree, log: Log) ->
             time.sleep(pause)
 
 
-def _read(manager: ocp.CheckpointManager, step: int, like: Tree) -> Restored:
+def _read(manager: ocp.CheckpointManager, step: int, like: Tree, leave_out: str | None) -> Restored:
     where = f"{manager.directory}/{step}"
     meta = dict(manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta)
     written = meta.pop("checksum")
@@ -294,14 +307,19 @@ def _read(manager: ocp.CheckpointManager, step: int, like: Tree) -> Restored:
             "checksums): go on with that version, or start from its weights (init.path) in another workdir"
         )
     here = {name: [list(leaf.shape), str(leaf.dtype)] for name, leaf in wanted.items()}
-    for name in sorted(leaves.keys() | here.keys()):
+    unread = {name for name in leaves if leave_out and name.startswith(f"{leave_out}/")}
+    for name in sorted((leaves.keys() | here.keys()) - unread):
         there = leaves[name][:2] if name in leaves else "absent"
         if there != here.get(name, "absent"):
             raise CheckpointError(
                 f"{where} holds another run: {name} is {there} there, {here.get(name, 'absent')} here; "
                 "use another workdir (and init.path to start from its weights)"
             )
-    args = ocp.args.StandardRestore(flax.traverse_util.unflatten_dict(wanted, sep="/"))
+    item = flax.traverse_util.unflatten_dict(wanted, sep="/")
+    args = ocp.args.StandardRestore(item)
+    if unread:  # StandardRestore reads all or nothing, but is the only one after a StandardSave
+        how = ocp.checkpoint_utils.construct_restore_args(item)
+        args = ocp.args.PyTreeRestore(item, restore_args=how, partial_restore=True)
     tree = manager.restore(step, args=ocp.args.Composite(state=args)).state
     flat = flax.traverse_util.flatten_dict(tree, sep="/")
     for name, leaf in flat.items():

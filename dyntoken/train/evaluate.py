@@ -13,7 +13,7 @@ import numpy as np
 from etils import epath
 
 from dyntoken import data, paths, schedules
-from dyntoken.checkpoints import restore_from
+from dyntoken.checkpoints import Restored, restore_from
 from dyntoken.eval.logits import classify
 from dyntoken.multihost import all_or_none, only_first
 from dyntoken.train import sharding
@@ -67,7 +67,7 @@ def evaluate(
                 "and name weights that hold the whole model, --config.init.path=WEIGHTS"
             )
         check_same_run(workdir, run, step)
-        found = restore_from(workdir, run.abstract_state, step=step, log=log)
+        found = restore_weights(workdir, run, step, log)
         log(f"evaluating step {found.step} of {workdir}")
         variables, ema, extra = found.tree.variables, found.tree.ema, {"step": found.step}
         warn_of_average(run, found.step, log)
@@ -142,8 +142,14 @@ def open_workdir(
     if ema and run.settings.ema <= 0:
         raise ValueError(f"the run in {workdir} keeps no weight average: leave --ema out")
     check_same_run(workdir, run)
-    found = restore_from(workdir, run.abstract_state, log=log)
+    found = restore_weights(workdir, run, "newest", log)
     return Opened(run, found.tree.ema if ema else found.tree.variables, found.step)
+
+
+def restore_weights(workdir: str | epath.PathLike, run: Run, step: int | str, log: Log) -> Restored:
+    """A checkpoint without the state of its optimizer, which an evaluation does not need."""
+    like = run.abstract_state.replace(opt_state=None)
+    return restore_from(workdir, like, step=step, log=log, leave_out="opt_state")
 
 
 def measure(run: Run, variables: Tree, ema: Tree | None = None) -> dict[str, Value]:

@@ -223,6 +223,17 @@ def test_from_another_run_leaves_it_untouched(saved, mesh):
         restore_from(saved / "nowhere", like)
 
 
+def test_weights_are_read_whatever_the_optimizer_was(saved, mesh):
+    state = make_state(4, mesh)
+    like = sharding.abstract(state.replace(opt_state=None), mesh)
+    found = restore_from(saved, like, leave_out="opt_state")
+    assert found.step == 4 and found.tree.opt_state is None
+    assert_equal(found.tree.variables, state.variables)
+    assert_equal(found.tree.ema, state.ema)
+    with pytest.raises(CheckpointError, match=r"opt_state/.* there, absent here"):
+        restore_from(saved, like)
+
+
 def test_keep_must_be_positive(tmp_path):
     with pytest.raises(ValueError, match="keep_checkpoints must be at least 1, not 0"):
         Checkpoints(tmp_path, keep=0)
