@@ -137,8 +137,14 @@ def test_relations_of_the_last_layer_by_a_linear_layer_and_naive_resizing():
 
 def _reuse(**options):
     fields = {"old": (3, 3), "new": (4, 4), "heads": 2, "prefix": 1, "norm_eps": 1e-6, "context": (0, 0)}
-    fields |= {"hidden": 8, "with_prefix": False, "normalise": True, "relations": "all", "mixer": "mlp"}
-    return Reuse(**{**fields, "resize": "grid", "chunks": 1, **options})
+    fields |= {
+        "context_hidden": 8,
+        "feature_class_token": False,
+        "feature_norm": True,
+        "relation_reuse": True,
+    }
+    fields |= {"relation_source": "all", "relation_mixer": "mlp", "relation_resize": "grid"}
+    return Reuse(**{**fields, "relation_chunks": 1, **options})
 
 
 @pytest.mark.parametrize(
@@ -153,7 +159,7 @@ def test_maps_in_pieces_are_the_same_maps(source, remat, chunks):
     relations = [jax.random.normal(jax.random.key(i), (2, 2, 10, 10)) for i in range(2)]
 
     def run(chunks):
-        module = _reuse(relations=source, remat=remat, chunks=chunks)
+        module = _reuse(relation_source=source, remat=remat, relation_chunks=chunks)
         apply = lambda v, r: jnp.concatenate(module.apply(v, r, [None] * 2, method="maps"))  # noqa: E731
         shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), relations, [None] * 2, method="maps"))
 
@@ -173,7 +179,7 @@ def test_pieces_take_less_memory_and_as_many_multiply_adds():
     relations = [jax.ShapeDtypeStruct((4, 4, 65, 65), jnp.float32)] * 4
 
     def temporary(chunks):
-        module = _reuse(old=(8, 8), heads=4, context=(0,) * 4, chunks=chunks, remat=True)
+        module = _reuse(old=(8, 8), heads=4, context=(0,) * 4, relation_chunks=chunks, remat=True)
         maps = lambda v, r: module.apply(v, r, [None] * 4, method="maps")  # noqa: E731
         shapes = jax.eval_shape(
             lambda r: module.init(jax.random.key(0), r, [None] * 4, method="maps"), relations
