@@ -119,9 +119,7 @@ def test_sheets_of_a_run_and_its_calibration(exit_workdir, tmp_path, capsys):
 
 
 def test_the_budget_nearest_to_the_one_asked_for():
-    found = show_exits.Calibration(
-        "margin", 0, "ms", np.array([3.0, 1.0, 2.0]), np.array([[3.0], [1.0], [2.0]])
-    )
+    found = {"unit": "ms", "budgets": [3.0, 1.0, 2.0], "thresholds": [[3.0], [1.0], [2.0]]}
     for asked, limit, how in ((None, 2, "budget 2 ms"), (0.2, 1, "budget 1 ms"), (2.6, 3, "budget 3 ms")):
         args = argparse.Namespace(budget=asked, thresholds=None)
         assert show_exits.choose(args, found, 1) == (limit, how)
