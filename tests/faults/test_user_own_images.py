@@ -193,7 +193,7 @@ def test_a_renamed_folder_neither_resumes_nor_evaluates(trained, tmp_path):
     for split in ("train", "val"):
         (tmp_path / "data" / split / "cherry").rename(tmp_path / "data" / split / "tomato")
     for go in (train.run, train.evaluate):
-        with pytest.raises(RuntimeError, match=r"'cherry'.*'tomato'"):
+        with pytest.raises(ValueError, match=r"'cherry'.*'tomato'"):
             go(folder_config(tmp_path / "data", steps=40), workdir, log=quiet)
 
 
