@@ -3,6 +3,7 @@
 import gc
 import os
 import pathlib
+import signal
 
 FLAGS = (
     "--xla_force_host_platform_device_count=4",  # 1 device = 4 devices is tested everywhere
@@ -14,6 +15,10 @@ FLAGS = (
 )
 CACHE = pathlib.Path(__file__).resolve().parent.parent / ".pytest_cache" / "jax"
 CACHE.mkdir(parents=True, exist_ok=True)
+
+# What a shell runs in the background ignores Ctrl-C, and so would every program that a test starts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS]).strip()
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))  # programs that tests start share it

@@ -28,15 +28,10 @@ class Program:
     def __init__(self, folder: pathlib.Path, *words: str):
         self.out, self.err = folder / "out.txt", folder / "err.txt"
         env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
-        # Tests that a shell runs in the background ignore SIGINT, and what they start inherits that.
-        before = signal.signal(signal.SIGINT, signal.default_int_handler)
-        try:
-            with self.out.open("w") as out, self.err.open("w") as err:
-                self.process = subprocess.Popen(
-                    [sys.executable, "-m", *words], cwd=folder, env=env, stdout=out, stderr=err
-                )
-        finally:
-            signal.signal(signal.SIGINT, before)
+        with self.out.open("w") as out, self.err.open("w") as err:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", *words], cwd=folder, env=env, stdout=out, stderr=err
+            )
 
     def wait_for(self, text: str) -> None:
         deadline = time.monotonic() + 240
