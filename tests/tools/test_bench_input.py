@@ -72,7 +72,7 @@ def test_absent_photographs_are_said(monkeypatch):
     not all(importlib.util.find_spec(name) for name in bench_input.PHOTOGRAPHS), reason="no photographs"
 )
 def test_measure():
-    speed = bench_input.time_input(DEIT, size=64, batch=8, steps=2, rounds=1)
+    speed = bench_input.time_input(DEIT, size=64, batch=16, steps=2, rounds=1)
     assert speed["decode_images_per_s"] > 0 and 0 < speed["ratio"] < 2
     assert speed["ratio"] == pytest.approx(speed["input_images_per_s"] / speed["decode_images_per_s"])
     assert 30 < speed["kilobytes"] < 200

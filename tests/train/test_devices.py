@@ -80,5 +80,6 @@ def test_other_devices_differ_by_rounding_alone(family, devices):
     state, history = trained(family, devices)
     one, history_of_one = of_one(family)
     chex.assert_trees_all_close(history, history_of_one, rtol=1e-5, atol=1e-5)
-    chex.assert_trees_all_close(state.variables, one.variables, rtol=0, atol=1e-5)
-    chex.assert_trees_all_close(state.ema, one.ema, rtol=0, atol=1e-5)
+    # Relative for variances of a batch, which are far above 1.
+    chex.assert_trees_all_close(state.variables, one.variables, rtol=2e-6, atol=1e-5)
+    chex.assert_trees_all_close(state.ema, one.ema, rtol=2e-6, atol=1e-5)
