@@ -62,6 +62,7 @@ POOLS = {"avg": "mean"}  # timm's name -> ours, where they differ
 
 
 def timm_vit(a: Values) -> dict[str, Any]:
+    """Fields of a ViT that follow from several arguments of timm's `VisionTransformer` at once."""
     pool = POOLS.get(a["global_pool"], a["global_pool"])
     if pool == "token" and not a["class_token"]:
         raise ValueError("global_pool='token' needs class_token=True")
