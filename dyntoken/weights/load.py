@@ -43,9 +43,13 @@ class Report:
 
     def __str__(self) -> str:
         lines = [f"{self.origin}: {len(self.loaded)} arrays loaded"]
-        new = tuple(path for path in self.missing if added(path) or "/reuse_" in f"/{path}")
-        missing = tuple(path for path in self.missing if path not in new)
-        parts = {"new with the method, freshly initialised": new, "missing": missing}
+        new = [path for path in self.missing if added(path)]
+        reuse = [path for path in self.missing if path not in new and "/reuse_" in f"/{path}"]
+        parts = {
+            "arrays of the reduction method start fresh, as when fine-tuning from a dense model": new,
+            "arrays of the reuse between exits start fresh": reuse,
+            "missing": [path for path in self.missing if path not in (*new, *reuse)],
+        }
         for what, names in {**parts, "unexpected": self.unexpected, "resized": self.resized}.items():
             if names:
                 more = f", and {len(names) - 6} more" if len(names) > 6 else ""
@@ -123,7 +127,7 @@ def load_weights(
     fresh = functools.partial(trees.initialised, model, seed)
     resized = pos_embed.fit_all(model, found, shapes, bundle, resize, source_grid, fresh)
     average = bundle.metadata.get("average") if prefer == "ema" else None
-    notes = [*bundle.notes, *_notes(model, bundle, missing), *([average] if average else [])]
+    notes = [*bundle.notes, *_notes(model, bundle), *([average] if average else [])]
     for path, old in placing.other_channels(found, shapes, model.input_shape[2]).items():
         if in_chans == "adapt":
             found[path] = placing.adapted(found[path], model.input_shape[2], bundle.origin)
@@ -211,7 +215,7 @@ def _check_kinship(
         )
 
 
-def _notes(model: Model, bundle: files.Bundle, missing: tuple[str, ...]) -> list[str]:
+def _notes(model: Model, bundle: files.Bundle) -> list[str]:
     notes = []
     leaves = {key.rsplit("/", 1)[-1] for key in bundle.tensors}
     distilled = model.backbone.get("distilled", False)
@@ -221,9 +225,4 @@ def _notes(model: Model, bundle: files.Bundle, missing: tuple[str, ...]) -> list
         )
     if distilled and "dist_token" not in leaves:
         notes.append("plain weights in a distilled model: distillation token and head start fresh")
-    fresh = sum(map(added, missing))
-    if fresh:
-        notes.append(
-            f"{fresh} arrays of the reduction method start fresh, as when fine-tuning from a dense model"
-        )
     return notes
