@@ -64,17 +64,13 @@ class Observer:
 
 
 class Clock:
-    """Training time, restarts included and pauses left out, and the part of it that devices wait for data.
+    """Training time, restarts included and pauses left out, and the part of it that devices wait for data."""
 
-    Args:
-      seconds: time that earlier sessions of this run have trained.
-    """
-
-    def __init__(self, seconds: float = 0.0):
-        self._before = seconds
+    def __init__(self) -> None:
+        self._before = 0.0
         self._running: float | None = None
         self._waited = 0.0
-        self._mark = (0, seconds, 0.0)
+        self._mark = (0, 0.0, 0.0)
 
     @property
     def seconds(self) -> float:

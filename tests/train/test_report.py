@@ -36,7 +36,8 @@ def test_duration():
 
 
 def test_clock_counts_training_only(now):
-    clock = Clock(seconds=50.0)
+    clock = Clock()
+    clock.add(50.0)
     clock.start(step=10)
     now[0] += 4.0
     with clock:
