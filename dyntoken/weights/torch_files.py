@@ -132,6 +132,12 @@ def read_torch(path: epath.Path) -> tuple[dict[str, Any], dict[str, str]]:
         form since 1.6, carry a checksum per tensor, which torch does not check); or it
         holds code, which is never run.
     """
+    data = path.read_bytes()
+    if not data.startswith((ZIP, b"\x80")):  # a zip archive, or the pickle of torch before 1.6
+        what = f"starts with {data[:8]!r}" if data else "is empty"
+        raise damaged(path, "torch", f"no torch file: it {what}")
+    if data.startswith(ZIP):
+        _check_archive(path, data)
     try:
         import torch
     except ImportError as error:
@@ -139,12 +145,6 @@ def read_torch(path: epath.Path) -> tuple[dict[str, Any], dict[str, str]]:
             f"{path}: reading a torch checkpoint needs torch: `pip install torch`, "
             "or convert the file to .safetensors where torch is installed"
         ) from error
-    data = path.read_bytes()
-    if not data.startswith((ZIP, b"\x80")):  # a zip archive, or the pickle of torch before 1.6
-        what = f"starts with {data[:8]!r}" if data else "is empty"
-        raise damaged(path, "torch", f"no torch file: it {what}")
-    if data.startswith(ZIP):
-        _check_archive(path, data)
     pairs = [(value, name) for name, value in STAND_INS.items()]
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals(pairs):
