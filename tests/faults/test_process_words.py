@@ -68,8 +68,9 @@ def test_what_is_done_is_said_at_once(tmp_path):
 def test_expected_parameters_are_not_called_missing():
     paths = ("backbone/trunk/reducer_0/predictor/in_conv_0/bias", "reuse_1/context_0/kernel", "head/cls/bias")
     text = str(dyntoken.weights.Report((), paths, (), (), origin="x")).splitlines()
-    assert "missing" not in text[1] and paths[0] in text[1] and paths[1] in text[1]
-    assert "1 missing: head/cls/bias" in text[2]
+    assert "fresh" in text[1] and paths[0] in text[1] and "missing" not in text[1]
+    assert "fresh" in text[2] and paths[1] in text[2] and "missing" not in text[2]
+    assert "1 missing: head/cls/bias" in text[3]
 
 
 def test_an_absent_file_is_not_sent_to_the_command_that_was_run(tmp_path, capsys):
