@@ -90,6 +90,8 @@ class ClassHead(nn.Module):
       dropout: before the classifier.
       prefix_too: pooling reads the rows before the patches, too.
       attention: recipe of an `AttentionPool` for pool="map", of a `PatchRefinement` for "prr".
+      token_norm_eps: epsilon of a norm on the class token, which has a classifier of its
+        own then: training returns both as `heads`, evaluation does without it (Evo-ViT).
     """
 
     classes: int
@@ -101,9 +103,12 @@ class ClassHead(nn.Module):
     dropout: float = 0.0
     prefix_too: bool = False
     attention: Spec | None = None
+    token_norm_eps: float | None = None
 
     @nn.compact
-    def __call__(self, tokens: Tokens, draws: sample.Draws | None = None) -> tuple[Array, Array | None]:
+    def __call__(
+        self, tokens: Tokens, draws: sample.Draws | None = None, train: bool = False
+    ) -> tuple[Array, Array | None]:
         """`(logits [B, classes], heads [2, B, classes] or None)`, float32; `draws` turn dropout on."""
         x = self._pooled(tokens).astype(jnp.float32)
         x = x if self.norm_eps is None else nn.LayerNorm(epsilon=self.norm_eps, name="norm")(x)
@@ -117,6 +122,10 @@ class ClassHead(nn.Module):
         if not self.classes:
             return (x if second is None else (x + second) / 2), None
         logits = layers.dense(self.classes, name="cls")(x)
+        if self.token_norm_eps is not None and (train or self.is_initializing()):
+            token = tokens.x[:, 0].astype(jnp.float32)
+            token = nn.LayerNorm(epsilon=self.token_norm_eps, name="token_norm")(token)
+            return logits, jnp.stack([logits, layers.dense(self.classes, name="token")(token)])
         if second is None:
             return logits, None
         heads = jnp.stack([logits, layers.dense(self.classes, name="dist")(second)])

@@ -51,7 +51,7 @@ class Model(Classifier):
       form: "auto", "mask" or "gather".
       representation_size: see `heads.ClassHead`.
       fc_norm: a norm on the pooled features, with the backbone's epsilon.
-      representation_act, pool_prefix, head_dropout: see `heads.ClassHead` (`prefix_too`, `dropout`).
+      representation_act, pool_prefix, head_dropout, token_head: see `heads.ClassHead` (`prefix_too`, `dropout`).
     """
 
     method: str | None = None
@@ -62,11 +62,19 @@ class Model(Classifier):
     representation_size: Count | None = None
     fc_norm: bool = False
     representation_act: Literal["tanh", "gelu"] = "tanh"
+    token_head: bool = False
     pool_prefix: bool = False
     head_dropout: Rate = 0.0
 
     attends = True
     RECORDS = ("features", "dense", "embed", "blocks", "stages")
+
+    def validate(self) -> None:
+        """Raises ValueError for fields that do not fit together."""
+        super().validate()
+        body = self.plain()
+        if self.token_head and not (body.prefix and getattr(body, "class_token", True)):
+            raise ValueError(f"token_head=True classifies the class token, and {self.arch} has none")
 
     def sites(self) -> tuple[Site, ...]:
         """The reduction sites with their static counts."""
@@ -90,6 +98,7 @@ class Model(Classifier):
             self.head_dropout,
             self.pool_prefix,
             self._attention_pool(body),
+            body.norm_eps if self.token_head else None,
         )
         if self.aux_weight is not None:
             self.aux_head = layers.dense(self.num_classes)
@@ -141,7 +150,7 @@ class Model(Classifier):
                 raise ValueError(f"{what} has {len(given)} entries for {len(self.at)} sites")
         context = self._context(images, ids, train, noise=noise, decisions=decisions, record=tuple(record))
         tokens, reductions, records = self.body(images, context)
-        logits, heads = self.head(tokens, context.dropout)
+        logits, heads = self.head(tokens, context.dropout, train)
         dense = None
         if self.aux_weight is not None and ("dense" in record or not train):
             dense = self.aux_head(tokens.patches.astype(jnp.float32))
@@ -154,6 +163,7 @@ class Model(Classifier):
             records=records,
             dense=dense if "dense" in record else None,
             mixed=tokens.mixed,
+            state=tokens.state,
         )
 
 
@@ -320,9 +330,13 @@ def _of_method(method: str) -> dict[str, Any]:
 def _site_fields(method: str, at: Any, overrides: dict[str, Any], body: Any) -> dict[str, Any]:
     """`at` (by default the backbone's) and the method's own options."""
     options = tuple(sorted((k, _static(v)) for k, v in overrides.items() if k in _of_method(method)))
+    plain = reducers.method(method, **dict(options)).plain
     if at is None or at == ():
-        at = body.sites_of(reducers.method(method, **dict(options)).plain)
-    return {"at": (at,) if isinstance(at, int) else tuple(at), "method_options": options}
+        at = body.sites_of(plain)
+    fields = {"at": (at,) if isinstance(at, int) else tuple(at), "method_options": options}
+    if "keep" not in overrides and plain.default_keep is not None:
+        fields["keep"] = plain.default_keep
+    return fields
 
 
 def _backbone(arch: architectures.Arch, options: dict[str, Any], overrides: dict[str, Any]) -> Spec:

@@ -6,6 +6,7 @@ stands for, `place` where it lies on the first grid, `size` how many it absorbed
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import flax.struct
@@ -53,6 +54,8 @@ class Tokens:
         partner (`ops.mixing`); None where nothing was mixed.
       last: `[B, N0, C]`, what a cell shows on a map once its row is dropped
         (`nn.spatial.to_map`); None for zeros.
+      gate: what the blocks leave out until it is set anew; None for nothing.
+      state: a pytree that a method hands on from block to block; None without.
     """
 
     x: Array
@@ -64,6 +67,8 @@ class Tokens:
     grid: tuple[int, int] = flax.struct.field(pytree_node=False)
     mixed: Array | None = None
     last: Array | None = None
+    gate: Gate | None = None
+    state: Any = None
 
     @classmethod
     def start(cls, x: Array, *, prefix: int = 1, grid: tuple[int, int] | None = None) -> Tokens:
@@ -97,6 +102,52 @@ class Tokens:
     def patches(self) -> Array:
         """The rows without the prefix, `[B, N, C]`."""
         return self.x[:, self.prefix :]
+
+
+@flax.struct.dataclass
+class Gate:
+    """What a block leaves out, besides rows that are gone; T rows, the prefix included.
+
+    Each field is None where nothing is left out by it, and else 1.0 for what
+    stays; all but `policy` may carry a straight-through gradient.
+
+    Attributes:
+      policy: `[B, T]` keys that attention sees, or `[B, T, T]` (query, key); it
+        replaces `Tokens.alive` there.
+      rows: `[B, T]` rows that both branches read; the others are zero to them.
+      outputs: `[B, T]` rows that both branches write.
+      branches: `[B, 2]` attention and MLP.
+      heads: `[B, heads]` attention heads.
+      mlp_heads: the channels of dropped heads are also left out of the MLP's input.
+      eps: None masks keys exactly. A number weighs them by `policy`, with its
+        gradient, and adds eps / T to each weight and eps to their sum.
+    """
+
+    policy: Array | None = None
+    rows: Array | None = None
+    outputs: Array | None = None
+    branches: Array | None = None
+    heads: Array | None = None
+    mlp_heads: bool = flax.struct.field(pytree_node=False, default=False)
+    eps: float | None = flax.struct.field(pytree_node=False, default=None)
+
+    def reads(self, norm: Callable[[Array], Array], x: Array) -> Array:
+        """What a branch reads of `x [B, T, C]` through its norm."""
+        if self.rows is None:
+            return norm(x)
+        rows = self.rows.astype(x.dtype)[..., None]
+        return norm(x * rows) * rows
+
+    def writes(self, y: Array, branch: int) -> Array:
+        """What a branch (0 attention, 1 MLP) adds to the residual stream of its result `y [B, T, C]`."""
+        y = y if self.outputs is None else y * self.outputs.astype(y.dtype)[..., None]
+        return y if self.branches is None else y * self.branches.astype(y.dtype)[:, branch, None, None]
+
+    def channels(self, x: Array) -> Array:
+        """`x [B, T, C]` without the channels of dropped heads."""
+        if self.heads is None or not self.mlp_heads:
+            return x
+        return x * jnp.repeat(self.heads, x.shape[-1] // self.heads.shape[1], axis=1).astype(x.dtype)[:, None]
 
 
 @flax.struct.dataclass
@@ -148,12 +199,15 @@ class Attended:
         the rows alive.
       logits: `[B, heads, prefix + N, prefix + N]` float32 (query, key), scaled,
         before the softmax and any mask; a bias that was added is included.
+      normed: `[B, prefix + N, C]`, the block's first norm of the rows; the one
+        field that a site before a block sees.
     """
 
     cls: Array | None = None
     keys: Array | None = None
     probs: Array | None = None
     logits: Array | None = None
+    normed: Array | None = None
 
 
 @flax.struct.dataclass
@@ -193,6 +247,7 @@ class Output:
         None unless `record=("dense",)` was asked for.
       mixed: `[B, N0]` bool, see `Tokens.mixed`: the part of each image whose
         target is that of the partner row; None where nothing was mixed.
+      state: `Tokens.state` after the last block, for the losses of its method.
     """
 
     logits: Array
@@ -202,3 +257,4 @@ class Output:
     records: dict[str, Any] = flax.struct.field(default_factory=dict)
     dense: Array | None = None
     mixed: Array | None = None
+    state: Any = None

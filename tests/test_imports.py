@@ -59,6 +59,7 @@ IMPORTS = {
         "nn",
         "ops",
         "paths",
+        "reducers",
         "registry",
         "schedules",
         "workdirs",

@@ -81,6 +81,7 @@ def _imposed(case, gathered):
     model, decisions, columns = _model(case), [], np.arange(cells)
     places = np.broadcast_to(columns, (len(_images()), cells))
     for stage, r in enumerate(gathered.reductions):
+        before = places
         kept = np.take_along_axis(
             places, np.asarray(r.keep), axis=1
         )  # cells, or -s for the slot of stage s - 1
@@ -92,6 +93,8 @@ def _imposed(case, gathered):
         places = kept
         if _declared(model).adds_row:
             places = np.concatenate([places, np.full((len(kept), 1), -2 - stage)], axis=1)
+        if _declared(model).returns:  # in the order of their scores
+            places = np.take_along_axis(before, np.asarray(select.order(r.scores)), axis=1)
     return decisions
 
 
@@ -129,7 +132,7 @@ def test_tokens_keep_their_address(case):
             if cell >= 0:
                 assert carrier[b, cell] == row  # a kept patch carries itself
     declared = _declared(_model(case))
-    merges = declared.merges or declared.adds_row
+    merges = declared.merges or declared.adds_row or declared.returns
     assert ((carrier >= 0).sum(axis=1) == cells).all() == merges
     for r in out.reductions:
         assert r.place.shape[1] == r.count and r.keep.shape[1] == r.count - int(declared.adds_row)

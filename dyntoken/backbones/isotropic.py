@@ -76,6 +76,7 @@ class Isotropic(Backbone):
     context: int | tuple[int, ...] = 0
     scan: bool = False
 
+    one_stack = True
     required = ("grid", "setup_stem", "stem_rows")
 
     @property

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from dyntoken.nn import layers
 from dyntoken.ops import attend, sample
-from dyntoken.types import Attended
+from dyntoken.types import Attended, Gate
 
 Array = jax.Array
 
@@ -57,6 +57,7 @@ class Attention(nn.Module):
         bias: Array | None = None,
         draws: sample.Draws | None = None,
         path: tuple[int, ...] = (),
+        gate: Gate | None = None,
     ) -> tuple[Array, Attended | None]:
         """Attends `x [B, T, C]` to itself.
 
@@ -68,6 +69,7 @@ class Attention(nn.Module):
           return_logits: also return the logits.
           bias: `[B, heads, T, T]`, added to the scaled logits.
           draws, path: randomness and layer number; None switches dropout off.
+          gate: what is left out; its policy replaces `policy`.
 
         Returns:
           `(y [B, T, C], Attended or None)`.
@@ -81,6 +83,9 @@ class Attention(nn.Module):
         if self.qk_norm_eps is not None:
             norm = functools.partial(nn.LayerNorm, epsilon=self.qk_norm_eps, dtype=self.dtype)
             q, k = norm(name="q_norm")(q), norm(name="k_norm")(k)
+        if gate is not None:
+            policy = policy if gate.policy is None else gate.policy
+            q, k, v = (_of_heads(rows, gate) for rows in (q, k, v))
         scale = self.qk_scale if self.qk_scale is not None else each**-0.5
         seen = None
         thinned = draws is not None and self.attn_dropout > 0.0
@@ -88,14 +93,23 @@ class Attention(nn.Module):
             y = attend.attention(q, k, v, scale=scale, bias=bias)
         else:
             logits = attend.logits(q, k, scale=scale, bias=bias)
-            p = attend.normalise(logits, policy=policy, train=train)
+            if gate is None:
+                p = attend.normalise(logits, policy=policy, train=train)
+            else:
+                p = attend.gated_softmax(logits, policy, gate.eps)
             p = layers.drop(p, self.attn_dropout, draws, *path, 0)
             y = jnp.einsum("bhqk,bhkd->bhqd", p.astype(v.dtype), v)
             cls = attend.class_attention(p, prefix) if prefix and return_scores else None
             shown = {"cls": cls, "keys": k, "probs": p} if return_scores else {}
             seen = Attended(**shown, logits=logits if return_logits else None)
+        y = y if gate is None else _of_heads(y, gate)
         y = jnp.swapaxes(y, 1, 2).reshape(batch, rows, self.heads * each)
         if self.norm_eps is not None:
             y = nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype, name="norm")(y)
         y = layers.dense(width, name="proj", dtype=self.dtype, use_bias=self.proj_bias)(y)
         return layers.drop(y, self.dropout, draws, *path), seen if return_scores or return_logits else None
+
+
+def _of_heads(rows: Array, gate: Gate) -> Array:
+    """`rows [B, heads, T, D]` without those of dropped heads."""
+    return rows if gate.heads is None else rows * gate.heads.astype(rows.dtype)[:, :, None, None]

@@ -111,6 +111,10 @@ class Block(nn.Module):
             self.head_dim,
         )
 
+    def normed(self, tokens: Tokens) -> Array:
+        """The first norm of the rows, for a reducer before the block."""
+        return self.norm1(tokens.x)
+
     def attend(
         self,
         tokens: Tokens,
@@ -135,8 +139,10 @@ class Block(nn.Module):
             return tokens, None
         layer = layer or LayerArgs(self.layer, self.drop_path)
         policy = None if tokens.alive is None else attend.with_prefix(tokens.alive, tokens.prefix)
+        gate = tokens.gate
+        gated = {} if gate is None else {"gate": gate}
         y, seen = self.attn(
-            self.norm1(tokens.x),
+            self.norm1(tokens.x) if gate is None else gate.reads(self.norm1, tokens.x),
             policy,
             prefix=tokens.prefix,
             train=train,
@@ -145,8 +151,10 @@ class Block(nn.Module):
             bias=None if bias is None else bias(),
             draws=draws,
             path=(layer.number, ATTENTION),
+            **gated,
         )
         y = self.ls1(y) if self.layer_scale is not None else y
+        y = y if gate is None else gate.writes(y, 0)
         return tokens.replace(x=tokens.x + self._path(y, draws, ATTENTION_PATH, layer)), seen
 
     def feed_forward(
@@ -173,8 +181,11 @@ class Block(nn.Module):
             )
         if extra is not None:
             x = jnp.concatenate([x, extra.astype(x.dtype)], axis=-1)
-        y = self.mlp(self.norm2(x), draws, (layer.number, MLP))
+        gate = tokens.gate
+        x = self.norm2(x) if gate is None else gate.channels(gate.reads(self.norm2, x))
+        y = self.mlp(x, draws, (layer.number, MLP))
         y = self.ls2(y) if self.layer_scale is not None else y
+        y = y if gate is None else gate.writes(y, 1)
         return tokens.replace(x=tokens.x + self._path(y, draws, MLP_PATH, layer))
 
     def _path(self, y: Array, draws: sample.Draws | None, stream: int, layer: LayerArgs) -> Array:

@@ -10,6 +10,7 @@ NEEDS = {
     "cls": ("the class token", "there is none", "that joins at"),
     "keys": ("their attention keys", "no key there is that of one patch", "they have some only at"),
     "probs": ("the attention between them", "none is shown there", "it is shown only at"),
+    "normed": ("their block's norm", "none is shown there", "it is shown only at"),
 }
 REDUCER = re.compile(r"reducer_\d+")  # what trunks and stages call them
 # What a method adds to a dense backbone: its reducers, and the fast paths beside the layers of blocks.
@@ -30,20 +31,26 @@ class ReductionSites:
     Attributes:
       nested: a site sees what the one before it left. False: every site starts
         from a whole grid of its own.
+      one_stack: its blocks are one trunk of `nn.block.Block`, which a method can
+        follow and gate.
       site_noun: what the positions of sites count.
       resize: how the official code resizes position embeddings.
       naming: row of `weights.keys.RULES`, the key names of its public checkpoints; None: there are none.
     """
 
     nested = True
+    one_stack = False
     site_noun = "block"
     resize = "bicubic"
     naming = None
 
     def sites_of(self, reducer: Any) -> tuple[int, ...]:
         """The default sites of a method: those that show what it needs."""
-        able = tuple(at for at in self.default_sites if self.shows(at).issuperset(reducer.needs))
-        return able or self.default_sites
+        usual = self.default_sites
+        if self.nested and reducer.from_block is not None:
+            usual = tuple(range(min(reducer.from_block, self.depth - 1), self.depth))
+        able = tuple(at for at in usual if self.shows(at).issuperset(reducer.needs))
+        return able or usual
 
     def site_grid(self, at: int) -> tuple[int, int]:
         """(rows, columns) of the patches that the keep rate of a site refers to."""
@@ -55,7 +62,8 @@ class ReductionSites:
 
     def shows(self, at: int) -> frozenset[str]:
         """Fields of `Attended` that a site inside a block sees."""
-        return frozenset({"keys", "probs", "cls"} if self.prefix else {"keys", "probs"})
+        shown = {"keys", "probs", "normed"}
+        return frozenset(shown | {"cls"} if self.prefix else shown)
 
     def positions_of(self, path: str) -> tuple[int, tuple[int, int]]:
         """(prefix rows, grid) of a position embedding, by its path in the tree of variables."""
@@ -65,10 +73,14 @@ class ReductionSites:
         """Why a method cannot work here, as the end of a sentence; None if it can.
 
         Args:
-          reducer: what it declares (`reducers.Reducer`): `needs`, `adds_row`, `merges`.
+          reducer: what it declares (`reducers.Reducer`): `needs`, `adds_row`, `merges`, ...
           at: the sites.
         """
-        for need in reducer.needs:
+        if (reducer.follows or reducer.gates) and not self.one_stack:
+            return "it takes part in every block, and there they are not one stack of plain ones"
+        if reducer.watches and 0 in at:
+            return "it ranks patches by what the blocks before show, and ahead of block 0 there is none"
+        for need in (*reducer.needs, *reducer.watches):
             what, absent, elsewhere = NEEDS[need]
             able = [site for site in range(self.depth) if need in self.shows(site)]
             if not able:

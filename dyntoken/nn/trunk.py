@@ -11,6 +11,7 @@ One forward pass of a ViT: who calls what, and where it is.
           nn/block.Block.attend            norm, nn/attention.Attention (ops/attend.py), residual
           reducers/base.Reducer            a site inside the block: sees what attention shows (Attended)
           nn/block.Block.feed_forward      norm, nn/layers.Mlp, residual
+          reducers/base.Reducer.follow     only of a method that follows every block (Evo-ViT, A-ViT)
       heads.ClassHead                    pool, logits
 
 A reducer scores (reducers/score.py), selects (ops/select.py) and fuses (ops/fuse.py). PVT and CvT
@@ -132,7 +133,7 @@ class Trunk(nn.Module):
             site = None if stage is None else self.sites[stage]
             before = tokens.x
             if site is not None and not site.inside:
-                tokens, reduction = self._reduce(stage, tokens, None, context)
+                tokens, reduction = self._reduce(stage, tokens, self._ahead(index, stage, tokens), context)
                 reductions.append(reduction)
                 stages.append((before, tokens.x))
             if len(run) > 1:
@@ -144,9 +145,10 @@ class Trunk(nn.Module):
                 continue
             block = getattr(self, f"blocks_{index}")
             inside = site is not None and site.inside
+            shown = inside or bool(self._follows() and self.reducer_0.watches)
             bias = self._bias(index, tokens, context)
             address = self._address(index, tokens, after_mlp=False)
-            tokens, seen = block.attend(tokens, context.dropout, context.train, inside, return_logits, bias)
+            tokens, seen = block.attend(tokens, context.dropout, context.train, shown, return_logits, bias)
             relations.append(seen.logits if return_logits else None)
             if inside:
                 before = tokens.x
@@ -156,6 +158,11 @@ class Trunk(nn.Module):
             addresses.append((address, self._address(index, tokens, after_mlp=True)))
             tokens = block.feed_forward(tokens, context.dropout, self._extra(index, tokens, context))
             rows.append(tokens.x)
+            if self._follows():
+                last = index + 1 == len(self.blocks)
+                tokens = self.reducer_0.follow(
+                    tokens, seen, block=index, closes=last or index + 1 in stage_at, last=last
+                )
         records = {
             "blocks": tuple(rows),
             "stages": tuple(stages),
@@ -166,7 +173,8 @@ class Trunk(nn.Module):
 
     def _runs(self, numbers: range) -> list[tuple[int, ...]]:
         """Block numbers, grouped by loop."""
-        if not self.scan or self.is_initializing():  # each block makes its own parameters
+        # Each block makes its own parameters; a method that follows the blocks looks at each.
+        if not self.scan or self.is_initializing() or self._follows():
             return [(index,) for index in numbers]
         cuts = [at for site in self.sites for at in (site.at, site.at + int(site.inside))]
         return scan.runs(self.blocks, cuts, numbers)
@@ -215,7 +223,17 @@ class Trunk(nn.Module):
         return _of_rows(extra, rows, new, axes=(1,))
 
     def _masks(self) -> bool:
-        return any(getattr(self, f"reducer_{s}").resolved(True) == "mask" for s in range(len(self.sites)))
+        reducers = [getattr(self, f"reducer_{stage}") for stage in range(len(self.sites))]
+        return any(reducer.resolved(True) == "mask" and not reducer.gates for reducer in reducers)
+
+    def _follows(self) -> bool:
+        return bool(self.sites) and self.reducer_0.follows
+
+    def _ahead(self, index: int, stage: int, tokens: Tokens) -> Attended | None:
+        """What a reducer before a block sees."""
+        if "normed" not in getattr(self, f"reducer_{stage}").needs:
+            return None
+        return Attended(normed=getattr(self, f"blocks_{index}").normed(tokens))
 
     def _reduce(
         self, stage: int, tokens: Tokens, seen: Attended | None, context: Context

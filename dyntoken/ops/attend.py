@@ -54,6 +54,25 @@ def masked_softmax(logits: Array, policy: Array) -> Array:
     return jax.nn.softmax(logits, axis=-1)
 
 
+def gated_softmax(logits: Array, policy: Array | None, eps: float | None) -> Array:
+    """Softmax over keys under the policy of a `types.Gate`, `[B, H, T, T]` in float32.
+
+    Args:
+      policy: `[B, T]` or `[B, T, T]` (query, key); None masks nothing.
+      eps: None masks exactly; a number weighs keys by the policy, whose gradient
+        then flows, as `policy_softmax` does but without an exception for a
+        row's own key (LTMP).
+    """
+    if policy is None:
+        return jax.nn.softmax(logits, axis=-1)
+    keys = policy[:, None, None, :] if policy.ndim == 2 else policy[:, None]
+    logits = logits.astype(jnp.float32)
+    if eps is None:
+        return jax.nn.softmax(jnp.where(keys > 0.5, logits, jnp.finfo(jnp.float32).min), axis=-1)
+    p = jnp.exp(logits - logits.max(axis=-1, keepdims=True)) * keys.astype(jnp.float32)
+    return (p + eps / logits.shape[-1]) / (p.sum(axis=-1, keepdims=True) + eps)
+
+
 def attention(q: Array, k: Array, v: Array, *, scale: float, bias: Array | None = None) -> Array:
     """Unmasked attention that does not return its probabilities.
 

@@ -43,8 +43,19 @@ class Reducer(nn.Module):
     A method that is no composition (ToMe) subclasses this and implements
     `reduce`, which returns the tokens and a `Reduction` with its `remap`;
     `__call__` then updates `carrier` and `size`. It declares as class attributes
-    `learns`, `needs` and `where`, see `register_scorer`, and `adds_row` and
-    `merges`, see `register_fuser`.
+    `learns`, `needs` and `where`, see `register_scorer`, `adds_row` and
+    `merges`, see `register_fuser`, and:
+
+      forms: those it has.
+      follows: it takes part in every block, sites or not: the trunk calls
+        `follow` of the first site's reducer after each.
+      watches: fields of `Attended` that `follow` sees.
+      gates: it masks by `Tokens.gate`, not by `Tokens.alive` alone.
+      returns: rows that leave at a site come back ahead of the next.
+      from_block: its sites are all blocks from this one on, unless told otherwise; None: the backbone's.
+      default_keep: the keep rate if none is given; None is the model's own default.
+      dialect: row of `weights.dialects.DIALECTS`, the keys of its official state dict; None: the backbone's.
+      of_body: fields that take their value from the backbone's of the same name.
 
     Attributes:
       keep: static number of rows that stay (prefix and fused rows not counted).
@@ -70,19 +81,45 @@ class Reducer(nn.Module):
     where = "before"
     adds_row = False
     merges = False
+    forms = ("mask", "gather")
+    follows = False
+    watches = ()
+    gates = False
+    returns = False
+    from_block = None
+    default_keep = None
+    of_body = ()
+    dialect = None
     title = property(lambda self: type(self).__name__)  # what messages call it
 
     def resolved(self, train: bool) -> str:
         """The form in force: "mask" or "gather"."""
         if self.form not in FORMS:
             raise ValueError(f"form must be one of {', '.join(FORMS)}, got {self.form!r}")
+        if self.form != "auto" and self.form not in self.forms:
+            raise ValueError(
+                f"{self.title} has no {self.form} form: use form='auto' or {' or '.join(map(repr, self.forms))}"
+            )
         if self.form != "auto":
             return self.form
-        return "mask" if train and self.learns else "gather"
+        return "mask" if (train and self.learns) or "gather" not in self.forms else "gather"
 
     def reduce(self, tokens, seen, train, *, draws, noise, decision) -> tuple[Tokens, Reduction]:
         """The method itself; `carrier`, `ratio`, `count` and `grid` of the `Reduction` are filled in."""
         raise NotImplementedError(f"{type(self).__name__} does not implement reduce()")
+
+    def follow(
+        self, tokens: Tokens, seen: Attended | None, *, block: int, closes: bool, last: bool
+    ) -> Tokens:
+        """The tokens after a block, if the method `follows` them.
+
+        Args:
+          seen: what the attention of the block showed, see `watches`.
+          block: its number.
+          closes: a site or the end of the stack comes next.
+          last: it is the last block.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not implement follow()")
 
     def __call__(
         self,

@@ -10,7 +10,7 @@ from typing import Any
 
 
 def site_counts(
-    body: Any, keep: Any, at: tuple[int, ...], *, relative: bool, fused: bool
+    body: Any, keep: Any, at: tuple[int, ...], *, relative: bool, fused: bool, returns: bool = False
 ) -> tuple[tuple[int, int, float], ...]:
     """Per site of a backbone: rows before it, rows that stay, target ratio.
 
@@ -18,10 +18,11 @@ def site_counts(
       body: the backbone, see `nn.reduction_sites.ReductionSites`.
       keep, relative, fused: see `keep_counts`.
       at: positions of the sites.
+      returns: rows that leave at a site are back ahead of the next.
     """
     keep = body.site_rates(keep, len(at)) if isinstance(keep, float) else keep
     cells = [rows * columns for rows, columns in map(body.site_grid, at)]
-    if not body.nested:
+    if returns or not body.nested:
         rates = per_site(keep, len(at), relative=True)
         return tuple(
             (n, *keep_counts((rate,), 1, n, relative=relative, fused=fused)[0])

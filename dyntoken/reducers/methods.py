@@ -10,6 +10,7 @@ from typing import Any
 from dyntoken import architectures
 from dyntoken.nn.spec import Site, Spec
 from dyntoken.reducers.base import Reducer, ScoreSelectFuse
+from dyntoken.reducers.evovit import EvoViT
 from dyntoken.reducers.fuse import FUSERS
 from dyntoken.reducers.keep import site_counts
 from dyntoken.reducers.score import SCORERS, VARIANTS, check_declared
@@ -73,6 +74,7 @@ METHODS = Table(
         "evit": _row("class_attention", "one_token", "EViT, ICLR 2022; youweiliang/evit"),
         "topk": _row("class_attention", "drop", "EViT without its fused token; youweiliang/evit"),
         "etps": _row("class_attention", "squeeze", "TPS, CVPR 2023, as its authors describe it"),
+        "evovit": Method.new(EvoViT, "Evo-ViT, AAAI 2022; YifanXu74/Evo-ViT"),
     },
 )
 
@@ -173,11 +175,13 @@ def make_sites(
         verb = "works" if len(working) == 1 else "work"
         instead = f"{', '.join(working)} {verb} there" if working else "no method works there"
         raise ValueError(f"method {name!r} at {at} makes no sense in {arch}: {reason}; {instead}")
-    counts = site_counts(body, keep, at, relative=row.relative, fused=row.plain.adds_row)
+    plain = row.plain
+    counts = site_counts(body, keep, at, relative=row.relative, fused=plain.adds_row, returns=plain.returns)
+    of_body = {field: getattr(body, field) for field in plain.of_body}
     return tuple(
         Site(
             index,
-            row.with_(keep=kept, current=current, ratio=ratio, form=form),
+            row.with_(keep=kept, current=current, ratio=ratio, form=form, **of_body),
             row.inside,
         )
         for index, (current, kept, ratio) in zip(at, counts, strict=True)

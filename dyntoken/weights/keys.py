@@ -19,6 +19,7 @@ import numpy as np
 from dyntoken.nn.reduction_sites import added
 from dyntoken.ops import windows
 from dyntoken.registry import Table
+from dyntoken.weights.dialects import USUAL, Dialect
 
 # Leaf names of linen layers as torch spells them.
 LEAVES = {
@@ -40,11 +41,16 @@ VIT_RULES = (
     (r"^backbone/patch_embed/proj/", r"patch_embed/proj/"),
     (r"^backbone/trunk/blocks_(\d+)/", r"blocks/\1/"),
     (r"^backbone/trunk/reducer_(\d+)/predictor/(in|out)_conv_(\d+)/", r"score_predictor/\1/\2_conv/\3/"),
+    (r"^backbone/trunk/reducer_(\d+)/token_select/", r"blocks/\1/attn/token_select/mlp_head/"),
+    (r"^backbone/trunk/reducer_(\d+)/(head|layer)_select/", r"blocks/\1/\2_select/mlp_head/"),
+    (r"^backbone/trunk/reducer_(\d+)/(merge|prune)_masker/", r"blocks/\1/\2_masker/"),
     (r"^backbone/(norm|norm_pre)/", r"\1/"),
     (r"^head/norm/", r"fc_norm/"),
     (r"^head/attn_pool/", r"attn_pool/"),
     (r"^head/cls/", r"head/"),
     (r"^head/dist/", r"head_dist/"),
+    (r"^head/token/", r"head_token/"),
+    (r"^head/token_norm/", r"head_token_norm/"),
     (r"^head/pre_logits/", r"pre_logits/fc/"),
 )
 T2T_RULES = (
@@ -275,9 +281,9 @@ class Entry:
 class KeyMap:
     """The entries of one model, searchable from both sides."""
 
-    def __init__(self, entries: Iterable[Entry], naming: Naming = Naming(())):
+    def __init__(self, entries: Iterable[Entry], naming: Naming = Naming(()), dialect: Dialect = USUAL):
         self.entries = tuple(entries)
-        self.naming = naming
+        self.naming, self.dialect = naming, dialect
         self.by_key = {entry.key: entry for entry in self.entries}
         self.by_path = {entry.path: entry for entry in self.entries}
         if len(self.by_key) != len(self.entries):
@@ -296,16 +302,23 @@ class KeyMap:
     def spelled(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
         """A whole file with every key in the reference's meaning."""
         other = self.naming.respell(tensors)
-        return {other.get(key, key): value for key, value in tensors.items()}
+        respelled = {other.get(key, key): value for key, value in tensors.items()}
+        return self.dialect.read(respelled, self.by_key)
 
     def export(self, flat: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """Our flat tree (parameters or gradients) under the reference's keys and layouts."""
-        return {
-            self.by_path[path].key: self.by_path[path].to_reference(value) for path, value in flat.items()
-        }
+        return self.dialect.write(
+            {self.by_path[path].key: self.by_path[path].to_reference(value) for path, value in flat.items()}
+        )
 
 
-def key_map(shapes: Mapping[str, tuple[int, ...]], naming: Naming, *, grid_only: int = 0) -> KeyMap:
+def key_map(
+    shapes: Mapping[str, tuple[int, ...]],
+    naming: Naming,
+    *,
+    grid_only: int = 0,
+    dialect: Dialect = USUAL,
+) -> KeyMap:
     """Builds the key map of a model.
 
     Args:
@@ -313,6 +326,7 @@ def key_map(shapes: Mapping[str, tuple[int, ...]], naming: Naming, *, grid_only:
       naming: row of `RULES`.
       grid_only: number of prefix rows, if the reference's position embedding has
         none for them (timm's and TPS's `no_embed_class`); else 0.
+      dialect: how the official class of the method spells these keys.
 
     Raises:
       ValueError: a path that no rule names.
@@ -324,7 +338,7 @@ def key_map(shapes: Mapping[str, tuple[int, ...]], naming: Naming, *, grid_only:
             entries.append(Entry(path, key, "grid_only", grid_only))
         else:
             entries.append(Entry(path, key, layout(path, shape, naming.pointwise)))
-    return KeyMap(entries, naming)
+    return KeyMap(entries, naming, dialect)
 
 
 def reference_key(path: str, rules: Iterable[tuple[str, str]]) -> str:

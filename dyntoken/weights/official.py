@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from dyntoken.weights import official_isotropic, official_staged
+from dyntoken.weights import official_blockwise, official_isotropic, official_staged
 from dyntoken.weights.constructors import Official, Reference, Values
 from dyntoken.weights.errors import WeightsError
 
-OFFICIAL: dict[str, Official] = {**official_isotropic.CLASSES, **official_staged.CLASSES}
+OFFICIAL: dict[str, Official] = {
+    **official_isotropic.CLASSES,
+    **official_blockwise.CLASSES,
+    **official_staged.CLASSES,
+}
 # Recognised in the repository string, in this order; a composition names two.
 REPOSITORIES = (
     ("lvvit", ("tokenlabeling",)),
     ("psvit", ("ps-vit",)),
     ("pvt", ("whai362/pvt",)),
     ("cvt", ("microsoft/cvt",)),
+    ("evovit", ("evo-vit",)),
     ("evit+tps", ("evit", "tps")),
     ("evit", ("evit",)),
     ("tps", ("tps",)),

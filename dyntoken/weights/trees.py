@@ -11,7 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from dyntoken.models import Model
+from dyntoken.reducers import METHODS
 from dyntoken.weights import files, keys
+from dyntoken.weights.dialects import DIALECTS, USUAL
 from dyntoken.weights.errors import WeightsError
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -28,7 +30,14 @@ def naming_of(model: Model) -> keys.Naming:
 def reference_keys(model: Model, *, no_embed_class: bool = False) -> keys.KeyMap:
     """The key map between `model` and the public format of its backbone."""
     grid_only = model.plain().prefix if no_embed_class else 0
-    return keys.key_map(shapes_of(model), naming_of(model), grid_only=grid_only)
+    method = getattr(model, "method", None)
+    dialect = METHODS[method].plain.dialect if isinstance(model, Model) and method else None
+    return keys.key_map(
+        shapes_of(model),
+        naming_of(model),
+        grid_only=grid_only,
+        dialect=DIALECTS[dialect] if dialect else USUAL,
+    )
 
 
 def shapes_of(model: Model) -> dict[str, tuple[int, ...]]:

@@ -41,6 +41,7 @@ KINDS = {
     "flops": "flops",
     "flops_backbones": "flops",
     "dvt_dynamic": "dvt_dynamic",
+    "evovit_deit": "evovit",
 }
 
 WORST = 12  # arrays printed of a failed case
