@@ -118,6 +118,7 @@ class Gate:
       outputs: `[B, T]` rows that both branches write.
       branches: `[B, 2]` attention and MLP.
       heads: `[B, heads]` attention heads.
+      mlp_outputs: False lets all rows write the MLP's result.
       mlp_heads: the channels of dropped heads are also left out of the MLP's input.
       eps: None masks keys exactly. A number weighs them by `policy`, with its
         gradient, and adds eps / T to each weight and eps to their sum.
@@ -128,6 +129,7 @@ class Gate:
     outputs: Array | None = None
     branches: Array | None = None
     heads: Array | None = None
+    mlp_outputs: bool = flax.struct.field(pytree_node=False, default=True)
     mlp_heads: bool = flax.struct.field(pytree_node=False, default=False)
     eps: float | None = flax.struct.field(pytree_node=False, default=None)
 
@@ -140,7 +142,8 @@ class Gate:
 
     def writes(self, y: Array, branch: int) -> Array:
         """What a branch (0 attention, 1 MLP) adds to the residual stream of its result `y [B, T, C]`."""
-        y = y if self.outputs is None else y * self.outputs.astype(y.dtype)[..., None]
+        if self.outputs is not None and (branch == 0 or self.mlp_outputs):
+            y = y * self.outputs.astype(y.dtype)[..., None]
         return y if self.branches is None else y * self.branches.astype(y.dtype)[:, branch, None, None]
 
     def channels(self, x: Array) -> Array:
@@ -199,8 +202,8 @@ class Attended:
         the rows alive.
       logits: `[B, heads, prefix + N, prefix + N]` float32 (query, key), scaled,
         before the softmax and any mask; a bias that was added is included.
-      normed: `[B, prefix + N, C]`, the block's first norm of the rows; the one
-        field that a site before a block sees.
+      normed: `[B, prefix + N, C]`, the block's first norm of the rows.
+      token: `[B, C]`, the class token. A site before a block sees these two alone.
     """
 
     cls: Array | None = None
@@ -208,6 +211,7 @@ class Attended:
     probs: Array | None = None
     logits: Array | None = None
     normed: Array | None = None
+    token: Array | None = None
 
 
 @flax.struct.dataclass

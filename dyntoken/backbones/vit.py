@@ -131,7 +131,7 @@ class ViT(Isotropic):
 
     def shows(self, at: int) -> frozenset[str]:
         """Fields of `Attended`: registers alone are rows before the patches, but no class token."""
-        return super().shows(at) - ({"cls"} if not self.class_token else set())
+        return super().shows(at) - ({"cls", "token"} if not self.class_token else set())
 
     def stem_rows(self, images: Array, context: Context) -> Array:
         return self.patch_embed(images).reshape(images.shape[0], -1, self.width)

@@ -19,11 +19,14 @@ LOSSES = Table(
     "loss",
     {
         "ce": "dyntoken.losses.classify:ce",
+        "ponder": "dyntoken.losses.halting:ponder",
+        "halting_prior": "dyntoken.losses.halting:halting_prior",
         "exit_kl": "dyntoken.losses.distill:exit_kl",
         "keep_ratio": "dyntoken.losses.ratio:keep_ratio",
         "logit_kl": "dyntoken.losses.distill:logit_kl",
         "token_distill": "dyntoken.losses.distill:token_distill",
         "dense_distill": "dyntoken.losses.distill:dense_distill",
+        "usage": "dyntoken.losses.usage:usage",
         "token_label": "dyntoken.losses.token_label:token_label",
     },
 )

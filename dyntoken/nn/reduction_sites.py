@@ -10,6 +10,7 @@ NEEDS = {
     "cls": ("the class token", "there is none", "that joins at"),
     "keys": ("their attention keys", "no key there is that of one patch", "they have some only at"),
     "probs": ("the attention between them", "none is shown there", "it is shown only at"),
+    "token": ("the class token", "there is none", "that joins at"),
     "normed": ("their block's norm", "none is shown there", "it is shown only at"),
 }
 REDUCER = re.compile(r"reducer_\d+")  # what trunks and stages call them
@@ -63,7 +64,7 @@ class ReductionSites:
     def shows(self, at: int) -> frozenset[str]:
         """Fields of `Attended` that a site inside a block sees."""
         shown = {"keys", "probs", "normed"}
-        return frozenset(shown | {"cls"} if self.prefix else shown)
+        return frozenset(shown | {"cls", "token"} if self.prefix else shown)
 
     def positions_of(self, path: str) -> tuple[int, tuple[int, int]]:
         """(prefix rows, grid) of a position embedding, by its path in the tree of variables."""
@@ -78,8 +79,8 @@ class ReductionSites:
         """
         if (reducer.follows or reducer.gates) and not self.one_stack:
             return "it takes part in every block, and there they are not one stack of plain ones"
-        if reducer.watches and 0 in at:
-            return "it ranks patches by what the blocks before show, and ahead of block 0 there is none"
+        if min(at) < reducer.earliest:
+            return f"it ranks patches by what the blocks before show, so sites begin at {reducer.earliest}"
         for need in (*reducer.needs, *reducer.watches):
             what, absent, elsewhere = NEEDS[need]
             able = [site for site in range(self.depth) if need in self.shows(site)]

@@ -231,9 +231,9 @@ class Trunk(nn.Module):
 
     def _ahead(self, index: int, stage: int, tokens: Tokens) -> Attended | None:
         """What a reducer before a block sees."""
-        if "normed" not in getattr(self, f"reducer_{stage}").needs:
+        if not getattr(self, f"reducer_{stage}").needs:
             return None
-        return Attended(normed=getattr(self, f"blocks_{index}").normed(tokens))
+        return Attended(normed=getattr(self, f"blocks_{index}").normed(tokens), token=tokens.x[:, 0])
 
     def _reduce(
         self, stage: int, tokens: Tokens, seen: Attended | None, context: Context

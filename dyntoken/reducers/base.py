@@ -52,6 +52,7 @@ class Reducer(nn.Module):
       watches: fields of `Attended` that `follow` sees.
       gates: it masks by `Tokens.gate`, not by `Tokens.alive` alone.
       returns: rows that leave at a site come back ahead of the next.
+      earliest: the first block that a site can lie at.
       from_block: its sites are all blocks from this one on, unless told otherwise; None: the backbone's.
       default_keep: the keep rate if none is given; None is the model's own default.
       dialect: row of `weights.dialects.DIALECTS`, the keys of its official state dict; None: the backbone's.
@@ -86,6 +87,7 @@ class Reducer(nn.Module):
     watches = ()
     gates = False
     returns = False
+    earliest = 0
     from_block = None
     default_keep = None
     of_body = ()

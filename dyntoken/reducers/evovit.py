@@ -64,6 +64,7 @@ class EvoViT(Reducer):
     watches = ("cls",)
     gates = True
     returns = True
+    earliest = 1
     dialect = "evovit"
     default_keep = 0.5
     adds_row = property(lambda self: self.representative)

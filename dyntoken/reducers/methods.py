@@ -9,6 +9,8 @@ from typing import Any
 
 from dyntoken import architectures
 from dyntoken.nn.spec import Site, Spec
+from dyntoken.reducers.adavit import AdaViT
+from dyntoken.reducers.avit import AViT
 from dyntoken.reducers.base import Reducer, ScoreSelectFuse
 from dyntoken.reducers.evovit import EvoViT
 from dyntoken.reducers.fuse import FUSERS
@@ -74,6 +76,8 @@ METHODS = Table(
         "evit": _row("class_attention", "one_token", "EViT, ICLR 2022; youweiliang/evit"),
         "topk": _row("class_attention", "drop", "EViT without its fused token; youweiliang/evit"),
         "etps": _row("class_attention", "squeeze", "TPS, CVPR 2023, as its authors describe it"),
+        "adavit": Method.new(AdaViT, "AdaViT, CVPR 2022; MengLcool/AdaViT"),
+        "avit": Method.new(AViT, "A-ViT, CVPR 2022; NVlabs/A-ViT"),
         "evovit": Method.new(EvoViT, "Evo-ViT, AAAI 2022; YifanXu74/Evo-ViT"),
     },
 )

@@ -18,6 +18,8 @@ REPOSITORIES = (
     ("pvt", ("whai362/pvt",)),
     ("cvt", ("microsoft/cvt",)),
     ("evovit", ("evo-vit",)),
+    ("avit", ("a-vit",)),
+    ("adavit", ("adavit",)),
     ("evit+tps", ("evit", "tps")),
     ("evit", ("evit",)),
     ("tps", ("tps",)),

@@ -48,6 +48,57 @@ def _evovit(a: Values) -> dict[str, Any]:
     }
 
 
+# A-ViT
+
+AVIT = {**DEIT, "args": Argument(None), "distilled": only(False, why="its halting counts one prefix row")}
+
+
+def _avit(a: Values) -> dict[str, Any]:
+    given = dict(a["args"] or {})
+    if given.get("act_mode", 4) != 4:
+        raise ValueError("args: only act_mode=4 is implemented: its other modes are not in the paper")
+    scale, center = given.get("gate_scale", 10.0), given.get("gate_center", 30.0)
+    return {"method": "avit", "gate_scale": float(scale), "gate_center": float(center)}
+
+
+# AdaViT: the arguments of its class, and those its script hands on to it.
+
+ADAVIT = {
+    **DEIT,
+    "use_t2t": only(False, why="its T2T stem has its own keys"),
+    "ada_head": Argument(False, flag),
+    "ada_layer": Argument(False, flag),
+    "ada_token": Argument(False, flag),
+    "ada_token_with_mlp": Argument(False, flag),
+    "ada_head_v2": only(False, why="it masks hidden units of the MLP by head"),
+    "ada_token_detach_attn": only(True, why="its other form lets a gradient through -inf"),
+    "ada_token_start_layer": common.to("token_start", int, 0),
+    "keep_layers": common.to("keep_blocks", int, 1),
+    "norm_policy": only(False, why="no published model has it"),
+    "head_select_tau": Argument(5.0, float),
+    "layer_select_tau": Argument(5.0, float),
+    "token_select_tau": Argument(5.0, float),
+}
+
+
+def _adavit(a: Values) -> dict[str, Any]:
+    taus = {a[f"{part}_select_tau"] for part in ("head", "layer", "token")}
+    if len(taus) > 1:
+        raise ValueError(f"one temperature for all decisions is implemented, not {sorted(taus)}")
+    parts = {f"choose_{part}s": a[f"ada_{part}"] for part in ("head", "layer", "token")}
+    if not any(parts.values()):
+        return {}
+    return {
+        "method": "adavit",
+        **parts,
+        "token_mlp": a["ada_token_with_mlp"],
+        "tau": taus.pop(),
+        "reference": True,
+    }
+
+
 CLASSES = {
+    "adavit/AdaStepT2T_ViT": Official(PRESET, ADAVIT, _adavit),
+    "avit/VisionTransformer": Official(PRESET, AVIT, _avit),
     "evovit/EvoVisionTransformer": Official(PRESET, EVOVIT, _evovit),
 }

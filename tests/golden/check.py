@@ -42,6 +42,8 @@ KINDS = {
     "flops_backbones": "flops",
     "dvt_dynamic": "dvt_dynamic",
     "evovit_deit": "evovit",
+    "avit_deit": "avit",
+    "adavit_deit": "adavit",
 }
 
 WORST = 12  # arrays printed of a failed case

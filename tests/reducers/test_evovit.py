@@ -104,7 +104,7 @@ def test_official_keys_there_and_back():
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("evovit_deit_tiny", {"at": (0, 4)}, "ahead of block 0 there is none"),
+        ("evovit_deit_tiny", {"at": (0, 4)}, "sites begin at 1"),
         ("evovit_pvt_tiny", {}, "not one stack"),
         ("evovit_deit_tiny", {"class_token": False, "pool": "mean"}, "class token, and there is none"),
         ("evovit_psvit_ti_14", {"token_head": True, "class_token": False, "pool": "mean"}, "class token"),
