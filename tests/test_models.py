@@ -87,8 +87,8 @@ def _imposed(case, gathered):
         )  # cells, or -s for the slot of stage s - 1
         n = cells + (stage if _declared(model).adds_row else 0)
         mask = np.zeros((len(kept), n), np.float32)
-        rows = np.where(kept >= 0, kept, cells - kept - 2)
-        np.put_along_axis(mask, rows, 1.0, axis=1)
+        for row, cell, chosen in zip(mask, before, np.asarray(r.decision), strict=True):
+            row[np.where(cell >= 0, cell, cells - cell - 2)[chosen > 0.5]] = 1.0
         decisions.append(jnp.asarray(mask))
         places = kept
         if _declared(model).adds_row:
@@ -151,6 +151,8 @@ def test_training_gradients_are_finite_and_reach_every_parameter(case):
     grads = jax.jit(jax.grad(loss))(variables["params"])
     for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
         assert np.isfinite(leaf).all(), path
+        if _declared(model).gates and _declared(model).learns:
+            continue  # every image may leave a branch out
         assert float(jnp.abs(leaf).max()) > 0, f"no gradient reaches {jax.tree_util.keystr(path)}"
 
 

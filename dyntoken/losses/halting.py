@@ -60,9 +60,7 @@ def halting_prior(
     Raises:
       ValueError: for a model whose rows do not halt, or for one sample with `reference`.
     """
-    scores = jnp.stack(
-        [layer.mean(axis=1) for layer in _layers(output, reference)], axis=1
-    )  # [B, depth]
+    scores = jnp.stack([layer.mean(axis=1) for layer in _layers(output, reference)], axis=1)  # [B, depth]
     depth = scores.shape[1]
     mask = row_mask(batch, scores.shape[0])
     count = jnp.sum(mask)

@@ -94,4 +94,6 @@ def _distance(x: Array, weight: Array, target: float, axes: tuple[int, ...], tie
     """
     total = weight.sum(axis=axes)
     gap = jnp.sum(jnp.where(weight > 0, x, 0.0), axis=axes) - target * (total + tie)
-    return jnp.where(total > 0, gap * jax.lax.stop_gradient(jnp.sign(gap)) / jnp.where(total > 0, total, 1.0), 0.0)
+    return jnp.where(
+        total > 0, gap * jax.lax.stop_gradient(jnp.sign(gap)) / jnp.where(total > 0, total, 1.0), 0.0
+    )

@@ -101,9 +101,7 @@ class AViT(Reducer):
         )
         remap = jnp.where(now > 0.5, rows, -1)
         host = select.lookup(tokens.place, remap)
-        reduction = Reduction(
-            rank, now, tokens.place, host, remap, keep=keep if decision is None else None
-        )
+        reduction = Reduction(rank, now, tokens.place, host, remap, keep=keep if decision is None else None)
         return _gated(tokens.replace(alive=now, state=state)), reduction
 
     def _gather(self, tokens: Tokens, rank: Array, keep: Array) -> tuple[Tokens, Reduction]:

@@ -18,7 +18,9 @@ TARGETS = {part: f"{part}_target_ratio" for part in PARTS}
 
 def check(case: Case, ledger: Ledger) -> None:
     """Every recorded run with one set of weights; gradients are those of the first that trains."""
-    present = {part: any(f"{part}_select." in key for key in case.tensors("weights.safetensors")) for part in PARTS}
+    present = {
+        part: any(f"{part}_select." in key for key in case.tensors("weights.safetensors")) for part in PARTS
+    }
     built, options = None, {}
     gradients = "grads.safetensors"
     for run, given in case.info["runs"].items():
@@ -47,7 +49,9 @@ def _check_choices(ledger: Ledger, stem: str, out: Any) -> None:
             ledger.equal(f"{stem}{part}_select", np.stack(chosen, axis=1).astype(np.int32))
         if ledger.holds(f"{stem}{part}_logits"):
             logits = np.stack([getattr(c, f"{part}_logits") for c in found], axis=1)
-            ledger.close(f"{stem}{part}_logits", logits.reshape(ledger.expected(f"{stem}{part}_logits").shape))
+            ledger.close(
+                f"{stem}{part}_logits", logits.reshape(ledger.expected(f"{stem}{part}_logits").shape)
+            )
 
 
 def _noise(ledger: Ledger, run: str, blocks: int) -> tuple[dict[str, np.ndarray], ...]:
