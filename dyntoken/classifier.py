@@ -17,8 +17,8 @@ from dyntoken.nn import rng
 from dyntoken.nn.spec import Site, Spec
 from dyntoken.nn.trunk import Context
 from dyntoken.registry import UnknownNameError, suggest
-from dyntoken.types import Tokens
 from dyntoken.schema import Natural
+from dyntoken.types import Tokens
 
 Array = jax.Array
 

@@ -155,9 +155,9 @@ def test_of_every_family(name):
         np.testing.assert_array_equal(dense.reshape(tokens.patches.shape), tokens.patches)
     assert features.blocks[-1].grid == features.tokens.grid == dyntoken.unreduce(features).shape[1:3]
     if not model.plain().one_width:
-        with pytest.raises(ValueError, match="the final norm of .* fits its last stage alone"):
+        with pytest.raises(ValueError, match=r"the final norm of .* fits its last stage alone"):
             model.apply(variables, images, method="features", blocks=(0,), norm=True)
-        with pytest.raises(ValueError, match=f"has stages 0 to {count - 1} .* there is no {count}"):
+        with pytest.raises(ValueError, match=rf"has stages 0 to {count - 1} .* there is no {count}"):
             model.apply(variables, images, method="features", blocks=(count,))
 
 
