@@ -86,6 +86,16 @@ IMPORTS = {
         "workdirs",
     },
     "runs": {"preprocessing", "train", "weights", "workdirs"},
+    "predictor": {
+        "data",
+        "device_augment",
+        "eval",
+        "models",
+        "preprocessing",
+        "registry",
+        "runs",
+        "weights",
+    },
     "tools": {
         "analysis",
         "config",
