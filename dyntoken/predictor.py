@@ -98,13 +98,15 @@ class Predictor:
         """Model, weights and preprocessing; read on first use."""
         load_plugins(",".join(self.plugins))
         if self.variables is not None:
-            model, variables, how, names = self.source, self.variables, None, ()
+            model, variables, how, names, origin = self.source, self.variables, None, (), "variables"
         elif self.model is not None:
             model, how, names = create_model(self.model, **self.options), None, ()
-            variables, _ = load_whole(model, self.source, step=self.step, prefer=self.prefer)
+            variables, report = load_whole(model, self.source, step=self.step, prefer=self.prefer)
+            origin = report.origin
         else:
             run = runs.load_run(self.source, step=self.step, prefer=self.prefer)
             model, variables, how, names = run.model, run.variables, run.preprocess, run.class_names
+            origin = f"{self.source}, step {run.step}"
         if self.keep is not None:
             if not model.sites():
                 raise ValueError(f"keep={self.keep}: {model.arch} is dense here, it has no tokens to reduce")
@@ -115,7 +117,7 @@ class Predictor:
         if names and len(names) != model.num_classes:
             raise ValueError(f"{len(names)} class names for a model of {model.num_classes} classes")
         names = names or tuple(f"class {number}" for number in range(model.num_classes))
-        return Opened(model, variables, how, names, self._program(model, variables, how))
+        return Opened(model, variables, how, names, self._program(model, variables, how), origin)
 
     def _program(self, model: Any, variables: Any, how: Preprocess) -> Callable[[np.ndarray], Any]:
         """From a batch, which may be short, to arrays, which may still be on their way and of a full one."""
@@ -274,13 +276,14 @@ class Predictor:
 
 @dataclasses.dataclass(frozen=True)
 class Opened:
-    """What a `Predictor` works with: as `runs.Run`, and the compiled program."""
+    """What a `Predictor` works with: as `runs.Run`, the compiled program, and where the weights are from."""
 
     model: Any
     variables: Any
     preprocess: Preprocess
     class_names: tuple[str, ...]
     program: Callable[[np.ndarray], Any]
+    origin: str
 
 
 def _pictures(batch: Any) -> Sequence[Any]:

@@ -106,6 +106,7 @@ IMPORTS = {
         "models",
         "ops",
         "paths",
+        "predictor",
         "preprocessing",
         "reducers",
         "registry",
