@@ -44,6 +44,12 @@ KINDS = {
     "evovit_deit": "evovit",
     "avit_deit": "avit",
     "adavit_deit": "adavit",
+    "vit_timm": "pretrained",
+    "dinov2_timm": "pretrained",
+    "dinov2_reg_timm": "pretrained",
+    "dinov3_timm": "pretrained",
+    "siglip2_timm": "pretrained",
+    "eva02_timm": "pretrained",
 }
 
 WORST = 12  # arrays printed of a failed case
