@@ -52,9 +52,10 @@ class Attention(nn.Module):
         *,
         prefix: int = 1,
         train: bool = False,
-        return_scores: bool = False,
+        return_scores: bool | tuple[str, ...] = False,
         return_logits: bool = False,
         bias: Array | None = None,
+        size: Array | None = None,
         draws: sample.Draws | None = None,
         path: tuple[int, ...] = (),
     ) -> tuple[Array, Attended | None]:
@@ -64,9 +65,10 @@ class Attention(nn.Module):
           policy: `[B, T]` keep mask over keys, or None.
           prefix: rows that are no patches; row 0 is the class token.
           train: applies the policy as the references train it.
-          return_scores: also return what a reducer may look at.
+          return_scores: also return what a reducer may look at: all, or these fields of `Attended`.
           return_logits: also return the logits.
           bias: `[B, heads, T, T]`, added to the scaled logits.
+          size: `[B, T]`, each key counts that often (ToMe); not in the logits returned.
           draws, path: randomness and layer number; None switches dropout off.
 
         Returns:
@@ -82,13 +84,15 @@ class Attention(nn.Module):
             norm = functools.partial(nn.LayerNorm, epsilon=self.qk_norm_eps, dtype=self.dtype)
             q, k = norm(name="q_norm")(q), norm(name="k_norm")(k)
         scale = self.qk_scale if self.qk_scale is not None else each**-0.5
-        seen = None
         thinned = draws is not None and self.attn_dropout > 0.0
-        if policy is None and not return_scores and not return_logits and not thinned:
-            y = attend.attention(q, k, v, scale=scale, bias=bias)
+        weight = None if size is None else attend.log_size(size)
+        if policy is None and return_scores in (False, ("keys",)) and not return_logits and not thinned:
+            bias = bias if weight is None else weight if bias is None else bias + weight
+            y, seen = attend.attention(q, k, v, scale=scale, bias=bias), Attended(keys=k)
         else:
             logits = attend.logits(q, k, scale=scale, bias=bias)
-            p = attend.normalise(logits, policy=policy, train=train)
+            weighed = logits if weight is None else logits + weight
+            p = attend.normalise(weighed, policy=policy, train=train)
             p = layers.drop(p, self.attn_dropout, draws, *path, 0)
             y = jnp.einsum("bhqk,bhkd->bhqd", p.astype(v.dtype), v)
             cls = attend.class_attention(p, prefix) if prefix and return_scores else None

@@ -54,6 +54,7 @@ class Block(nn.Module):
       act: activation of the MLP, see `layers.ACTIVATIONS`.
       attn_norm, mlp_norm: a LayerNorm before the last product of either branch.
       head_dim: channels of a head, None for width / heads.
+      proportional: each key counts as often as the patches it stands for, `Tokens.size`.
       half: "both", or the only one of the two halves that there is: "attention" or "mlp".
     """
 
@@ -77,6 +78,7 @@ class Block(nn.Module):
     attn_norm: bool = False
     mlp_norm: bool = False
     head_dim: int | None = None
+    proportional: bool = False
     half: str = "both"
 
     def setup(self) -> None:
@@ -116,7 +118,7 @@ class Block(nn.Module):
         tokens: Tokens,
         draws: sample.Draws | None,
         train: bool,
-        return_scores: bool,
+        return_scores: bool | tuple[str, ...],
         return_logits: bool = False,
         bias: Callable[[], Array] | None = None,
         layer: LayerArgs | None = None,
@@ -124,7 +126,7 @@ class Block(nn.Module):
         """First half: attention over the rows alive, residual added.
 
         Args:
-          return_scores: return what a reducer may look at.
+          return_scores: return what a reducer may look at: all, or these fields of `Attended`.
           return_logits: return the attention logits.
           bias: makes the `[B, heads, T, T]` that is added to them; called here,
             so that recomputing this half recomputes it.
@@ -135,9 +137,11 @@ class Block(nn.Module):
             return tokens, None
         layer = layer or LayerArgs(self.layer, self.drop_path)
         policy = None if tokens.alive is None else attend.with_prefix(tokens.alive, tokens.prefix)
+        more = {"size": attend.with_prefix(tokens.size, tokens.prefix)} if self.proportional else {}
         y, seen = self.attn(
             self.norm1(tokens.x),
             policy,
+            **more,
             prefix=tokens.prefix,
             train=train,
             return_scores=return_scores,

@@ -42,8 +42,11 @@ class ReductionSites:
 
     def sites_of(self, reducer: Any) -> tuple[int, ...]:
         """The default sites of a method: those that show what it needs."""
-        able = tuple(at for at in self.default_sites if self.shows(at).issuperset(reducer.needs))
-        return able or self.default_sites
+        usual = self.default_sites
+        if self.nested and reducer.from_block is not None:
+            usual = tuple(range(min(reducer.from_block, self.depth - 1), self.depth))
+        able = tuple(at for at in usual if self.shows(at).issuperset(reducer.needs))
+        return able or usual
 
     def site_grid(self, at: int) -> tuple[int, int]:
         """(rows, columns) of the patches that the keep rate of a site refers to."""
@@ -65,7 +68,7 @@ class ReductionSites:
         """Why a method cannot work here, as the end of a sentence; None if it can.
 
         Args:
-          reducer: what it declares (`reducers.Reducer`): `needs`, `adds_row`, `merges`.
+          reducer: what it declares (`reducers.Reducer`): `needs`, `adds_row`, `merges`, `from_block`.
           at: the sites.
         """
         for need in reducer.needs:

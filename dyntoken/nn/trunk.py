@@ -98,11 +98,17 @@ class Trunk(nn.Module):
     scan: bool = False
 
     def setup(self) -> None:
-        for index, spec in enumerate(self.blocks):
+        for index, spec in enumerate(self._recipes()):
             make = _rematerialised(spec.make, self.remat)
             setattr(self, f"blocks_{index}", dataclasses.replace(spec, make=make)())
         for stage, site in enumerate(self.sites):
             setattr(self, f"reducer_{stage}", site.reducer(stage=stage))
+
+    def _recipes(self) -> tuple[Spec, ...]:
+        """The recipes of the blocks; behind a site that says so keys count by size."""
+        behind = [s.at + int(s.inside) for s in self.sites if s.reducer(parent=None).proportional]
+        first = min(behind, default=len(self.blocks))
+        return (*self.blocks[:first], *(spec.with_(proportional=True) for spec in self.blocks[first:]))
 
     def __call__(
         self, tokens: Tokens, context: Context, some: range | None = None
@@ -144,9 +150,10 @@ class Trunk(nn.Module):
                 continue
             block = getattr(self, f"blocks_{index}")
             inside = site is not None and site.inside
+            shown = (getattr(self, f"reducer_{stage}").needs or True) if inside else False
             bias = self._bias(index, tokens, context)
             address = self._address(index, tokens, after_mlp=False)
-            tokens, seen = block.attend(tokens, context.dropout, context.train, inside, return_logits, bias)
+            tokens, seen = block.attend(tokens, context.dropout, context.train, shown, return_logits, bias)
             relations.append(seen.logits if return_logits else None)
             if inside:
                 before = tokens.x
@@ -169,7 +176,7 @@ class Trunk(nn.Module):
         if not self.scan or self.is_initializing():  # each block makes its own parameters
             return [(index,) for index in numbers]
         cuts = [at for site in self.sites for at in (site.at, site.at + int(site.inside))]
-        return scan.runs(self.blocks, cuts, numbers)
+        return scan.runs(self._recipes(), cuts, numbers)
 
     def _loop(
         self, run: tuple[int, ...], tokens: Tokens, context: Context
@@ -178,7 +185,7 @@ class Trunk(nn.Module):
         params = self.variables["params"]
         return scan.run_blocks(
             _rematerialised(self.blocks[run[0]].make, self.remat, looped=True),
-            [self.blocks[index] for index in run],
+            [self._recipes()[index] for index in run],
             [params[f"blocks_{index}"] for index in run],
             tokens,
             draws=context.dropout,
@@ -203,7 +210,7 @@ class Trunk(nn.Module):
         if bias is None or not self._reduced(index, after_mlp=False):
             return bias
         # A pytree, so that recomputing the attention takes its arrays as inputs.
-        rows, new = _rows(tokens)
+        rows, new = self._rows(tokens)
         return jax.tree_util.Partial(_bias_with(new), bias, rows)
 
     def _extra(self, index: int, tokens: Tokens, context: Context) -> Array | None:
@@ -211,8 +218,17 @@ class Trunk(nn.Module):
         extra = None if context.extra is None else context.extra[index]
         if extra is None or not self._reduced(index, after_mlp=True):
             return extra
-        rows, new = _rows(tokens)
+        rows, new = self._rows(tokens)
         return _of_rows(extra, rows, new, axes=(1,))
+
+    def _rows(self, tokens: Tokens) -> tuple[Array | None, int]:
+        """Where `tokens` are among the rows of all patches: `[B, prefix + n]`, -1 for a fused row.
+
+        In mask form rows of most methods stay where they are: None, and the number of fused rows after them.
+        """
+        if tokens.alive is not None and not any(site.reducer(parent=None).moves for site in self.sites):
+            return None, tokens.count - tokens.initial
+        return select.shift_past_prefix(tokens.place, tokens.prefix), 0
 
     def _masks(self) -> bool:
         return any(getattr(self, f"reducer_{s}").resolved(True) == "mask" for s in range(len(self.sites)))
@@ -222,16 +238,6 @@ class Trunk(nn.Module):
     ) -> tuple[Tokens, Reduction]:
         reducer = getattr(self, f"reducer_{stage}")
         return reducer(tokens, seen, context.train, **context.at_site(stage))
-
-
-def _rows(tokens: Tokens) -> tuple[Array | None, int]:
-    """Where `tokens` are among the rows of all patches: `[B, prefix + n]`, -1 for a fused row.
-
-    In mask form rows stay where they are: None, and the number of fused rows after them.
-    """
-    if tokens.alive is not None:
-        return None, tokens.count - tokens.initial
-    return select.shift_past_prefix(tokens.place, tokens.prefix), 0
 
 
 def _of_rows(x: Array, rows: Array | None, new: int, axes: tuple[int, ...]) -> Array:

@@ -59,7 +59,7 @@ def attention(q: Array, k: Array, v: Array, *, scale: float, bias: Array | None 
 
     Args:
       q, k, v: `[B, H, T, D]`.
-      bias: `[B, H, T, T]`, added to the scaled logits.
+      bias: `[B, H, T, T]`, or with some of these 1, added to the scaled logits.
 
     Returns:
       `[B, H, T, D]`. On the CPU the normalisation comes after the value product
@@ -73,6 +73,15 @@ def attention(q: Array, k: Array, v: Array, *, scale: float, bias: Array | None 
         return (y / p.sum(axis=-1, keepdims=True)).astype(v.dtype)
     q, k, v = (jnp.swapaxes(t, 1, 2) for t in (q, k, v))
     return jnp.swapaxes(jax.nn.dot_product_attention(q, k, v, bias, scale=scale), 1, 2)
+
+
+def log_size(size: Array) -> Array:
+    """What makes each key count `size [B, T]` times, to be added to logits: `[B, 1, 1, T]` float32.
+
+    Rows of size 0 get 0: they are masked where there are any.
+    """
+    size = size.astype(jnp.float32)
+    return jnp.log(jnp.where(size > 0, size, 1.0))[:, None, None, :]
 
 
 def logits(q: Array, k: Array, *, scale: float, bias: Array | None = None) -> Array:

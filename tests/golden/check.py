@@ -41,6 +41,8 @@ KINDS = {
     "flops": "flops",
     "flops_backbones": "flops",
     "dvt_dynamic": "dvt_dynamic",
+    "tome_deit": "tome",
+    "tome_deit_distilled": "tome",
 }
 
 WORST = 12  # arrays printed of a failed case
