@@ -25,7 +25,7 @@ class Matching(NamedTuple):
       keep: `[B, k]` int32 incoming row that each outgoing one continues.
       gone: `[B, r]` int32 rows that go into another one.
       remap: `[B, n]` int32 outgoing row of each incoming one.
-      similarity: `[B, n]` float32 of a source with its best target; -1 for targets.
+      similarity: `[B, n]` float32 of a source with its best target; -1 for all others.
     """
 
     keep: Array
@@ -47,21 +47,31 @@ def halves(n: int, prefix: int) -> tuple[np.ndarray, np.ndarray]:
     return rows[prefix % 2 :: 2], rows[1 - prefix % 2 :: 2]
 
 
-def bipartite(metric: Array, sources: Array, targets: Array, r: int, *, ascending: bool = True) -> Matching:
+def bipartite(
+    metric: Array,
+    sources: Array,
+    targets: Array,
+    r: int,
+    *,
+    apart: Array | None = None,
+    ascending: bool = True,
+) -> Matching:
     """Bipartite soft matching (Bolya et al., ICLR 2023, section 3): the r best sources, each into its best target.
 
     Args:
       metric: `[B, n, D]`, compared by cosine.
-      sources: `[na]` or `[B, na]` rows; targets: `[nb]` or `[B, nb]`, all others.
+      sources: `[na]` or `[B, na]` rows; targets: `[nb]` or `[B, nb]`.
       r: pairs to merge, at most na.
+      apart: `[no]` or `[B, no]`, the other rows, which take no part; None: there are none.
       ascending: the sources that stay keep their order; else the most similar comes first.
 
     Returns:
-      A `Matching`; outgoing rows are the sources that stay, then the targets.
+      A `Matching`; outgoing rows are those apart, the sources that stay, the targets.
     """
     batch, n = metric.shape[:2]
-    sources, targets = (
-        jnp.broadcast_to(jnp.asarray(rows), (batch, rows.shape[-1])) for rows in (sources, targets)
+    apart = jnp.zeros((0,), jnp.int32) if apart is None else apart
+    sources, targets, apart = (
+        jnp.broadcast_to(jnp.asarray(rows), (batch, rows.shape[-1])) for rows in (sources, targets, apart)
     )
     metric = unit(jax.lax.stop_gradient(metric))
     a, b = select.take(metric, sources), select.take(metric, targets)
@@ -71,17 +81,17 @@ def bipartite(metric: Array, sources: Array, targets: Array, r: int, *, ascendin
     stays = rank >= r
     if ascending:
         rank = jnp.where(stays, r + jnp.cumsum(stays, axis=1, dtype=jnp.int32) - 1, rank)
-    first = select.inverse(rank, rank.shape[1])  # sources: those merged, then those that stay
-    ordered = jnp.take_along_axis(sources, first, axis=1)
-    keep = jnp.concatenate([ordered[:, r:], targets], axis=1)
-    left = sources.shape[1] - r
-    of_source = jnp.where(stays, rank - r, left + host)
-    of_target = jnp.broadcast_to(jnp.arange(left, n - r, dtype=jnp.int32), targets.shape)
-    back = select.inverse(jnp.concatenate([sources, targets], axis=1), n)
-    by_row = [
-        jnp.concatenate(pair, axis=1) for pair in ((of_source, of_target), (best, -jnp.ones(targets.shape)))
-    ]
-    remap, similarity = (jnp.take_along_axis(values, back, axis=1) for values in by_row)
+    ordered = jnp.take_along_axis(
+        sources, select.inverse(rank, rank.shape[1]), axis=1
+    )  # those merged come first
+    keep = jnp.concatenate([apart, ordered[:, r:], targets], axis=1)
+    left = n - r - targets.shape[1]  # rows ahead of the targets
+    of_source = jnp.where(stays, apart.shape[1] + rank - r, left + host)
+    remap = select.inverse(keep, n)
+    hit = sources[:, :, None] == jnp.arange(n, dtype=jnp.int32)[None, None, :]  # [B, na, n]
+    is_source = hit.any(axis=1)
+    remap = jnp.where(is_source, jnp.where(hit, of_source[:, :, None], 0).sum(axis=1), remap)
+    similarity = jnp.where(is_source, jnp.where(hit, best[:, :, None], 0.0).sum(axis=1), -1.0)
     return Matching(keep, ordered[:, :r], remap, similarity)
 
 

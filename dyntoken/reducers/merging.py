@@ -48,6 +48,14 @@ class Merging(Reducer):
         """The method itself; `tokens` and `seen` are those of the rows alive."""
         raise NotImplementedError(f"{type(self).__name__} does not implement merge()")
 
+    def check_pairs(self, count: int, most: int) -> None:
+        """Raises ValueError where `keep` leaves more to merge than there are pairs."""
+        if count - self.keep > most:
+            raise ValueError(
+                f"{self.title} would leave {self.keep} of {count} tokens at block {self.block}, but at most "
+                f"{most} merge at a site: keep at least {count - most}, or have more sites (at=...)"
+            )
+
     def reduce(self, tokens, seen, train, *, draws, noise, decision) -> tuple[Tokens, Reduction]:
         total, count = tokens.count, self.current or tokens.count
         merged = self.merge(
@@ -71,6 +79,12 @@ class Merging(Reducer):
         reduction = Reduction(scores, stays, place, host, remap, None, merged.keep)
         x = jnp.concatenate([tokens.x[:, : tokens.prefix], x], axis=1)
         return tokens.replace(x=x, place=place, alive=alive), reduction
+
+
+def unchanged(tokens: Tokens) -> Merged:
+    """Nothing merges: rows stay as and where they are."""
+    rows = jnp.broadcast_to(jnp.arange(tokens.count, dtype=jnp.int32), tokens.place.shape)
+    return Merged(tokens.patches, rows, rows, jnp.zeros(rows.shape, jnp.float32))
 
 
 def _first(tokens: Tokens, count: int) -> Tokens:

@@ -12,7 +12,9 @@ from dyntoken.nn.spec import Site, Spec
 from dyntoken.reducers.base import Reducer, ScoreSelectFuse
 from dyntoken.reducers.fuse import FUSERS
 from dyntoken.reducers.keep import site_counts
+from dyntoken.reducers.pitome import PiToMe
 from dyntoken.reducers.score import SCORERS, VARIANTS, check_declared
+from dyntoken.reducers.tofu import ToFu
 from dyntoken.reducers.tome import ToMe
 from dyntoken.registry import Table, UnknownNameError, check_options, suggest
 
@@ -74,6 +76,8 @@ METHODS = Table(
         "evit": _row("class_attention", "one_token", "EViT, ICLR 2022; youweiliang/evit"),
         "topk": _row("class_attention", "drop", "EViT without its fused token; youweiliang/evit"),
         "tome": Method.new(ToMe, "ToMe, ICLR 2023; facebookresearch/ToMe"),
+        "pitome": Method.new(PiToMe, "PiToMe, NeurIPS 2024; hchautran/PiToMe"),
+        "tofu": Method.new(ToFu, "ToFu, WACV 2024, as hchautran/PiToMe has it"),
         "etps": _row("class_attention", "squeeze", "TPS, CVPR 2023, as its authors describe it"),
     },
 )

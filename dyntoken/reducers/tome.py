@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 
 from dyntoken.ops import merge
-from dyntoken.reducers.merging import Merged, Merging
+from dyntoken.reducers.merging import Merged, Merging, unchanged
 from dyntoken.schema import Keep
 from dyntoken.types import Tokens
 
@@ -48,13 +48,9 @@ class ToMe(Merging):
     def merge(self, tokens: Tokens, seen, train: bool) -> Merged:
         n, r = tokens.count, tokens.count - self.keep
         sources, targets = merge.halves(n, tokens.prefix)
-        if r > len(sources):
-            raise ValueError(
-                f"{self.title} leaves {self.keep} of {n} tokens, but at most half of them merge at a site"
-            )
+        self.check_pairs(n, len(sources))
         if r == 0:
-            rows = jnp.broadcast_to(jnp.arange(n, dtype=jnp.int32), tokens.place.shape)
-            return Merged(tokens.patches, rows, rows, jnp.zeros(rows.shape, jnp.float32))
+            return unchanged(tokens)
         metric = seen["keys"][:, :, tokens.prefix :].astype(jnp.float32).mean(axis=1)
         matching = merge.bipartite(metric, sources, targets, r)
         x = merge.mean(tokens.patches, matching, tokens.size)

@@ -43,6 +43,8 @@ KINDS = {
     "dvt_dynamic": "dvt_dynamic",
     "tome_deit": "tome",
     "tome_deit_distilled": "tome",
+    "pitome_deit": "pitome",
+    "tofu_deit": "pitome",
 }
 
 WORST = 12  # arrays printed of a failed case
