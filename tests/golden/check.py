@@ -45,6 +45,12 @@ KINDS = {
     "tome_deit_distilled": "tome",
     "pitome_deit": "pitome",
     "tofu_deit": "pitome",
+    "vit_timm": "pretrained",
+    "dinov2_timm": "pretrained",
+    "dinov2_reg_timm": "pretrained",
+    "dinov3_timm": "pretrained",
+    "siglip2_timm": "pretrained",
+    "eva02_timm": "pretrained",
 }
 
 WORST = 12  # arrays printed of a failed case

@@ -52,7 +52,7 @@ def _check_run(case: Case, ledger: Ledger, name: str, run: dict[str, Any]) -> No
 
 
 def _flops(body: Any, entering: list[int]) -> float:
-    """The official count: multiply-adds of the blocks, as if no row left within one, of MLPs of ratio 4 whatever theirs is."""
+    """The official count: multiply-adds of the blocks, as if no row left within one and MLPs had ratio 4."""
     width = body.width
     return sum(12 * n * width**2 + 2 * n**2 * width for n in entering)
 
