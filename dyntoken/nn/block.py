@@ -162,6 +162,22 @@ class Block(nn.Module):
         y = self.ls1(y) if self.layer_scale is not None else y
         return tokens.replace(x=tokens.x + self._path(y, draws, ATTENTION_PATH, layer)), seen
 
+    def attention_map(
+        self, tokens: Tokens, train: bool, bias: Callable[[], Array] | None, rotation: Rotation | None
+    ) -> Attended:
+        """What `attend` would show, without its result; `attend_by` then makes that of other rows."""
+        more = {"size": attend.with_prefix(tokens.size, tokens.prefix)} if self.proportional else {}
+        options = {"train": train, "bias": None if bias is None else bias(), "rotation": rotation}
+        x = self.norm1(tokens.x)
+        return self.attn(x, prefix=tokens.prefix, return_logits=True, only_map=True, **options, **more)[1]
+
+    def attend_by(self, tokens: Tokens, draws: sample.Draws | None, mix: Callable[[Array], Array]) -> Tokens:
+        """First half with values that are mixed by `mix` in place of attention, see `Attention`."""
+        layer = LayerArgs(self.layer, self.drop_path)
+        y, _ = self.attn(self.norm1(tokens.x), mix=mix, draws=draws, path=(layer.number, ATTENTION))
+        y = self.ls1(y) if self.layer_scale is not None else y
+        return tokens.replace(x=tokens.x + self._path(y, draws, ATTENTION_PATH, layer))
+
     def feed_forward(
         self,
         tokens: Tokens,

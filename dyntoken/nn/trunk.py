@@ -33,7 +33,7 @@ from dyntoken.nn import scan
 from dyntoken.nn.block import Block
 from dyntoken.nn.remat import rematerialised
 from dyntoken.nn.spec import Site, Spec
-from dyntoken.ops import sample, select
+from dyntoken.ops import merge, sample, select
 from dyntoken.ops.rope import Rope, Rotation
 from dyntoken.types import Attended, Reduction, Tokens
 
@@ -112,7 +112,8 @@ class Trunk(nn.Module):
 
     def _recipes(self) -> tuple[Spec, ...]:
         """The recipes of the blocks; behind a site that says so keys count by size."""
-        behind = [s.at + int(s.inside) for s in self.sites if s.reducer(parent=None).proportional]
+        made = [(site, site.reducer(parent=None)) for site in self.sites]
+        behind = [s.at + int(s.inside and r.ahead != "rows") for s, r in made if r.proportional]
         first = min(behind, default=len(self.blocks))
         return (*self.blocks[:first], *(spec.with_(proportional=True) for spec in self.blocks[first:]))
 
@@ -158,19 +159,32 @@ class Trunk(nn.Module):
                 continue
             block = getattr(self, f"blocks_{index}")
             inside = site is not None and site.inside
-            shown = (getattr(self, f"reducer_{stage}").needs or True) if inside else False
+            reducer = getattr(self, f"reducer_{stage}") if inside else None
             bias, rotation = self._bias(index, tokens, context), self._rotation(index, tokens)
             address = self._address(index, tokens, after_mlp=False)
-            options = (context.train, shown, return_logits, bias, rotation)
-            tokens, seen = block.attend(tokens, context.dropout, *options)
+            if inside and reducer.ahead in ("map", "rows"):
+                seen = block.attention_map(tokens, context.train, bias, rotation)
+                tokens, reduction = self._reduce(stage, tokens, seen, context)
+                reductions.append(reduction.replace(queries=None))
+                stages.append((before, tokens.x))
+                tokens = self._attend_reduced(index, tokens, seen, reduction, context)
+            else:
+                shown = (reducer.needs or True) if inside else False
+                options = (context.train, shown, return_logits, bias, rotation)
+                tokens, seen = block.attend(tokens, context.dropout, *options)
             relations.append(seen.logits if return_logits else None)
-            if inside:
+            if inside and reducer.ahead is None:
                 before = tokens.x
                 tokens, reduction = self._reduce(stage, tokens, seen, context)
                 reductions.append(reduction)
                 stages.append((before, tokens.x))
             addresses.append((address, self._address(index, tokens, after_mlp=True)))
             tokens = block.feed_forward(tokens, context.dropout, self._extra(index, tokens, context))
+            if inside and reducer.ahead == "end":
+                before = tokens.x
+                tokens, reduction = self._reduce(stage, tokens, seen, context)
+                reductions.append(reduction)
+                stages.append((before, tokens.x))
             rows.append(tokens.x)
             taps[index] = tokens
         records = {
@@ -183,6 +197,18 @@ class Trunk(nn.Module):
         if context.taps:
             records["taps"] = {number: taps[number] for number in context.taps if number in taps}
         return tokens, tuple(reductions), records
+
+    def _attend_reduced(
+        self, index: int, tokens: Tokens, seen: Attended, reduction: Reduction, context: Context
+    ) -> Tokens:
+        """The attention of a block whose rows were reduced by its own map: by that map, fused, or anew."""
+        block = getattr(self, f"blocks_{index}")
+        if reduction.queries is None:
+            bias = self._bias(index, tokens, context, moved=True)
+            options = (context.train, False, False, bias, self._rotation(index, tokens, moved=True))
+            return block.attend(tokens, context.dropout, *options)[0]
+        mix = functools.partial(_mix, probs=seen.probs, reduction=reduction, prefix=tokens.prefix)
+        return block.attend_by(tokens, context.dropout, mix)
 
     def _runs(self, numbers: range, taps: Sequence[int]) -> list[tuple[int, ...]]:
         """Block numbers, grouped by loop; a tapped block ends its loop, which then keeps no other rows."""
@@ -219,21 +245,23 @@ class Trunk(nn.Module):
     def _address(self, index: int, tokens: Tokens, *, after_mlp: bool) -> Address | None:
         return Address(tokens.carrier, tokens.place) if self._reduced(index, after_mlp=after_mlp) else None
 
-    def _bias(self, index: int, tokens: Tokens, context: Context) -> Callable[[], Array] | None:
+    def _bias(
+        self, index: int, tokens: Tokens, context: Context, moved: bool = False
+    ) -> Callable[[], Array] | None:
         """The bias of a block, for the rows it has."""
         bias = None if context.bias is None else context.bias(index)
-        if bias is None or not self._reduced(index, after_mlp=False):
+        if bias is None or not (moved or self._reduced(index, after_mlp=False)):
             return bias
         # A pytree, so that recomputing the attention takes its arrays as inputs.
         rows, new = self._rows(tokens)
         return jax.tree_util.Partial(_bias_with(new), bias, rows)
 
-    def _rotation(self, index: int, tokens: Tokens) -> Rotation | None:
+    def _rotation(self, index: int, tokens: Tokens, moved: bool = False) -> Rotation | None:
         """The rotation of the rows that a block has: a kept token keeps its own."""
         if self.rope is None:
             return None
         whole = self.rope.whole(tokens.grid, tokens.prefix)
-        moved = self._reduced(index, after_mlp=False) or tokens.count != tokens.initial
+        moved = moved or self._reduced(index, after_mlp=False) or tokens.count != tokens.initial
         return whole.of(*self._rows(tokens)) if moved else whole
 
     def _extra(self, index: int, tokens: Tokens, context: Context) -> Array | None:
@@ -261,6 +289,22 @@ class Trunk(nn.Module):
     ) -> tuple[Tokens, Reduction]:
         reducer = getattr(self, f"reducer_{stage}")
         return reducer(tokens, seen, context.train, **context.at_site(stage))
+
+
+def _mix(values: Array, *, probs: Array, reduction: Reduction, prefix: int) -> Array:
+    """Values `[B, heads, T', D]` of fused rows by the map of those that fused, `[B, heads, T, T]`.
+
+    The keys of a group are summed, its queries averaged by `Reduction.queries`. Both are done on
+    the vectors on either side of the map, which stays as it is.
+    """
+    batch, heads, _, each = values.shape
+    rows = select.shift_past_prefix(reduction.remap, prefix)
+    spread = jnp.take_along_axis(values, rows[:, None, :, None], axis=2)
+    y = jnp.einsum("bhqk,bhkd->bqhd", probs.astype(values.dtype), spread)
+    matching = merge.of_remap(reduction.keep, reduction.remap)
+    patches = y[:, prefix:].reshape(batch, -1, heads * each)
+    patches = merge.mean(patches, matching, reduction.queries).reshape(batch, -1, heads, each)
+    return jnp.moveaxis(jnp.concatenate([y[:, :prefix], patches], axis=1), 1, 2)
 
 
 def _of_rows(x: Array, rows: Array | None, new: int, axes: tuple[int, ...]) -> Array:

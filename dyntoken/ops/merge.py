@@ -48,7 +48,21 @@ def halves(n: int, prefix: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def bipartite(
-    metric: Array,
+    metric: Array, sources: Array, targets: Array, r: int, **options: Array | bool | None
+) -> Matching:
+    """Bipartite soft matching (Bolya et al., ICLR 2023, section 3): the r best sources, each into its best target.
+
+    Args:
+      metric: `[B, n, D]`, compared by cosine.
+      sources, targets, r, options: see `one_way`.
+    """
+    metric = unit(jax.lax.stop_gradient(metric))
+    a, b = (select.take(metric, _of_batch(rows, metric.shape[0])) for rows in (sources, targets))
+    return one_way(jnp.einsum("bsd,btd->bst", a, b, precision=HIGHEST), sources, targets, r, **options)
+
+
+def one_way(
+    scores: Array,
     sources: Array,
     targets: Array,
     r: int,
@@ -56,10 +70,10 @@ def bipartite(
     apart: Array | None = None,
     ascending: bool = True,
 ) -> Matching:
-    """Bipartite soft matching (Bolya et al., ICLR 2023, section 3): the r best sources, each into its best target.
+    """The r best sources, each into its best target.
 
     Args:
-      metric: `[B, n, D]`, compared by cosine.
+      scores: `[B, na, nb]` of pairs.
       sources: `[na]` or `[B, na]` rows; targets: `[nb]` or `[B, nb]`.
       r: pairs to merge, at most na.
       apart: `[no]` or `[B, no]`, the other rows, which take no part; None: there are none.
@@ -68,31 +82,90 @@ def bipartite(
     Returns:
       A `Matching`; outgoing rows are those apart, the sources that stay, the targets.
     """
-    batch, n = metric.shape[:2]
     apart = jnp.zeros((0,), jnp.int32) if apart is None else apart
-    sources, targets, apart = (
-        jnp.broadcast_to(jnp.asarray(rows), (batch, rows.shape[-1])) for rows in (sources, targets, apart)
-    )
-    metric = unit(jax.lax.stop_gradient(metric))
-    a, b = select.take(metric, sources), select.take(metric, targets)
-    similarity = jnp.einsum("bsd,btd->bst", a, b, precision=HIGHEST)
-    best, host = similarity.max(axis=-1), similarity.argmax(axis=-1).astype(jnp.int32)
+    sources, targets, apart = (_of_batch(rows, scores.shape[0]) for rows in (sources, targets, apart))
+    best, host = scores.max(axis=-1), scores.argmax(axis=-1).astype(jnp.int32)
     rank = select.ranks(best)
     stays = rank >= r
     if ascending:
-        rank = jnp.where(stays, r + jnp.cumsum(stays, axis=1, dtype=jnp.int32) - 1, rank)
-    ordered = jnp.take_along_axis(
-        sources, select.inverse(rank, rank.shape[1]), axis=1
-    )  # those merged come first
+        rank = _stable(stays, rank, r)
+    ordered = _by_rank(sources, rank)  # those merged come first
     keep = jnp.concatenate([apart, ordered[:, r:], targets], axis=1)
-    left = n - r - targets.shape[1]  # rows ahead of the targets
-    of_source = jnp.where(stays, apart.shape[1] + rank - r, left + host)
-    remap = select.inverse(keep, n)
-    hit = sources[:, :, None] == jnp.arange(n, dtype=jnp.int32)[None, None, :]  # [B, na, n]
-    is_source = hit.any(axis=1)
-    remap = jnp.where(is_source, jnp.where(hit, of_source[:, :, None], 0).sum(axis=1), remap)
-    similarity = jnp.where(is_source, jnp.where(hit, best[:, :, None], 0.0).sum(axis=1), -1.0)
+    others = apart.shape[1]
+    of_source = jnp.where(stays, others + rank - r, others + sources.shape[1] - r + host)
+    remap, similarity = _scattered(sources, of_source, best, select.inverse(keep, keep.shape[1] + r))
     return Matching(keep, ordered[:, :r], remap, similarity)
+
+
+def both_ways(scores: Array, sources: Array, targets: Array, r: int) -> Matching:
+    """Bidirectional matching (Lee et al., CVPR 2024, section 3.2).
+
+    The r // 2 best sources go into their best target; then the targets, those
+    that took some included, go the other way by the same scores: the best
+    r - r // 2 of them each into its best source that stayed.
+
+    Args:
+      scores: `[B, na, nb]` of pairs.
+      sources: `[na]` rows; targets: `[nb]`, all others.
+      r: rows to merge.
+
+    Returns:
+      A `Matching`; outgoing rows are the sources that stay, then the targets
+      that stay, the most similar first.
+    """
+    first, second = r // 2, r - r // 2
+    sources, targets = (_of_batch(rows, scores.shape[0]) for rows in (sources, targets))
+    best, host = scores.max(axis=-1), scores.argmax(axis=-1).astype(jnp.int32)
+    rank = select.ranks(best)
+    stays = rank >= first
+    rank = _stable(stays, rank, first)
+    back = jnp.where(stays[:, :, None], scores, -jnp.inf)
+    best_back, host_back = back.max(axis=1), back.argmax(axis=1).astype(jnp.int32)
+    rank_back = select.ranks(best_back)
+    of_source, of_target = _by_rank(sources, rank), _by_rank(targets, rank_back)
+    keep = jnp.concatenate([of_source[:, first:], of_target[:, second:]], axis=1)
+    gone = jnp.concatenate([of_source[:, :first], of_target[:, :second]], axis=1)
+    left = sources.shape[1] - first
+    to = jnp.where(
+        rank_back < second,
+        jnp.take_along_axis(rank, host_back, axis=1) - first,
+        left + rank_back - second,
+    )
+    of_source = jnp.where(stays, rank - first, jnp.take_along_axis(to, host, axis=1))
+    rows = jnp.concatenate([sources, targets], axis=1)
+    start = jnp.zeros(rows.shape, jnp.int32)
+    remap, similarity = _scattered(
+        rows, jnp.concatenate([of_source, to], axis=1), jnp.concatenate([best, best_back], axis=1), start
+    )
+    return Matching(keep, gone, remap, similarity)
+
+
+def _of_batch(rows: Array, batch: int) -> Array:
+    return jnp.broadcast_to(jnp.asarray(rows), (batch, rows.shape[-1]))
+
+
+def _stable(stays: Array, rank: Array, r: int) -> Array:
+    """Ranks where those that stay keep their order."""
+    return jnp.where(stays, r + jnp.cumsum(stays, axis=1, dtype=jnp.int32) - 1, rank)
+
+
+def _by_rank(rows: Array, rank: Array) -> Array:
+    return jnp.take_along_axis(rows, select.inverse(rank, rank.shape[1]), axis=1)
+
+
+def _scattered(rows: Array, remap: Array, similarity: Array, others: Array) -> tuple[Array, Array]:
+    """`remap` and `similarity` `[B, m]` of some rows `[B, m]` among all n; of the others `others [B, n]` and -1."""
+    hit = rows[:, :, None] == jnp.arange(others.shape[1], dtype=jnp.int32)[None, None, :]  # [B, m, n]
+    there = hit.any(axis=1)
+    remap = jnp.where(there, jnp.where(hit, remap[:, :, None], 0).sum(axis=1), others)
+    return remap, jnp.where(there, jnp.where(hit, similarity[:, :, None], 0.0).sum(axis=1), -1.0)
+
+
+def of_remap(keep: Array, remap: Array) -> Matching:
+    """The `Matching` of its `keep` and `remap`; its similarities are zeros."""
+    stays = select.mask_of(keep, remap.shape[1])
+    gone = select.split(1.0 - stays, remap.shape[1] - keep.shape[1])[0]
+    return Matching(keep, gone, remap, jnp.zeros(remap.shape, jnp.float32))
 
 
 def mean(x: Array, matching: Matching, weight: Array | None = None) -> Array:
@@ -105,6 +178,13 @@ def mean(x: Array, matching: Matching, weight: Array | None = None) -> Array:
         "brk,brc->bkc", at, merged.astype(jnp.float32), precision=HIGHEST
     )
     return (total / (own + at.sum(axis=1))[..., None]).astype(x.dtype)
+
+
+def largest(x: Array, matching: Matching) -> Array:
+    """`x [B, n, C]` to `[B, k, C]`: each group's largest value per channel."""
+    kept, merged = select.take(x, matching.keep), select.take(x, matching.gone)
+    at = into(matching)[..., None] > 0  # [B, r, k, 1]
+    return jnp.maximum(kept, jnp.where(at, merged[:, :, None], -jnp.inf).max(axis=1).astype(x.dtype))
 
 
 def into(matching: Matching) -> Array:

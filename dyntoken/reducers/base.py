@@ -62,6 +62,10 @@ class Reducer(nn.Module):
     Besides, a class may declare
 
       proportional: attention behind the site weighs keys by `Tokens.size`.
+      forms: those it has.
+      ahead: None for a site where `where` says. "map": ahead of the block; it
+        fuses the rows of its attention map, too, by `Reduction.queries`. "rows": likewise,
+        and the rows that are left attend anew. "end": after the block's MLP.
       from_block: by default there is a site at every block from this number on;
         None: where the backbone's sites lie.
       moves: rows change places in the mask form, too.
@@ -83,6 +87,8 @@ class Reducer(nn.Module):
     adds_row = False
     merges = False
     proportional = False
+    forms = ("mask", "gather")
+    ahead = None
     from_block = None
     moves = False
     takes_decision = True
@@ -92,9 +98,13 @@ class Reducer(nn.Module):
         """The form in force: "mask" or "gather"."""
         if self.form not in FORMS:
             raise ValueError(f"form must be one of {', '.join(FORMS)}, got {self.form!r}")
+        if self.form != "auto" and self.form not in self.forms:
+            raise ValueError(
+                f"{self.title} has no {self.form} form: use form='auto' or {' or '.join(map(repr, self.forms))}"
+            )
         if self.form != "auto":
             return self.form
-        return "mask" if train and self.learns else "gather"
+        return "mask" if (train and self.learns) or "gather" not in self.forms else "gather"
 
     def site_keep(self, keep: Keep, sites: int, patches: int, prefix: int) -> Keep:
         """`keep` as the rule for counts takes it, see `reducers.keep.keep_counts`.

@@ -12,6 +12,7 @@ from dyntoken.nn.spec import Site, Spec
 from dyntoken.reducers.base import Reducer, ScoreSelectFuse
 from dyntoken.reducers.fuse import FUSERS
 from dyntoken.reducers.keep import site_counts
+from dyntoken.reducers.mctf import MCTF
 from dyntoken.reducers.pitome import PiToMe
 from dyntoken.reducers.score import SCORERS, VARIANTS, check_declared
 from dyntoken.reducers.tofu import ToFu
@@ -78,6 +79,7 @@ METHODS = Table(
         "tome": Method.new(ToMe, "ToMe, ICLR 2023; facebookresearch/ToMe"),
         "pitome": Method.new(PiToMe, "PiToMe, NeurIPS 2024; hchautran/PiToMe"),
         "tofu": Method.new(ToFu, "ToFu, WACV 2024, as hchautran/PiToMe has it"),
+        "mctf": Method.new(MCTF, "MCTF, CVPR 2024; mlvlab/MCTF"),
         "etps": _row("class_attention", "squeeze", "TPS, CVPR 2023, as its authors describe it"),
     },
 )

@@ -45,6 +45,7 @@ KINDS = {
     "tome_deit_distilled": "tome",
     "pitome_deit": "pitome",
     "tofu_deit": "pitome",
+    "mctf_deit": "mctf",
     "vit_timm": "pretrained",
     "dinov2_timm": "pretrained",
     "dinov2_reg_timm": "pretrained",
