@@ -170,6 +170,8 @@ class Reduction:
         own if kept, its host's if squeezed, -1 if dropped or fused.
       remap: `[B, n]` int32, incoming row -> outgoing row, or -1.
       carrier: `[B, N0]`, `Tokens.carrier` after the site (filled by the trunk).
+      queries: `[B, n]`, weight of each incoming row in the mean of its group, by
+        which queries of the block's attention map fuse; the trunk takes it away.
       ratio: target share of the first patches that stay, as the keep-ratio
         loss wants it.
       count: static number of rows alive after the site (fused token included).
@@ -184,6 +186,7 @@ class Reduction:
     log_probs: Array | None = None
     keep: Array | None = None
     carrier: Array | None = None
+    queries: Array | None = None
     ratio: float = flax.struct.field(pytree_node=False, default=1.0)
     count: int = flax.struct.field(pytree_node=False, default=0)
     grid: tuple[int, int] = flax.struct.field(pytree_node=False, default=(0, 0))

@@ -106,6 +106,10 @@ def _declared(model):
 def test_mask_form_with_gathers_kept_set_equals_gather(case):
     gathered = _evaluated(case, "gather")
     model = _model(case, "mask")
+    if not _declared(model).takes_decision:
+        with pytest.raises(ValueError, match="no decision on single rows"):
+            model.apply(_variables(case), _images(), decisions=[jnp.ones((4, 16))] * 2)
+        return
     decisions = _imposed(case, gathered)
     masked = jax.jit(lambda v, x, d: model.apply(v, x, decisions=d))(_variables(case), _images(), decisions)
     np.testing.assert_allclose(masked.logits, gathered.logits, atol=1e-5)

@@ -14,12 +14,13 @@ from dyntoken.ops import fuse as fusing
 from dyntoken.ops import sample, select
 from dyntoken.reducers.fuse import FUSERS
 from dyntoken.reducers.score import SCORERS, Scores, shares, shuffled
-from dyntoken.schema import Positive
+from dyntoken.schema import Keep, Positive
 from dyntoken.types import Attended, Reduction, Tokens
 
 Array = jax.Array
 Form = Literal["auto", "mask", "gather"]
 FORMS = typing.get_args(Form)
+USUAL_SITES = 3  # of the methods with one keep rate per site (DynamicViT, TPS, EViT)
 
 
 class _Seen:
@@ -46,7 +47,6 @@ class Reducer(nn.Module):
     `learns`, `needs` and `where`, see `register_scorer`, `adds_row` and
     `merges`, see `register_fuser`, and:
 
-      forms: those it has.
       follows: it takes part in every block, sites or not: the trunk calls
         `follow` of the first site's reducer after each.
       watches: fields of `Attended` that `follow` sees.
@@ -67,7 +67,20 @@ class Reducer(nn.Module):
         shrink to `keep`), or "auto": gather in evaluation; in training mask for
         methods that learn their decision, gather for the others.
       stage: number of the site, which keys its random draws.
+      block, depth: number of the block it stands at, and how many there are.
       predictor_eps: LayerNorm epsilon of what it learns, which the backbone says.
+
+    Besides, a class may declare
+
+      proportional: attention behind the site weighs keys by `Tokens.size`.
+      forms: those it has.
+      ahead: None for a site where `where` says. "map": ahead of the block; it
+        fuses the rows of its attention map, too, by `Reduction.queries`. "rows": likewise,
+        and the rows that are left attend anew. "end": after the block's MLP.
+      from_block: by default there is a site at every block from this number on;
+        None: where the backbone's sites lie.
+      moves: rows change places in the mask form, too.
+      takes_decision: a `decision` of single rows says all that it does.
     """
 
     keep: int
@@ -75,6 +88,8 @@ class Reducer(nn.Module):
     ratio: float | None = None
     form: Form = "auto"
     stage: int = 0
+    block: int = 0
+    depth: int = 1
     predictor_eps: float = 1e-5
 
     learns = False
@@ -82,13 +97,17 @@ class Reducer(nn.Module):
     where = "before"
     adds_row = False
     merges = False
+    proportional = False
     forms = ("mask", "gather")
+    ahead = None
+    from_block = None
+    moves = False
+    takes_decision = True
     follows = False
     watches = ()
     gates = False
     returns = False
     earliest = 0
-    from_block = None
     default_keep = None
     of_body = ()
     dialect = None
@@ -105,6 +124,22 @@ class Reducer(nn.Module):
         if self.form != "auto":
             return self.form
         return "mask" if (train and self.learns) or "gather" not in self.forms else "gather"
+
+    def site_keep(self, keep: Keep, sites: int, patches: int, prefix: int) -> Keep:
+        """`keep` as the rule for counts takes it, see `reducers.keep.keep_counts`.
+
+        Of a method with a site at every block, one rate r is what each of three
+        sites would keep; more sites share that: each keeps `r ** (3 / sites)` of
+        the rows it finds.
+
+        Args:
+          keep: of the model.
+          sites: how many there are.
+          patches, prefix: rows that enter the first block, patches and others.
+        """
+        if self.from_block is None or self.default_keep is not None or not isinstance(keep, float):
+            return keep
+        return (keep ** (min(sites, USUAL_SITES) / sites),) * sites
 
     def reduce(self, tokens, seen, train, *, draws, noise, decision) -> tuple[Tokens, Reduction]:
         """The method itself; `carrier`, `ratio`, `count` and `grid` of the `Reduction` are filled in."""
@@ -142,6 +177,8 @@ class Reducer(nn.Module):
           noise: `[B, n, 2]`, replaces the Gumbel draws.
           decision: `[B, n]` 0/1, imposed in place of the site's own choice.
         """
+        if decision is not None and not self.takes_decision:
+            raise ValueError(f"{self.title} chooses pairs: no decision on single rows can replace its choice")
         seen = _Seen(self.title, {need: getattr(seen, need, None) for need in self.needs})
         fused = int(self.adds_row and self.keep < (self.current or tokens.count))
         rows = (self.keep if self.resolved(train) == "gather" else tokens.count) + fused

@@ -15,11 +15,16 @@ from dyntoken.reducers.base import Reducer, ScoreSelectFuse
 from dyntoken.reducers.evovit import EvoViT
 from dyntoken.reducers.fuse import FUSERS
 from dyntoken.reducers.keep import site_counts
+from dyntoken.reducers.ltmp import LTMP
+from dyntoken.reducers.mctf import MCTF
+from dyntoken.reducers.pitome import PiToMe
 from dyntoken.reducers.score import SCORERS, VARIANTS, check_declared
+from dyntoken.reducers.tofu import ToFu
+from dyntoken.reducers.tome import ToMe
 from dyntoken.registry import Table, UnknownNameError, check_options, suggest
 
 # Fields of a reducer that its site decides, and those of every linen module.
-OF_SITE = ("keep", "current", "ratio", "form", "stage", "parent", "name")
+OF_SITE = ("keep", "current", "ratio", "form", "stage", "block", "depth", "parent", "name")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,9 +80,14 @@ METHODS = Table(
         "dtps": _row("predictor", "squeeze", "TPS, CVPR 2023; megvii-research/TPS-CVPR2023"),
         "evit": _row("class_attention", "one_token", "EViT, ICLR 2022; youweiliang/evit"),
         "topk": _row("class_attention", "drop", "EViT without its fused token; youweiliang/evit"),
+        "tome": Method.new(ToMe, "ToMe, ICLR 2023; facebookresearch/ToMe"),
+        "pitome": Method.new(PiToMe, "PiToMe, NeurIPS 2024; hchautran/PiToMe"),
+        "tofu": Method.new(ToFu, "ToFu, WACV 2024, as hchautran/PiToMe has it"),
+        "mctf": Method.new(MCTF, "MCTF, CVPR 2024; mlvlab/MCTF"),
         "etps": _row("class_attention", "squeeze", "TPS, CVPR 2023, as its authors describe it"),
         "adavit": Method.new(AdaViT, "AdaViT, CVPR 2022; MengLcool/AdaViT"),
         "avit": Method.new(AViT, "A-ViT, CVPR 2022; NVlabs/A-ViT"),
+        "ltmp": Method.new(LTMP, "LTMP, TMLR 2023; Mxbonn/ltmp"),
         "evovit": Method.new(EvoViT, "Evo-ViT, AAAI 2022; YifanXu74/Evo-ViT"),
     },
 )
@@ -149,7 +159,8 @@ def make_reducer(preset: str, /, *, keep: int, form: str = "auto", **options: An
       A linen module; call it as `reducer(tokens, seen, train)` with
       `Tokens.start(x, prefix=1, grid=(14, 14))`.
     """
-    fields = {k: options.pop(k) for k in ("current", "ratio", "stage", "name") if k in options}
+    of_site = ("current", "ratio", "stage", "block", "depth", "name")
+    fields = {k: options.pop(k) for k in of_site if k in options}
     return method(preset, **options)(keep=keep, form=form, **fields)
 
 
@@ -179,13 +190,13 @@ def make_sites(
         verb = "works" if len(working) == 1 else "work"
         instead = f"{', '.join(working)} {verb} there" if working else "no method works there"
         raise ValueError(f"method {name!r} at {at} makes no sense in {arch}: {reason}; {instead}")
-    plain = row.plain
-    counts = site_counts(body, keep, at, relative=row.relative, fused=plain.adds_row, returns=plain.returns)
-    of_body = {field: getattr(body, field) for field in plain.of_body}
+    counts = site_counts(body, row.plain, keep, at, relative=row.relative)
+    of_body = {field: getattr(body, field) for field in row.plain.of_body}
+    of_body |= {"form": form, "depth": body.depth}
     return tuple(
         Site(
             index,
-            row.with_(keep=kept, current=current, ratio=ratio, form=form, **of_body),
+            row.with_(keep=kept, current=current, ratio=ratio, block=index, **of_body),
             row.inside,
         )
         for index, (current, kept, ratio) in zip(at, counts, strict=True)

@@ -20,6 +20,7 @@ REPOSITORIES = (
     ("evovit", ("evo-vit",)),
     ("avit", ("a-vit",)),
     ("adavit", ("adavit",)),
+    ("ltmp", ("ltmp",)),
     ("evit+tps", ("evit", "tps")),
     ("evit", ("evit",)),
     ("tps", ("tps",)),

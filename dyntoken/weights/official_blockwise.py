@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from dyntoken.weights import constructors as common
-from dyntoken.weights.constructors import Argument, Official, Values, flag, only
+from dyntoken.weights.constructors import Argument, Official, Values, flag, only, unused
 from dyntoken.weights.official_isotropic import HYBRID, NORM_6, PRESET, REPRESENTATION, VIT, per_block
 
 DEIT = {
@@ -97,8 +97,23 @@ def _adavit(a: Values) -> dict[str, Any]:
     }
 
 
+# LTMP: its masks are trained by one class and used by the other; the arguments of the loss stay with it.
+
+LTMP_CLASSES = ("LTMPVisionTransformer", "InferenceLTMPVisionTransformer")
+LTMP = {
+    **DEIT,
+    "tau": common.to("tau", float, 0.1),
+    **unused(reduction_target=None, reg_scale=None),
+}
+
+
+def _ltmp(a: Values) -> dict[str, Any]:
+    return {"method": "ltmp"}
+
+
 CLASSES = {
     "adavit/AdaStepT2T_ViT": Official(PRESET, ADAVIT, _adavit),
     "avit/VisionTransformer": Official(PRESET, AVIT, _avit),
     "evovit/EvoVisionTransformer": Official(PRESET, EVOVIT, _evovit),
+    **{f"ltmp/{name}": Official(PRESET, LTMP, _ltmp) for name in LTMP_CLASSES},
 }
