@@ -114,6 +114,8 @@ class Gate:
     Attributes:
       policy: `[B, T]` keys that attention sees, or `[B, T, T]` (query, key); it
         replaces `Tokens.alive` there.
+      size: `[B, T]` how often a key counts where they do, in place of `Tokens.size`, which is 0
+        for a row that is gone: the gradient of its policy asks what it would have been.
       rows: `[B, T]` rows that both branches read; the others are zero to them.
       outputs: `[B, T]` rows that both branches write.
       branches: `[B, 2]` attention and MLP.
@@ -125,6 +127,7 @@ class Gate:
     """
 
     policy: Array | None = None
+    size: Array | None = None
     rows: Array | None = None
     outputs: Array | None = None
     branches: Array | None = None

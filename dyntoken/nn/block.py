@@ -152,6 +152,8 @@ class Block(nn.Module):
         gate = tokens.gate
         gated = {} if gate is None else {"gate": gate}
         more = {"size": attend.with_prefix(tokens.size, tokens.prefix)} if self.proportional else {}
+        if more and gate is not None and gate.size is not None:
+            more = {"size": gate.size}
         y, seen = self.attn(
             self.norm1(tokens.x) if gate is None else gate.reads(self.norm1, tokens.x),
             policy,

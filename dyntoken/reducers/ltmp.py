@@ -109,7 +109,8 @@ class LTMP(Reducer):
         merge = Masker(1.0, self.tau, name="merge_masker")(best)  # [B, E]
         moved = jax.lax.stop_gradient(merge)
         onto = jax.nn.one_hot(host, odd.size) * moved[..., None]  # [B, E, O]
-        x, size = tokens.patches.astype(jnp.float32), tokens.size
+        x = tokens.patches.astype(jnp.float32)
+        size = tokens.size if tokens.gate is None else tokens.gate.size[:, prefix:]
         add = jnp.einsum("beo,bec->boc", onto, x[:, even] * size[:, even, None], precision=HIGHEST)
         total = size[:, odd] + jnp.einsum("beo,be->bo", onto, size[:, even])
         merged = (x[:, odd] * size[:, odd, None] + add) / jnp.where(total > 0, total, 1.0)[..., None]
@@ -135,10 +136,10 @@ class LTMP(Reducer):
             mask, attend.with_prefix(left, prefix), jnp.concatenate([infinite, importance], axis=1), best
         )
         past = () if tokens.state is None else tokens.state.blocks
-        place = tokens.place[:, order]
+        place, size = tokens.place[:, order], jnp.concatenate([size[:, even], total], axis=1)
         if self.rows == "dropped":  # those alive first, as if the others were gone
             moves = jnp.argsort(now <= 0.5, axis=1, stable=True)
-            patches, place, now = (select.take(each, moves) for each in (patches, place, now))
+            patches, place, now, size = (select.take(each, moves) for each in (patches, place, now, size))
             target = jnp.take_along_axis(jnp.argsort(moves, axis=1), target, axis=1)
             mask = attend.with_prefix(now, prefix)
         remap = jnp.where(stands, target, -1)[:, jnp.argsort(order)].astype(jnp.int32)
@@ -153,7 +154,7 @@ class LTMP(Reducer):
             x=jnp.concatenate([tokens.x[:, :prefix], patches], axis=1),
             alive=now,
             place=place,
-            gate=Gate(policy=mask, eps=EPS if train else None),
+            gate=Gate(policy=mask, size=attend.with_prefix(size, prefix), eps=EPS if train else None),
             state=Shares((*past, decided), tokens.x.shape[-1]),
         )
         return tokens, reduction
