@@ -58,6 +58,7 @@ class Bundle:
       origin: the source, for messages.
       own: whether keys are paths of our tree ("backbone/trunk/blocks_0/...").
       notes: what the reader of a report should know.
+      layout: the `foreign.Layout` whose names were translated to timm's; None of any other source.
     """
 
     tensors: dict[str, np.ndarray]
@@ -65,6 +66,7 @@ class Bundle:
     origin: str
     own: bool
     notes: tuple[str, ...] = ()
+    layout: Any = None
 
 
 def read(source: Any, prefer: str = "ema", step: int | str = "newest") -> Bundle:

@@ -1,34 +1,23 @@
-"""Whose names a source's arrays bear: shared prefixes, Google's flax ViT, and layouts that are not read."""
+"""Whose names a source's arrays bear: shared prefixes, Google's flax ViT, other libraries' (see `foreign`)."""
 
 from __future__ import annotations
 
 import collections
 import dataclasses
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
+from dyntoken.weights import files, foreign
 from dyntoken.weights.errors import WeightsError
 from dyntoken.weights.files import Bundle
 from dyntoken.weights.keys import KeyMap
 
 AVERAGED = re.compile(r"ema|averag|teacher|swa", re.IGNORECASE)
-# Layouts of other libraries, by keys that only they have.
+# Layouts that are not read, or that another model's are in, by keys that only they have.
 OTHERS = (
-    (
-        r"(^|\.)encoder\.layer\.\d+\.(attention\.attention\.query|layernorm_before)\.",
-        "Hugging Face's ViT layout",
-    ),
-    (
-        r"(^|\.)encoder\.layer\.\d+\.(layer_scale\d|norm\d|attention\.q_proj)\.",
-        "Hugging Face's DINOv2 layout",
-    ),
-    (r"(^|\.)layers?\.\d+\.(attention\.[qkvo]_proj|layer_scale\d)\.", "Hugging Face's ViT layout"),
-    (r"(^|\.)encoder\.layers\.\d+\.self_attn\.", "Hugging Face's CLIP or SigLIP layout"),
-    (r"(^|\.)resblocks\.\d+\.", "OpenAI's CLIP layout"),
-    (r"(^|\.)encoder\.layers\.encoder_layer_\d+\.", "torchvision's ViT layout"),
-    (r"(^|\.)blocks\.\d+\.attn\.(q_bias|q_proj)", "timm's EVA or DINOv3 layout"),
     (r"(^|\.)layer[1-4]\.\d+\.conv1\.", "a ResNet's layout"),
     (r"(^|\.)backbone/trunk/|^backbone/stage_", "this library's own layout"),
     (r"(^|\.)blocks\.\d+\.attn\.qkv\.", "timm's ViT layout"),
@@ -38,9 +27,16 @@ ENCODER = re.compile(r"(.*?)Transformer/encoderblock(?:_(\d+))?/(.*)")
 NORMS, MLPS = {"0": "norm1", "1": "norm2", "2": "norm2"}, {"0": "fc1", "1": "fc2"}
 
 
-def recognised(names: Iterable[str]) -> str | None:
+def read(source: Any, prefer: str = "ema", step: int | str = "newest") -> Bundle:
+    """As `files.read`, with the names of other libraries translated to timm's."""
+    return foreign.translated(from_flax_vit(files.read(source, prefer, step)))
+
+
+def recognised(bundle: Bundle) -> str | None:
     """The layout that some of a source's keys belong to, in words; None if unknown."""
-    names = list(names)
+    if bundle.layout is not None:
+        return bundle.layout.words
+    names = list(bundle.tensors)
     return next((layout for pattern, layout in OTHERS if any(re.search(pattern, n) for n in names)), None)
 
 
