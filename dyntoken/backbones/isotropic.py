@@ -113,9 +113,17 @@ class Isotropic(Backbone):
             return self.drop_path
         return self.drop_path * index / max(1, self.path_count - 1)
 
+    @property
+    def position_prefix(self) -> int:
+        """Rows of the position embedding that are the prefix's: all of its or none."""
+        return self.prefix
+
+    def positions_of(self, path: str) -> tuple[int, tuple[int, int]]:
+        return self.position_prefix, self.grid
+
     def positions(self) -> Array | None:
-        """The position embedding `[1, prefix + N, width]`, or None; called once, in `setup`."""
-        rows = self.prefix + self.grid[0] * self.grid[1]
+        """The position embedding `[1, position_prefix + N, width]`, or None; called once, in `setup`."""
+        rows = self.position_prefix + self.grid[0] * self.grid[1]
         return self.param("pos_embed", layers.trunc_normal(), (1, rows, self.width))
 
     def setup(self) -> None:
@@ -143,11 +151,15 @@ class Isotropic(Backbone):
         x = self.stem_rows(images.astype(self.dtype), context)
         batch = x.shape[0]
         first = [jnp.broadcast_to(t.astype(x.dtype), (batch, *t.shape[1:])) for t in self.first]
+        bare = self.position_prefix < self.prefix
+        if bare and self.added is not None:
+            x = x + self.added.astype(x.dtype)
         x = jnp.concatenate([*first, x], axis=1)
         if self.added is not None:
             # Layer number `depth` keys the draw: no block uses it.
             rate = self.dropout if self.pos_dropout is None else self.pos_dropout
-            x = layers.drop(x + self.added.astype(x.dtype), rate, context.dropout, self.depth)
+            x = x if bare else x + self.added.astype(x.dtype)
+            x = layers.drop(x, rate, context.dropout, self.depth)
         return Tokens.start(x, prefix=self.prefix, grid=self.grid)
 
     def __call__(

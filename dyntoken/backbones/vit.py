@@ -1,4 +1,4 @@
-"""ViT and DeiT: patches, class token, one trunk, final norm."""
+"""ViT, DeiT and their kin (DINOv2, SigLIP, DINOv3, EVA-02): patches, class token, one trunk, final norm."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dyntoken.backbones.isotropic import Isotropic
 from dyntoken.backbones.sizes import check_multiple, pair
 from dyntoken.nn import layers
 from dyntoken.nn.trunk import Context
-from dyntoken.ops import sample, select
+from dyntoken.ops import resample, sample, select
 from dyntoken.schema import Natural, Rate, Size
 from dyntoken.types import Tokens
 
@@ -34,6 +34,10 @@ class ViT(Isotropic):
       registers: rows after the class token that are no patches and that no head reads.
       pre_norm: a norm before the first block, and no bias in the patch product (CLIP).
       position: False adds no position embedding.
+      embed_class: False gives the position embedding no rows for the prefix (timm's `no_embed_class`).
+      resize: how weights of another grid get their position embedding resized by default, see
+        `load_weights`: "bicubic" (the official DeiT) or "timm".
+      pad: zeros at the bottom and on the right up to whole patches (timm's `dynamic_img_pad`).
       patch_drop: share of the patches that training leaves out, drawn anew for every image
         (Li et al. 2023, "Scaling Language-Image Pre-training via Masking"); not with a method.
     """
@@ -48,6 +52,9 @@ class ViT(Isotropic):
     registers: Natural = 0
     pre_norm: bool = False
     position: bool = True
+    embed_class: bool = True
+    resize: Literal[resample.METHODS] = "bicubic"
+    pad: bool = False
     patch_drop: Rate = 0.0
 
     @property
@@ -56,6 +63,8 @@ class ViT(Isotropic):
         size = pair(self.img_size)
         if self.tokens is None:
             patch = pair(self.patch_size)
+            if self.pad:
+                return patch, (0, 0)
             check_multiple(size, patch, f"is not divisible by patch_size {patch}")
             return patch, (0, 0)
         tokens = pair(self.tokens)
@@ -71,7 +80,7 @@ class ViT(Isotropic):
     def grid(self) -> tuple[int, int]:
         """(rows, columns) of patches."""
         (kernel, _), size = self.patches, pair(self.img_size)
-        return pair(self.tokens) if self.tokens else (size[0] // kernel[0], size[1] // kernel[1])
+        return pair(self.tokens) if self.tokens else (-(-size[0] // kernel[0]), -(-size[1] // kernel[1]))
 
     @property
     def prefix_rows(self) -> dict[str, int]:
@@ -91,6 +100,8 @@ class ViT(Isotropic):
             raise ValueError(
                 "patch_drop drops patches ahead of the sites, whose counts are fixed: give one of both"
             )
+        if self.pad and self.tokens is not None:
+            raise ValueError("tokens=... pads the image by itself: leave pad out")
         if self.pre_norm and self.stem != "patch":
             raise ValueError("pre_norm needs stem='patch'")
         kernel, _ = self.patches
@@ -105,8 +116,13 @@ class ViT(Isotropic):
         if self.pre_norm:
             self.norm_pre = self.make_norm()
 
+    @property
+    def position_prefix(self) -> int:
+        """Rows of the position embedding that are the prefix's."""
+        return self.prefix if self.embed_class else 0
+
     def positions(self) -> Array | None:
-        """The position embedding `[1, prefix + N, width]`, or None."""
+        """The position embedding `[1, prefix + N, width]` (without `embed_class` `[1, N, width]`), or None."""
         return super().positions() if self.position else None
 
     def embed(self, images: Array, context: Context) -> Tokens:
@@ -134,4 +150,7 @@ class ViT(Isotropic):
         return super().shows(at) - ({"cls"} if not self.class_token else set())
 
     def stem_rows(self, images: Array, context: Context) -> Array:
+        if self.pad:
+            more = [-side % patch for side, patch in zip(images.shape[1:3], self.patches[0], strict=True)]
+            images = jnp.pad(images, ((0, 0), (0, more[0]), (0, more[1]), (0, 0)))
         return self.patch_embed(images).reshape(images.shape[0], -1, self.width)

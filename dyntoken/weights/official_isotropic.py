@@ -41,7 +41,7 @@ TIMM_VIT = {
     "pre_norm": to("pre_norm", flag, False),
     "class_token": to("class_token", flag, True),
     "reg_tokens": to("registers", lambda v: int(v or 0), 0),
-    "no_embed_class": to("no_embed_class", flag, False),
+    "no_embed_class": Argument(False, flag),
     "init_values": to("layer_scale", common.optional(float), None),
     "pool_include_prefix": to("pool_prefix", flag, False),
     "pos_embed": only("learn", "none", "", why="timm has no others"),
@@ -54,8 +54,9 @@ TIMM_VIT = {
     "embed_norm_layer": only(None, why=common.CODE),
     "block_fn": only(None, "Block", why=common.CODE),
     "attn_layer": only(None, "Attention", why=common.CODE),
+    "dynamic_img_pad": to("pad", flag, False),
     # Fresh parameters only; images of other sizes than img_size, for which ours is built.
-    **unused(weight_init="", fix_init=False, dynamic_img_size=False, dynamic_img_pad=False),
+    **unused(weight_init="", fix_init=False, dynamic_img_size=False),
     **unused(device=None, dtype=None),
 }
 POOLS = {"avg": "mean"}  # timm's name -> ours, where they differ
@@ -74,6 +75,7 @@ def timm_vit(a: Values) -> dict[str, Any]:
     return {
         "pool": pool,
         "position": a["pos_embed"] == "learn",
+        "embed_class": not a["no_embed_class"],
         "final_norm": a["final_norm"] and not after,
         "fc_norm": a["final_norm"] and after,
         "activation": "swiglu" if packed else a["act_layer"],
@@ -291,8 +293,13 @@ DVT_DEIT = {name: argument for name, argument in DEIT_S.items() if name not in (
 PRUNING = unused(pruning_loc=None, token_ratio=None)  # read by `pruned`
 PRESET = "vit_small_patch16_224"
 CLASSES = {
-    "timm/VisionTransformer": Official(PRESET, TIMM_VIT, timm_vit),
-    "timm/VisionTransformerDistilled": Official(PRESET, TIMM_VIT, _distilled),
+    "timm/VisionTransformer": Official(PRESET, TIMM_VIT, lambda a: {**timm_vit(a), "resize": "timm"}),
+    "timm/VisionTransformerDistilled": Official(
+        PRESET, TIMM_VIT, lambda a: {**_distilled(a), "resize": "timm"}
+    ),
+    # The same classes; its own main.py resizes positions without antialias.
+    "deit/VisionTransformer": Official(PRESET, TIMM_VIT, timm_vit),
+    "deit/DistilledVisionTransformer": Official(PRESET, TIMM_VIT, _distilled),
     # distill and viz_mode change what is returned, not what is computed.
     "dynamicvit/VisionTransformerDiffPruning": Official(
         PRESET, {**DYNAMICVIT, **PRUNING, **unused(distill=False)}, common.pruned

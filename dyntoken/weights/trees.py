@@ -27,7 +27,7 @@ def naming_of(model: Model) -> keys.Naming:
 
 def reference_keys(model: Model, *, no_embed_class: bool = False) -> keys.KeyMap:
     """The key map between `model` and the public format of its backbone."""
-    grid_only = model.plain().prefix if no_embed_class else 0
+    grid_only = model.plain().positions_of("backbone/pos_embed")[0] if no_embed_class else 0
     return keys.key_map(shapes_of(model), naming_of(model), grid_only=grid_only)
 
 
