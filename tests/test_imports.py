@@ -53,6 +53,7 @@ IMPORTS = {
     },
     "preprocessing": {"architectures", "data", "device_augment", "models"},
     "weights": {
+        "architectures",
         "cascade",
         "checkpoints",
         "models",

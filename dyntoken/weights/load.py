@@ -186,14 +186,19 @@ def save_weights(
     Args:
       path: target file; its folder is made.
       variables: `{"params": ...}`, with "batch_stats" where there are any.
-      model: adds its name and patch grid to the metadata, so that a non-square
-        position embedding can be resized later.
+      model: adds its name, keywords and patch grid to the metadata, so that `load_pretrained`
+        rebuilds it and a non-square position embedding can be resized later.
       **metadata: further strings for the file's header.
     """
     tensors = {key: np.asarray(value) for key, value in trees.flat_variables(variables).items()}
     about = {"format": FORMAT, **metadata}
     if model is not None:
-        about = {"model": "_".join(filter(None, (model.method, model.arch))), **about, **runs.grids(model)}
+        about = {
+            "model": "_".join(filter(None, (model.method, model.arch))),
+            **about,
+            **runs.grids(model),
+            **runs.recipe(model),
+        }
     files.write_safetensors(path, tensors, about)
 
 
