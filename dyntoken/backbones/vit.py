@@ -12,7 +12,8 @@ from dyntoken.backbones.sizes import check_multiple, pair
 from dyntoken.nn import layers
 from dyntoken.nn.trunk import Context
 from dyntoken.ops import resample, sample, select
-from dyntoken.schema import Natural, Rate, Size
+from dyntoken.ops.rope import COORDINATES, LAYOUTS, Rope
+from dyntoken.schema import Natural, Positive, Rate, Size
 from dyntoken.types import Tokens
 
 Array = jax.Array
@@ -38,11 +39,15 @@ class ViT(Isotropic):
       resize: how weights of another grid get their position embedding resized by default, see
         `load_weights`: "bicubic" (the official DeiT) or "timm".
       pad: zeros at the bottom and on the right up to whole patches (timm's `dynamic_img_pad`).
+      naming: whose key names exported weights bear: those of timm's `VisionTransformer` ("vit"),
+        of its `Eva` ("eva"), or of its `Eva` with `qkv_fused=False` ("eva_unfused").
+      rope: a rotary position embedding, over patch centres ("centred", DINOv3) or patch numbers
+        ("index", EVA-02), see `ops.rope`.
+      rope_layout, rope_base: which channels turn together, and how far periods range.
+      rope_grid: (rows, columns) of patches in pretraining, to which rope="index" scales its numbers.
       patch_drop: share of the patches that training leaves out, drawn anew for every image
         (Li et al. 2023, "Scaling Language-Image Pre-training via Masking"); not with a method.
     """
-
-    naming = "vit"
 
     patch_size: Size = 16
     tokens: Size | None = None
@@ -55,6 +60,11 @@ class ViT(Isotropic):
     embed_class: bool = True
     resize: Literal[resample.METHODS] = "bicubic"
     pad: bool = False
+    naming: Literal["vit", "eva", "eva_unfused"] = "vit"
+    rope: Literal[tuple(COORDINATES)] | None = None
+    rope_layout: Literal[LAYOUTS] = "halves"
+    rope_base: Positive = 100.0
+    rope_grid: Size | None = None
     patch_drop: Rate = 0.0
 
     @property
@@ -92,8 +102,17 @@ class ViT(Isotropic):
         }
         return {name: count for name, count in rows.items() if count}
 
+    def rotary(self) -> Rope | None:
+        """The rotary position embedding of its blocks, None for none."""
+        if self.rope is None:
+            return None
+        reference = None if self.rope_grid is None else pair(self.rope_grid)
+        size = self.head_dim or self.width // self.heads
+        return Rope(size, self.rope, self.rope_layout, self.rope_base, reference)
+
     def check(self) -> None:
         super().check()
+        self.rotary()
         if self.distilled and not self.class_token:
             raise ValueError("a distilled model needs its class token")
         if self.patch_drop and self.sites:

@@ -34,6 +34,7 @@ from dyntoken.nn.block import Block
 from dyntoken.nn.remat import rematerialised
 from dyntoken.nn.spec import Site, Spec
 from dyntoken.ops import sample, select
+from dyntoken.ops.rope import Rope, Rotation
 from dyntoken.types import Attended, Reduction, Tokens
 
 Array = jax.Array
@@ -90,12 +91,14 @@ class Trunk(nn.Module):
         True, or what to keep, see `nn.remat.POLICIES`.
       scan: run alike blocks between two sites as one loop: the same numbers from
         a smaller program. A block that holds a reducer stands alone.
+      rope: a rotary position embedding of queries and keys, the same in all blocks.
     """
 
     blocks: tuple[Spec, ...]
     sites: tuple[Site, ...] = ()
     remat: bool | str = False
     scan: bool = False
+    rope: Rope | None = None
 
     def setup(self) -> None:
         for index, spec in enumerate(self.blocks):
@@ -144,9 +147,10 @@ class Trunk(nn.Module):
                 continue
             block = getattr(self, f"blocks_{index}")
             inside = site is not None and site.inside
-            bias = self._bias(index, tokens, context)
+            bias, rotation = self._bias(index, tokens, context), self._rotation(index, tokens)
             address = self._address(index, tokens, after_mlp=False)
-            tokens, seen = block.attend(tokens, context.dropout, context.train, inside, return_logits, bias)
+            options = (context.train, inside, return_logits, bias, rotation)
+            tokens, seen = block.attend(tokens, context.dropout, *options)
             relations.append(seen.logits if return_logits else None)
             if inside:
                 before = tokens.x
@@ -184,6 +188,7 @@ class Trunk(nn.Module):
             draws=context.dropout,
             train=context.train,
             bias=[self._bias(index, tokens, context) for index in run],
+            rotation=self._rotation(run[0], tokens),
             extra=[self._extra(index, tokens, context) for index in run],
             records=scan.Records("blocks" in context.record, "relations" in context.record),
         )
@@ -205,6 +210,14 @@ class Trunk(nn.Module):
         # A pytree, so that recomputing the attention takes its arrays as inputs.
         rows, new = _rows(tokens)
         return jax.tree_util.Partial(_bias_with(new), bias, rows)
+
+    def _rotation(self, index: int, tokens: Tokens) -> Rotation | None:
+        """The rotation of the rows that a block has: a kept token keeps its own."""
+        if self.rope is None:
+            return None
+        whole = self.rope.whole(tokens.grid, tokens.prefix)
+        moved = self._reduced(index, after_mlp=False) or tokens.count != tokens.initial
+        return whole.of(*_rows(tokens)) if moved else whole
 
     def _extra(self, index: int, tokens: Tokens, context: Context) -> Array | None:
         """The extra features of a block, for the rows it has."""

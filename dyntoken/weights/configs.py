@@ -38,6 +38,13 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "image_size": 224,
         "num_attention_heads": 12,
     },
+    "dinov3_vit": {
+        "layer_norm_eps": 1e-5,
+        "hidden_act": "gelu",
+        "image_size": 224,
+        "num_attention_heads": 6,
+        "rope_theta": 100.0,
+    },
 }
 DEFAULTS |= {"deit": DEFAULTS["vit"], "dinov2_with_registers": DEFAULTS["dinov2"]}
 WHOLE = {
@@ -91,6 +98,14 @@ def fields_of(config: Mapping[str, Any], origin: str) -> dict[str, Any]:
         "img_size": _size(settled["image_size"]),
         "activation": _activation(settled["hidden_act"], origin),
     }
+    if "rope_theta" in settled:
+        fields["rope_base"] = float(settled["rope_theta"])
+        if settled.get("use_gated_mlp") and fields["activation"] != "silu":
+            raise WeightsError(
+                f"{origin}: a gated MLP with {settled['hidden_act']!r} is not read, only with 'silu'"
+            )
+    if kind == "dinov2_with_registers":
+        fields["resize"] = "timm"
     if "pooler_act" in settled:
         fields["representation_act"] = _activation(settled["pooler_act"], origin)
     return fields

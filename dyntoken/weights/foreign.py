@@ -58,8 +58,40 @@ def fold_class_row(tensors: Tensors) -> None:
         tensors["pos_embed"] = tensors["pos_embed"][:, 1:]
 
 
+def _gated(tensors: Tensors) -> None:
+    """DINOv3's MLP: its second layer is `fc1` or, beside a gate, `fc1_x`; one bias or none for all layers."""
+    for key in [key for key in tensors if key.endswith(("mlp.fc1.weight", "mlp.fc1.bias"))]:
+        layer, _, leaf = key.rpartition("fc1.")
+        if f"{layer}fc1_g.weight" in tensors:
+            tensors[f"{layer}fc1_x.{leaf}"] = tensors.pop(key)
+    layers = [key for key in tensors if re.search(r"(attn\.proj|mlp\.fc\w+)\.weight$", key)]
+    biases = {key: f"{key.removesuffix('weight')}bias" for key in layers}
+    if any(bias in tensors for bias in biases.values()):
+        for key, bias in biases.items():
+            tensors.setdefault(bias, np.zeros(len(tensors[key]), np.float32))
+
+
+def _masked(tensors: Tensors) -> None:
+    """The official DINOv3's bias of keys is masked: those of queries and values alone are added."""
+    for key in [key for key in tensors if key.endswith("qkv.bias_mask")]:
+        bias, mask = tensors.pop(key.removesuffix("_mask")), tensors.pop(key)
+        q, k, v = np.split(np.where(mask == 0, 0, bias).astype(np.float32), 3)
+        if k.any():
+            tensors[key.removesuffix("_mask")] = np.concatenate([q, k, v])
+        else:
+            layer = key.removesuffix("qkv.bias_mask")
+            tensors |= {f"{layer}q_bias": q, f"{layer}v_bias": v}
+    tensors.pop("rope_embed.periods", None)  # in bfloat16; timm and transformers compute them in float32
+
+
 def _split_query(tensors: Tensors) -> None:
-    """SigLIP's pooling holds query, key and value as one product, timm the query apart."""
+    """SigLIP's pooling holds query, key and value as one product, timm the query apart.
+
+    Its image classifier reads the mean of the patches and leaves the pooling unused.
+    """
+    if "head.weight" in tensors:
+        for key in [key for key in tensors if key.startswith("attn_pool.")]:
+            del tensors[key]
     for leaf in ("weight", "bias"):
         whole = tensors.pop(f"attn_pool.in_proj_{leaf}", None)
         if whole is not None:
@@ -107,6 +139,16 @@ TOWER_EMBEDDINGS: Rows = (
     ("embeddings.patch_embedding", "patch_embed.proj"),
     ("post_layernorm", "norm"),
 )
+CLIP = Layout(
+    "Hugging Face's CLIP layout",
+    marks=(r"pre_layrnorm\.weight$", r"encoder\.layers\.\d+\.self_attn\.q_proj\.weight$"),
+    block=r"encoder\.layers\.(\d+)\.",
+    blocks=TOWER,
+    others=(*TOWER_EMBEDDINGS, ("pre_layrnorm", "norm_pre")),
+    heads=(("visual_projection", "head"),),
+    config="clip_vision_model",
+    finish=_projection,
+)
 LAYOUTS = (
     Layout(
         "Hugging Face's ViT layout",
@@ -140,8 +182,28 @@ LAYOUTS = (
         resize=lambda tensors: "timm" if "reg_token" in tensors else "bicubic",
     ),
     Layout(
+        "Hugging Face's DINOv3 layout",
+        marks=(r"embeddings\.patch_embeddings\.weight$", r"(?:model\.)?layer\.\d+\.layer_scale1\.lambda1$"),
+        block=r"(?:model\.)?layer\.(\d+)\.",
+        blocks=(
+            *ATTENTION,
+            *DINO,
+            ("mlp.gate_proj", "mlp.fc1_g"),
+            ("mlp.up_proj", "mlp.fc1"),
+            ("mlp.down_proj", "mlp.fc2"),
+        ),
+        others=EMBEDDINGS,
+        heads=(("classifier", "head"),),
+        config="dinov3_vit",
+        finish=_gated,
+    ),
+    CLIP,
+    Layout(
         "Hugging Face's SigLIP layout",
-        marks=(r"head\.probe$", r"encoder\.layers\.\d+\.self_attn\.q_proj\.weight$"),
+        marks=(
+            r"embeddings\.position_embedding\.weight$",
+            r"encoder\.layers\.\d+\.self_attn\.q_proj\.weight$",
+        ),
         block=r"encoder\.layers\.(\d+)\.",
         blocks=TOWER,
         others=(
@@ -157,16 +219,6 @@ LAYOUTS = (
         heads=(("classifier", "head"),),
         config="siglip_vision_model",
         finish=_split_query,
-    ),
-    Layout(
-        "Hugging Face's CLIP layout",
-        marks=(r"pre_layrnorm\.weight$", r"encoder\.layers\.\d+\.self_attn\.q_proj\.weight$"),
-        block=r"encoder\.layers\.(\d+)\.",
-        blocks=TOWER,
-        others=(*TOWER_EMBEDDINGS, ("pre_layrnorm", "norm_pre")),
-        heads=(("visual_projection", "head"),),
-        config="clip_vision_model",
-        finish=_projection,
     ),
     Layout(
         "OpenAI's CLIP layout",
@@ -222,6 +274,15 @@ LAYOUTS = (
         finish=fold_class_row,
         resize=lambda tensors: "timm" if "reg_token" in tensors else "dinov2",
     ),
+    Layout(
+        "the official DINOv3 layout",
+        marks=(r"storage_tokens$", r"blocks\.\d+\.ls1\.gamma$"),
+        block=r"blocks\.(\d+)\.",
+        blocks=(("mlp.w1", "mlp.fc1_g"), ("mlp.w2", "mlp.fc1_x"), ("mlp.w3", "mlp.fc2")),
+        others=(("storage_tokens", "reg_token"),),
+        config="dinov3_vit",
+        finish=_masked,
+    ),
 )
 
 
@@ -230,7 +291,7 @@ def layout_of(names: Mapping[str, object]) -> tuple[Layout, str] | None:
     for layout in LAYOUTS:
         roots: list[str] = []
         for mark in layout.marks:
-            hit = re.compile(rf"((?:.*\.)?){mark}")
+            hit = re.compile(rf"((?:.*?\.)??){mark}")
             found = [root[1] for name in names if "text_model." not in name and (root := hit.match(name))]
             roots = [root for root in roots if root in found] if roots else found
             if not roots:
@@ -291,14 +352,17 @@ def renamed(tensors: Mapping[str, np.ndarray], layout: Layout, root: str) -> Ten
         else:
             joined[new, leaf][part], counts[new, leaf] = value, count
     for (new, leaf), parts in joined.items():
-        one = next(iter(parts.values()))
-        lacking = [np.zeros_like(one)] * counts[new, leaf] if leaf == "bias" else []
-        rows = [parts.get(n, lacking[n] if lacking else None) for n in range(counts[new, leaf])]
+        none = np.zeros_like(next(iter(parts.values())))
+        if leaf == "bias" and new.endswith("qkv") and 1 not in parts:  # keys have none: DINOv3
+            layer = new.removesuffix("qkv")
+            result |= {f"{layer}q_bias": parts.get(0, none), f"{layer}v_bias": parts.get(2, none)}
+            continue
+        rows = [parts.get(n, none if leaf == "bias" else None) for n in range(counts[new, leaf])]
         result[f"{new}.{leaf}"] = np.concatenate([row for row in rows if row is not None])
     for name in ("cls_token", "pos_embed", "attn_pool.latent"):  # CLIP and SigLIP store plain rows
         if name in result and result[name].ndim < 3:
             result[name] = result[name].reshape(1, -1, result[name].shape[-1])
-    return result
+    return {name: value for name, value in result.items() if value.size}  # no registers: an array of no rows
 
 
 def spelled(rows: Rows) -> dict[str, tuple[str, int, int]]:

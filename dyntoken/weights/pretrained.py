@@ -104,7 +104,7 @@ def load_pretrained(
         prefer=prefer,
         step=step,
         unexpected=unexpected,
-        resize=resize,
+        resize=resize or found.fields.get("resize"),
         in_chans="adapt" if "in_chans" in given else "keep",
         head=head,
         source_grid=source_grid or found.grid,
@@ -173,7 +173,13 @@ def _usual(bundle: files.Bundle, fields: Mapping[str, Any]) -> dict[str, Any]:
     """What models of a layout mostly have where nothing says it."""
     if bundle.layout is not None and bundle.layout.config:
         usual = configs.fields_of({"model_type": bundle.layout.config}, bundle.origin)
-        return {key: usual[key] for key in ("norm_eps", "activation")}
+        return {
+            key: usual[key] for key in ("norm_eps", "activation", "rope_base", "img_size") if key in usual
+        }
+    if fields.get("rope") == "centred":
+        return {"norm_eps": 1e-5, "activation": "gelu", "rope_base": 100.0, "img_size": 256}
+    if fields.get("rope") == "index":
+        return {"norm_eps": 1e-6, "rope_base": 10000.0, "rope_grid": (16, 16)}
     return {"norm_eps": 1e-5 if fields["pre_norm"] else 1e-6, "activation": "gelu"}
 
 

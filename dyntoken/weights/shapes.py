@@ -86,14 +86,24 @@ def fields_of(
     }
     fields |= _positions(tensors.get("pos_embed"), sum(rows.values()), grid, patch, origin)
     fields |= _head(tensors, width, bool(rows.get("cls_token")), fields["fc_norm"])
+    fields |= _rotary(fields)
     return fields, assumed
+
+
+def _rotary(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """DINOv3 has rotary positions alone; EVA-02 has both, biases of queries and values, and a gate."""
+    if not fields.get("position", True):
+        return {"rope": "centred", "rope_layout": "halves", "naming": "eva"}
+    if fields["qkv_bias"] == "qv" and fields.get("activation") == "swiglu":
+        return {"rope": "index", "rope_layout": "pairs", "naming": "eva"}
+    return {}
 
 
 def _attention(of_block: Mapping[str, np.ndarray], width: int, assumed: list[str]) -> dict[str, Any]:
     inner = of_block["attn.proj.weight"].shape[1] if "attn.proj.weight" in of_block else width
     norm = of_block.get("attn.q_norm.weight")
     fields: dict[str, Any] = {
-        "qkv_bias": "attn.qkv.bias" in of_block,
+        "qkv_bias": "qv" if "attn.q_bias" in of_block else "attn.qkv.bias" in of_block,
         "proj_bias": "attn.proj.bias" in of_block,
         "qk_norm": norm is not None,
         "attn_norm": "attn.norm.weight" in of_block,
@@ -111,6 +121,8 @@ def _attention(of_block: Mapping[str, np.ndarray], width: int, assumed: list[str
 
 
 def _mlp(of_block: Mapping[str, np.ndarray], width: int) -> dict[str, Any]:
+    if (gate := of_block.get("mlp.fc1_g.weight")) is not None:
+        return {"activation": "swiglu", "mlp_hidden": 2 * len(gate), "mlp_split": True}
     if not {"mlp.fc1.weight", "mlp.fc2.weight"} <= of_block.keys():
         return {}
     hidden, read = len(of_block["mlp.fc1.weight"]), of_block["mlp.fc2.weight"].shape[1]

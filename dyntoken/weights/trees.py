@@ -20,7 +20,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 def naming_of(model: Model) -> keys.Naming:
     """Row of `keys.RULES` for a model's backbone; a subclass has the keys of what it extends."""
     make = model.backbone.make
-    if (naming := getattr(make, "naming", None)) is None:
+    if (naming := model.backbone.get("naming", getattr(make, "naming", None))) is None:
         raise WeightsError(f"{model.arch}: no public key names are known for backbone {make.__name__}")
     return keys.RULES[naming]
 

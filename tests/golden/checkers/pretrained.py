@@ -71,7 +71,10 @@ def compare(ledger: Ledger, run: str, model: Any, variables: Any, pos_embed: Any
         "pos_embed": pos_embed,
         **{f"block{index}.out": rows for index, rows in enumerate(out.records["blocks"])},
     }
-    prefix = model.plain().prefix
+    prefix = (body := model.plain()).prefix
+    if (rope := body.rotary()) is not None:
+        whole = rope.whole(body.grid, 0)
+        found["rope"] = np.concatenate([whole.sin, whole.cos], axis=1)
     for index, logits in enumerate(inner["relations"]):
         probs = np.asarray(jax.nn.softmax(logits, axis=-1)).mean(axis=1)
         found[f"block{index}.cls_attn"] = probs[:, 0, prefix:]
