@@ -46,7 +46,12 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "rope_theta": 100.0,
     },
 }
-DEFAULTS |= {"deit": DEFAULTS["vit"], "dinov2_with_registers": DEFAULTS["dinov2"]}
+DEFAULTS |= {
+    "deit": DEFAULTS["vit"],
+    "vit_mae": DEFAULTS["vit"],
+    "vit_msn": DEFAULTS["vit"] | {"layer_norm_eps": 1e-6},
+    "dinov2_with_registers": DEFAULTS["dinov2"],
+}
 WHOLE = {
     "siglip": "siglip_vision_model",
     "clip": "clip_vision_model",

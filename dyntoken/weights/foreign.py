@@ -47,6 +47,12 @@ class Layout:
     resize: Callable[[Tensors], str] = lambda tensors: "bicubic"
 
 
+def _one_head(tensors: Tensors) -> None:
+    """DeiT without a second classifier: nothing reads the distillation token, which is a register then."""
+    if "head_dist.weight" not in tensors and "dist_token" in tensors:
+        tensors["reg_token"] = tensors.pop("dist_token")
+
+
 def fold_class_row(tensors: Tensors) -> None:
     """DINOv2 with registers: positions hold a row for the class token and none for the registers.
 
@@ -164,6 +170,7 @@ LAYOUTS = (
         others=(*EMBEDDINGS, ("layernorm", "norm"), ("pooler.dense", "pre_logits.fc")),
         heads=(("classifier|cls_classifier", "head"), ("distillation_classifier", "head_dist")),
         config="vit",
+        finish=_one_head,
     ),
     Layout(
         "Hugging Face's DINOv2 layout",

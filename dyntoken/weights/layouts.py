@@ -16,8 +16,20 @@ from dyntoken.weights.files import Bundle
 from dyntoken.weights.keys import KeyMap
 
 AVERAGED = re.compile(r"ema|averag|teacher|swa", re.IGNORECASE)
-# Layouts that are not read, or that another model's are in, by keys that only they have.
+# Layouts by keys that only they have, to name a source that does not fit or lacks its marks in `foreign`.
 OTHERS = (
+    (
+        r"(^|\.)encoder\.layer\.\d+\.(attention\.attention\.query|layernorm_before)\.",
+        "Hugging Face's ViT layout",
+    ),
+    (
+        r"(^|\.)encoder\.layer\.\d+\.(layer_scale\d|norm\d|attention\.q_proj)\.",
+        "Hugging Face's DINOv2 layout",
+    ),
+    (r"(^|\.)layers?\.\d+\.(attention\.[qkvo]_proj|layer_scale\d)\.", "Hugging Face's ViT layout"),
+    (r"(^|\.)encoder\.layers\.\d+\.self_attn\.", "Hugging Face's CLIP or SigLIP layout"),
+    (r"(^|\.)resblocks\.\d+\.", "OpenAI's CLIP layout"),
+    (r"(^|\.)encoder\.layers\.encoder_layer_\d+\.", "torchvision's ViT layout"),
     (r"(^|\.)blocks\.\d+\.attn\.(q_bias|q_proj)", "timm's EVA-02 or DINOv3 layout"),
     (r"(^|\.)layer[1-4]\.\d+\.conv1\.", "a ResNet's layout"),
     (r"(^|\.)backbone/trunk/|^backbone/stage_", "this library's own layout"),

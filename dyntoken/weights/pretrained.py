@@ -260,7 +260,8 @@ def _lines(
     facts += [
         name for name in ("distilled", "qk_norm", "layer_scale", "pre_norm") if getattr(body, name, None)
     ]
-    lines = [f"found {words}: {model.arch}: {', '.join(filter(None, facts))}"]
+    kind = f"{model.arch}: " if model.arch != PRESET or model.plain().width == 384 else ""
+    lines = [f"found {words}: {kind}{', '.join(filter(None, facts))}"]
     if assumed:
         listed = ", ".join(f"{key}={value!r}" for key, value in assumed.items())
         lines.append(
