@@ -83,6 +83,12 @@ class Isotropic(Backbone):
     scan: bool = False
 
     required = ("grid", "setup_stem", "stem_rows")
+    one_width = True
+
+    @property
+    def taps(self) -> int:
+        """Number of blocks."""
+        return self.depth
 
     @property
     def default_sites(self) -> tuple[int, ...]:

@@ -56,6 +56,8 @@ class Context:
         none. Both are over all rows; after a site each token takes its own.
       record: what to keep besides the output ("embed", "blocks", "stages",
         "relations", "addresses").
+      taps: numbers of the blocks (of a staged backbone: of its stages) whose
+        `Tokens` are kept, as the record "taps", by number.
     """
 
     train: bool = False
@@ -66,6 +68,7 @@ class Context:
     bias: Callable[[int], Callable[[], Array]] | None = None
     extra: Sequence[Array | None] | None = None
     record: tuple[str, ...] = ()
+    taps: tuple[int, ...] = ()
 
     def at_site(self, number: int) -> dict[str, Any]:
         """What the reducer of a site is called with besides tokens."""
@@ -120,16 +123,17 @@ class Trunk(nn.Module):
           asked for: "blocks" (rows after each block), "stages" (rows before and
           after each site), "relations" (attention logits `[B, heads, T, T]` per
           block), "addresses" (per block the `Address` of the rows in its attention
-          and in its MLP, None ahead of the first site).
+          and in its MLP, None ahead of the first site), and "taps".
         """
         reductions: list[Reduction] = []
         stages, rows, relations, addresses = [], [], [], []
+        taps: dict[int, Tokens] = {}
         return_logits = "relations" in context.record
         stage_at = {site.at: stage for stage, site in enumerate(self.sites)}
         if context.train and self._masks():
             # The references run every block under the policy softmax, also those before the first site.
             tokens = tokens.replace(alive=jnp.ones(tokens.place.shape, jnp.float32))
-        for run in self._runs(range(len(self.blocks)) if some is None else some):
+        for run in self._runs(range(len(self.blocks)) if some is None else some, context.taps):
             index = run[0]
             stage = stage_at.get(index)
             site = None if stage is None else self.sites[stage]
@@ -144,6 +148,7 @@ class Trunk(nn.Module):
                 tokens, run_rows, run_logits = self._loop(run, tokens, context)
                 rows.extend(run_rows)
                 relations.extend(run_logits)
+                taps[run[-1]] = tokens
                 continue
             block = getattr(self, f"blocks_{index}")
             inside = site is not None and site.inside
@@ -160,19 +165,24 @@ class Trunk(nn.Module):
             addresses.append((address, self._address(index, tokens, after_mlp=True)))
             tokens = block.feed_forward(tokens, context.dropout, self._extra(index, tokens, context))
             rows.append(tokens.x)
+            taps[index] = tokens
         records = {
             "blocks": tuple(rows),
             "stages": tuple(stages),
             "relations": tuple(relations),
             "addresses": tuple(addresses),
         }
-        return tokens, tuple(reductions), {k: v for k, v in records.items() if k in context.record}
+        records = {k: v for k, v in records.items() if k in context.record}
+        if context.taps:
+            records["taps"] = {number: taps[number] for number in context.taps if number in taps}
+        return tokens, tuple(reductions), records
 
-    def _runs(self, numbers: range) -> list[tuple[int, ...]]:
-        """Block numbers, grouped by loop."""
+    def _runs(self, numbers: range, taps: Sequence[int]) -> list[tuple[int, ...]]:
+        """Block numbers, grouped by loop; a tapped block ends its loop, which then keeps no other rows."""
         if not self.scan or self.is_initializing():  # each block makes its own parameters
             return [(index,) for index in numbers]
         cuts = [at for site in self.sites for at in (site.at, site.at + int(site.inside))]
+        cuts += [number + 1 for number in taps]
         return scan.runs(self.blocks, cuts, numbers)
 
     def _loop(
