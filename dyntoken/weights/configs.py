@@ -79,7 +79,7 @@ def beside(path: Any, name: str = FILE) -> dict[str, Any]:
 def fields_of(config: Mapping[str, Any], origin: str) -> dict[str, Any]:
     """Keywords of `create_model` that a `config.json` settles and the arrays do not; {} of an empty one.
 
-    "arch" among them is the name of a model of ours, where timm's has one.
+    "arch" among them is the name of a model of ours, where timm's has one; "family" a row of `shapes.FAMILIES`.
 
     Raises:
       WeightsError: a kind of model that is not read.
@@ -109,6 +109,8 @@ def fields_of(config: Mapping[str, Any], origin: str) -> dict[str, Any]:
             raise WeightsError(
                 f"{origin}: a gated MLP with {settled['hidden_act']!r} is not read, only with 'silu'"
             )
+    if kind == "deit":
+        fields["family"] = "deit"
     if kind == "dinov2_with_registers":
         fields["resize"] = "timm"
     if "pooler_act" in settled:

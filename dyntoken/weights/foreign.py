@@ -32,6 +32,7 @@ class Layout:
       blocks, others: rows of a block's names, and of the names outside.
       heads: rows of names outside the model's prefix.
       config: the `model_type` that its files most often have, see `configs`; None: it has none.
+      family: row of `shapes.FAMILIES`; "": as the arrays tell.
       finish: what names alone do not say.
       resize: how its code resizes position embeddings, a row of `resample.METHODS`, by the arrays in timm's names.
     """
@@ -43,6 +44,7 @@ class Layout:
     others: Rows
     heads: Rows = ()
     config: str | None = None
+    family: str = ""
     finish: Callable[[Tensors], None] = lambda tensors: None
     resize: Callable[[Tensors], str] = lambda tensors: "bicubic"
 
@@ -153,6 +155,7 @@ CLIP = Layout(
     others=(*TOWER_EMBEDDINGS, ("pre_layrnorm", "norm_pre")),
     heads=(("visual_projection", "head"),),
     config="clip_vision_model",
+    family="clip",
     finish=_projection,
 )
 LAYOUTS = (
@@ -170,6 +173,7 @@ LAYOUTS = (
         others=(*EMBEDDINGS, ("layernorm", "norm"), ("pooler.dense", "pre_logits.fc")),
         heads=(("classifier|cls_classifier", "head"), ("distillation_classifier", "head_dist")),
         config="vit",
+        family="vit",
         finish=_one_head,
     ),
     Layout(
@@ -185,6 +189,7 @@ LAYOUTS = (
         others=(*EMBEDDINGS, ("layernorm", "norm")),
         heads=(("classifier", "head"),),
         config="dinov2",
+        family="dinov2",
         finish=fold_class_row,
         resize=lambda tensors: "timm" if "reg_token" in tensors else "bicubic",
     ),
@@ -202,6 +207,7 @@ LAYOUTS = (
         others=EMBEDDINGS,
         heads=(("classifier", "head"),),
         config="dinov3_vit",
+        family="dinov3",
         finish=_gated,
     ),
     CLIP,
@@ -225,6 +231,7 @@ LAYOUTS = (
         ),
         heads=(("classifier", "head"),),
         config="siglip_vision_model",
+        family="siglip",
         finish=_split_query,
     ),
     Layout(
@@ -249,6 +256,7 @@ LAYOUTS = (
             ("proj", "proj"),
         ),
         config="clip_vision_model",
+        family="clip",
         finish=_projection,
     ),
     Layout(
@@ -288,6 +296,7 @@ LAYOUTS = (
         blocks=(("mlp.w1", "mlp.fc1_g"), ("mlp.w2", "mlp.fc1_x"), ("mlp.w3", "mlp.fc2")),
         others=(("storage_tokens", "reg_token"),),
         config="dinov3_vit",
+        family="dinov3",
         finish=_masked,
     ),
 )

@@ -17,7 +17,6 @@ from dyntoken.weights import configs, files, foreign, layouts, placing, runs, sh
 from dyntoken.weights.errors import WeightsError
 from dyntoken.weights.load import Report, load_weights
 
-PRESET = "vit_small_patch16_224"  # of sizes without a name; every field that it stands for is replaced
 OF_METHOD = ("keep", "at")
 _log = logging.getLogger("dyntoken.weights")
 
@@ -32,6 +31,7 @@ class Found:
       assumed: keywords that neither the arrays nor a file beside them settle.
       words: the layout.
       grid: (rows, columns) of its position embedding, where known.
+      family: row of `shapes.FAMILIES`.
     """
 
     name: str | None
@@ -39,6 +39,7 @@ class Found:
     assumed: dict[str, Any]
     words: str
     grid: tuple[int, int] | None = None
+    family: str = ""
 
 
 def load_pretrained(
@@ -143,6 +144,7 @@ def _found(
     settled = configs.fields_of(config, bundle.origin)
     tensors = shapes.in_timm_keys(bundle, prefer)
     arch = settled.pop("arch", None) or about.get("model")
+    family = settled.pop("family", "") or (bundle.layout.family if bundle.layout else "")
     words = (
         bundle.layout.words
         if bundle.layout
@@ -161,12 +163,12 @@ def _found(
     if "representation_size" not in fields:
         fields.pop("representation_act", None)
     where = None
-    if fields.get("position", True):
+    if fields["position"]:
         size = fields["img_size"]
         where = tuple(
             s // p for s, p in zip((size, size) if isinstance(size, int) else size, patch, strict=True)
         )
-    return Found(arch, fields, assumed, words, where)
+    return Found(arch, fields, assumed, words, where, family or shapes.family_of(fields))
 
 
 def _usual(bundle: files.Bundle, fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -208,7 +210,7 @@ def _model(found: Found, name: str | None, method: str | None, given: dict[str, 
                 f"{origin}: its arrays are of no vision transformer that is recognised ({found.words}); read are "
                 f"timm's ViT keys, ours, and {known}; pass name= for another model of list_models()"
             )
-        base = _preset(fields)
+        base = shapes.name_of(found.family, fields)
     theirs, arch = split_name(base)
     first = method or theirs
     if first is None and (wrong := [key for key in OF_METHOD if key in given]):
@@ -218,17 +220,15 @@ def _model(found: Found, name: str | None, method: str | None, given: dict[str, 
     if architectures.get(arch).backbone != "vit":  # arrays of another backbone say less
         fields = {key: value for key, value in fields.items() if found.name == base}
     fields = {key: value for key, value in fields.items() if key in known}
+    if "img_size" not in given and "patch_size" in fields and _divided(fields):
+        fields["rest"] = "drop"  # pixels that fill no patch of the published size
     return create_model(whole, **{**fields, **given})
 
 
-def _preset(fields: Mapping[str, Any]) -> str:
-    """The name of a ViT of these sizes, or one whose sizes are all replaced."""
-    sizes = tuple(fields[key] for key in ("width", "depth", "heads"))
-    size = next((size for size, row in architectures.VIT.items() if row == sizes and size != "mini"), None)
-    patch, pixels = fields["patch_size"], fields.get("img_size")
-    if size is None or not isinstance(patch, int) or not isinstance(pixels, int):
-        return PRESET
-    return f"{f'deit_{size}_distilled' if fields['distilled'] else f'vit_{size}'}_patch{patch}_{pixels}"
+def _divided(fields: Mapping[str, Any]) -> bool:
+    """Whether an image is no whole number of patches."""
+    sides, patch = (np.broadcast_to(fields.get(key, 0), 2) for key in ("img_size", "patch_size"))
+    return bool((sides % patch).any())
 
 
 def _check_whole(report: Report, head: str) -> None:
@@ -260,8 +260,13 @@ def _lines(
     facts += [
         name for name in ("distilled", "qk_norm", "layer_scale", "pre_norm") if getattr(body, name, None)
     ]
-    kind = f"{model.arch}: " if model.arch != PRESET or model.plain().width == 384 else ""
-    lines = [f"found {words}: {kind}{', '.join(filter(None, facts))}"]
+    usual = (architectures.get(model.arch).options.get(key) for key in ("width", "depth"))
+    named = (
+        f"{model.arch}, "
+        if tuple(usual) == (getattr(body, "width", None), getattr(body, "depth", None))
+        else ""
+    )
+    lines = [f"found {words}: {named}{', '.join(filter(None, facts))}"]
     if assumed:
         listed = ", ".join(f"{key}={value!r}" for key, value in assumed.items())
         lines.append(

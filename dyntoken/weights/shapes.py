@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from dyntoken import architectures
 from dyntoken.weights import keys
 from dyntoken.weights.errors import WeightsError
 from dyntoken.weights.files import Bundle
@@ -71,7 +72,7 @@ def fields_of(
     width, channels, *patch = kernel.shape
     depth = 1 + max(int(hit[1]) for key in tensors if (hit := re.match(r"blocks\.(\d+)\.", key)))
     of_block = {key.removeprefix(BLOCK): value for key, value in tensors.items() if key.startswith(BLOCK)}
-    fields: dict[str, Any] = {"width": width, "depth": depth, "in_chans": channels}
+    fields: dict[str, Any] = {"width": width, "depth": depth, "in_chans": channels, "stem": "patch"}
     fields["patch_size"] = patch[0] if patch[0] == patch[1] else tuple(patch)
     assumed: list[str] = []
     fields |= _attention(of_block, width, assumed) | _mlp(of_block, width)
@@ -92,11 +93,61 @@ def fields_of(
 
 def _rotary(fields: Mapping[str, Any]) -> dict[str, Any]:
     """DINOv3 has rotary positions alone; EVA-02 has both, biases of queries and values, and a gate."""
-    if not fields.get("position", True):
+    if not fields["position"]:
         return {"rope": "centred", "rope_layout": "halves", "naming": "eva"}
     if fields["qkv_bias"] == "qv" and fields.get("activation") == "swiglu":
         return {"rope": "index", "rope_layout": "pairs", "naming": "eva"}
-    return {}
+    return {"rope": None, "naming": "vit"}
+
+
+def family_of(fields: Mapping[str, Any]) -> str:
+    """Row of `FAMILIES` that a model of these fields most likely belongs to."""
+    if fields["rope"]:
+        return {"centred": "dinov3", "index": "eva02"}[fields["rope"]]
+    if fields["pre_norm"] or fields["pool"] == "map":
+        return "clip" if fields["pre_norm"] else "siglip"
+    if fields["layer_scale"] is None or fields["distilled"]:
+        return "deit"
+    return "dinov2" if fields["embed_class"] or fields["registers"] else "deit3"
+
+
+# Names of each family, and one for sizes that none of them has; what a name stands for is replaced by
+# what the arrays say, but for the preprocessing.
+FAMILIES = {
+    "vit": ("vit_{size}_patch{patch}_{pixels}", "vit_small_patch16_224"),
+    "deit": ("deit_{size}{distilled}_patch{patch}_{pixels}", "deit_small_patch16_224"),
+    "deit3": ("deit3_{size}_patch{patch}_{pixels}", "deit3_small_patch16_224"),
+    "clip": ("vit_{size}_patch{patch}_clip_{pixels}", "vit_base_patch16_clip_224"),
+    "siglip": ("vit_{size}_patch{patch}_siglip_{pixels}", "vit_base_patch16_siglip_224"),
+    "dinov2": ("vit_{size}_patch{patch}{registers}_dinov2", "vit_small_patch14_dinov2"),
+    "dinov3": ("vit_{size}_patch{patch}_dinov3_qkvb", "vit_small_patch16_dinov3_qkvb"),
+    "eva02": ("eva02_{size}_patch{patch}_{pixels}", "eva02_small_patch14_224"),
+}
+SIZES = {  # width and depth of the published models
+    (192, 12): "tiny",
+    (384, 12): "small",
+    (512, 12): "medium",
+    (768, 12): "base",
+    (1024, 24): "large",
+    (1280, 32): "huge",
+    (1408, 40): "giant",
+    (1536, 40): "giant",
+    (1152, 27): "so400m",
+}
+
+
+def name_of(family: str, fields: Mapping[str, Any]) -> str:
+    """The name of a model of these sizes, or its family's for other sizes."""
+    pattern, usual = FAMILIES[family]
+    name = pattern.format(
+        size=SIZES.get((fields["width"], fields["depth"])),
+        patch=fields["patch_size"],
+        pixels=fields.get("img_size"),
+        distilled="_distilled" if fields["distilled"] else "",
+        registers="_reg4" if fields["registers"] else "",
+    )
+    arch = architectures.parse(name)
+    return name if arch is not None and arch.options["heads"] == fields["heads"] else usual
 
 
 def _attention(of_block: Mapping[str, np.ndarray], width: int, assumed: list[str]) -> dict[str, Any]:
@@ -121,12 +172,16 @@ def _attention(of_block: Mapping[str, np.ndarray], width: int, assumed: list[str
 
 
 def _mlp(of_block: Mapping[str, np.ndarray], width: int) -> dict[str, Any]:
+    fields: dict[str, Any] = {"mlp_hidden": None, "mlp_split": False}
     if (gate := of_block.get("mlp.fc1_g.weight")) is not None:
         return {"activation": "swiglu", "mlp_hidden": 2 * len(gate), "mlp_split": True}
-    if not {"mlp.fc1.weight", "mlp.fc2.weight"} <= of_block.keys():
-        return {}
-    hidden, read = len(of_block["mlp.fc1.weight"]), of_block["mlp.fc2.weight"].shape[1]
-    return {"mlp_ratio": ratio(hidden, width), **({"activation": "swiglu"} if hidden == 2 * read else {})}
+    if {"mlp.fc1.weight", "mlp.fc2.weight"} <= of_block.keys():
+        hidden, read = len(of_block["mlp.fc1.weight"]), of_block["mlp.fc2.weight"].shape[1]
+        fields |= {
+            "mlp_ratio": ratio(hidden, width),
+            **({"activation": "swiglu"} if hidden == 2 * read else {}),
+        }
+    return fields
 
 
 def ratio(hidden: int, width: int) -> float:
@@ -139,7 +194,7 @@ def _positions(
     embedding: np.ndarray | None, prefix: int, grid: Grid | None, patch: list[int], origin: str
 ) -> dict[str, Any]:
     if embedding is None:
-        return {"position": False}
+        return {"position": False, "embed_class": True}
     for first in (prefix, 0):
         count = embedding.shape[1] - first
         side = math.isqrt(max(count, 0))
@@ -147,7 +202,7 @@ def _positions(
         if 0 < rows * columns == count:
             size = (rows * patch[0], columns * patch[1])
             where = {"img_size": size[0] if size[0] == size[1] else size}
-            return where | ({"embed_class": False} if prefix and not first else {})
+            return where | {"position": True, "embed_class": not prefix or bool(first)}
     raise WeightsError(
         f"{origin}: pos_embed has {embedding.shape[1]} rows, which with {prefix} prefix tokens make no square grid; "
         "pass source_grid=(rows, columns)"

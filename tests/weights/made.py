@@ -20,9 +20,7 @@ def variables(of, seed=0):
     """Values for every parameter, also for those that start at 0 or 1."""
     rng = np.random.default_rng(seed)
     shapes = weights.shapes_of(of)
-    return {
-        "params": files.nest({path: rng.normal(size=s).astype(np.float32) for path, s in shapes.items()})
-    }
+    return {"params": files.nest({path: rng.normal(size=s).astype(np.float32) for path, s in shapes.items()})}
 
 
 def layout(words):

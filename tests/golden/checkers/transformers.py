@@ -28,25 +28,19 @@ def check(case: Case, ledger: Ledger) -> None:
         (place / "config.json").write_text(json.dumps(case.info["config_json"]))
         save_file(tensors, place / "model.safetensors", {"format": "pt"})
         for run, row in case.info["runs"].items():
-            patch = case.info["config_json"]["patch_size"]
-            sides = (patch, patch) if isinstance(patch, int) else patch
-            # transformers leaves out what fills no patch.
-            size = tuple(row[side] // p * p for side, p in zip(("height", "width"), sides, strict=True))
-            model, variables, report = dyntoken.load_pretrained(folder, img_size=size, return_report=True)
-            ledger.same(
-                f"{run}: keys without a place",
-                [key for key in report.unexpected if "mask_token" not in key],
-                [],
-            )
+            size = (row["height"], row["width"])
+            options = {"img_size": size, "rest": "drop", "return_report": True}  # as transformers does
+            model, variables, report = dyntoken.load_pretrained(folder, **options)
+            left = [key for key in report.unexpected if "mask_token" not in key]
+            ledger.same(f"{run}: keys without a place", left, [])
             out, pooled = pretrained.compare(ledger, run, model, variables, _positions(variables, tensors))
             ledger.offer(f"{run}.eval.pooler_output", pooled)
-            for name, head in zip(
-                ("logits_cls", "logits_dist"), out.heads if out.heads is not None else (), strict=False
-            ):
-                ledger.offer(f"{run}.eval.{name}", head)
+            if out.heads is not None:
+                ledger.offer(f"{run}.eval.logits_cls", out.heads[0])
+                ledger.offer(f"{run}.eval.logits_dist", out.heads[1])
         renamed = in_memory(tensors, case.info.get("in_memory_keys", {}))
         save_file(renamed, place / "model.safetensors", {"format": "pt"})
-        again = dyntoken.load_pretrained(folder, img_size=size)[1]
+        again = dyntoken.load_pretrained(folder, img_size=size, rest="drop")[1]
         one, other = weights.flat_variables(variables), weights.flat_variables(again)
         ledger.same("arrays under the names in memory", sorted(other), sorted(one))
         for path in one.keys() & other.keys():
