@@ -60,16 +60,16 @@ def hub(source: str, beside: Sequence[str] = ()) -> str:
         ) from error
     name, _, revision = parts[1].partition("@")
 
+    away: list[str] = []  # without a network nobody knows whether the repository has them
+
     def fetch(file: str) -> str | None:
         try:
             return huggingface_hub.hf_hub_download(
                 repo_id=f"{parts[0]}/{name}", filename=file, revision=revision or None
             )
-        except LocalEntryNotFoundError as error:  # no network, and not in the cache
-            raise WeightsError(
-                f"{source}: {file} is not in the local cache and the hub cannot be reached; "
-                "go online, or download the file elsewhere and give its path"
-            ) from error
+        except LocalEntryNotFoundError:
+            away.append(file)
+            return None
         except EntryNotFoundError:
             return None
         except Exception as error:  # missing repository or permission, broken connection
@@ -77,12 +77,20 @@ def hub(source: str, beside: Sequence[str] = ()) -> str:
 
     wanted = ["/".join(parts[2:])] if parts[2:] else list(WEIGHT_FILES)
     path = next((found for file in wanted if (found := fetch(file))), None)
+    folder = "".join(f"{part}/" for part in parts[2:-1])
+    if path is not None and path.endswith(".index.json"):
+        away.clear()
+        for shard in sorted(set(index(path).values())):
+            fetch(folder + shard)
+    if away and (path is None or path.endswith(".index.json")):
+        raise WeightsError(
+            f"{source}: {away[0]} is not in the local cache and the hub cannot be reached; "
+            "go online, or download the file elsewhere and give its path"
+        )
     if path is None:
         raise WeightsError(f"{source}: the repository has no {' or '.join(wanted)}; name one of its files")
-    folder = "/".join(parts[2:-1])
-    shards = sorted(set(index(path).values())) if path.endswith(".index.json") else []
-    for file in (*shards, *beside):
-        fetch(f"{folder}/{file}" if folder else file)
+    for file in beside:
+        fetch(folder + file)
     return path
 
 
@@ -119,8 +127,8 @@ def https(source: str, sha256: str | None = None) -> str:
     wanted = (sha256 or fragment.removeprefix("sha256=")).lower()
     if not re.fullmatch(r"[0-9a-f]{64}", wanted):
         raise WeightsError(
-            f"{source}: give the file's checksum, sha256='...' or #sha256=... behind the address (64 hexadecimal "
-            "digits; `sha256sum FILE` prints it): weights from the network are not read unchecked"
+            f"{url}: without a checksum https:// is not read; give the file's, sha256='...' or #sha256=... behind the "
+            "address (64 hexadecimal digits, `sha256sum FILE` prints them), or of a bucket gs://"
         )
     parts = urllib.parse.urlsplit(url)
     if parts.scheme != "https" and parts.hostname not in LOOPBACK:
@@ -144,6 +152,8 @@ def https(source: str, sha256: str | None = None) -> str:
     except (urllib.error.URLError, http.client.HTTPException, OSError, ValueError) as error:
         if isinstance(error, WeightsError):
             raise
+        if isinstance(error, urllib.error.HTTPError):
+            error.close()
         raise WeightsError(f"{url}: could not be downloaded ({first_line(error)})") from error
     finally:
         pathlib.Path(partial).unlink(missing_ok=True)
