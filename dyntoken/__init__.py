@@ -37,6 +37,7 @@ _NAMES = {
     "save_weights": "dyntoken.weights",
     "import_reference": "dyntoken.weights",
     "preprocess": "dyntoken.preprocessing",
+    "Predictor": "dyntoken.predictor",
     "Features": "dyntoken.features",
     "unreduce": "dyntoken.features",
     "Tokens": "dyntoken.types",
