@@ -63,6 +63,16 @@ IMPORTS = {
         "schedules",
         "workdirs",
     },
+    "exporting": {
+        "device_augment",
+        "models",
+        "ops",
+        "paths",
+        "preprocessing",
+        "registry",
+        "types",
+        "weights",
+    },
     "train": {
         "analysis",
         "checkpoints",
