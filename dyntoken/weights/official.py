@@ -23,7 +23,7 @@ REPOSITORIES = (
     ("convnext", ("convnext",)),
     ("timm", ("timm",)),
     ("timm", ("pytorch-image-models",)),
-    ("timm", ("facebookresearch/deit",)),
+    ("deit", ("facebookresearch/deit",)),
 )
 
 

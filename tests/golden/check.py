@@ -41,6 +41,12 @@ KINDS = {
     "flops": "flops",
     "flops_backbones": "flops",
     "dvt_dynamic": "dvt_dynamic",
+    "vit_timm": "pretrained",
+    "dinov2_timm": "pretrained",
+    "dinov2_reg_timm": "pretrained",
+    "dinov3_timm": "pretrained",
+    "siglip2_timm": "pretrained",
+    "eva02_timm": "pretrained",
 }
 
 WORST = 12  # arrays printed of a failed case
