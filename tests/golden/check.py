@@ -41,6 +41,11 @@ KINDS = {
     "flops": "flops",
     "flops_backbones": "flops",
     "dvt_dynamic": "dvt_dynamic",
+    "dpcknn_deit": "clustering",
+    "kmedoids_deit": "clustering",
+    "sinkhorn_deit": "clustering",
+    "patchmerger_deit": "clustering",
+    "sit_deit": "clustering",
 }
 
 WORST = 12  # arrays printed of a failed case
