@@ -36,6 +36,8 @@ _NAMES = {
     "save_weights": "dyntoken.weights",
     "import_reference": "dyntoken.weights",
     "preprocess": "dyntoken.preprocessing",
+    "Features": "dyntoken.features",
+    "unreduce": "dyntoken.features",
     "Tokens": "dyntoken.types",
     "Reduction": "dyntoken.types",
     "Output": "dyntoken.types",

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from dyntoken.backbones.sizes import pair
+from dyntoken.features import Features, tap_numbers
 from dyntoken.heads import Pool, check_pool
 from dyntoken.nn import images as guard
 from dyntoken.nn import rng
@@ -17,6 +18,7 @@ from dyntoken.nn.spec import Site, Spec
 from dyntoken.nn.trunk import Context
 from dyntoken.registry import UnknownNameError, suggest
 from dyntoken.schema import Natural
+from dyntoken.types import Tokens
 
 Array = jax.Array
 
@@ -92,6 +94,36 @@ class Classifier(nn.Module):
         if upto is not None and not 0 <= upto < len(self.exits):
             raise ValueError(f"upto={upto}: this model has the exits 0 to {len(self.exits) - 1}")
         return len(self.exits) - 1 if upto is None else upto
+
+    def _taps(self, blocks: Sequence[int], norm: bool) -> tuple[int, ...]:
+        """The numbers of the blocks asked for, from 0.
+
+        Raises:
+          ValueError: the backbone has no such block, or no norm that fits.
+        """
+        body = self.plain()
+        if norm and not body.one_width:
+            raise ValueError(
+                f"the final norm of {self.arch} fits its last stage alone, whose normed rows are `tokens`: "
+                "leave norm=True out"
+            )
+        return tap_numbers(blocks, body.taps, body.tap_noun, self.arch)
+
+    def _features(
+        self,
+        body: Any,
+        pooled: Array,
+        tokens: Tokens,
+        taps: dict[int, Tokens],
+        asked: Sequence[int],
+        norm: bool,
+    ) -> Features:
+        """The record of a forward pass (of one exit) with the blocks asked for that lie in it."""
+        numbers = tuple(number for number in asked if number in taps)
+        blocks = tuple(taps[number] for number in numbers)
+        if norm:
+            blocks = tuple(rows.replace(x=body.norm(rows.x)) for rows in blocks)
+        return Features(pooled, tokens, blocks, numbers, self.plain().taps)
 
     def _context(self, images: Array, ids: Array | None, train: bool, **fields: Any) -> Context:
         """Checks the images; randomness for this batch, keyed by `ids` (default: position in it)."""

@@ -103,8 +103,15 @@ class ClassHead(nn.Module):
     attention: Spec | None = None
 
     @nn.compact
-    def __call__(self, tokens: Tokens, draws: sample.Draws | None = None) -> tuple[Array, Array | None]:
-        """`(logits [B, classes], heads [2, B, classes] or None)`, float32; `draws` turn dropout on."""
+    def __call__(
+        self, tokens: Tokens, draws: sample.Draws | None = None, classify: bool = True
+    ) -> tuple[Array, Array | None]:
+        """`(logits [B, classes], heads [2, B, classes] or None)`, float32.
+
+        Args:
+          draws: turn dropout on.
+          classify: False returns the pooled features, as `classes` = 0 does.
+        """
         x = self._pooled(tokens).astype(jnp.float32)
         x = x if self.norm_eps is None else nn.LayerNorm(epsilon=self.norm_eps, name="norm")(x)
         second = tokens.x[:, 1].astype(jnp.float32) if self.distilled else None
@@ -114,7 +121,7 @@ class ClassHead(nn.Module):
         x = layers.drop(x, self.dropout, draws, HEAD, 0)
         if second is not None:
             second = layers.drop(second, self.dropout, draws, HEAD, 1)
-        if not self.classes:
+        if not (self.classes and classify):
             return (x if second is None else (x + second) / 2), None
         logits = layers.dense(self.classes, name="cls")(x)
         if second is None:

@@ -15,6 +15,7 @@ from dyntoken.backbones import BACKBONES
 from dyntoken.backbones.isotropic import Isotropic
 from dyntoken.cascade import Cascade
 from dyntoken.classifier import Classifier
+from dyntoken.features import Features
 from dyntoken.heads import AttentionPool, ClassHead, PatchRefinement, with_dense
 from dyntoken.multiexit import MultiExit, default_exits
 from dyntoken.nn import layers
@@ -155,6 +156,29 @@ class Model(Classifier):
             dense=dense if "dense" in record else None,
             mixed=tokens.mixed,
         )
+
+    def features(
+        self,
+        images: Array,
+        *,
+        blocks: Sequence[int] = (),
+        norm: bool = False,
+        ids: Array | None = None,
+    ) -> Features:
+        """What the head classifies, and the tokens: `model.apply(variables, images, method="features")`.
+
+        Args (images and ids as in a call):
+          blocks: numbers of the blocks whose tokens to return, too (static; from 0, negative
+            ones from the end). In a backbone with stages they number its stages.
+          norm: pass these through the final norm, as timm's `forward_intermediates(norm=True)`.
+
+        Raises:
+          ValueError: no such block, or a norm that does not fit it.
+        """
+        asked = self._taps(blocks, norm)
+        tokens, _, records = self.body(images, self._context(images, ids, False, taps=asked))
+        pooled, _ = self.head(tokens, classify=False)
+        return self._features(self.body, pooled, tokens, records.get("taps", {}), asked, norm)
 
 
 def list_models(pattern: str = "*") -> list[str]:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from dyntoken.classifier import Classifier, check_upstream
+from dyntoken.features import Features
 from dyntoken.heads import ClassHead
 from dyntoken.types import Output, Tokens
 
@@ -29,11 +30,11 @@ class Early(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, tokens: Tokens) -> tuple[Array, Tokens]:
-        """`(logits [B, classes], normalised tokens)`."""
+    def __call__(self, tokens: Tokens, classify: bool = True) -> tuple[Array, Tokens]:
+        """`(logits [B, classes], normalised tokens)`; `classify` as in `ClassHead`."""
         norm = nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype, name="norm")
         tokens = tokens.replace(x=norm(tokens.x))
-        return ClassHead(self.classes, self.pool, name="head")(tokens)[0], tokens
+        return ClassHead(self.classes, self.pool, name="head")(tokens, None, classify)[0], tokens
 
 
 class MultiExit(Classifier):
@@ -112,6 +113,29 @@ class MultiExit(Classifier):
             records={what: kept[what] for what in record if what in kept},
         )
 
+    def features(
+        self,
+        images: Array,
+        *,
+        blocks: Sequence[int] = (),
+        norm: bool = False,
+        ids: Array | None = None,
+        upto: int | None = None,
+    ) -> tuple[Features, ...]:
+        """What each exit classifies, its tokens, and of the blocks asked for those up to it.
+
+        Args (as in `Model.features`; upto as in a call): `norm` is the last exit's.
+        """
+        asked, last = self._taps(blocks, norm), self._last_exit(upto)
+        context = self._context(images, ids, False, taps=asked)
+        found, taps = [], {}
+        state = self.body.embed(images, context)
+        for index in range(last + 1):
+            state, _, records = self.body.trunk(state, context, self._blocks(index))
+            taps |= records.get("taps", {})
+            found.append(self._features(self.body, *self._classify(index, state, False), taps, asked, norm))
+        return tuple(found)
+
     def step(
         self,
         images: Array,
@@ -145,11 +169,11 @@ class MultiExit(Classifier):
         """The blocks between the exit before and this one."""
         return range(self.exits[index - 1] + 1 if index else 0, self.exits[index] + 1)
 
-    def _classify(self, index: int, state: Tokens) -> tuple[Array, Tokens]:
+    def _classify(self, index: int, state: Tokens, classify: bool = True) -> tuple[Array, Tokens]:
         if index < len(self.exits) - 1:
-            return getattr(self, f"early_{index}")(state)
+            return getattr(self, f"early_{index}")(state, classify)
         tokens = state.replace(x=self.body.norm(state.x))
-        return self.head(tokens)[0], tokens
+        return self.head(tokens, None, classify)[0], tokens
 
 
 def default_exits(depth: int) -> tuple[int, ...]:

@@ -19,6 +19,9 @@ class Backbone(ReductionSites, nn.Module):
     normalised `Tokens`, one `Reduction` per site and the records asked for.
     `required` names what a subclass defines.
 
+    It can show the tokens after each of its `taps` blocks (or stages: `tap_noun`);
+    `one_width` says that its final norm fits all of them.
+
     Attributes:
       img_size: pixels, `n` or `(height, width)`.
       in_chans: image channels.
@@ -39,6 +42,9 @@ class Backbone(ReductionSites, nn.Module):
     sites: tuple[Site, ...] = ()
 
     required = ()
+    taps = 0
+    tap_noun = "block"
+    one_width = False
 
     def __post_init__(self) -> None:
         self.check()

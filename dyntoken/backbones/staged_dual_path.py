@@ -112,6 +112,7 @@ class DualPathStages(Backbone):
 
     required = ("widths", "site_step", "embed", "downsample", "final_norm", "block")
     nested = False
+    tap_noun = "stage"
     prefix = 1  # row of the final tokens that is no cell: the pooled one
     predictor_eps = 1e-5
 
@@ -138,6 +139,11 @@ class DualPathStages(Backbone):
     def grid(self) -> tuple[int, int]:
         """(rows, columns) of the last stage."""
         return self.grid_of(len(self.depths) - 1)
+
+    @property
+    def taps(self) -> int:
+        """Number of stages."""
+        return len(self.depths)
 
     @property
     def depth(self) -> int:
@@ -219,12 +225,16 @@ class DualPathStages(Backbone):
         x = self.embed(images.astype(self.dtype), context)
         records: dict[str, Any] = {"embed": x, "blocks": (), "stages": ()}
         reductions: tuple[Reduction, ...] = ()
+        taps: dict[int, Tokens] = {}
         for number, stage in enumerate(self.stages):
             x = self.downsample(number, x) if number else x
             x, of_stage, more = stage(x, context)
             reductions += of_stage
             records |= {what: records[what] + rows for what, rows in more.items()}
+            if number in context.taps:
+                taps[number] = Tokens.start(x, prefix=0, grid=self.grid_of(number))
         tokens = Tokens.start(self.final_norm(x), prefix=1, grid=self.grid)
         if self.sites:  # written down, since the last decision is about cells too
             tokens = tokens.replace(alive=jnp.ones(tokens.place.shape, jnp.float32))
-        return tokens, reductions, {what: v for what, v in records.items() if what in context.record}
+        records = {what: v for what, v in records.items() if what in context.record}
+        return tokens, reductions, {**records, **({"taps": taps} if taps else {})}

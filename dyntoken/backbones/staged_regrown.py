@@ -62,7 +62,7 @@ class RegrownStages(Backbone):
 
     required = ("grids", "prefixes", "convolves", "embed", "block")
     nested = False
-    site_noun = "stage"
+    site_noun = tap_noun = "stage"
     per_stage = ("depths", "heads", "mlp_ratios")
     positions = False
 
@@ -70,6 +70,11 @@ class RegrownStages(Backbone):
     def depth(self) -> int:
         """Number of stages."""
         return len(self.widths)
+
+    @property
+    def taps(self) -> int:
+        """Number of stages."""
+        return self.depth
 
     @property
     def default_sites(self) -> tuple[int, ...]:
@@ -186,20 +191,25 @@ class RegrownStages(Backbone):
         x = images.astype(self.dtype)
         reductions: list[Reduction] = []
         records: list[dict[str, Any]] = []
+        taps: dict[int, Tokens] = {}
         for number in range(self.depth):
             stage = getattr(self, f"stage_{number}")
             tokens, of_stage, more = stage(x, self._context(context, number))
             reductions.extend(of_stage)
             records.append(more)
+            if number in context.taps:
+                taps[number] = tokens.replace(last=None)
             if number < self.depth - 1:
                 x = stage.to_next_stage(tokens)
         merged = {name: tuple(value for more in records for value in more[name]) for name in records[0]}
         if "embed" in merged:
             merged["embed"] = merged["embed"][0]
+        merged |= {"taps": taps} if taps else {}
         return tokens.replace(x=self.norm(tokens.x), last=None), tuple(reductions), merged
 
     def _context(self, context: Context, number: int) -> Context:
         """The context of one stage: its own site's draws, noise and decisions."""
+        context = dataclasses.replace(context, taps=())  # they count stages
         at = [site.at for site in self.sites]
         if number not in at:
             return dataclasses.replace(context, noise=None, decisions=None)

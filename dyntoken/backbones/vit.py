@@ -1,4 +1,4 @@
-"""ViT and DeiT: patches, class token, one trunk, final norm."""
+"""ViT, DeiT and their kin (DINOv2, SigLIP, DINOv3, EVA-02): patches, class token, one trunk, final norm."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from dyntoken.backbones.isotropic import Isotropic
 from dyntoken.backbones.sizes import check_multiple, pair
 from dyntoken.nn import layers
 from dyntoken.nn.trunk import Context
-from dyntoken.ops import sample, select
-from dyntoken.schema import Natural, Rate, Size
+from dyntoken.ops import resample, sample, select
+from dyntoken.ops.rope import COORDINATES, LAYOUTS, Rope
+from dyntoken.schema import Natural, Positive, Rate, Size
 from dyntoken.types import Tokens
 
 Array = jax.Array
@@ -34,11 +35,19 @@ class ViT(Isotropic):
       registers: rows after the class token that are no patches and that no head reads.
       pre_norm: a norm before the first block, and no bias in the patch product (CLIP).
       position: False adds no position embedding.
+      embed_class: False gives the position embedding no rows for the prefix (timm's `no_embed_class`).
+      resize: how weights of another grid get their position embedding resized by default, see
+        `load_weights`: "bicubic" (the official DeiT) or "timm".
+      pad: zeros at the bottom and on the right up to whole patches (timm's `dynamic_img_pad`).
+      naming: whose key names exported weights bear: those of timm's `VisionTransformer` ("vit"),
+        of its `Eva` ("eva"), or of its `Eva` with `qkv_fused=False` ("eva_unfused").
+      rope: a rotary position embedding, over patch centres ("centred", DINOv3) or patch numbers
+        ("index", EVA-02), see `ops.rope`.
+      rope_layout, rope_base: which channels turn together, and how far periods range.
+      rope_grid: (rows, columns) of patches in pretraining, to which rope="index" scales its numbers.
       patch_drop: share of the patches that training leaves out, drawn anew for every image
         (Li et al. 2023, "Scaling Language-Image Pre-training via Masking"); not with a method.
     """
-
-    naming = "vit"
 
     patch_size: Size = 16
     tokens: Size | None = None
@@ -48,6 +57,14 @@ class ViT(Isotropic):
     registers: Natural = 0
     pre_norm: bool = False
     position: bool = True
+    embed_class: bool = True
+    resize: Literal[resample.METHODS] = "bicubic"
+    pad: bool = False
+    naming: Literal["vit", "eva", "eva_unfused"] = "vit"
+    rope: Literal[tuple(COORDINATES)] | None = None
+    rope_layout: Literal[LAYOUTS] = "halves"
+    rope_base: Positive = 100.0
+    rope_grid: Size | None = None
     patch_drop: Rate = 0.0
 
     @property
@@ -56,6 +73,8 @@ class ViT(Isotropic):
         size = pair(self.img_size)
         if self.tokens is None:
             patch = pair(self.patch_size)
+            if self.pad:
+                return patch, (0, 0)
             check_multiple(size, patch, f"is not divisible by patch_size {patch}")
             return patch, (0, 0)
         tokens = pair(self.tokens)
@@ -71,7 +90,7 @@ class ViT(Isotropic):
     def grid(self) -> tuple[int, int]:
         """(rows, columns) of patches."""
         (kernel, _), size = self.patches, pair(self.img_size)
-        return pair(self.tokens) if self.tokens else (size[0] // kernel[0], size[1] // kernel[1])
+        return pair(self.tokens) if self.tokens else (-(-size[0] // kernel[0]), -(-size[1] // kernel[1]))
 
     @property
     def prefix_rows(self) -> dict[str, int]:
@@ -83,14 +102,25 @@ class ViT(Isotropic):
         }
         return {name: count for name, count in rows.items() if count}
 
+    def rotary(self) -> Rope | None:
+        """The rotary position embedding of its blocks, None for none."""
+        if self.rope is None:
+            return None
+        reference = None if self.rope_grid is None else pair(self.rope_grid)
+        size = self.head_dim or self.width // self.heads
+        return Rope(size, self.rope, self.rope_layout, self.rope_base, reference)
+
     def check(self) -> None:
         super().check()
+        self.rotary()
         if self.distilled and not self.class_token:
             raise ValueError("a distilled model needs its class token")
         if self.patch_drop and self.sites:
             raise ValueError(
                 "patch_drop drops patches ahead of the sites, whose counts are fixed: give one of both"
             )
+        if self.pad and self.tokens is not None:
+            raise ValueError("tokens=... pads the image by itself: leave pad out")
         if self.pre_norm and self.stem != "patch":
             raise ValueError("pre_norm needs stem='patch'")
         kernel, _ = self.patches
@@ -105,8 +135,13 @@ class ViT(Isotropic):
         if self.pre_norm:
             self.norm_pre = self.make_norm()
 
+    @property
+    def position_prefix(self) -> int:
+        """Rows of the position embedding that are the prefix's."""
+        return self.prefix if self.embed_class else 0
+
     def positions(self) -> Array | None:
-        """The position embedding `[1, prefix + N, width]`, or None."""
+        """The position embedding `[1, prefix + N, width]` (without `embed_class` `[1, N, width]`), or None."""
         return super().positions() if self.position else None
 
     def embed(self, images: Array, context: Context) -> Tokens:
@@ -134,4 +169,7 @@ class ViT(Isotropic):
         return super().shows(at) - ({"cls"} if not self.class_token else set())
 
     def stem_rows(self, images: Array, context: Context) -> Array:
+        if self.pad:
+            more = [-side % patch for side, patch in zip(images.shape[1:3], self.patches[0], strict=True)]
+            images = jnp.pad(images, ((0, 0), (0, more[0]), (0, more[1]), (0, 0)))
         return self.patch_embed(images).reshape(images.shape[0], -1, self.width)

@@ -15,6 +15,7 @@ from dyntoken.backbones.isotropic import Isotropic
 from dyntoken.backbones.sizes import pair
 from dyntoken.cascade.reuse import OF_CASCADE, Grid, Reuse
 from dyntoken.classifier import Classifier, check_upstream
+from dyntoken.features import Features
 from dyntoken.heads import ClassHead
 from dyntoken.nn.spec import Site, Spec
 from dyntoken.nn.trunk import Address, Context
@@ -57,11 +58,11 @@ class Exit(nn.Module):
         self.head = ClassHead(self.classes, self.pool)
 
     def __call__(
-        self, images: Array, context: Context
+        self, images: Array, context: Context, classify: bool = True
     ) -> tuple[Array, Tokens, tuple[Reduction, ...], dict[str, Any]]:
-        """`(logits [B, classes], normalised tokens, reductions, records)`."""
+        """`(logits [B, classes], normalised tokens, reductions, records)`; `classify` as in `ClassHead`."""
         tokens, reductions, records = self.body(images, context)
-        return self.head(tokens)[0], tokens, reductions, records
+        return self.head(tokens, None, classify)[0], tokens, reductions, records
 
 
 class Cascade(Classifier):
@@ -333,8 +334,38 @@ class Cascade(Classifier):
         logits, *_, upstream = self._run(index, images, upstream, context, index + 1 < len(self.exits))
         return logits, upstream
 
+    def features(
+        self,
+        images: Array,
+        *,
+        blocks: Sequence[int] = (),
+        norm: bool = False,
+        ids: Array | None = None,
+        upto: int | None = None,
+    ) -> tuple[Features, ...]:
+        """What each exit classifies, its tokens, and those of its blocks asked for.
+
+        Args (as in `Model.features`): `upto` as in a call.
+        """
+        asked, last = self._taps(blocks, norm), self._last_exit(upto)
+        context = self._context(images, ids, False, taps=asked)
+        found, upstream = [], None
+        for index in range(last + 1):
+            pooled, tokens, _, records, upstream = self._run(
+                index, images, upstream, context, index < last, classify=False
+            )
+            body = getattr(self, f"exit_{index}").body
+            found.append(self._features(body, pooled, tokens, records.get("taps", {}), asked, norm))
+        return tuple(found)
+
     def _run(
-        self, index: int, images: Array, upstream: Upstream | None, context: Context, needed: bool
+        self,
+        index: int,
+        images: Array,
+        upstream: Upstream | None,
+        context: Context,
+        needed: bool,
+        classify: bool = True,
     ) -> tuple[Array, Tokens, tuple[Reduction, ...], dict[str, Any], Upstream]:
         """One exit: logits, final tokens, reductions, records, and what the next one needs."""
         contexts, maps, bias = None, (), None
@@ -354,7 +385,7 @@ class Cascade(Classifier):
             extra=contexts,
             record=("blocks", *(what for what in context.record if what in OF_TRUNK), *for_next),
         )
-        logits, tokens, reductions, records = getattr(self, f"exit_{index}")(images, own)
+        logits, tokens, reductions, records = getattr(self, f"exit_{index}")(images, own, classify)
         upstream = self._hand_on(records) if needed else Upstream()
         records |= {"context": contexts or (), "maps": maps}
         if "biases" in context.record:

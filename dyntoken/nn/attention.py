@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, Literal
 
 import chex
 import flax.linen as nn
@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from dyntoken.nn import layers
 from dyntoken.ops import attend, sample
+from dyntoken.ops.rope import Rotation
 from dyntoken.types import Attended
 
 Array = jax.Array
@@ -22,7 +23,7 @@ class Attention(nn.Module):
 
     Attributes:
       heads: number of heads; the width must be divisible by it, unless `head_dim` says their size.
-      qkv_bias: bias of the qkv product.
+      qkv_bias: bias of the qkv product; "qv" for one of queries and values alone (EVA-02, DINOv3).
       qk_scale: factor on the logits; None is head_dim ** -0.5.
       dropout: rate after the output projection.
       dtype: compute type; the softmax stays in float32.
@@ -34,7 +35,7 @@ class Attention(nn.Module):
     """
 
     heads: int
-    qkv_bias: bool = True
+    qkv_bias: bool | Literal["qv"] = True
     qk_scale: float | None = None
     dropout: float = 0.0
     dtype: Any = jnp.float32
@@ -55,6 +56,7 @@ class Attention(nn.Module):
         return_scores: bool = False,
         return_logits: bool = False,
         bias: Array | None = None,
+        rotation: Rotation | None = None,
         draws: sample.Draws | None = None,
         path: tuple[int, ...] = (),
     ) -> tuple[Array, Attended | None]:
@@ -67,6 +69,8 @@ class Attention(nn.Module):
           return_scores: also return what a reducer may look at.
           return_logits: also return the logits.
           bias: `[B, heads, T, T]`, added to the scaled logits.
+          rotation: turns queries and keys; reducers see the keys as they were, what is in a patch
+            without where it is.
           draws, path: randomness and layer number; None switches dropout off.
 
         Returns:
@@ -75,12 +79,21 @@ class Attention(nn.Module):
         batch, rows, width = x.shape
         each = self.head_dim or width // self.heads
         chex.assert_shape(policy, (batch, rows)) if policy is not None else None
-        qkv = layers.dense(3 * self.heads * each, name="qkv", dtype=self.dtype, use_bias=self.qkv_bias)(x)
+        whole = self.qkv_bias is True
+        qkv = layers.dense(3 * self.heads * each, name="qkv", dtype=self.dtype, use_bias=whole)(x)
+        if self.qkv_bias == "qv":
+            q, v = (
+                self.param(name, nn.initializers.zeros, (self.heads * each,)) for name in ("q_bias", "v_bias")
+            )
+            qkv = qkv + jnp.concatenate([q, jnp.zeros_like(q), v]).astype(qkv.dtype)[None, None]
         qkv = qkv.reshape(batch, rows, 3, self.heads, each)
         q, k, v = jnp.moveaxis(qkv, (2, 3), (0, 2))  # each [B, heads, T, head_dim]
         if self.qk_norm_eps is not None:
             norm = functools.partial(nn.LayerNorm, epsilon=self.qk_norm_eps, dtype=self.dtype)
             q, k = norm(name="q_norm")(q), norm(name="k_norm")(k)
+        keys = k
+        if rotation is not None:
+            q, k = rotation(q), rotation(k)
         scale = self.qk_scale if self.qk_scale is not None else each**-0.5
         seen = None
         thinned = draws is not None and self.attn_dropout > 0.0
@@ -92,7 +105,7 @@ class Attention(nn.Module):
             p = layers.drop(p, self.attn_dropout, draws, *path, 0)
             y = jnp.einsum("bhqk,bhkd->bhqd", p.astype(v.dtype), v)
             cls = attend.class_attention(p, prefix) if prefix and return_scores else None
-            shown = {"cls": cls, "keys": k, "probs": p} if return_scores else {}
+            shown = {"cls": cls, "keys": keys, "probs": p} if return_scores else {}
             seen = Attended(**shown, logits=logits if return_logits else None)
         y = jnp.swapaxes(y, 1, 2).reshape(batch, rows, self.heads * each)
         if self.norm_eps is not None:

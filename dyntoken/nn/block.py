@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from dyntoken.nn import layers
 from dyntoken.nn.attention import Attention
 from dyntoken.ops import attend, sample
+from dyntoken.ops.rope import Rotation
 from dyntoken.types import Attended, Tokens
 
 Array = jax.Array
@@ -54,13 +55,15 @@ class Block(nn.Module):
       act: activation of the MLP, see `layers.ACTIVATIONS`.
       attn_norm, mlp_norm: a LayerNorm before the last product of either branch.
       head_dim: channels of a head, None for width / heads.
+      mlp_hidden: channels after the MLP's first layer, in place of width * mlp_ratio.
+      mlp_split: the first half of these comes from a layer of its own, see `layers.Mlp`.
       half: "both", or the only one of the two halves that there is: "attention" or "mlp".
     """
 
     layer: int
     heads: int
     mlp_ratio: float = 4.0
-    qkv_bias: bool = True
+    qkv_bias: bool | Literal["qv"] = True
     qk_scale: float | None = None
     dropout: float = 0.0
     drop_path: float = 0.0
@@ -77,6 +80,8 @@ class Block(nn.Module):
     attn_norm: bool = False
     mlp_norm: bool = False
     head_dim: int | None = None
+    mlp_hidden: int | None = None
+    mlp_split: bool = False
     half: str = "both"
 
     def setup(self) -> None:
@@ -84,13 +89,14 @@ class Block(nn.Module):
         self.attn = self.attention()
         self.norm2 = nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype)
         self.mlp = layers.Mlp(
-            int(self.width * self.mlp_ratio),
+            self.mlp_hidden or int(self.width * self.mlp_ratio),
             self.dropout,
             self.dtype,
             self.width,
             layers.ACTIVATIONS[self.act],
             self.proj_bias,
             self.norm_eps if self.mlp_norm else None,
+            self.mlp_split,
         )
         if self.layer_scale is not None:
             self.ls1 = layers.LayerScale(self.layer_scale)
@@ -119,6 +125,7 @@ class Block(nn.Module):
         return_scores: bool,
         return_logits: bool = False,
         bias: Callable[[], Array] | None = None,
+        rotation: Rotation | None = None,
         layer: LayerArgs | None = None,
     ) -> tuple[Tokens, Attended | None]:
         """First half: attention over the rows alive, residual added.
@@ -128,6 +135,7 @@ class Block(nn.Module):
           return_logits: return the attention logits.
           bias: makes the `[B, heads, T, T]` that is added to them; called here,
             so that recomputing this half recomputes it.
+          rotation: of its rows.
           layer: replaces the fields of these names (of `drop_path` only whether
             it is 0 counts then).
         """
@@ -143,6 +151,7 @@ class Block(nn.Module):
             return_scores=return_scores,
             return_logits=return_logits,
             bias=None if bias is None else bias(),
+            **({} if rotation is None else {"rotation": rotation}),
             draws=draws,
             path=(layer.number, ATTENTION),
         )

@@ -155,7 +155,9 @@ def _padded(images: Array, padding: tuple[int, int], patch: int) -> Array:
 class Mlp(nn.Module):
     """Two linear layers, between them an activation: `[B, T, C]` -> `[B, T, width]`, by default width = C.
 
-    `norm_eps` is the epsilon of a LayerNorm before the second one, None for none.
+    `norm_eps` is the epsilon of a LayerNorm before the second one, None for none. With `split`
+    the first one is two, `fc1_g` for the first half of the hidden channels (the gate of
+    "swiglu") and `fc1_x` for the second.
     """
 
     hidden: int
@@ -165,13 +167,19 @@ class Mlp(nn.Module):
     activation: Callable[[Array], Array] = gelu
     use_bias: bool = True
     norm_eps: float | None = None
+    split: bool = False
 
     @nn.compact
     def __call__(self, x: Array, draws: sample.Draws | None = None, path: tuple[int, ...] = ()) -> Array:
         """`draws` turns dropout on; `path` numbers the layer."""
         width = self.width or x.shape[-1]
         options = {"dtype": self.dtype, "use_bias": self.use_bias}
-        x = self.activation(dense(self.hidden, name="fc1", **options)(x))
+        if self.split:
+            halves = [dense(self.hidden // 2, name=name, **options)(x) for name in ("fc1_g", "fc1_x")]
+            x = jnp.concatenate(halves, axis=-1)
+        else:
+            x = dense(self.hidden, name="fc1", **options)(x)
+        x = self.activation(x)
         x = drop(x, self.dropout, draws, *path, 0)
         if self.norm_eps is not None:
             x = nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype, name="norm")(x)

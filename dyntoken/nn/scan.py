@@ -18,6 +18,7 @@ import numpy as np
 from dyntoken.nn.block import LayerArgs
 from dyntoken.nn.spec import Spec
 from dyntoken.ops import sample
+from dyntoken.ops.rope import Rotation
 from dyntoken.types import Tokens
 
 Array = jax.Array
@@ -59,6 +60,7 @@ def run_blocks(
     draws: sample.Draws | None,
     train: bool,
     bias: Sequence[Callable[[], Array] | None],
+    rotation: Rotation | None,
     extra: Sequence[Array | None],
     records: Records,
 ) -> tuple[Tokens, tuple[Array, ...], tuple[Array | None, ...]]:
@@ -70,6 +72,7 @@ def run_blocks(
       params: parameters of each block.
       tokens: of which the blocks change `x` alone.
       bias: per block, see `Block.attend`; pytrees of one structure, or all None.
+      rotation: of the rows in all of them.
       extra: per block, see `Block.feed_forward`; all alike, or all None.
 
     Returns:
@@ -86,7 +89,7 @@ def run_blocks(
 
     def body(x: Array, step: Any) -> tuple[Array, tuple[Array | None, Array | None]]:
         own, layer, bias, extra = step
-        args = (tokens.replace(x=x), draws, train, False, records.relations, bias, layer)
+        args = (tokens.replace(x=x), draws, train, False, records.relations, bias, rotation, layer)
         after, seen = block.apply({"params": own}, *args, method="attend")
         after = block.apply({"params": own}, after, draws, extra, layer, method="feed_forward")
         return after.x, (after.x if records.blocks else None, seen.logits if records.relations else None)

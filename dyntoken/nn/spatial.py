@@ -86,6 +86,7 @@ class SpatialBlock(Block):
         return_scores: bool,
         return_logits: bool = False,
         bias: Callable[[], Array] | None = None,
+        rotation: None = None,
         layer: LayerArgs | None = None,
     ) -> tuple[Tokens, Attended | None]:
         """First half, see `Block.attend`; there are no logits per pair of rows to return or to bias."""

@@ -34,6 +34,7 @@ from dyntoken.nn.block import Block
 from dyntoken.nn.remat import rematerialised
 from dyntoken.nn.spec import Site, Spec
 from dyntoken.ops import sample, select
+from dyntoken.ops.rope import Rope, Rotation
 from dyntoken.types import Attended, Reduction, Tokens
 
 Array = jax.Array
@@ -55,6 +56,8 @@ class Context:
         none. Both are over all rows; after a site each token takes its own.
       record: what to keep besides the output ("embed", "blocks", "stages",
         "relations", "addresses").
+      taps: numbers of the blocks (of a staged backbone: of its stages) whose
+        `Tokens` are kept, as the record "taps", by number.
     """
 
     train: bool = False
@@ -65,6 +68,7 @@ class Context:
     bias: Callable[[int], Callable[[], Array]] | None = None
     extra: Sequence[Array | None] | None = None
     record: tuple[str, ...] = ()
+    taps: tuple[int, ...] = ()
 
     def at_site(self, number: int) -> dict[str, Any]:
         """What the reducer of a site is called with besides tokens."""
@@ -90,12 +94,14 @@ class Trunk(nn.Module):
         True, or what to keep, see `nn.remat.POLICIES`.
       scan: run alike blocks between two sites as one loop: the same numbers from
         a smaller program. A block that holds a reducer stands alone.
+      rope: a rotary position embedding of queries and keys, the same in all blocks.
     """
 
     blocks: tuple[Spec, ...]
     sites: tuple[Site, ...] = ()
     remat: bool | str = False
     scan: bool = False
+    rope: Rope | None = None
 
     def setup(self) -> None:
         for index, spec in enumerate(self.blocks):
@@ -117,17 +123,18 @@ class Trunk(nn.Module):
           asked for: "blocks" (rows after each block), "stages" (rows before and
           after each site), "relations" (attention logits `[B, heads, T, T]` per
           block), "addresses" (per block the `Address` of the rows in its attention
-          and in its MLP, None ahead of the first site).
+          and in its MLP, None ahead of the first site), and "taps".
         """
         reductions: list[Reduction] = []
         stages, rows, relations, addresses = [], [], [], []
+        taps: dict[int, Tokens] = {}
         return_logits = "relations" in context.record
         seen = None
         stage_at = {site.at: stage for stage, site in enumerate(self.sites)}
         if context.train and self._masks():
             # The references run every block under the policy softmax, also those before the first site.
             tokens = tokens.replace(alive=jnp.ones(tokens.place.shape, jnp.float32))
-        for run in self._runs(range(len(self.blocks)) if some is None else some):
+        for run in self._runs(range(len(self.blocks)) if some is None else some, context.taps):
             index = run[0]
             stage = stage_at.get(index)
             site = None if stage is None else self.sites[stage]
@@ -142,13 +149,15 @@ class Trunk(nn.Module):
                 tokens, run_rows, run_logits = self._loop(run, tokens, context)
                 rows.extend(run_rows)
                 relations.extend(run_logits)
+                taps[run[-1]] = tokens
                 continue
             block = getattr(self, f"blocks_{index}")
             inside = site is not None and site.inside
             shown = inside or any(index + 1 == at for at in self._recalling())
-            bias = self._bias(index, tokens, context)
+            bias, rotation = self._bias(index, tokens, context), self._rotation(index, tokens)
             address = self._address(index, tokens, after_mlp=False)
-            tokens, seen = block.attend(tokens, context.dropout, context.train, shown, return_logits, bias)
+            options = (context.train, shown, return_logits, bias, rotation)
+            tokens, seen = block.attend(tokens, context.dropout, *options)
             relations.append(seen.logits if return_logits else None)
             if inside:
                 before = tokens.x
@@ -158,20 +167,25 @@ class Trunk(nn.Module):
             addresses.append((address, self._address(index, tokens, after_mlp=True)))
             tokens = block.feed_forward(tokens, context.dropout, self._extra(index, tokens, context))
             rows.append(tokens.x)
+            taps[index] = tokens
         records = {
             "blocks": tuple(rows),
             "stages": tuple(stages),
             "relations": tuple(relations),
             "addresses": tuple(addresses),
         }
-        return tokens, tuple(reductions), {k: v for k, v in records.items() if k in context.record}
+        records = {k: v for k, v in records.items() if k in context.record}
+        if context.taps:
+            records["taps"] = {number: taps[number] for number in context.taps if number in taps}
+        return tokens, tuple(reductions), records
 
-    def _runs(self, numbers: range) -> list[tuple[int, ...]]:
-        """Block numbers, grouped by loop."""
+    def _runs(self, numbers: range, taps: Sequence[int]) -> list[tuple[int, ...]]:
+        """Block numbers, grouped by loop; a tapped block ends its loop, which then keeps no other rows."""
         if not self.scan or self.is_initializing():  # each block makes its own parameters
             return [(index,) for index in numbers]
         cuts = [at for site in self.sites for at in (site.at, site.at + int(site.inside))]
         cuts += [at - ahead for at in self._recalling() for ahead in (0, 1)]
+        cuts += [number + 1 for number in taps]
         return scan.runs(self.blocks, cuts, numbers)
 
     def _recalling(self) -> list[int]:
@@ -191,6 +205,7 @@ class Trunk(nn.Module):
             draws=context.dropout,
             train=context.train,
             bias=[self._bias(index, tokens, context) for index in run],
+            rotation=self._rotation(run[0], tokens),
             extra=[self._extra(index, tokens, context) for index in run],
             records=scan.Records("blocks" in context.record, "relations" in context.record),
         )
@@ -212,6 +227,14 @@ class Trunk(nn.Module):
         # A pytree, so that recomputing the attention takes its arrays as inputs.
         rows, new = _rows(tokens)
         return jax.tree_util.Partial(_bias_with(new), bias, rows)
+
+    def _rotation(self, index: int, tokens: Tokens) -> Rotation | None:
+        """The rotation of the rows that a block has: a kept token keeps its own."""
+        if self.rope is None:
+            return None
+        whole = self.rope.whole(tokens.grid, tokens.prefix)
+        moved = self._reduced(index, after_mlp=False) or tokens.count != tokens.initial
+        return whole.of(*_rows(tokens)) if moved else whole
 
     def _extra(self, index: int, tokens: Tokens, context: Context) -> Array | None:
         """The extra features of a block, for the rows it has."""

@@ -51,6 +51,7 @@ VIT_RULES = (
     (r"^head/dist/", r"head_dist/"),
     (r"^head/pre_logits/", r"pre_logits/fc/"),
 )
+EVA_RULES = ((r"^backbone/trunk/blocks_(\d+)/ls([12])/gamma$", r"blocks/\1/gamma_\2"), *VIT_RULES)
 T2T_RULES = (
     # The performer's MLP is a torch Sequential.
     (r"^backbone/tokens_to_token/(attention\d)/mlp_(\d)/", r"tokens_to_token/\1/mlp/\2/"),
@@ -119,6 +120,13 @@ CONVNEXT_RULES = (
 # Other spellings of a reference key that some published files use.
 VIT_ALIASES = (
     (r"^blocks\.(\d+)\.gamma_([12])$", r"blocks.\1.ls\2.gamma"),  # DeiT-III
+)
+EVA_ALIASES = ((r"^blocks\.(\d+)\.ls([12])\.gamma$", r"blocks.\1.gamma_\2"),)
+# Keys that some checkpoints hold in parts along the first axis: the pattern, and the parts in order.
+UNFUSED = (
+    (r"(?<=\.attn\.)qkv(?=\.)", ("q_proj", "k_proj", "v_proj")),
+    (r"(?<=\.attn\.)q_bias$", ("q_proj.bias",)),
+    (r"(?<=\.attn\.)v_bias$", ("v_proj.bias",)),
 )
 PSVIT_ALIASES = ((r"^ps_layers\.\d+\.position_layer\.(\w+)$", r"pos_layer.\1"),)  # one layer, listed again
 SWIN_ALIASES = ((r"^head\.fc\.(\w+)$", r"head.\1"),)  # timm
@@ -198,6 +206,8 @@ class Naming:
     Attributes:
       rules: (pattern of our path, replacement): first match wins.
       aliases: (pattern of a key, replacement): other spellings of the reference's keys.
+      parts: (pattern in a key, replacements): the reference has several keys, see `UNFUSED`; as
+        whole ones they are read all the same (`layouts.fused`).
       pointwise: pattern of paths whose linear layers are 1x1 convolutions there.
       respell: all keys of a file -> those that mean another of the reference's keys.
       buffers: a backbone and its exported arrays -> what else the state dict holds.
@@ -205,6 +215,7 @@ class Naming:
 
     rules: tuple[tuple[str, str], ...]
     aliases: tuple[tuple[str, str], ...] = ()
+    parts: tuple[tuple[str, tuple[str, ...]], ...] = ()
     pointwise: str = "/relation/"
     respell: Callable[[Iterable[str]], dict[str, str]] = lambda names: {}
     buffers: Callable[[Any, Mapping[str, np.ndarray]], dict[str, np.ndarray]] = lambda body, tensors: {}
@@ -215,6 +226,8 @@ RULES = Table(
     "weight family",
     {
         "vit": Naming(VIT_RULES, VIT_ALIASES),
+        "eva": Naming(EVA_RULES, EVA_ALIASES),
+        "eva_unfused": Naming(EVA_RULES, EVA_ALIASES, UNFUSED),
         "t2t": Naming(T2T_RULES),
         "lvvit": Naming(LVVIT_RULES),
         "psvit": Naming(PSVIT_RULES, PSVIT_ALIASES, buffers=_sampling_buffers),
@@ -304,9 +317,18 @@ class KeyMap:
 
     def export(self, flat: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """Our flat tree (parameters or gradients) under the reference's keys and layouts."""
-        return {
+        found = {
             self.by_path[path].key: self.by_path[path].to_reference(value) for path, value in flat.items()
         }
+        return {name: part for key, value in found.items() for name, part in self._parts(key, value)}
+
+    def _parts(self, key: str, value: np.ndarray) -> list[tuple[str, np.ndarray]]:
+        """A key and its array as the reference's own keys and arrays."""
+        for pattern, names in self.naming.parts:
+            if re.search(pattern, key):
+                arrays = np.split(value, len(names))
+                return [(re.sub(pattern, name, key), part) for name, part in zip(names, arrays, strict=True)]
+        return [(key, value)]
 
 
 def key_map(shapes: Mapping[str, tuple[int, ...]], naming: Naming, *, grid_only: int = 0) -> KeyMap:

@@ -28,11 +28,12 @@ OTHERS = (
     (r"(^|\.)encoder\.layers\.\d+\.self_attn\.", "Hugging Face's CLIP or SigLIP layout"),
     (r"(^|\.)resblocks\.\d+\.", "OpenAI's CLIP layout"),
     (r"(^|\.)encoder\.layers\.encoder_layer_\d+\.", "torchvision's ViT layout"),
-    (r"(^|\.)blocks\.\d+\.attn\.(q_bias|q_proj)", "timm's EVA or DINOv3 layout"),
+    (r"(^|\.)blocks\.\d+\.attn\.(q_bias|q_proj)", "timm's EVA-02 or DINOv3 layout"),
     (r"(^|\.)layer[1-4]\.\d+\.conv1\.", "a ResNet's layout"),
     (r"(^|\.)backbone/trunk/|^backbone/stage_", "this library's own layout"),
     (r"(^|\.)blocks\.\d+\.attn\.qkv\.", "timm's ViT layout"),
 )
+UNFUSED = re.compile(r"(.*\battn)\.([qkv])_proj\.(weight|bias)")
 FLAX_NOTE = "Google's flax ViT: trained on pixels in [-1, 1] (mean = std = 0.5) and with tanh GELU"
 ENCODER = re.compile(r"(.*?)Transformer/encoderblock(?:_(\d+))?/(.*)")
 NORMS, MLPS = {"0": "norm1", "1": "norm2", "2": "norm2"}, {"0": "fc1", "1": "fc2"}
@@ -96,6 +97,29 @@ def _stripped(bundle: Bundle, prefix: str, key_map: KeyMap) -> Bundle:
     if left := [key for key in outside if key not in heads]:
         note += f"; {len(left)} others left out ({', '.join(left[:3])}{', ...' if len(left) > 3 else ''})"
     return dataclasses.replace(bundle, tensors={**heads, **inside}, notes=(*bundle.notes, note))
+
+
+def fused(bundle: Bundle) -> Bundle:
+    """The source with separate query, key and value layers joined, as timm's `attn.qkv` holds them.
+
+    Where queries and values alone have a bias (EVA-02), these become `q_bias` and `v_bias`.
+    """
+    if bundle.own:
+        return bundle
+    hits = {key: hit for key in bundle.tensors if (hit := UNFUSED.fullmatch(key))}
+    if not hits:
+        return bundle
+    found = {key: value for key, value in bundle.tensors.items() if key not in hits}
+    of: dict[tuple[str, str], dict[str, np.ndarray]] = collections.defaultdict(dict)
+    for key, hit in hits.items():
+        of[hit[1], hit[3]][hit[2]] = bundle.tensors[key]
+    for (layer, leaf), parts in of.items():
+        if len(parts) == 3:
+            found[f"{layer}.qkv.{leaf}"] = np.concatenate([parts[name] for name in "qkv"])
+        else:
+            names = "{}_bias" if leaf == "bias" else f"{{}}_proj.{leaf}"
+            found |= {f"{layer}.{names.format(name)}": part for name, part in parts.items()}
+    return dataclasses.replace(bundle, tensors=found)
 
 
 def from_flax_vit(bundle: Bundle) -> Bundle:

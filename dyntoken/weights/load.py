@@ -110,7 +110,7 @@ def load_weights(
     placing.check_choice("unexpected", unexpected, ("error", "ignore"))
     placing.check_choice("in_chans", in_chans, ("keep", "adapt"))
     placing.check_choice("resize", resize, (None, *resample.METHODS))
-    bundle = layouts.from_flax_vit(files.read(source, prefer, step))
+    bundle = layouts.fused(layouts.from_flax_vit(files.read(source, prefer, step)))
     shapes = trees.shapes_of(model)
     if not bundle.own:
         models = [model, from_dense.dense_of(model, 0)] if isinstance(model, Cascade) else [model]

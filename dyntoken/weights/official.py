@@ -28,7 +28,7 @@ REPOSITORIES = (
     ("convnext", ("convnext",)),
     ("timm", ("timm",)),
     ("timm", ("pytorch-image-models",)),
-    ("timm", ("facebookresearch/deit",)),
+    ("deit", ("facebookresearch/deit",)),
 )
 
 

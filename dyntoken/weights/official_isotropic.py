@@ -41,7 +41,7 @@ TIMM_VIT = {
     "pre_norm": to("pre_norm", flag, False),
     "class_token": to("class_token", flag, True),
     "reg_tokens": to("registers", lambda v: int(v or 0), 0),
-    "no_embed_class": to("no_embed_class", flag, False),
+    "no_embed_class": Argument(False, flag),
     "init_values": to("layer_scale", common.optional(float), None),
     "pool_include_prefix": to("pool_prefix", flag, False),
     "pos_embed": only("learn", "none", "", why="timm has no others"),
@@ -54,8 +54,9 @@ TIMM_VIT = {
     "embed_norm_layer": only(None, why=common.CODE),
     "block_fn": only(None, "Block", why=common.CODE),
     "attn_layer": only(None, "Attention", why=common.CODE),
+    "dynamic_img_pad": to("pad", flag, False),
     # Fresh parameters only; images of other sizes than img_size, for which ours is built.
-    **unused(weight_init="", fix_init=False, dynamic_img_size=False, dynamic_img_pad=False),
+    **unused(weight_init="", fix_init=False, dynamic_img_size=False),
     **unused(device=None, dtype=None),
 }
 POOLS = {"avg": "mean"}  # timm's name -> ours, where they differ
@@ -74,10 +75,91 @@ def timm_vit(a: Values) -> dict[str, Any]:
     return {
         "pool": pool,
         "position": a["pos_embed"] == "learn",
+        "embed_class": not a["no_embed_class"],
         "final_norm": a["final_norm"] and not after,
         "fc_norm": a["final_norm"] and after,
         "activation": "swiglu" if packed else a["act_layer"],
     }
+
+
+WHY_TRAINING = "rotations are drawn anew in training only there"
+WHY_ROPE = "no checkpoint with another one is known"
+EVA = {
+    **common.with_defaults(VIT, qkv_bias=True),
+    **NORM_6,
+    **common.HEAD_DROPOUT,
+    **common.ATTN_DROPOUT,
+    "proj_drop_rate": to("dropout", float, 0.0),
+    "pos_drop_rate": to("pos_dropout", float, 0.0),
+    "patch_drop_rate": to("patch_drop", float, 0.0),
+    "qk_norm": to("qk_norm", flag, False),
+    "scale_attn_inner": to("attn_norm", flag, False),
+    "scale_mlp": to("mlp_norm", flag, False),
+    "class_token": to("class_token", flag, True),
+    "num_reg_tokens": to("registers", lambda v: int(v or 0), 0),
+    "init_values": to("layer_scale", common.optional(float), None),
+    "use_pre_transformer_norm": to("pre_norm", flag, False),
+    "use_abs_pos_emb": to("position", flag, True),
+    "rope_temperature": to("rope_base", float, 10000.0),
+    "dynamic_img_pad": to("pad", flag, False),
+    "no_embed_class": Argument(False, flag),
+    "qkv_fused": Argument(True, flag),
+    "swiglu_mlp": Argument(False, flag),
+    "swiglu_align_to": Argument(0, lambda v: int(v or 0)),
+    "use_rot_pos_emb": Argument(False, flag),
+    "rope_type": only("cat", "dinov3", why=WHY_ROPE),
+    "rope_rotate_half": Argument(False, flag),
+    "ref_feat_shape": Argument(None, common.optional(per_stage(int))),
+    "global_pool": only("avg", "avgmax", "max", "token", "map", why="'' gives no logits per image"),
+    "use_fc_norm": Argument(None, common.optional(flag)),
+    "use_post_transformer_norm": Argument(None, common.optional(flag)),
+    "attn_type": only("eva", "rope", why=common.CODE),
+    "attn_only_layer_scale": only(False, why=WHY_ROPE),
+    "num_kv_heads": only(None, why="queries share no keys here"),
+    "use_post_norm": only(False, why="the norm comes before each branch here"),
+    "attn_pool_num_heads": only(None, why=WHY_ROPE),
+    "attn_pool_mlp_ratio": only(None, why=WHY_ROPE),
+    "rope_grid_offset": only(0.0, why=WHY_ROPE),
+    "rope_grid_indexing": only("ij", why=WHY_ROPE),
+    **dict.fromkeys(
+        ("rope_shift_coords", "rope_jitter_coords", "rope_rescale_coords"), only(None, why=WHY_TRAINING)
+    ),
+    # Fresh parameters only; images of other sizes than img_size; another rope_type's.
+    **unused(head_init_scale=0.001, dynamic_img_size=False, rope_mrope_section=None),
+    **unused(device=None, dtype=None),
+}
+COORDINATES = {"cat": "index", "dinov3": "centred"}  # rope_type -> rope
+
+
+def timm_eva(a: Values) -> dict[str, Any]:
+    """Fields of a ViT that follow from several arguments of timm's `Eva` at once."""
+    pool = POOLS.get(a["global_pool"], a["global_pool"])
+    if pool == "token" and not a["class_token"]:
+        raise ValueError("global_pool='token' needs class_token=True")
+    after = pool == "mean" if a["use_fc_norm"] is None else a["use_fc_norm"]
+    before = not after if a["use_post_transformer_norm"] is None else a["use_post_transformer_norm"]
+    found = {
+        "pool": pool,
+        "final_norm": before,
+        "fc_norm": after,
+        "embed_class": not a["no_embed_class"],
+        "naming": "eva" if a["qkv_fused"] else "eva_unfused",
+        "resize": "timm",
+    }
+    if a["qkv_bias"] and a["attn_type"] == "eva":
+        found["qkv_bias"] = "qv"
+    if a["use_rot_pos_emb"]:
+        found["rope"] = COORDINATES[a["rope_type"]]
+        found["rope_layout"] = "halves" if a["rope_rotate_half"] else "pairs"
+        found["rope_grid"] = a["ref_feat_shape"] if a["rope_type"] == "cat" else None
+    if a["swiglu_mlp"]:
+        if pool == "map":
+            raise ValueError("global_pool='map' with swiglu_mlp: its pooling has another MLP than the blocks")
+        hidden = int(a["embed_dim"] * a["mlp_ratio"])
+        split = a["scale_mlp"] or a["swiglu_align_to"]
+        hidden += -hidden % (a["swiglu_align_to"] or 1)
+        found |= {"activation": "swiglu", "mlp_hidden": 2 * hidden, "mlp_split": bool(split)}
+    return found
 
 
 def _distilled(a: Values) -> dict[str, Any]:
@@ -291,8 +373,14 @@ DVT_DEIT = {name: argument for name, argument in DEIT_S.items() if name not in (
 PRUNING = unused(pruning_loc=None, token_ratio=None)  # read by `pruned`
 PRESET = "vit_small_patch16_224"
 CLASSES = {
-    "timm/VisionTransformer": Official(PRESET, TIMM_VIT, timm_vit),
-    "timm/VisionTransformerDistilled": Official(PRESET, TIMM_VIT, _distilled),
+    "timm/VisionTransformer": Official(PRESET, TIMM_VIT, lambda a: {**timm_vit(a), "resize": "timm"}),
+    "timm/VisionTransformerDistilled": Official(
+        PRESET, TIMM_VIT, lambda a: {**_distilled(a), "resize": "timm"}
+    ),
+    "timm/Eva": Official(PRESET, EVA, timm_eva),
+    # The same classes; its own main.py resizes positions without antialias.
+    "deit/VisionTransformer": Official(PRESET, TIMM_VIT, timm_vit),
+    "deit/DistilledVisionTransformer": Official(PRESET, TIMM_VIT, _distilled),
     # distill and viz_mode change what is returned, not what is computed.
     "dynamicvit/VisionTransformerDiffPruning": Official(
         PRESET, {**DYNAMICVIT, **PRUNING, **unused(distill=False)}, common.pruned

@@ -42,7 +42,8 @@ def fit_all(
     resized = []
     for path, old in list(found.items()):
         if path.endswith("pos_embed"):
-            found[path] = _fitted(model, path, bundle, old, shapes[path], method, source_grid, fresh)
+            options = {"method": method, "source_grid": source_grid, "fresh": fresh}
+            found[path] = _fitted(model, path, found, bundle, shapes[path], **options)
         elif path.endswith("relative_position_bias_table"):
             found[path] = fit_relative(old, shapes[path], method or model.plain().resize)
         if found[path] is not old:
@@ -53,14 +54,16 @@ def fit_all(
 def _fitted(
     model: Any,
     path: str,
+    found: dict[str, np.ndarray],
     bundle: Bundle,
-    value: np.ndarray,
     want: tuple[int, ...],
+    *,
     method: str | None,
     source_grid: Grid | None,
     fresh: Fresh,
 ) -> np.ndarray:
-    """The source's position embedding on the model's grid; `value` itself if it fits."""
+    """The source's position embedding on the model's grid; itself if it fits."""
+    value = found[path]
     exit_, nested, _ = path.partition("/backbone/")
     body = model.plain(int(exit_.removeprefix("exit_"))) if nested else model.plain()
     prefix, grid = body.positions_of(path)
@@ -74,12 +77,21 @@ def _fitted(
     if value.shape == want and source_grid in (None, tuple(grid)):
         return value
     tokens = {key.rsplit("/", 1)[-1]: array for key, array in bundle.tensors.items()}
-    first = (
-        sum(tokens[name].shape[1] for name in PREFIX if name in tokens) if prefix == body.prefix else prefix
-    )
-    options = {"method": method or body.resize, "origin": bundle.origin, "bare": not bundle.own}
-    grids = {"prefix": prefix, "grid": grid, "source_prefix": first, "source_grid": source_grid}
-    return fit(value, **grids, **options, fresh=lambda: fresh((path,))[path])
+    rows = {name: tokens[name].shape[1] for name in PREFIX if name in tokens}
+    bare = not getattr(body, "embed_class", True)  # all rows of its embedding are patches
+    first = sum(rows.values()) if bare or prefix == body.prefix else prefix
+    options = {"method": method or body.resize, "origin": bundle.origin, "bare": bare or not bundle.own}
+    grids = {"prefix": body.prefix if bare else prefix, "grid": grid, "source_prefix": first}
+    whole = fit(value, **grids, **options, source_grid=source_grid, fresh=lambda: fresh((path,))[path])
+    if not bare:
+        return whole
+    at = 0
+    for name, count in body.prefix_rows.items():  # what is added to them belongs to the tokens themselves
+        token = f"{path.removesuffix('pos_embed')}{name}"
+        if token in found and whole[:, at : at + count].any():
+            found[token] = found[token] + whole[:, at : at + count]
+        at += count
+    return whole[:, body.prefix :]
 
 
 def fit(
@@ -107,15 +119,15 @@ def fit(
         model's grid if the number fits, or as a square.
       method: "bicubic", "bilinear" or "timm".
       origin: the source, for messages.
-      bare: it may lack the prefix rows altogether (DeiT-III, TPS's
-        `no_embed_class`): then those are zero.
+      bare: it may lack some prefix rows (those of registers in DINOv2) or all (DeiT-III,
+        TPS's `no_embed_class`): then those are zero.
       fresh: returns a freshly initialised embedding of the model.
 
     Raises:
       WeightsError: no grid can be made out.
     """
     length, grid = value.shape[1], tuple(grid)
-    for first in dict.fromkeys((source_prefix, 0) if bare else (source_prefix,)):
+    for first in dict.fromkeys((source_prefix, min(source_prefix, 1), 0) if bare else (source_prefix,)):
         side = math.isqrt(max(length - first, 0))
         known = [source_grid] if source_grid is not None else [grid, (side, side)]
         fits = [tuple(g) for g in known if 0 < g[0] * g[1] == length - first]
@@ -129,8 +141,8 @@ def fit(
     rows, patches = value[:, :first], value[:, first:]
     if fits[0] != grid:
         patches = np.asarray(resample.resize_grid(jnp.asarray(patches), fits[0], grid, method))
-    if first == 0 and prefix:
-        rows = np.zeros((1, prefix, value.shape[-1]), value.dtype)
+    if first < min(prefix, source_prefix) or (first == 0 and prefix):
+        rows = np.concatenate([rows, np.zeros((1, prefix - first, value.shape[-1]), value.dtype)], axis=1)
     elif first < prefix:
         if fresh is None:
             raise WeightsError(f"{origin}: pos_embed has {first} prefix rows, the model {prefix}")

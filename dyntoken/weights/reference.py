@@ -41,7 +41,8 @@ def import_reference(
     key_map = trees.reference_keys(model, no_embed_class=bool(reference.grid_only))
     origin = f"{repository} {cls}"
     arrays = {key: np.asarray(value) for key, value in tensors.items() if not keys.is_buffer(key)}
-    bundle = layouts.without_prefix(files.Bundle(arrays, {}, origin, own=False), [key_map], "params")
+    bundle = layouts.fused(files.Bundle(arrays, {}, origin, own=False))
+    bundle = layouts.without_prefix(bundle, [key_map], "params")
     found, unexpected = trees.sort(bundle.tensors, key_map)
     missing = [key_map.by_path[path].key for path in shapes if path not in found]
     if missing or unexpected:

@@ -20,14 +20,14 @@ Shapes = Mapping[str, tuple[int, ...]]
 def naming_of(model: Model) -> keys.Naming:
     """Row of `keys.RULES` for a model's backbone; a subclass has the keys of what it extends."""
     make = model.backbone.make
-    if (naming := getattr(make, "naming", None)) is None:
+    if (naming := model.backbone.get("naming", getattr(make, "naming", None))) is None:
         raise WeightsError(f"{model.arch}: no public key names are known for backbone {make.__name__}")
     return keys.RULES[naming]
 
 
 def reference_keys(model: Model, *, no_embed_class: bool = False) -> keys.KeyMap:
     """The key map between `model` and the public format of its backbone."""
-    grid_only = model.plain().prefix if no_embed_class else 0
+    grid_only = model.plain().positions_of("backbone/pos_embed")[0] if no_embed_class else 0
     return keys.key_map(shapes_of(model), naming_of(model), grid_only=grid_only)
 
 

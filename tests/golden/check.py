@@ -46,6 +46,12 @@ KINDS = {
     "sinkhorn_deit": "clustering",
     "patchmerger_deit": "clustering",
     "sit_deit": "clustering",
+    "vit_timm": "pretrained",
+    "dinov2_timm": "pretrained",
+    "dinov2_reg_timm": "pretrained",
+    "dinov3_timm": "pretrained",
+    "siglip2_timm": "pretrained",
+    "eva02_timm": "pretrained",
 }
 
 WORST = 12  # arrays printed of a failed case

@@ -27,7 +27,7 @@ def backbone(reference):
     [
         ("huggingface/pytorch-image-models (timm 1.0.29)", "VisionTransformer", "timm/VisionTransformer"),
         ("timm", "VisionTransformerDistilled", "timm/VisionTransformerDistilled"),
-        ("facebookresearch/deit", "VisionTransformer", "timm/VisionTransformer"),
+        ("facebookresearch/deit", "VisionTransformer", "deit/VisionTransformer"),
         (
             "raoyongming/DynamicViT",
             "VisionTransformerTeacher (plain DeiT)",

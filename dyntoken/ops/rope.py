@@ -1,0 +1,119 @@
+"""Rotary position embeddings of patches on a grid: queries and keys turned by angles of their place.
+
+Su et al. 2021, "RoFormer", over two axes: the first half of the frequencies sees the row,
+the second half the column. Rows that stand for no place (class token, registers, a fused
+token) are not turned.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dyntoken.ops import select
+
+Array = jax.Array
+
+
+def _centred(count: int, reference: int | None) -> np.ndarray:
+    """DINOv3: patch centres of an axis on [-1, 1], times 2 pi."""
+    return 2 * np.pi * (2 * (np.arange(count) + 0.5) / count - 1)
+
+
+def _index(count: int, reference: int | None) -> np.ndarray:
+    """EVA-02: patch numbers, scaled to those of the axis in pretraining."""
+    return np.arange(count) * ((reference or count) / count)
+
+
+COORDINATES = {"centred": _centred, "index": _index}
+LAYOUTS = ("halves", "pairs")
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["cos", "sin"], meta_fields=["halves"])
+@dataclasses.dataclass(frozen=True)
+class Rotation:
+    """How each row turns.
+
+    Attributes:
+      cos, sin: `[T, D]` or `[B, 1, T, D]` float32.
+      halves: a channel's partner is D / 2 away; False: beside it.
+    """
+
+    cos: Array | np.ndarray
+    sin: Array | np.ndarray
+    halves: bool
+
+    def __call__(self, x: Array) -> Array:
+        """Rows `x [B, heads, T, D]`, turned in float32."""
+        first, second = jnp.split(x, 2, axis=-1) if self.halves else (x[..., ::2], x[..., 1::2])
+        partner = (
+            jnp.concatenate([-second, first], axis=-1)
+            if self.halves
+            else jnp.stack([-second, first], axis=-1).reshape(x.shape)
+        )
+        return (x.astype(jnp.float32) * self.cos + partner.astype(jnp.float32) * self.sin).astype(x.dtype)
+
+    def of(self, rows: Array | None, new: int) -> Rotation:
+        """Those of other rows.
+
+        Args:
+          rows: `[B, T]` rows of this one, or -1 for one that is not turned; None for all in order.
+          new: number of further rows that are not turned.
+        """
+        if rows is None:
+            cos = np.pad(self.cos, ((0, new), (0, 0)), constant_values=1.0)
+            return self if not new else Rotation(cos, np.pad(self.sin, ((0, new), (0, 0))), self.halves)
+        tables = np.stack([self.cos - 1.0, self.sin], axis=1)  # both 0 where nothing turns
+        batched = jnp.broadcast_to(
+            tables.reshape(1, len(tables), -1), (rows.shape[0], len(tables), tables[0].size)
+        )
+        found = select.gather_or_zero(batched, rows).reshape(*rows.shape, 2, -1)[:, None]
+        return Rotation(found[..., 0, :] + 1.0, found[..., 1, :], self.halves)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rope:
+    """A rotary embedding, the same in all blocks.
+
+    Attributes:
+      size: channels of a head, a multiple of 4.
+      coordinates: row of `COORDINATES`.
+      layout: which channels turn together, see `Rotation.halves`.
+      base: the longest period is about that many times the shortest.
+      reference: (rows, columns) of patches that numbers refer to, with "index".
+    """
+
+    size: int
+    coordinates: str
+    layout: Literal["halves", "pairs"]
+    base: float
+    reference: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        if self.size % 4:
+            raise ValueError(f"rope needs heads of 4, 8, ... channels, not {self.size}")
+
+    def whole(self, grid: tuple[int, int], prefix: int) -> Rotation:
+        """The rotation of `prefix` rows, which stay as they are, and of all patches."""
+        return _whole(self, grid, prefix)
+
+    def angles(self, grid: tuple[int, int]) -> np.ndarray:
+        """`[N, size]`, row-major patches."""
+        coordinates = COORDINATES[self.coordinates]
+        axes = [coordinates(n, r) for n, r in zip(grid, self.reference or (None, None), strict=True)]
+        frequencies = self.base ** (-np.arange(self.size // 4) / (self.size // 4))
+        places = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, 2, 1)
+        angles = (places * frequencies).reshape(len(places), -1)  # [N, size / 2]
+        return np.tile(angles, 2) if self.layout == "halves" else np.repeat(angles, 2, axis=1)
+
+
+@functools.lru_cache(maxsize=32)  # one array per grid: the blocks of a program share one constant
+def _whole(rope: Rope, grid: tuple[int, int], prefix: int) -> Rotation:
+    angles = np.pad(rope.angles(grid), ((prefix, 0), (0, 0)))
+    cos, sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+    return Rotation(cos, sin, rope.layout == "halves")
