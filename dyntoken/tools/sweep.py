@@ -102,8 +102,9 @@ class Table:
         if about.exists() and json.loads(about.read_text()) != plan:
             raise ValueError(f"{folder} holds a sweep with other options ({about}): give another --out")
         about.write_text(json.dumps(plan, indent=2) + "\n")
-        if not self.path.exists():
-            self.path.write_text(",".join(COLUMNS) + "\n")
+        text = self.path.read_text() if self.path.exists() else ""
+        whole = text[: text.rfind("\n") + 1]  # a line that a kill cut short is no row
+        self.path.write_text(whole or ",".join(COLUMNS) + "\n")
         self.done = {(row["method"], row["keep"]) for row in self._stored()}
 
     def add(self, row: dict[str, Any]) -> None:
@@ -122,8 +123,7 @@ class Table:
 
     def _stored(self) -> Iterator[dict[str, str]]:
         with self.path.open(newline="") as file:
-            # A line that a kill cut short is not a row.
-            yield from (row for row in csv.DictReader(file) if row["agrees"])
+            yield from csv.DictReader(file)
 
 
 def draw(rows: list[dict[str, Any]], path: Path, title: str) -> None:
