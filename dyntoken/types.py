@@ -172,6 +172,7 @@ class Reduction:
       host: `[B, n]` cell of the row that stands for an incoming row now: its
         own if kept, its host's if squeezed, -1 if dropped or fused.
       remap: `[B, n]` int32, incoming row -> outgoing row, or -1.
+      shares: `[B, m, n]`, weight of each incoming row in each outgoing one, of a method that mixes them.
       carrier: `[B, N0]`, `Tokens.carrier` after the site (filled by the trunk).
       queries: `[B, n]`, weight of each incoming row in the mean of its group, by
         which queries of the block's attention map fuse; the trunk takes it away.
@@ -190,6 +191,7 @@ class Reduction:
     keep: Array | None = None
     carrier: Array | None = None
     queries: Array | None = None
+    shares: Array | None = None
     ratio: float = flax.struct.field(pytree_node=False, default=1.0)
     count: int = flax.struct.field(pytree_node=False, default=0)
     grid: tuple[int, int] = flax.struct.field(pytree_node=False, default=(0, 0))

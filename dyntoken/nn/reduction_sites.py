@@ -50,7 +50,11 @@ class ReductionSites:
         usual = self.default_sites
         if self.nested and reducer.from_block is not None:
             usual = tuple(range(min(reducer.from_block, self.depth - 1), self.depth))
-        able = tuple(at for at in usual if self.shows(at).issuperset(reducer.needs))
+        able = tuple(
+            at
+            for at in usual
+            if self.shows(at).issuperset(reducer.needs) and self.shows_ahead(at).issuperset(reducer.recalls)
+        )
         return able or usual
 
     def site_grid(self, at: int) -> tuple[int, int]:
@@ -66,6 +70,10 @@ class ReductionSites:
         shown = {"keys", "probs", "normed"}
         return frozenset(shown | {"cls", "token"} if self.prefix else shown)
 
+    def shows_ahead(self, at: int) -> frozenset[str]:
+        """Fields of `Attended` of the block before that a site before a block sees."""
+        return self.shows(at - 1) if self.nested and at else frozenset()
+
     def positions_of(self, path: str) -> tuple[int, tuple[int, int]]:
         """(prefix rows, grid) of a position embedding, by its path in the tree of variables."""
         return self.prefix, self.grid
@@ -74,16 +82,17 @@ class ReductionSites:
         """Why a method cannot work here, as the end of a sentence; None if it can.
 
         Args:
-          reducer: what it declares (`reducers.Reducer`): `needs`, `adds_row`, `merges`, ...
+          reducer: what it declares (`reducers.Reducer`): `needs`, `recalls`, `adds_row`, ...
           at: the sites.
         """
         if (reducer.follows or reducer.gates) and not self.one_stack:
             return "it takes part in every block, and there they are not one stack of plain ones"
         if min(at) < reducer.earliest:
             return f"it ranks patches by what the blocks before show, so sites begin at {reducer.earliest}"
-        for need in (*reducer.needs, *reducer.watches):
+        wanted = [(need, self.shows) for need in (*reducer.needs, *reducer.watches)]
+        for need, shows in wanted + [(need, self.shows_ahead) for need in reducer.recalls]:
             what, absent, elsewhere = NEEDS[need]
-            able = [site for site in range(self.depth) if need in self.shows(site)]
+            able = [site for site in range(self.depth) if need in shows(site)]
             if not able:
                 return f"it ranks patches by {what}, and {absent}"
             if not set(at) <= set(able):

@@ -137,6 +137,7 @@ class Trunk(nn.Module):
         stages, rows, relations, addresses = [], [], [], []
         taps: dict[int, Tokens] = {}
         return_logits = "relations" in context.record
+        seen = None
         stage_at = {site.at: stage for stage, site in enumerate(self.sites)}
         if context.train and self._masks():
             # The references run every block under the policy softmax, also those before the first site.
@@ -147,7 +148,8 @@ class Trunk(nn.Module):
             site = None if stage is None else self.sites[stage]
             before = tokens.x
             if site is not None and not site.inside:
-                tokens, reduction = self._reduce(stage, tokens, self._ahead(index, stage, tokens), context)
+                seen = self._ahead(index, stage, tokens, seen)
+                tokens, reduction = self._reduce(stage, tokens, seen, context)
                 reductions.append(reduction)
                 stages.append((before, tokens.x))
             if len(run) > 1:
@@ -171,6 +173,7 @@ class Trunk(nn.Module):
                 tokens = self._attend_reduced(index, tokens, seen, reduction, context)
             else:
                 shown = (reducer.needs or True) if inside else self._watched()
+                shown = shown or any(index + 1 == at for at in self._recalling())
                 options = (context.train, shown, return_logits, bias, rotation)
                 tokens, seen = block.attend(tokens, context.dropout, *options)
             relations.append(seen.logits if return_logits else None)
@@ -222,8 +225,13 @@ class Trunk(nn.Module):
         if not self.scan or self.is_initializing() or self._follows():
             return [(index,) for index in numbers]
         cuts = [at for site in self.sites for at in (site.at, site.at + int(site.inside))]
+        cuts += [at - ahead for at in self._recalling() for ahead in (0, 1)]
         cuts += [number + 1 for number in taps]
         return scan.runs(self._recipes(), cuts, numbers)
+
+    def _recalling(self) -> list[int]:
+        """Blocks whose site reads what the block before showed."""
+        return [site.at for s, site in enumerate(self.sites) if getattr(self, f"reducer_{s}").recalls]
 
     def _loop(
         self, run: tuple[int, ...], tokens: Tokens, context: Context
@@ -298,11 +306,12 @@ class Trunk(nn.Module):
     def _watched(self) -> tuple[str, ...] | bool:
         return (self.reducer_0.watches or False) if self._follows() else False
 
-    def _ahead(self, index: int, stage: int, tokens: Tokens) -> Attended | None:
-        """What a reducer before a block sees."""
+    def _ahead(self, index: int, stage: int, tokens: Tokens, seen: Attended | None) -> Attended | None:
+        """What a reducer before a block sees: what the block before showed, and what this one would read."""
         if not getattr(self, f"reducer_{stage}").needs:
-            return None
-        return Attended(normed=getattr(self, f"blocks_{index}").normed(tokens), token=tokens.x[:, 0])
+            return seen
+        fields = {"normed": getattr(self, f"blocks_{index}").normed(tokens), "token": tokens.x[:, 0]}
+        return (seen or Attended()).replace(**fields)
 
     def _reduce(
         self, stage: int, tokens: Tokens, seen: Attended | None, context: Context

@@ -53,10 +53,16 @@ class Reducer(nn.Module):
       gates: it masks by `Tokens.gate`, not by `Tokens.alive` alone.
       returns: rows that leave at a site come back ahead of the next.
       earliest: the first block that a site can lie at.
-      from_block: its sites are all blocks from this one on, unless told otherwise; None: the backbone's.
       default_keep: the keep rate if none is given; None is the model's own default.
       dialect: row of `weights.dialects.DIALECTS`, the keys of its official state dict; None: the backbone's.
       of_body: fields that take their value from the backbone's of the same name.
+      recalls: fields of `Attended` that it reads of the block before its site.
+      takes_decision: a `decision` can replace its own choice.
+      mixes: its rows are mixtures that may have no cell of their own.
+      sized: its parameters are made for one `keep`.
+
+    Parameters need no declaration: what a reducer makes is trained by its gradient,
+    in the form that is in force. `learns` says that training must sample a decision.
 
     Attributes:
       keep: static number of rows that stay (prefix and fused rows not counted).
@@ -102,7 +108,10 @@ class Reducer(nn.Module):
     ahead = None
     from_block = None
     moves = False
+    recalls = ()
     takes_decision = True
+    mixes = False
+    sized = False
     follows = False
     watches = ()
     gates = False
@@ -171,15 +180,18 @@ class Reducer(nn.Module):
         """Reduces `tokens`.
 
         Args:
-          seen: what the attention layer of this block showed (`inside` sites);
-            `reduce` gets the fields that are declared as `needs`.
+          seen: what the attention layer of this block showed (`inside` sites), or that of
+            the block before; `reduce` gets the fields that are declared as `needs` or `recalls`.
           draws: randomness of scorers and Gumbel noise.
           noise: `[B, n, 2]`, replaces the Gumbel draws.
           decision: `[B, n]` 0/1, imposed in place of the site's own choice.
         """
         if decision is not None and not self.takes_decision:
-            raise ValueError(f"{self.title} chooses pairs: no decision on single rows can replace its choice")
-        seen = _Seen(self.title, {need: getattr(seen, need, None) for need in self.needs})
+            raise ValueError(f"{self.title} takes no decision on single rows: call it without")
+        if tokens.alive is not None and self.resolved(train) == "gather":
+            raise ValueError("the gather form needs every row alive: use one form at all sites")
+        shown = (*self.needs, *self.recalls)
+        seen = _Seen(self.title, {need: getattr(seen, need, None) for need in shown})
         fused = int(self.adds_row and self.keep < (self.current or tokens.count))
         rows = (self.keep if self.resolved(train) == "gather" else tokens.count) + fused
         tokens, reduction = self.reduce(tokens, seen, train, draws=draws, noise=noise, decision=decision)
@@ -261,8 +273,6 @@ class ScoreSelectFuse(Reducer):
 
     def _gather(self, tokens: Tokens, scores: Scores, decision: Array | None) -> tuple[Tokens, Reduction]:
         """Rows really shrink: top-k with a static count."""
-        if tokens.alive is not None:
-            raise ValueError("the gather form needs every row alive: use one form at all sites")
         n = tokens.count
         keep, dropped = select.split(scores.rank if decision is None else decision, self.keep)
         if (

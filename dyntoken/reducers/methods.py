@@ -12,13 +12,18 @@ from dyntoken.nn.spec import Site, Spec
 from dyntoken.reducers.adavit import AdaViT
 from dyntoken.reducers.avit import AViT
 from dyntoken.reducers.base import Reducer, ScoreSelectFuse
+from dyntoken.reducers.dpcknn import DPCKNN
 from dyntoken.reducers.evovit import EvoViT
 from dyntoken.reducers.fuse import FUSERS
 from dyntoken.reducers.keep import site_counts
+from dyntoken.reducers.kmedoids import KMedoids
 from dyntoken.reducers.ltmp import LTMP
 from dyntoken.reducers.mctf import MCTF
+from dyntoken.reducers.patchmerger import PatchMerger
 from dyntoken.reducers.pitome import PiToMe
 from dyntoken.reducers.score import SCORERS, VARIANTS, check_declared
+from dyntoken.reducers.sinkhorn import Sinkhorn
+from dyntoken.reducers.sit import SelfSlimming
 from dyntoken.reducers.tofu import ToFu
 from dyntoken.reducers.tome import ToMe
 from dyntoken.registry import Table, UnknownNameError, check_options, suggest
@@ -89,6 +94,11 @@ METHODS = Table(
         "avit": Method.new(AViT, "A-ViT, CVPR 2022; NVlabs/A-ViT"),
         "ltmp": Method.new(LTMP, "LTMP, TMLR 2023; Mxbonn/ltmp"),
         "evovit": Method.new(EvoViT, "Evo-ViT, AAAI 2022; YifanXu74/Evo-ViT"),
+        "dpcknn": Method.new(DPCKNN, "DPC-KNN of TCFormer, CVPR 2022; JoakimHaurum/TokenReduction"),
+        "kmedoids": Method.new(KMedoids, "K-medoids, WACV 2023; JoakimHaurum/TokenReduction"),
+        "sinkhorn": Method.new(Sinkhorn, "Sinkhorn tokenizer, 2022; JoakimHaurum/TokenReduction"),
+        "patchmerger": Method.new(PatchMerger, "PatchMerger, 2022; JoakimHaurum/TokenReduction"),
+        "sit": Method.new(SelfSlimming, "SiT, ECCV 2022; JoakimHaurum/TokenReduction"),
     },
 )
 

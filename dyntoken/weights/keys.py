@@ -44,6 +44,10 @@ VIT_RULES = (
     (r"^backbone/trunk/reducer_(\d+)/token_select/", r"blocks/\1/attn/token_select/mlp_head/"),
     (r"^backbone/trunk/reducer_(\d+)/(head|layer)_select/", r"blocks/\1/\2_select/mlp_head/"),
     (r"^backbone/trunk/reducer_(\d+)/(merge|prune)_masker/", r"blocks/\1/\2_masker/"),
+    (r"^backbone/trunk/reducer_(\d+)/(norm/|score/|queries$|v$)", r"cluster_layers/\1/\2"),
+    (r"^backbone/trunk/reducer_(\d+)/weight_(\d)/", r"cluster_layers/\1/weight/\2/"),
+    # As one part: a leaf called "scale" would be a norm's.
+    (r"^backbone/trunk/reducer_(\d+)/gain$", r"cluster_layers.\1.scale"),
     (r"^backbone/(norm|norm_pre)/", r"\1/"),
     (r"^head/norm/", r"fc_norm/"),
     (r"^head/attn_pool/", r"attn_pool/"),
