@@ -141,13 +141,15 @@ def test_tokens_keep_their_address(case):
     np.testing.assert_array_equal(np.asarray(tokens.size).sum(axis=1), (carrier >= 0).sum(axis=1))
     for b in range(len(carrier)):
         for row, cell in enumerate(place[b]):
-            if cell >= 0:
+            if cell >= 0 and (tokens.alive is None or tokens.alive[b, row] > 0.5):
                 assert carrier[b, cell] == row  # a kept patch carries itself
     declared = _declared(_model(case))
     merges = declared.merges or declared.adds_row or declared.returns
-    assert ((carrier >= 0).sum(axis=1) == cells).all() == merges
+    drops_too = declared.merges and declared.learns  # by thresholds
+    assert drops_too or ((carrier >= 0).sum(axis=1) == cells).all() == merges
     for r in out.reductions:
-        assert r.place.shape[1] == r.count and r.keep.shape[1] == r.count - int(declared.adds_row)
+        assert r.place.shape[1] == r.count
+        assert r.keep is None or r.keep.shape[1] == r.count - int(declared.adds_row)
 
 
 @pytest.mark.parametrize("case", _quick(COMBINATIONS))

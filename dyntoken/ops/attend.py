@@ -69,7 +69,10 @@ def gated_softmax(logits: Array, policy: Array | None, eps: float | None) -> Arr
     logits = logits.astype(jnp.float32)
     if eps is None:
         return softmax(jnp.where(keys > 0.5, logits, jnp.finfo(jnp.float32).min))
-    p = jnp.exp(logits - logits.max(axis=-1, keepdims=True)) * keys.astype(jnp.float32)
+    # No gradient through the maximum: it is of the size of eps, and 0 / 0 where a compiler computes
+    # the logits twice, so that none of them equals their maximum.
+    highest = jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))
+    p = jnp.exp(logits - highest) * keys.astype(jnp.float32)
     return (p + eps / logits.shape[-1]) / (p.sum(axis=-1, keepdims=True) + eps)
 
 

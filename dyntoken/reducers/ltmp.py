@@ -55,8 +55,8 @@ class Masker(nn.Module):
         threshold = self.param("threshold", nn.initializers.constant(self.start), (1,))
         # Clamped to [0, 1] forward, where the official code clamps the parameter after each step.
         threshold = threshold + jax.lax.stop_gradient(jnp.clip(threshold, 0.0, 1.0) - threshold)
-        soft = jax.nn.sigmoid((value - threshold) / self.tau)
-        return (value > threshold).astype(jnp.float32) + (soft - jax.lax.stop_gradient(soft))
+        soft = jax.nn.sigmoid((value - threshold[None]) / self.tau)
+        return (value > threshold[None]).astype(jnp.float32) + (soft - jax.lax.stop_gradient(soft))
 
 
 class LTMP(Reducer):
@@ -115,7 +115,7 @@ class LTMP(Reducer):
         total = size[:, odd] + jnp.einsum("beo,be->bo", onto, size[:, even])
         merged = (x[:, odd] * size[:, odd, None] + add) / jnp.where(total > 0, total, 1.0)[..., None]
         merged = jnp.where(_taken_in(onto), merged, x[:, odd])  # others keep their bits
-        theirs = jnp.where(onto > 0.5, received[:, even, None], -jnp.inf).max(axis=1)
+        theirs = jnp.where(onto > 0.5, received[:, even, None], jnp.finfo(jnp.float32).min).max(axis=1)
         importance = jnp.concatenate([received[:, even], jnp.maximum(received[:, odd], theirs)], axis=1)
 
         left = jnp.concatenate([alive[:, even] * (1.0 - merge), alive[:, odd]], axis=1)
