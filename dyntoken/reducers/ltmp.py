@@ -72,7 +72,7 @@ class LTMP(Reducer):
     moves them. Keys count by size. Rows are put in the order evens, odds.
 
     How many rows are left depends on the image, so there is a mask form alone,
-    with all N rows. The official code has two functions, which differ: its
+    with all N rows, and `keep` has no effect. The official code has two functions, which differ: its
     training class masks, and dead rows still count as queries in the mean of the attention, and in what
     is even and odd (`rows="masked"`); its inference class drops rows, one image at a time, and they do
     not (`rows="dropped"`: the same numbers, in any batch; dead rows go to the end).
@@ -96,6 +96,10 @@ class LTMP(Reducer):
     takes_decision = False
     from_block = 0
     default_keep = 1.0
+
+    def site_keep(self, keep, sites, patches, prefix):
+        """All rows stay, whatever `keep` says: the thresholds decide."""
+        return (1.0,) * sites
 
     @nn.compact
     def reduce(self, tokens, seen, train, *, draws, noise, decision) -> tuple[Tokens, Reduction]:
