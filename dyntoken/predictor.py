@@ -232,7 +232,9 @@ class Predictor:
             if picture.dtype != np.uint8:
                 return picture.astype(np.float32), ""
             if picture.shape[:2] != how.size:
-                picture = resize_centre(picture[None], how.size, how.crop_pct, how.interpolation)[0]
+                picture = resize_centre(
+                    picture[None], how.size, how.crop_pct, how.interpolation, squash=how.squash
+                )[0]
             return picture, ""
         except (DataError, OSError) as error:
             return None, getattr(error, "strerror", None) or str(error)

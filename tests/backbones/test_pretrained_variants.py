@@ -218,6 +218,11 @@ def test_preprocessing_of_public_weights():
     ):
         how = dyntoken.preprocess(dyntoken.create_model(arch))
         assert (how.size, how.crop_pct, how.mean[0]) == ((size, size), crop, mean), arch
+    squashing = dyntoken.preprocess(dyntoken.create_model("eva02_base_patch14_448", img_size=(28, 28)))
+    wide = np.zeros((28, 56, 3), np.uint8)
+    wide[:, 28:] = 255
+    seen = np.asarray(squashing(wide))
+    assert (np.ptp(seen[:, :10], axis=(0, 1)) < 1e-6).all() and seen[0, 20, 0] > 1 > 0 > seen[0, 5, 0]
     named = dyntoken.preprocess(dyntoken.create_model("vit_base_patch16_224"), "imagenet2012")
     assert named.mean[0] == 0.485
 
