@@ -140,6 +140,7 @@ def timm_eva(a: Values) -> dict[str, Any]:
     before = not after if a["use_post_transformer_norm"] is None else a["use_post_transformer_norm"]
     found = {
         "pool": pool,
+        "pool_prefix": pool == "map",  # this class's attention pooling reads all rows
         "final_norm": before,
         "fc_norm": after,
         "embed_class": not a["no_embed_class"],

@@ -240,6 +240,9 @@ def test_evas_constructor():
         np.testing.assert_array_equal(value, tensors[key])
     with pytest.raises(WeightsError, match=r"left over: blocks\.0\.attn\.k_bias"):
         dyntoken.import_reference(*args, {**tensors, "blocks.0.attn.k_bias": np.zeros(16, np.float32)})
+    assert _eva(
+        {"global_pool": "map"}
+    ).pool_prefix  # it reads all rows, that of VisionTransformer the patches
     for wrong, message in (
         ({"rope_type": "mixed"}, "only 'cat' or 'dinov3' is implemented"),
         ({"use_post_norm": True}, "the norm comes before each branch"),
