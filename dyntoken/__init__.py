@@ -36,6 +36,7 @@ _NAMES = {
     "save_weights": "dyntoken.weights",
     "import_reference": "dyntoken.weights",
     "preprocess": "dyntoken.preprocessing",
+    "Predictor": "dyntoken.predictor",
     "Features": "dyntoken.features",
     "unreduce": "dyntoken.features",
     "Tokens": "dyntoken.types",

@@ -110,20 +110,14 @@ class Classifier(nn.Module):
         return tap_numbers(blocks, body.taps, body.tap_noun, self.arch)
 
     def _features(
-        self,
-        body: Any,
-        pooled: Array,
-        tokens: Tokens,
-        taps: dict[int, Tokens],
-        asked: Sequence[int],
-        norm: bool,
+        self, body: Any, taps: dict[int, Tokens], asked: Sequence[int], norm: bool, **fields: Any
     ) -> Features:
         """The record of a forward pass (of one exit) with the blocks asked for that lie in it."""
         numbers = tuple(number for number in asked if number in taps)
         blocks = tuple(taps[number] for number in numbers)
         if norm:
             blocks = tuple(rows.replace(x=body.norm(rows.x)) for rows in blocks)
-        return Features(pooled, tokens, blocks, numbers, self.plain().taps)
+        return Features(blocks=blocks, numbers=numbers, count=self.plain().taps, **fields)
 
     def _context(self, images: Array, ids: Array | None, train: bool, **fields: Any) -> Context:
         """Checks the images; randomness for this batch, keyed by `ids` (default: position in it)."""

@@ -25,6 +25,7 @@ class Features:
       blocks: the `Tokens` after each block asked for, in the order asked.
       numbers: which blocks these are, from 0.
       count: how many the backbone has.
+      logits: `[B, classes]` float32, where they were asked for.
     """
 
     pooled: Array
@@ -32,6 +33,7 @@ class Features:
     blocks: tuple[Tokens, ...] = ()
     numbers: tuple[int, ...] = flax.struct.field(pytree_node=False, default=())
     count: int = flax.struct.field(pytree_node=False, default=0)
+    logits: Array | None = None
 
     def block(self, number: int) -> Tokens:
         """The tokens after a block, by its number (negative: from the end).

@@ -20,11 +20,12 @@ from dyntoken.heads import AttentionPool, ClassHead, PatchRefinement, with_dense
 from dyntoken.multiexit import MultiExit, default_exits
 from dyntoken.nn import layers
 from dyntoken.nn.spec import Site, Spec
+from dyntoken.nn.trunk import Context
 from dyntoken.reducers.base import Form
 from dyntoken.reducers.methods import OF_SITE, make_sites
 from dyntoken.registry import UnknownNameError, suggest
 from dyntoken.schema import Count, Keep, Rate
-from dyntoken.types import Output
+from dyntoken.types import Output, Tokens
 
 Array = jax.Array
 KINDS: dict[str, type[Cascade | MultiExit]] = {
@@ -142,11 +143,7 @@ class Model(Classifier):
                 raise ValueError(f"{what} has {len(given)} entries for {len(self.at)} sites")
         context = self._context(images, ids, train, noise=noise, decisions=decisions, record=tuple(record))
         tokens, reductions, records = self.body(images, context)
-        logits, heads = self.head(tokens, context.dropout)
-        dense = None
-        if self.aux_weight is not None and ("dense" in record or not train):
-            dense = self.aux_head(tokens.patches.astype(jnp.float32))
-            logits = logits if train else with_dense(logits, dense, tokens.alive, self.aux_weight)
+        logits, heads, dense = self._classify(tokens, context, "dense" in record)
         return Output(
             logits=logits,
             heads=heads,
@@ -157,12 +154,25 @@ class Model(Classifier):
             mixed=tokens.mixed,
         )
 
+    def _classify(
+        self, tokens: Tokens, context: Context, dense: bool = False
+    ) -> tuple[Array, Array | None, Array | None]:
+        """`logits`, `heads` and `dense` of `Output`."""
+        logits, heads = self.head(tokens, context.dropout)
+        if self.aux_weight is None or (context.train and not dense):
+            return logits, heads, None
+        auxiliary = self.aux_head(tokens.patches.astype(jnp.float32))
+        if not context.train:
+            logits = with_dense(logits, auxiliary, tokens.alive, self.aux_weight)
+        return logits, heads, auxiliary
+
     def features(
         self,
         images: Array,
         *,
         blocks: Sequence[int] = (),
         norm: bool = False,
+        logits: bool = False,
         ids: Array | None = None,
     ) -> Features:
         """What the head classifies, and the tokens: `model.apply(variables, images, method="features")`.
@@ -171,14 +181,18 @@ class Model(Classifier):
           blocks: numbers of the blocks whose tokens to return, too (static; from 0, negative
             ones from the end). In a backbone with stages they number its stages.
           norm: pass these through the final norm, as timm's `forward_intermediates(norm=True)`.
+          logits: classify, too.
 
         Raises:
           ValueError: no such block, or a norm that does not fit it.
         """
         asked = self._taps(blocks, norm)
-        tokens, _, records = self.body(images, self._context(images, ids, False, taps=asked))
-        pooled, _ = self.head(tokens, classify=False)
-        return self._features(self.body, pooled, tokens, records.get("taps", {}), asked, norm)
+        context = self._context(images, ids, False, taps=asked)
+        tokens, _, records = self.body(images, context)
+        fields = {"pooled": self.head(tokens, classify=False)[0], "tokens": tokens}
+        if logits:
+            fields["logits"] = self._classify(tokens, context)[0]
+        return self._features(self.body, records.get("taps", {}), asked, norm, **fields)
 
 
 def list_models(pattern: str = "*") -> list[str]:
@@ -192,7 +206,7 @@ def list_models(pattern: str = "*") -> list[str]:
     cascades += [
         f"{architectures.CASCADE}_{m}_{n}" for m in reducers.METHODS for n in architectures.REDUCED_CASCADES
     ]
-    multiexits = [f"{architectures.MULTIEXIT}_{n}" for n in listed if _isotropic(n) and "distilled" not in n]
+    multiexits = [f"{architectures.MULTIEXIT}_{n}" for n in listed if _isotropic(n) and _exits_alike(n)]
     known = [*listed, *reduced, *cascades, *multiexits]
     return sorted(fnmatch.filter(known, pattern))
 
@@ -282,7 +296,8 @@ def create_model(name: str, **overrides: Any) -> Model | Cascade | MultiExit:
     options = {key: value for key, value in arch.options.items() if key not in kind.decides | kind.resets}
     backbone = _backbone(arch, options, overrides)
     own = schema.fields(kind, but=OF_NAME)
-    fields = {"num_classes": arch.num_classes, **{k: _static(v) for k, v in overrides.items() if k in own}}
+    fields = {"num_classes": arch.num_classes, **{k: v for k, v in arch.head.items() if k in own}}
+    fields |= {k: _static(v) for k, v in overrides.items() if k in own}
     if kind is MultiExit:
         fields.setdefault("exits", default_exits(backbone(parent=None).depth))
     if method is not None:
@@ -334,6 +349,13 @@ def _kind(name: str) -> tuple[type[Model | Cascade | MultiExit], str | None, str
 def _isotropic(arch_name: str) -> bool:
     """Whether all blocks of a backbone have one width."""
     return issubclass(BACKBONES[architectures.get(arch_name).backbone], Isotropic)
+
+
+def _exits_alike(arch_name: str) -> bool:
+    """Whether the head of a name is one that an exit at any depth can have: no second token, no pooling of its own."""
+    arch = architectures.get(arch_name)
+    plain = {"pool"} >= arch.head.keys() and arch.head.get("pool") in (None, "mean")
+    return plain and not arch.options.get("distilled")
 
 
 def _of_method(method: str) -> dict[str, Any]:

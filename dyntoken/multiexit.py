@@ -119,6 +119,7 @@ class MultiExit(Classifier):
         *,
         blocks: Sequence[int] = (),
         norm: bool = False,
+        logits: bool = False,
         ids: Array | None = None,
         upto: int | None = None,
     ) -> tuple[Features, ...]:
@@ -133,7 +134,10 @@ class MultiExit(Classifier):
         for index in range(last + 1):
             state, _, records = self.body.trunk(state, context, self._blocks(index))
             taps |= records.get("taps", {})
-            found.append(self._features(self.body, *self._classify(index, state, False), taps, asked, norm))
+            pooled, tokens = self._classify(index, state, classify=False)
+            fields = {"logits": self._classify(index, state)[0]} if logits else {}
+            fields |= {"pooled": pooled, "tokens": tokens}
+            found.append(self._features(self.body, taps, asked, norm, **fields))
         return tuple(found)
 
     def step(

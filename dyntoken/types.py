@@ -109,8 +109,8 @@ class Reduction:
       log_probs: `[B, n, 2]` (keep, drop) of a predictor, else None.
       decision: `[B, n]` 1.0 for rows alive after the site. Carries the
         straight-through gradient when it was sampled.
-      keep: `[B, k]` int32 incoming rows that stay, best first, -1 where fewer do; None
-        where the number is sampled (Gumbel training).
+      keep: `[B, k]` int32 incoming rows that stay, best first (in their order
+        where all do), -1 where fewer do; None where the number is sampled (Gumbel training).
       place: `[B, m]` cell of each outgoing row, -1 for a fused token.
       host: `[B, n]` cell of the row that stands for an incoming row now: its
         own if kept, its host's if squeezed, -1 if dropped or fused.

@@ -340,6 +340,7 @@ class Cascade(Classifier):
         *,
         blocks: Sequence[int] = (),
         norm: bool = False,
+        logits: bool = False,
         ids: Array | None = None,
         upto: int | None = None,
     ) -> tuple[Features, ...]:
@@ -351,11 +352,13 @@ class Cascade(Classifier):
         context = self._context(images, ids, False, taps=asked)
         found, upstream = [], None
         for index in range(last + 1):
-            pooled, tokens, _, records, upstream = self._run(
-                index, images, upstream, context, index < last, classify=False
+            result, tokens, _, records, upstream = self._run(
+                index, images, upstream, context, index < last, classify=logits
             )
-            body = getattr(self, f"exit_{index}").body
-            found.append(self._features(body, pooled, tokens, records.get("taps", {}), asked, norm))
+            exit_, fields = getattr(self, f"exit_{index}"), {"pooled": result, "tokens": tokens}
+            if logits:
+                fields |= {"pooled": exit_.head(tokens, None, False)[0], "logits": result}
+            found.append(self._features(exit_.body, records.get("taps", {}), asked, norm, **fields))
         return tuple(found)
 
     def _run(

@@ -67,12 +67,16 @@ def attention(q: Array, k: Array, v: Array, *, scale: float, bias: Array | None 
       fused attention.
     """
     if backend.platform() == "cpu":
-        scores = logits(q, k, scale=scale, bias=bias)
-        p = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
-        y = jnp.einsum("bhqk,bhkd->bhqd", p.astype(v.dtype), v, preferred_element_type=jnp.float32)
-        return (y / p.sum(axis=-1, keepdims=True)).astype(v.dtype)
+        return weigh(logits(q, k, scale=scale, bias=bias), v)
     q, k, v = (jnp.swapaxes(t, 1, 2) for t in (q, k, v))
     return jnp.swapaxes(jax.nn.dot_product_attention(q, k, v, bias, scale=scale), 1, 2)
+
+
+def weigh(logits: Array, v: Array) -> Array:
+    """`attention` from its logits `[B, H, T, T]`, as a CPU computes it: with the bits of a layer that shows none."""
+    p = jnp.exp(logits - jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True)))
+    y = jnp.einsum("bhqk,bhkd->bhqd", p.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    return (y / p.sum(axis=-1, keepdims=True)).astype(v.dtype)
 
 
 def logits(q: Array, k: Array, *, scale: float, bias: Array | None = None) -> Array:

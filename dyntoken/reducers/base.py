@@ -215,6 +215,10 @@ class ScoreSelectFuse(Reducer):
         """Rows really shrink: top-k with a static count."""
         n = tokens.count
         keep, dropped = select.split(scores.rank if decision is None else decision, self.keep)
+        if (
+            self.keep == n
+        ):  # nothing to drop: every row stays where it is, and the result that of the dense model
+            keep = jnp.broadcast_to(jnp.arange(n, dtype=jnp.int32)[None], keep.shape)
         x = tokens.patches
         inverse = select.inverse(keep, n)
         place, remap = select.lookup(tokens.place, keep), inverse

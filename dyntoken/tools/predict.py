@@ -1,10 +1,12 @@
 """Class names and probabilities of pictures.
 
 Predicts the classes of pictures with a trained run: its model, its image size
-and normalisation, its class names. Prints a table; --out writes it as CSV.
+and normalisation, its class names; or with a model and its weights. Prints a
+table; --out writes it as CSV.
 
 FOLDER stands for all pictures in it and in its sub-folders. A file that is no
-picture is named and left out, and the exit status is then 1.
+picture is named and left out, and the exit status is then 1. With --out, what was
+killed goes on where it was when the same command is given again.
 
 examples:
   python -m dyntoken.tools.predict --workdir=runs/mine photos
@@ -15,130 +17,93 @@ from __future__ import annotations
 
 import argparse
 import csv
-import logging
+import itertools
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dyntoken.tools import cli
+from dyntoken.tools import cli, pictures
 
 if TYPE_CHECKING:
-    from dyntoken.runs import Run
+    import numpy as np
 
-Guess = list[tuple[str, float]]  # (class, probability), the surest first
+SHOWN = 100  # pictures: of more, --out has the table alone
 
 
 def arguments(parser: cli.Parser) -> None:
     """The options."""
+    pictures.add(parser)
     parser.add_argument(
-        "picture", metavar="FOLDER_OR_IMAGE", nargs="+", help="picture file, or folder of them"
+        "--thresholds",
+        type=cli.floats,
+        metavar="T,T,...",
+        help="of a model with exits, one per exit but the last: pictures leave early, and the table says where",
     )
-    parser.add_argument("--workdir", required=True, help="folder of a training run")
-    parser.add_argument("--step", default="newest", help="checkpoint: newest, best or a number")
-    cli.add_prefer(parser)
-    parser.add_argument("--top", type=cli.positive, default=1, help="classes per picture (default: 1)")
-    parser.add_argument("--batch", type=cli.positive, default=32, help="pictures at a time (default: 32)")
+    parser.add_argument(
+        "--rule", default="confidence", help="exit rule of --thresholds (default: confidence)"
+    )
+    parser.add_argument("--top", type=cli.positive, help="classes per picture (default: 1, in a file 5)")
     parser.add_argument("--out", type=Path, metavar="FILE.csv", help="also write the table there")
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """The classes of each picture, and a line for each file that is none."""
-    from dyntoken.runs import load_run
-    from dyntoken.tools import colour
+    from dyntoken.tools import parts
 
-    paths = pictures(args.picture)
-    logging.getLogger("dyntoken.data.stream").addHandler(logging.NullHandler())  # said here
-    run = load_run(args.workdir, step=args.step, prefer=args.prefer)
-    told = colour.remark(paths, run.preprocess.channels)
-    if told:
-        print(f"note: {told}", file=sys.stderr)
-    result = {"predictions": [], "failed": []}
-    for path, guess in zip(paths, predict(run, paths, args.top, args.batch), strict=True):
-        if guess is None:
-            result["failed"].append(f"{path}: not a picture that can be decoded; left out")
-        else:
-            classes = [{"class": name, "probability": share} for name, share in guess]
-            result["predictions"].append({"file": path, "classes": classes})
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        with args.out.open("w", newline="") as file:
-            csv.writer(file).writerows(_rows(result["predictions"]))
+    paths = pictures.listed(args.picture)
+    top = args.top or (5 if args.out else 1)
+    predictor = pictures.predictor(args, top=top, thresholds=args.thresholds, rule=args.rule)
+    pictures.remark(paths, predictor)
+    jobs = pictures.parts(paths, args.batch)
+    stored = parts.Parts(args.out, pictures.plan(paths, predictor)) if args.out else None
+    make = lambda job: pictures.columns(predictor, job)  # noqa: E731
+    result: dict[str, Any] = {"predictions": [], "failed": []}
+    shown = args.json or not args.out or len(paths) <= SHOWN
+    for part in pictures.watched(parts.run(jobs, make, stored), len(paths)):
+        result["failed"] += pictures.failed(part)
+        if shown:
+            result["predictions"] += predictions(part)
+    if stored is not None:
+
+        def write(path: Path) -> None:
+            rows = itertools.chain.from_iterable(map(predictions, parts.run(jobs, make, stored)))
+            with path.open("w", newline="") as file:
+                csv.writer(file).writerows(_rows(rows))
+
+        stored.finish(write)
         result["written"] = str(args.out)
     return result
 
 
-def pictures(words: Sequence[str]) -> list[str]:
-    """The files that some files and folders stand for, those of a folder in the order of their names.
-
-    Raises:
-      ValueError: no such file or folder, or a folder without pictures.
-    """
-    from dyntoken.data.decode import SUFFIXES
-
+def predictions(part: dict[str, np.ndarray]) -> list[dict[str, Any]]:
+    """What is said of each picture of a part, the surest class first."""
     found = []
-    for path in map(Path, words):
-        if path.is_dir():
-            inside = (p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-            inside = sorted(str(p) for p in inside if not p.name.startswith("."))
-            if not inside:
-                raise ValueError(f"{path}: no picture in this folder ({', '.join(SUFFIXES)})")
-            found += inside
-        elif path.is_file():
-            found.append(str(path))
-        else:
-            raise ValueError(f"{path}: no such picture or folder")
+    for row in (part["error"] == "").nonzero()[0]:
+        pairs = zip(part["top_class"][row].tolist(), part["top_prob"][row].tolist(), strict=True)
+        classes = [{"class": name, "probability": share} for name, share in pairs]
+        exit_ = {"exit": int(part["exit"][row])} if "exit" in part else {}
+        found.append({"file": str(part["file"][row]), "classes": classes, **exit_})
     return found
 
 
-def predict(run: Run, paths: Sequence[str], top: int, batch: int) -> Iterator[Guess | None]:
-    """The `top` surest classes of each file, None for one that does not decode; a model with exits by its last.
-
-    Compiles the model when there is a picture for it, not before.
-    """
-    import jax
-    import jax.numpy as jnp
-    import numpy as np
-
-    from dyntoken.data.files import read_files
-
-    how = run.preprocess
-
-    @jax.jit
-    def probabilities(variables, images):
-        logits = run.model.apply(variables, images).logits
-        return jax.nn.softmax((logits[-1] if logits.ndim == 3 else logits).astype(jnp.float32))
-
-    reading = {"size": how.size, "crop_pct": how.crop_pct, "interpolation": how.interpolation}
-    batch = min(batch, len(paths))
-    for images, good in read_files(paths, channels=how.channels, batch=batch, **reading):
-        if not good.any():
-            yield from [None] * len(images)
-            continue
-        padded = np.zeros((batch, *images.shape[1:]), np.uint8)  # one compilation, also for the last batch
-        padded[: len(images)] = images
-        shares = np.asarray(probabilities(run.variables, how(padded)))
-        for row, fine in zip(shares, good, strict=False):
-            best = np.argsort(-row, kind="stable")[:top]
-            yield [(run.name(int(i)), float(row[i])) for i in best] if fine else None
-
-
-def _rows(predictions: Sequence[dict[str, Any]]) -> list[list[str]]:
+def _rows(predictions: Iterable[dict[str, Any]]) -> Iterator[list[str]]:
     """A header and a line per picture."""
-    count = max((len(row["classes"]) for row in predictions), default=1)
+    rows = iter(predictions)
+    first = next(rows, {"classes": [None]})
+    exit_ = ["exit"] if "exit" in first else []
     header = ["file", "class", "probability"]
-    header += [f"{what}_{n}" for n in range(2, count + 1) for what in header[1:3]]
-    rows = [header]
-    for row in predictions:
+    more = (f"{what}_{n}" for n in range(2, len(first["classes"]) + 1) for what in header[1:])
+    yield [*header, *more, *exit_]
+    for row in itertools.chain([first] if "file" in first else [], rows):
         pairs = ((one["class"], f"{one['probability']:.4f}") for one in row["classes"])
-        rows.append([row["file"], *(text for pair in pairs for text in pair)])
-    return rows
+        yield [row["file"], *(text for pair in pairs for text in pair), *(str(row[name]) for name in exit_)]
 
 
 def report(found: dict[str, Any]) -> str:
     """The table."""
-    parts = [cli.table(_rows(found["predictions"]))] if found["predictions"] else []
-    return "\n".join(parts + ([f"written: {found['written']}"] if "written" in found else []))
+    lines = [cli.table([*_rows(found["predictions"])])] if found["predictions"] else []
+    return "\n".join(lines + ([f"written: {found['written']}"] if "written" in found else []))
 
 
 main = cli.tool(__spec__.name, __doc__, arguments, measure, report)
