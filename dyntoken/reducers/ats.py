@@ -77,7 +77,7 @@ class ATS(Reducer):
         mass = (mass - start) / jnp.maximum(mass[:, -1:] - start, 1e-30)
         first = jnp.where(mass > 0, mass, 1.0).min(axis=1, keepdims=True)
         share = jnp.arange(self.keep) / (self.keep - 1) if self.keep > 1 else jnp.ones(1)
-        points = first + (1.0 - first) * share  # [B, keep]
+        points = first + (1.0 - first) * share[None]  # [B, keep]
         gap = jnp.where(live[:, None, :], jnp.abs(points[:, :, None] - mass[:, None, :]), jnp.inf)
         hit = select.mask_of(gap.argmin(axis=2), score.shape[1])  # among the rows in order
         return jnp.take_along_axis(hit, select.inverse(order, score.shape[1]), axis=1) * alive

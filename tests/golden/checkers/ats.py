@@ -24,8 +24,9 @@ def check(case: Case, ledger: Ledger) -> None:
         batch = images[int(alone[1]) :][:1] if alone else images
         _check_run(ledger, f"{run}.eval.", model, common.evaluate(model, built.variables, batch))
         if run == "padded":
-            rows = common.run(lambda v, x, m=model: m.clone(form="gather").apply(v, x), built.variables, batch)
-            ledger.close("padded.eval.logits (gather form)", rows.logits, expected=ledger.expected("padded.eval.logits"))
+            rows = common.evaluate(model.clone(form="gather"), built.variables, batch)
+            name = f"{run}.eval.logits"
+            ledger.close(f"{name} (gather form)", rows.logits, expected=ledger.expected(name))
     _check_training(ledger, built, {"image": images, "target": ledger.expected("input.targets")})
 
 
