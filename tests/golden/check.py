@@ -41,12 +41,23 @@ KINDS = {
     "flops": "flops",
     "flops_backbones": "flops",
     "dvt_dynamic": "dvt_dynamic",
+    "ats_deit": "ats",
+    "dpcknn_deit": "clustering",
+    "kmedoids_deit": "clustering",
+    "sinkhorn_deit": "clustering",
+    "patchmerger_deit": "clustering",
+    "sit_deit": "clustering",
     "vit_timm": "pretrained",
     "dinov2_timm": "pretrained",
     "dinov2_reg_timm": "pretrained",
     "dinov3_timm": "pretrained",
     "siglip2_timm": "pretrained",
     "eva02_timm": "pretrained",
+    "vit_hf": "transformers",
+    "deit_hf": "transformers",
+    "dinov2_hf": "transformers",
+    "dinov2_reg_hf": "transformers",
+    "dinov3_hf": "transformers",
 }
 
 WORST = 12  # arrays printed of a failed case
