@@ -115,6 +115,7 @@ class Reduction:
       host: `[B, n]` cell of the row that stands for an incoming row now: its
         own if kept, its host's if squeezed, -1 if dropped or fused.
       remap: `[B, n]` int32, incoming row -> outgoing row, or -1.
+      shares: `[B, m, n]`, weight of each incoming row in each outgoing one, of a method that mixes them.
       carrier: `[B, N0]`, `Tokens.carrier` after the site (filled by the trunk).
       ratio: target share of the first patches that stay, as the keep-ratio
         loss wants it.
@@ -130,6 +131,7 @@ class Reduction:
     log_probs: Array | None = None
     keep: Array | None = None
     carrier: Array | None = None
+    shares: Array | None = None
     ratio: float = flax.struct.field(pytree_node=False, default=1.0)
     count: int = flax.struct.field(pytree_node=False, default=0)
     grid: tuple[int, int] = flax.struct.field(pytree_node=False, default=(0, 0))

@@ -129,6 +129,7 @@ class Trunk(nn.Module):
         stages, rows, relations, addresses = [], [], [], []
         taps: dict[int, Tokens] = {}
         return_logits = "relations" in context.record
+        seen = None
         stage_at = {site.at: stage for stage, site in enumerate(self.sites)}
         if context.train and self._masks():
             # The references run every block under the policy softmax, also those before the first site.
@@ -139,7 +140,7 @@ class Trunk(nn.Module):
             site = None if stage is None else self.sites[stage]
             before = tokens.x
             if site is not None and not site.inside:
-                tokens, reduction = self._reduce(stage, tokens, None, context)
+                tokens, reduction = self._reduce(stage, tokens, seen, context)
                 reductions.append(reduction)
                 stages.append((before, tokens.x))
             if len(run) > 1:
@@ -152,9 +153,10 @@ class Trunk(nn.Module):
                 continue
             block = getattr(self, f"blocks_{index}")
             inside = site is not None and site.inside
+            shown = inside or any(index + 1 == at for at in self._recalling())
             bias, rotation = self._bias(index, tokens, context), self._rotation(index, tokens)
             address = self._address(index, tokens, after_mlp=False)
-            options = (context.train, inside, return_logits, bias, rotation)
+            options = (context.train, shown, return_logits, bias, rotation)
             tokens, seen = block.attend(tokens, context.dropout, *options)
             relations.append(seen.logits if return_logits else None)
             if inside:
@@ -182,8 +184,13 @@ class Trunk(nn.Module):
         if not self.scan or self.is_initializing():  # each block makes its own parameters
             return [(index,) for index in numbers]
         cuts = [at for site in self.sites for at in (site.at, site.at + int(site.inside))]
+        cuts += [at - ahead for at in self._recalling() for ahead in (0, 1)]
         cuts += [number + 1 for number in taps]
         return scan.runs(self.blocks, cuts, numbers)
+
+    def _recalling(self) -> list[int]:
+        """Blocks whose site reads what the block before showed."""
+        return [site.at for s, site in enumerate(self.sites) if getattr(self, f"reducer_{s}").recalls]
 
     def _loop(
         self, run: tuple[int, ...], tokens: Tokens, context: Context
