@@ -225,7 +225,7 @@ class Trunk(nn.Module):
         if bias is None or not self._reduced(index, after_mlp=False):
             return bias
         # A pytree, so that recomputing the attention takes its arrays as inputs.
-        rows, new = _rows(tokens)
+        rows, new = self._rows(tokens)
         return jax.tree_util.Partial(_bias_with(new), bias, rows)
 
     def _rotation(self, index: int, tokens: Tokens) -> Rotation | None:
@@ -234,34 +234,34 @@ class Trunk(nn.Module):
             return None
         whole = self.rope.whole(tokens.grid, tokens.prefix)
         moved = self._reduced(index, after_mlp=False) or tokens.count != tokens.initial
-        return whole.of(*_rows(tokens)) if moved else whole
+        return whole.of(*self._rows(tokens)) if moved else whole
 
     def _extra(self, index: int, tokens: Tokens, context: Context) -> Array | None:
         """The extra features of a block, for the rows it has."""
         extra = None if context.extra is None else context.extra[index]
         if extra is None or not self._reduced(index, after_mlp=True):
             return extra
-        rows, new = _rows(tokens)
+        rows, new = self._rows(tokens)
         return _of_rows(extra, rows, new, axes=(1,))
 
+    def _rows(self, tokens: Tokens) -> tuple[Array | None, int]:
+        """Where `tokens` are among the rows of all patches: `[B, prefix + n]`, -1 for a fused row.
+
+        In mask form rows of most methods stay where they are: None, and the number of fused rows after them.
+        """
+        if tokens.alive is not None and not any(site.reducer(parent=None).moves for site in self.sites):
+            return None, tokens.count - tokens.initial
+        return select.shift_past_prefix(tokens.place, tokens.prefix), 0
+
     def _masks(self) -> bool:
-        return any(getattr(self, f"reducer_{s}").resolved(True) == "mask" for s in range(len(self.sites)))
+        reducers = [getattr(self, f"reducer_{stage}") for stage in range(len(self.sites))]
+        return any(reducer.resolved(True) == "mask" or reducer.bounded for reducer in reducers)
 
     def _reduce(
         self, stage: int, tokens: Tokens, seen: Attended | None, context: Context
     ) -> tuple[Tokens, Reduction]:
         reducer = getattr(self, f"reducer_{stage}")
         return reducer(tokens, seen, context.train, **context.at_site(stage))
-
-
-def _rows(tokens: Tokens) -> tuple[Array | None, int]:
-    """Where `tokens` are among the rows of all patches: `[B, prefix + n]`, -1 for a fused row.
-
-    In mask form rows stay where they are: None, and the number of fused rows after them.
-    """
-    if tokens.alive is not None:
-        return None, tokens.count - tokens.initial
-    return select.shift_past_prefix(tokens.place, tokens.prefix), 0
 
 
 def _of_rows(x: Array, rows: Array | None, new: int, axes: tuple[int, ...]) -> Array:

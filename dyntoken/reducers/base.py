@@ -50,6 +50,9 @@ class Reducer(nn.Module):
       recalls: fields of `Attended` that it reads of the block before its site.
       takes_decision: a `decision` can replace its own choice.
       mixes: its rows are mixtures that may have no cell of their own.
+      bounded: `keep` is only the most rows that stay: how many do depends on the image, and
+        `Tokens.alive` says which, in both forms.
+      moves: rows change places although `Tokens.alive` says who is in play.
       sized: its parameters are made for one `keep`.
 
     Parameters need no declaration: what a reducer makes is trained by its gradient,
@@ -83,7 +86,9 @@ class Reducer(nn.Module):
     recalls = ()
     takes_decision = True
     mixes = False
+    moves = False
     sized = False
+    bounded = False
     title = property(lambda self: type(self).__name__)  # what messages call it
 
     def resolved(self, train: bool) -> str:
@@ -123,7 +128,7 @@ class Reducer(nn.Module):
         """
         if decision is not None and not self.takes_decision:
             raise ValueError(f"{self.title} takes no decision on single rows: call it without")
-        if tokens.alive is not None and self.resolved(train) == "gather":
+        if tokens.alive is not None and self.resolved(train) == "gather" and not self.bounded:
             raise ValueError("the gather form needs every row alive: use one form at all sites")
         shown = (*self.needs, *self.recalls)
         seen = _Seen(self.title, {need: getattr(seen, need, None) for need in shown})

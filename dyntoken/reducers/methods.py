@@ -9,6 +9,7 @@ from typing import Any
 
 from dyntoken import architectures
 from dyntoken.nn.spec import Site, Spec
+from dyntoken.reducers.ats import ATS
 from dyntoken.reducers.base import Reducer, ScoreSelectFuse
 from dyntoken.reducers.dpcknn import DPCKNN
 from dyntoken.reducers.fuse import FUSERS
@@ -78,6 +79,7 @@ METHODS = Table(
         "evit": _row("class_attention", "one_token", "EViT, ICLR 2022; youweiliang/evit"),
         "topk": _row("class_attention", "drop", "EViT without its fused token; youweiliang/evit"),
         "etps": _row("class_attention", "squeeze", "TPS, CVPR 2023, as its authors describe it"),
+        "ats": Method.new(ATS, "ATS, ECCV 2022; adaptivetokensampling/ATS"),
         "dpcknn": Method.new(DPCKNN, "DPC-KNN of TCFormer, CVPR 2022; JoakimHaurum/TokenReduction"),
         "kmedoids": Method.new(KMedoids, "K-medoids, WACV 2023; JoakimHaurum/TokenReduction"),
         "sinkhorn": Method.new(Sinkhorn, "Sinkhorn tokenizer, 2022; JoakimHaurum/TokenReduction"),

@@ -41,6 +41,7 @@ KINDS = {
     "flops": "flops",
     "flops_backbones": "flops",
     "dvt_dynamic": "dvt_dynamic",
+    "ats_deit": "ats",
     "dpcknn_deit": "clustering",
     "kmedoids_deit": "clustering",
     "sinkhorn_deit": "clustering",
