@@ -115,7 +115,7 @@ class Predictor:
         if self.variables is not None:
             return self.source, self.variables, None, (), "variables"
         if self.model is not None:
-            model = create_model(self.model, **self.options)
+            model: Any = create_model(self.model, **self.options)
             variables, report = load_whole(model, self.source, step=self.step, prefer=self.prefer)
             return model, variables, None, (), report.origin
         if not isinstance(self.source, Mapping):
@@ -126,7 +126,7 @@ class Predictor:
                 run = runs.load_run(self.source, step=self.step, prefer=self.prefer)
                 origin = f"{self.source}, step {run.step}"
                 return run.model, run.variables, run.preprocess, run.class_names, origin
-        options = {"step": self.step, "prefer": self.prefer, "return_report": True}
+        options: dict[str, Any] = {"step": self.step, "prefer": self.prefer, "return_report": True}
         model, variables, report = load_pretrained(self.source, **options, **self.options)
         return model, variables, None, (), report.origin
 
@@ -137,7 +137,10 @@ class Predictor:
                 "tokens, keep and thresholds out, or name the run or weights"
             )
         found = exporting.load_export(self.source)
-        told = {name: tuple(v) if isinstance(v, list) else v for name, v in found.about["preprocess"].items()}
+        told: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in found.about["preprocess"].items()
+        }
         return (
             _OfExport(found),
             found.weights,
