@@ -69,6 +69,7 @@ class Reducer(nn.Module):
       from_block: by default there is a site at every block from this number on;
         None: where the backbone's sites lie.
       moves: rows change places in the mask form, too.
+      drops: although it merges, some patches are left without a row.
       takes_decision: a `decision` of single rows says all that it does.
     """
 
@@ -91,6 +92,7 @@ class Reducer(nn.Module):
     ahead = None
     from_block = None
     moves = False
+    drops = False
     takes_decision = True
     title = property(lambda self: type(self).__name__)  # what messages call it
 

@@ -10,6 +10,7 @@ from typing import Any
 from dyntoken import architectures
 from dyntoken.nn.spec import Site, Spec
 from dyntoken.reducers.base import Reducer, ScoreSelectFuse
+from dyntoken.reducers.diffrate import DiffRate
 from dyntoken.reducers.fuse import FUSERS
 from dyntoken.reducers.keep import site_counts
 from dyntoken.reducers.mctf import MCTF
@@ -79,6 +80,7 @@ METHODS = Table(
         "tome": Method.new(ToMe, "ToMe, ICLR 2023; facebookresearch/ToMe"),
         "pitome": Method.new(PiToMe, "PiToMe, NeurIPS 2024; hchautran/PiToMe"),
         "tofu": Method.new(ToFu, "ToFu, WACV 2024, as hchautran/PiToMe has it"),
+        "diffrate": Method.new(DiffRate, "DiffRate, ICCV 2023; OpenGVLab/DiffRate"),
         "mctf": Method.new(MCTF, "MCTF, CVPR 2024; mlvlab/MCTF"),
         "etps": _row("class_attention", "squeeze", "TPS, CVPR 2023, as its authors describe it"),
     },

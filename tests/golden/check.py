@@ -46,6 +46,7 @@ KINDS = {
     "pitome_deit": "pitome",
     "tofu_deit": "pitome",
     "mctf_deit": "mctf",
+    "diffrate_deit": "diffrate",
     "vit_timm": "pretrained",
     "dinov2_timm": "pretrained",
     "dinov2_reg_timm": "pretrained",
