@@ -15,14 +15,18 @@ class Arch:
     Attributes:
       backbone: row of `backbones.BACKBONES`.
       options: fields of that backbone.
-      num_classes: default number of classes.
+      num_classes: default number of classes; 0 where the public weights have no classifier.
       crop_pct: share of the resized image that its official evaluation crops.
+      head: fields of the model around the backbone (`models.Model`).
+      pixels: row of `PIXELS`, None for those of the data set.
     """
 
     backbone: str
     options: dict[str, Any]
     num_classes: int = 1000
     crop_pct: float = 0.875
+    head: dict[str, Any] = dataclasses.field(default_factory=dict)
+    pixels: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,13 +44,33 @@ class Family:
     listed: tuple[str, ...]
 
 
+PIXELS = {  # mean and standard deviation of pixels in [0, 1]
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
+}
 VIT = {  # width, depth, heads; timm's
     "tiny": (192, 12, 3),
     "small": (384, 12, 6),
     "base": (768, 12, 12),
     "large": (1024, 24, 16),
+    "medium": (512, 12, 8),
+    "huge": (1280, 32, 16),
     "mini": (64, 6, 2),  # ours: trains on a laptop CPU
 }
+DINOV2 = {size: VIT[size] for size in ("small", "base", "large")} | {"giant": (1536, 40, 24)}
+DINOV3 = {size: VIT[size] for size in ("tiny", "small", "base", "large")}
+DINOV3 |= {"small_plus": VIT["small"], "huge_plus": (1280, 32, 20), "7b": (4096, 40, 32)}
+GATED = {
+    "small_plus": 1536,
+    "huge_plus": 5120,
+    "7b": 8192,
+}  # of DINOv3: half the rows of the MLP's first layer
+CLIP = {size: VIT[size] for size in ("medium", "base", "large", "huge")} | {"giant": (1408, 40, 16, 48 / 11)}
+SIGLIP = {size: (*VIT[size], 4.0) for size in ("base", "large")}
+SIGLIP |= {"so400m": (1152, 27, 16, 3.7362), "giantopt": (1536, 40, 16, 4.0)}
+TANH = ("base_32", "large_512", "so400m_16", "giantopt_16")  # of SigLIP: timm builds these with tanh GELU
+EVA02 = {size: VIT[size] for size in ("tiny", "small", "base", "large")}
 T2T = {  # width, depth, heads, mlp_ratio; yitu-opensource/T2T-ViT
     "7": (256, 7, 4, 2.0),
     "10": (256, 10, 4, 2.0),
@@ -83,8 +107,15 @@ CONVNEXT = {  # width of the first stage, blocks of the third; facebookresearch/
 }
 
 
+def _shape(row: tuple[Any, ...], patch: Any, pixels: Any) -> dict[str, Any]:
+    """Fields of a ViT whose public weights are timm's."""
+    names = ("width", "depth", "heads", "mlp_ratio")
+    sizes = {"patch_size": int(patch), "img_size": int(pixels), "in_chans": 3}
+    return {**dict(zip(names, row, strict=False)), **sizes, "resize": "timm"}
+
+
 def _vit(match: re.Match[str]) -> Arch:
-    size, distilled, patch, pixels = match.groups()
+    family, size, distilled, patch, pixels = match.groups()
     usual = (4, 28) if size == "mini" else (16, 224)
     options = {
         **dict(zip(("width", "depth", "heads"), VIT[size], strict=True)),
@@ -95,7 +126,73 @@ def _vit(match: re.Match[str]) -> Arch:
     }
     if size == "mini":  # made for Fashion-MNIST
         return Arch("vit", {**options, "in_chans": 1, "stem": "conv"}, num_classes=10)
+    if family == "vit":  # AugReg's, trained on pixels in [-1, 1]
+        crop = 0.9 if options["img_size"] < 384 else 1.0
+        return Arch("vit", {**options, "resize": "timm"}, crop_pct=crop, pixels="half")
     return Arch("vit", options)
+
+
+def _deit3(match: re.Match[str]) -> Arch:
+    size, patch, pixels = match.groups()
+    shape = _shape(VIT[size], patch or (14 if size == "huge" else 16), pixels or 224)
+    options = {**shape, "embed_class": False, "layer_scale": 1e-6}
+    return Arch("vit", options, crop_pct=1.0, pixels="imagenet")
+
+
+def _clip(match: re.Match[str]) -> Arch:
+    size, patch, quick, pixels = match.groups()
+    options = {**_shape(CLIP[size], patch, pixels), "pre_norm": True, "norm_eps": 1e-5}
+    options["activation"] = "quick_gelu" if quick else "gelu"
+    crop = 0.9 if size in ("medium", "base") and int(pixels) == 224 else 1.0
+    return Arch("vit", options, crop_pct=crop, pixels="clip")
+
+
+def _dinov2(match: re.Match[str]) -> Arch:
+    size, registers = match.groups()
+    options = {**_shape(DINOV2[size], 14, 518), "layer_scale": 1e-5}
+    if size == "giant":
+        options |= {"activation": "swiglu", "mlp_hidden": 8192}
+    if registers:
+        options |= {"registers": 4, "embed_class": False}
+    return Arch("vit", options, num_classes=0, crop_pct=1.0, pixels="imagenet")
+
+
+def _dinov3(match: re.Match[str]) -> Arch:
+    size, biases = match.groups()
+    rope = {"rope": "centred", "rope_layout": "halves", "rope_base": 100.0, "position": False}
+    options = {**_shape(DINOV3[size], 16, 256), **rope, "registers": 4, "layer_scale": 1e-5}
+    options |= {"qkv_bias": "qv" if biases else False, "norm_eps": 1e-5, "naming": "eva"}
+    if size in GATED:
+        options |= {"activation": "swiglu", "mlp_hidden": 2 * GATED[size], "mlp_split": True}
+    return Arch("vit", options, num_classes=0, crop_pct=1.0, head={"pool": "mean"}, pixels="imagenet")
+
+
+def _siglip(match: re.Match[str]) -> Arch:
+    size, patch, averaged, pixels = match.groups()
+    options = {**_shape(SIGLIP[size], patch, pixels), "class_token": False}
+    if {f"{size}_{patch}", f"{size}_{pixels}"} & set(TANH):
+        options["activation"] = "gelu_tanh"
+    if int(pixels) % int(patch):  # 384 at patch 14: 27 x 27 patches, the rest is never seen
+        options["rest"] = "drop"
+    head = {"pool": "mean" if averaged else "map"}
+    return Arch("vit", options, num_classes=0, crop_pct=0.9, head=head, pixels="half")
+
+
+def _eva02(match: re.Match[str]) -> Arch:
+    size, patch, clip, pixels = match.groups()
+    rope = {"rope": "index", "rope_layout": "pairs", "rope_base": 10000.0, "rope_grid": (16, 16)}
+    options = {**_shape(EVA02[size], patch, pixels), **rope, "qkv_bias": "qv", "naming": "eva"}
+    options |= {"activation": "swiglu", "mlp_hidden": 2 * (options["width"] * 8 // 3)}
+    if size in ("base", "large"):
+        options |= {"mlp_split": True, "mlp_norm": True, "naming": "eva_unfused"}
+    if clip:
+        options["attn_norm"] = True
+    else:
+        options["final_norm"] = False
+    head = {} if clip else {"pool": "mean", "fc_norm": True}
+    classes = 0 if int(pixels) == 224 and not clip else 1000
+    crop = 0.9 if int(pixels) == 224 else 1.0
+    return Arch("vit", options, num_classes=classes, crop_pct=crop, head=head, pixels="clip")
 
 
 def _t2t(match: re.Match[str]) -> Arch:
@@ -146,7 +243,7 @@ def _convnext(match: re.Match[str]) -> Arch:
 
 FAMILIES = [
     Family(
-        rf"(?:deit|vit)_({'|'.join(VIT)})(_distilled)?(?:_patch(\d+)_(\d+))?",
+        rf"(deit|vit)_({'|'.join(VIT)})(_distilled)?(?:_patch(\d+)_(\d+))?",
         _vit,
         (
             *(f"{f}_{s}_patch16_224" for f in ("deit", "vit") for s in ("tiny", "small", "base")),
@@ -156,6 +253,46 @@ FAMILIES = [
             "deit_base_distilled_patch16_384",
             "vit_large_patch16_224",
             "vit_mini_patch4_28",
+        ),
+    ),
+    Family(
+        r"deit3_(small|medium|base|large|huge)(?:_patch(\d+)_(\d+))?",
+        _deit3,
+        (*(f"deit3_{s}_patch16_224" for s in ("small", "medium", "base", "large")), "deit3_huge_patch14_224"),
+    ),
+    Family(
+        rf"vit_({'|'.join(CLIP)})_patch(\d+)_clip(_quickgelu)?_(\d+)",
+        _clip,
+        ("vit_base_patch16_clip_224", "vit_base_patch16_clip_quickgelu_224", "vit_large_patch14_clip_224"),
+    ),
+    Family(
+        rf"vit_({'|'.join(DINOV2)})_patch14(_reg4)?_dinov2",
+        _dinov2,
+        tuple(f"vit_{size}_patch14{reg}_dinov2" for size in DINOV2 for reg in ("", "_reg4")),
+    ),
+    Family(
+        rf"vit_({'|'.join(DINOV3)})_patch16_dinov3(_qkvb)?",
+        _dinov3,
+        tuple(f"vit_{s}_patch16_dinov3" for s in ("small", "small_plus", "base", "large", "huge_plus", "7b")),
+    ),
+    Family(
+        rf"vit_({'|'.join(SIGLIP)})_patch(\d+)_siglip(_gap)?_(\d+)",
+        _siglip,
+        (
+            "vit_base_patch16_siglip_224",
+            "vit_base_patch16_siglip_gap_224",
+            "vit_large_patch16_siglip_256",
+            "vit_so400m_patch14_siglip_384",
+        ),
+    ),
+    Family(
+        rf"eva02_({'|'.join(EVA02)})_patch(\d+)(_clip)?_(\d+)",
+        _eva02,
+        (
+            *(f"eva02_{s}_patch14_224" for s in EVA02),
+            *(f"eva02_{s}_patch14_336" for s in ("tiny", "small")),
+            *(f"eva02_{s}_patch14_448" for s in ("base", "large")),
+            "eva02_base_patch16_clip_224",
         ),
     ),
     Family(

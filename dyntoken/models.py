@@ -206,7 +206,7 @@ def list_models(pattern: str = "*") -> list[str]:
     cascades += [
         f"{architectures.CASCADE}_{m}_{n}" for m in reducers.METHODS for n in architectures.REDUCED_CASCADES
     ]
-    multiexits = [f"{architectures.MULTIEXIT}_{n}" for n in listed if _isotropic(n) and "distilled" not in n]
+    multiexits = [f"{architectures.MULTIEXIT}_{n}" for n in listed if _isotropic(n) and _exits_alike(n)]
     known = [*listed, *reduced, *cascades, *multiexits]
     return sorted(fnmatch.filter(known, pattern))
 
@@ -296,7 +296,8 @@ def create_model(name: str, **overrides: Any) -> Model | Cascade | MultiExit:
     options = {key: value for key, value in arch.options.items() if key not in kind.decides | kind.resets}
     backbone = _backbone(arch, options, overrides)
     own = schema.fields(kind, but=OF_NAME)
-    fields = {"num_classes": arch.num_classes, **{k: _static(v) for k, v in overrides.items() if k in own}}
+    fields = {"num_classes": arch.num_classes, **{k: v for k, v in arch.head.items() if k in own}}
+    fields |= {k: _static(v) for k, v in overrides.items() if k in own}
     if kind is MultiExit:
         fields.setdefault("exits", default_exits(backbone(parent=None).depth))
     if method is not None:
@@ -306,6 +307,32 @@ def create_model(name: str, **overrides: Any) -> Model | Cascade | MultiExit:
     model = kind(arch=arch_name, backbone=backbone, **fields)
     model.validate()
     return model
+
+
+def reduced(model: Model, method: str, **options: Any) -> Model:
+    """A dense model under a reduction method: the same variables, and what the method adds to them.
+
+    Args:
+      model: dense, from `create_model` or `load_pretrained`.
+      method: row of `reducers.METHODS`.
+      **options: `keep`, `at`, `form` and the method's own, see `create_model`.
+
+    Raises:
+      UnknownNameError: unknown method or option, with the nearest ones.
+      ValueError: a model that is reduced already, or a method that its backbone refuses.
+    """
+    if not isinstance(model, Model) or model.method is not None:
+        raise ValueError(
+            "only a dense model of one exit can be reduced; model.clone(keep=...) changes counts"
+        )
+    own = schema.fields(Model, but=OF_NAME)
+    known = {**{key: own[key] for key in sorted(OF_SITES)}, **_of_method(method)}
+    options = schema.check(known, options, owner=f"method {method!r}")
+    fields = {key: _static(value) for key, value in options.items() if key in OF_SITES}
+    fields |= _site_fields(method, fields.get("at"), options, model.plain())
+    made = model.clone(method=method, **fields)
+    made.validate()
+    return made
 
 
 def keywords(name: str) -> dict[str, Any]:
@@ -348,6 +375,13 @@ def _kind(name: str) -> tuple[type[Model | Cascade | MultiExit], str | None, str
 def _isotropic(arch_name: str) -> bool:
     """Whether all blocks of a backbone have one width."""
     return issubclass(BACKBONES[architectures.get(arch_name).backbone], Isotropic)
+
+
+def _exits_alike(arch_name: str) -> bool:
+    """Whether the head of a name is one that an exit at any depth can have: no second token, no pooling of its own."""
+    arch = architectures.get(arch_name)
+    plain = {"pool"} >= arch.head.keys() and arch.head.get("pool") in (None, "mean")
+    return plain and not arch.options.get("distilled")
 
 
 def _of_method(method: str) -> dict[str, Any]:

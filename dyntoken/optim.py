@@ -16,7 +16,7 @@ from dyntoken.nn.reduction_sites import ADDED
 from dyntoken.schema import Natural, NonNegative, Pattern, Positive, Rate
 
 Decay = Literal["not_1d", "all"]
-NO_DECAY = (r"cls_token$", r"dist_token$", r"pos_embed$")
+NO_DECAY = (r"cls_token$", r"dist_token$", r"reg_token$", r"pos_embed$")
 NEW_PARAMS = (ADDED,)
 
 

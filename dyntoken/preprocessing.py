@@ -59,8 +59,9 @@ def preprocess(model: Model, dataset: str | None = None) -> Preprocess:
 
     Args:
       model: from `create_model`.
-      dataset: what the weights were trained on; by default ImageNet for colour
-        images, Fashion-MNIST for grey ones.
+      dataset: what the weights were trained on; by default what the public weights of the
+        model's name want, which is ImageNet's mean and standard deviation for most colour
+        images (0.5 for `vit_*`, AugReg's), Fashion-MNIST's for grey ones.
 
     Raises:
       ValueError: a data set with another number of channels.
@@ -72,5 +73,9 @@ def preprocess(model: Model, dataset: str | None = None) -> Preprocess:
             f"{facts.name} has {facts.channels} channels, the model takes {channels}: name another data set"
         )
     exact = facts.image_shape is not None and tuple(facts.image_shape[:2]) == (height, width)
-    crop = 1.0 if exact else architectures.get(model.arch).crop_pct
-    return Preprocess((height, width), channels, tuple(facts.mean), tuple(facts.std), crop_pct=crop)
+    arch = architectures.get(model.arch)
+    crop = 1.0 if exact else arch.crop_pct
+    mean, std = facts.mean, facts.std
+    if dataset is None and channels == 3 and arch.pixels is not None:
+        mean, std = architectures.PIXELS[arch.pixels]
+    return Preprocess((height, width), channels, tuple(mean), tuple(std), crop_pct=crop)

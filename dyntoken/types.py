@@ -117,12 +117,13 @@ class Reduction:
       log_probs: `[B, n, 2]` (keep, drop) of a predictor, else None.
       decision: `[B, n]` 1.0 for rows alive after the site. Carries the
         straight-through gradient when it was sampled.
-      keep: `[B, k]` int32 incoming rows that stay, best first; None where the
-        number is sampled (Gumbel training).
+      keep: `[B, k]` int32 incoming rows that stay, best first (in their order
+        where all do); None where the number is sampled (Gumbel training).
       place: `[B, m]` cell of each outgoing row, -1 for a fused token.
       host: `[B, n]` cell of the row that stands for an incoming row now: its
         own if kept, its host's if squeezed, -1 if dropped or fused.
       remap: `[B, n]` int32, incoming row -> outgoing row, or -1.
+      shares: `[B, m, n]`, weight of each incoming row in each outgoing one, of a method that mixes them.
       carrier: `[B, N0]`, `Tokens.carrier` after the site (filled by the trunk).
       queries: `[B, n]`, weight of each incoming row in the mean of its group, by
         which queries of the block's attention map fuse; the trunk takes it away.
@@ -144,6 +145,7 @@ class Reduction:
     carrier: Array | None = None
     queries: Array | None = None
     learnt: Array | None = None
+    shares: Array | None = None
     ratio: float = flax.struct.field(pytree_node=False, default=1.0)
     count: int = flax.struct.field(pytree_node=False, default=0)
     grid: tuple[int, int] = flax.struct.field(pytree_node=False, default=(0, 0))

@@ -55,6 +55,7 @@ IMPORTS = {
     },
     "preprocessing": {"architectures", "data", "device_augment", "models"},
     "weights": {
+        "architectures",
         "cascade",
         "checkpoints",
         "models",
@@ -64,6 +65,16 @@ IMPORTS = {
         "registry",
         "schedules",
         "workdirs",
+    },
+    "exporting": {
+        "device_augment",
+        "models",
+        "ops",
+        "paths",
+        "preprocessing",
+        "registry",
+        "types",
+        "weights",
     },
     "train": {
         "analysis",

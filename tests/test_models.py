@@ -28,8 +28,9 @@ COMBINATIONS = [
     "dtps+distilled",
 ]
 MASKABLE = [case for case in COMBINATIONS if case not in METHODS or case in TWO_FORMS]
-# Reducers of their own share the code around them: of those that merge two stand for all by default.
-MORE = ("diffrate", "pitome", "tofu")
+# Reducers of their own share the code around them: of the clustering ones, and of those that merge, two stand for all
+# by default.
+MORE = ("kmedoids", "patchmerger", "sinkhorn", "diffrate", "pitome", "tofu")
 
 
 def _quick(cases):
@@ -314,7 +315,7 @@ def test_an_all_dropped_sample_stays_finite():
         (
             "evit_deit_small_patch16_224",
             {"class_token": False, "pool": "mean"},
-            "class token, and there is none; dynamicvit, dtps work there",
+            "class token, and there is none; dynamicvit, dtps, .*work there",
         ),
         ("deit_small_patch16_224", {"img_size": 225}, "not divisible by patch_size"),
     ],

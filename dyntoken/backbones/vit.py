@@ -38,7 +38,8 @@ class ViT(Isotropic):
       embed_class: False gives the position embedding no rows for the prefix (timm's `no_embed_class`).
       resize: how weights of another grid get their position embedding resized by default, see
         `load_weights`: "bicubic" (the official DeiT) or "timm".
-      pad: zeros at the bottom and on the right up to whole patches (timm's `dynamic_img_pad`).
+      rest: what becomes of pixels at the bottom and on the right that fill no patch: "refuse",
+        "pad" (zeros up to whole patches, timm's `dynamic_img_pad`) or "drop" (transformers).
       naming: whose key names exported weights bear: those of timm's `VisionTransformer` ("vit"),
         of its `Eva` ("eva"), or of its `Eva` with `qkv_fused=False` ("eva_unfused").
       rope: a rotary position embedding, over patch centres ("centred", DINOv3) or patch numbers
@@ -59,7 +60,7 @@ class ViT(Isotropic):
     position: bool = True
     embed_class: bool = True
     resize: Literal[resample.METHODS] = "bicubic"
-    pad: bool = False
+    rest: Literal["refuse", "pad", "drop"] = "refuse"
     naming: Literal["vit", "eva", "eva_unfused"] = "vit"
     rope: Literal[tuple(COORDINATES)] | None = None
     rope_layout: Literal[LAYOUTS] = "halves"
@@ -73,9 +74,10 @@ class ViT(Isotropic):
         size = pair(self.img_size)
         if self.tokens is None:
             patch = pair(self.patch_size)
-            if self.pad:
-                return patch, (0, 0)
-            check_multiple(size, patch, f"is not divisible by patch_size {patch}")
+            if self.rest == "refuse":
+                check_multiple(size, patch, f"is not divisible by patch_size {patch}")
+            elif self.rest == "drop" and any(s < p for s, p in zip(size, patch, strict=True)):
+                raise ValueError(f"img_size {size} is smaller than a patch of {patch}")
             return patch, (0, 0)
         tokens = pair(self.tokens)
         if min(tokens) < 1 or any(n > s for n, s in zip(tokens, size, strict=True)):
@@ -89,8 +91,11 @@ class ViT(Isotropic):
     @property
     def grid(self) -> tuple[int, int]:
         """(rows, columns) of patches."""
-        (kernel, _), size = self.patches, pair(self.img_size)
-        return pair(self.tokens) if self.tokens else (-(-size[0] // kernel[0]), -(-size[1] // kernel[1]))
+        if self.tokens:
+            return pair(self.tokens)
+        kernel, _ = self.patches
+        more = [patch - 1 if self.rest == "pad" else 0 for patch in kernel]
+        return tuple((s + m) // p for s, m, p in zip(pair(self.img_size), more, kernel, strict=True))
 
     @property
     def prefix_rows(self) -> dict[str, int]:
@@ -119,8 +124,8 @@ class ViT(Isotropic):
             raise ValueError(
                 "patch_drop drops patches ahead of the sites, whose counts are fixed: give one of both"
             )
-        if self.pad and self.tokens is not None:
-            raise ValueError("tokens=... pads the image by itself: leave pad out")
+        if self.rest != "refuse" and self.tokens is not None:
+            raise ValueError(f"tokens={self.tokens} pads the image by itself: leave rest={self.rest!r} out")
         if self.pre_norm and self.stem != "patch":
             raise ValueError("pre_norm needs stem='patch'")
         kernel, _ = self.patches
@@ -169,7 +174,7 @@ class ViT(Isotropic):
         return super().shows(at) - ({"cls"} if not self.class_token else set())
 
     def stem_rows(self, images: Array, context: Context) -> Array:
-        if self.pad:
+        if self.rest == "pad":
             more = [-side % patch for side, patch in zip(images.shape[1:3], self.patches[0], strict=True)]
             images = jnp.pad(images, ((0, 0), (0, more[0]), (0, more[1]), (0, 0)))
         return self.patch_embed(images).reshape(images.shape[0], -1, self.width)

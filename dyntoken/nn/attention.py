@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from dyntoken.nn import layers
-from dyntoken.ops import attend, sample
+from dyntoken.ops import attend, backend, sample
 from dyntoken.ops.rope import Rotation
 from dyntoken.types import Attended
 
@@ -123,7 +123,12 @@ class Attention(nn.Module):
             weighed = logits if weight is None else logits + weight
             p = attend.normalise(weighed, policy=policy, train=train)
             p = layers.drop(p, self.attn_dropout, draws, *path, 0)
-            y = None if only_map else jnp.einsum("bhqk,bhkd->bhqd", p.astype(v.dtype), v)
+            if only_map:
+                y = None
+            elif policy is None and not thinned and backend.platform() == "cpu":
+                y = attend.weigh(weighed, v)  # what the site does not drop leaves the dense model's bits
+            else:
+                y = jnp.einsum("bhqk,bhkd->bhqd", p.astype(v.dtype), v)
             cls = attend.class_attention(p, prefix) if prefix and return_scores else None
             shown = {"cls": cls, "keys": keys, "probs": p} if return_scores else {}
             seen = Attended(**shown, logits=logits if return_logits else None)

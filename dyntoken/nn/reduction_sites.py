@@ -45,7 +45,11 @@ class ReductionSites:
         usual = self.default_sites
         if self.nested and reducer.from_block is not None:
             usual = tuple(range(min(reducer.from_block, self.depth - 1), self.depth))
-        able = tuple(at for at in usual if self.shows(at).issuperset(reducer.needs))
+        able = tuple(
+            at
+            for at in usual
+            if self.shows(at).issuperset(reducer.needs) and self.shows_ahead(at).issuperset(reducer.recalls)
+        )
         return able or usual
 
     def site_grid(self, at: int) -> tuple[int, int]:
@@ -60,6 +64,10 @@ class ReductionSites:
         """Fields of `Attended` that a site inside a block sees."""
         return frozenset({"keys", "probs", "cls"} if self.prefix else {"keys", "probs"})
 
+    def shows_ahead(self, at: int) -> frozenset[str]:
+        """Fields of `Attended` of the block before that a site before a block sees."""
+        return self.shows(at - 1) if self.nested and at else frozenset()
+
     def positions_of(self, path: str) -> tuple[int, tuple[int, int]]:
         """(prefix rows, grid) of a position embedding, by its path in the tree of variables."""
         return self.prefix, self.grid
@@ -68,12 +76,13 @@ class ReductionSites:
         """Why a method cannot work here, as the end of a sentence; None if it can.
 
         Args:
-          reducer: what it declares (`reducers.Reducer`): `needs`, `adds_row`, `merges`, `from_block`.
+          reducer: what it declares (`reducers.Reducer`): `needs`, `recalls`, `adds_row`, ...
           at: the sites.
         """
-        for need in reducer.needs:
+        wanted = [(need, self.shows) for need in reducer.needs]
+        for need, shows in wanted + [(need, self.shows_ahead) for need in reducer.recalls]:
             what, absent, elsewhere = NEEDS[need]
-            able = [site for site in range(self.depth) if need in self.shows(site)]
+            able = [site for site in range(self.depth) if need in shows(site)]
             if not able:
                 return f"it ranks patches by {what}, and {absent}"
             if not set(at) <= set(able):

@@ -136,6 +136,7 @@ class Trunk(nn.Module):
         stages, rows, relations, addresses = [], [], [], []
         taps: dict[int, Tokens] = {}
         return_logits = "relations" in context.record
+        seen = None
         stage_at = {site.at: stage for stage, site in enumerate(self.sites)}
         if context.train and self._masks():
             # The references run every block under the policy softmax, also those before the first site.
@@ -146,7 +147,7 @@ class Trunk(nn.Module):
             site = None if stage is None else self.sites[stage]
             before = tokens.x
             if site is not None and not site.inside:
-                tokens, reduction = self._reduce(stage, tokens, None, context)
+                tokens, reduction = self._reduce(stage, tokens, seen, context)
                 reductions.append(reduction)
                 stages.append((before, tokens.x))
             if len(run) > 1:
@@ -159,6 +160,7 @@ class Trunk(nn.Module):
                 continue
             block = getattr(self, f"blocks_{index}")
             inside = site is not None and site.inside
+            recalled = index + 1 in self._recalling()
             reducer = getattr(self, f"reducer_{stage}") if inside else None
             bias, rotation = self._bias(index, tokens, context), self._rotation(index, tokens)
             address = self._address(index, tokens, after_mlp=False)
@@ -169,7 +171,7 @@ class Trunk(nn.Module):
                 stages.append((before, tokens.x))
                 tokens = self._attend_reduced(index, tokens, seen, reduction, context)
             else:
-                shown = (reducer.needs or True) if inside else False
+                shown = recalled or (inside and (reducer.needs or True))
                 options = (context.train, shown, return_logits, bias, rotation)
                 tokens, seen = block.attend(tokens, context.dropout, *options)
             relations.append(seen.logits if return_logits else None)
@@ -215,8 +217,13 @@ class Trunk(nn.Module):
         if not self.scan or self.is_initializing():  # each block makes its own parameters
             return [(index,) for index in numbers]
         cuts = [at for site in self.sites for at in (site.at, site.at + int(site.inside))]
+        cuts += [at - ahead for at in self._recalling() for ahead in (0, 1)]
         cuts += [number + 1 for number in taps]
         return scan.runs(self._recipes(), cuts, numbers)
+
+    def _recalling(self) -> list[int]:
+        """Blocks whose site reads what the block before showed."""
+        return [site.at for s, site in enumerate(self.sites) if getattr(self, f"reducer_{s}").recalls]
 
     def _loop(
         self, run: tuple[int, ...], tokens: Tokens, context: Context

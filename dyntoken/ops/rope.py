@@ -40,7 +40,7 @@ class Rotation:
     """How each row turns.
 
     Attributes:
-      cos, sin: `[T, D]` or `[B, 1, T, D]` float32.
+      cos, sin: `[1 or B, 1, T, D]` float32.
       halves: a channel's partner is D / 2 away; False: beside it.
     """
 
@@ -56,7 +56,8 @@ class Rotation:
             if self.halves
             else jnp.stack([-second, first], axis=-1).reshape(x.shape)
         )
-        return (x.astype(jnp.float32) * self.cos + partner.astype(jnp.float32) * self.sin).astype(x.dtype)
+        cos, sin = (jnp.expand_dims(t, tuple(range(x.ndim - t.ndim))) for t in (self.cos, self.sin))
+        return (x.astype(jnp.float32) * cos + partner.astype(jnp.float32) * sin).astype(x.dtype)
 
     def of(self, rows: Array | None, new: int) -> Rotation:
         """Those of other rows.
@@ -65,15 +66,18 @@ class Rotation:
           rows: `[B, T]` rows of this one, or -1 for one that is not turned; None for all in order.
           new: number of further rows that are not turned.
         """
+        if rows is None and not new:
+            return self
+        count, size = self.cos.shape[2:]
+        still = np.concatenate([np.ones((1, size)), np.zeros((1, size))], axis=1)
+        table = np.concatenate([self.cos[0, 0], self.sin[0, 0]], axis=1)
+        table = np.concatenate([table, *[still] * max(1, new)]).astype(np.float32)
         if rows is None:
-            cos = np.pad(self.cos, ((0, new), (0, 0)), constant_values=1.0)
-            return self if not new else Rotation(cos, np.pad(self.sin, ((0, new), (0, 0))), self.halves)
-        tables = np.stack([self.cos - 1.0, self.sin], axis=1)  # both 0 where nothing turns
-        batched = jnp.broadcast_to(
-            tables.reshape(1, len(tables), -1), (rows.shape[0], len(tables), tables[0].size)
-        )
-        found = select.gather_or_zero(batched, rows).reshape(*rows.shape, 2, -1)[:, None]
-        return Rotation(found[..., 0, :] + 1.0, found[..., 1, :], self.halves)
+            found = table[None, None]
+        else:
+            batched = jnp.broadcast_to(table[None], (rows.shape[0], *table.shape))
+            found = select.take(batched, jnp.where(rows < 0, count, rows))[:, None]
+        return Rotation(found[..., :size], found[..., size:], self.halves)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,4 +120,4 @@ class Rope:
 def _whole(rope: Rope, grid: tuple[int, int], prefix: int) -> Rotation:
     angles = np.pad(rope.angles(grid), ((prefix, 0), (0, 0)))
     cos, sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
-    return Rotation(cos, sin, rope.layout == "halves")
+    return Rotation(cos[None, None], sin[None, None], rope.layout == "halves")

@@ -44,8 +44,25 @@ class Reducer(nn.Module):
     A method that is no composition (ToMe) subclasses this and implements
     `reduce`, which returns the tokens and a `Reduction` with its `remap`;
     `__call__` then updates `carrier` and `size`. It declares as class attributes
-    `learns`, `needs` and `where`, see `register_scorer`, and `adds_row` and
-    `merges`, see `register_fuser`.
+    `learns`, `needs` and `where`, see `register_scorer`, `adds_row` and
+    `merges`, see `register_fuser`, and:
+
+      forms: those it has.
+      recalls: fields of `Attended` that it reads of the block before its site.
+      takes_decision: a `decision` can replace its own choice.
+      mixes: its rows are mixtures that may have no cell of their own.
+      sized: its parameters are made for one `keep`.
+      proportional: attention behind the site counts keys by `Tokens.key_weight`.
+      ahead: None for a site where `where` says. "map": ahead of the block, by its
+        attention map, whose queries fuse by `Reduction.queries`. "rows": likewise, but
+        the rows that are left attend anew. "end": after the block's MLP.
+      from_block: by default there is a site at every block from this number on;
+        None: where the backbone's sites lie.
+      moves: rows change places in the mask form, too.
+      drops: although it merges, some patches are left without a row.
+
+    Parameters need no declaration: what a reducer makes is trained by its gradient,
+    in the form that is in force. `learns` says that training must sample a decision.
 
     Attributes:
       keep: static number of rows that stay (prefix and fused rows not counted).
@@ -59,18 +76,6 @@ class Reducer(nn.Module):
       block, depth: number of the block it stands at, and how many there are.
       predictor_eps: LayerNorm epsilon of what it learns, which the backbone says.
 
-    Besides, a class may declare
-
-      proportional: attention behind the site weighs keys by `Tokens.size`.
-      forms: those it has.
-      ahead: None for a site where `where` says. "map": ahead of the block; it
-        fuses the rows of its attention map, too, by `Reduction.queries`. "rows": likewise,
-        and the rows that are left attend anew. "end": after the block's MLP.
-      from_block: by default there is a site at every block from this number on;
-        None: where the backbone's sites lie.
-      moves: rows change places in the mask form, too.
-      drops: although it merges, some patches are left without a row.
-      takes_decision: a `decision` of single rows says all that it does.
     """
 
     keep: int
@@ -87,13 +92,16 @@ class Reducer(nn.Module):
     where = "before"
     adds_row = False
     merges = False
-    proportional = False
     forms = ("mask", "gather")
+    recalls = ()
+    takes_decision = True
+    mixes = False
+    sized = False
+    proportional = False
     ahead = None
     from_block = None
     moves = False
     drops = False
-    takes_decision = True
     title = property(lambda self: type(self).__name__)  # what messages call it
 
     def resolved(self, train: bool) -> str:
@@ -141,15 +149,18 @@ class Reducer(nn.Module):
         """Reduces `tokens`.
 
         Args:
-          seen: what the attention layer of this block showed (`inside` sites);
-            `reduce` gets the fields that are declared as `needs`.
+          seen: what the attention layer of this block showed (`inside` sites), or that of
+            the block before; `reduce` gets the fields that are declared as `needs` or `recalls`.
           draws: randomness of scorers and Gumbel noise.
           noise: `[B, n, 2]`, replaces the Gumbel draws.
           decision: `[B, n]` 0/1, imposed in place of the site's own choice.
         """
         if decision is not None and not self.takes_decision:
-            raise ValueError(f"{self.title} chooses pairs: no decision on single rows can replace its choice")
-        seen = _Seen(self.title, {need: getattr(seen, need, None) for need in self.needs})
+            raise ValueError(f"{self.title} takes no decision on single rows: call it without")
+        if tokens.alive is not None and self.resolved(train) == "gather":
+            raise ValueError("the gather form needs every row alive: use one form at all sites")
+        shown = (*self.needs, *self.recalls)
+        seen = _Seen(self.title, {need: getattr(seen, need, None) for need in shown})
         fused = int(self.adds_row and self.keep < (self.current or tokens.count))
         rows = (self.keep if self.resolved(train) == "gather" else tokens.count) + fused
         tokens, reduction = self.reduce(tokens, seen, train, draws=draws, noise=noise, decision=decision)
@@ -231,10 +242,12 @@ class ScoreSelectFuse(Reducer):
 
     def _gather(self, tokens: Tokens, scores: Scores, decision: Array | None) -> tuple[Tokens, Reduction]:
         """Rows really shrink: top-k with a static count."""
-        if tokens.alive is not None:
-            raise ValueError("the gather form needs every row alive: use one form at all sites")
         n = tokens.count
         keep, dropped = select.split(scores.rank if decision is None else decision, self.keep)
+        if (
+            self.keep == n
+        ):  # nothing to drop: every row stays where it is, and the result that of the dense model
+            keep = jnp.broadcast_to(jnp.arange(n, dtype=jnp.int32)[None], keep.shape)
         x = tokens.patches
         inverse = select.inverse(keep, n)
         place, remap = select.lookup(tokens.place, keep), inverse

@@ -11,11 +11,16 @@ from dyntoken import architectures
 from dyntoken.nn.spec import Site, Spec
 from dyntoken.reducers.base import Reducer, ScoreSelectFuse
 from dyntoken.reducers.diffrate import DiffRate
+from dyntoken.reducers.dpcknn import DPCKNN
 from dyntoken.reducers.fuse import FUSERS
 from dyntoken.reducers.keep import site_counts
+from dyntoken.reducers.kmedoids import KMedoids
 from dyntoken.reducers.mctf import MCTF
+from dyntoken.reducers.patchmerger import PatchMerger
 from dyntoken.reducers.pitome import PiToMe
 from dyntoken.reducers.score import SCORERS, VARIANTS, check_declared
+from dyntoken.reducers.sinkhorn import Sinkhorn
+from dyntoken.reducers.sit import SelfSlimming
 from dyntoken.reducers.tofu import ToFu
 from dyntoken.reducers.tome import ToMe
 from dyntoken.registry import Table, UnknownNameError, check_options, suggest
@@ -83,6 +88,11 @@ METHODS = Table(
         "diffrate": Method.new(DiffRate, "DiffRate, ICCV 2023; OpenGVLab/DiffRate"),
         "mctf": Method.new(MCTF, "MCTF, CVPR 2024; mlvlab/MCTF"),
         "etps": _row("class_attention", "squeeze", "TPS, CVPR 2023, as its authors describe it"),
+        "dpcknn": Method.new(DPCKNN, "DPC-KNN of TCFormer, CVPR 2022; JoakimHaurum/TokenReduction"),
+        "kmedoids": Method.new(KMedoids, "K-medoids, WACV 2023; JoakimHaurum/TokenReduction"),
+        "sinkhorn": Method.new(Sinkhorn, "Sinkhorn tokenizer, 2022; JoakimHaurum/TokenReduction"),
+        "patchmerger": Method.new(PatchMerger, "PatchMerger, 2022; JoakimHaurum/TokenReduction"),
+        "sit": Method.new(SelfSlimming, "SiT, ECCV 2022; JoakimHaurum/TokenReduction"),
     },
 )
 

@@ -375,10 +375,15 @@ def keep_phases(
             f"evit_deit_small_patch16_224; {getattr(model, 'arch', type(model).__name__)} has no keep rate of its own"
         )
     if any(site.reducer(parent=None).learns for site in model.sites()):
-        others = [other for other, row in METHODS.items() if not row.plain.learns]
+        others = [other for other, row in METHODS.items() if not (row.plain.learns or row.plain.sized)]
         raise ValueError(
             f"config.keep_schedule does not fit {name}: its predictor learns which share to keep (loss "
             f"keep_ratio). Choose a method without one ({', '.join(others)}), or clear keep_schedule.end_epoch"
+        )
+    if any(site.reducer(parent=None).sized for site in model.sites()):
+        raise ValueError(
+            f"config.keep_schedule does not fit {name}: its parameters are made for one keep. Clear "
+            "keep_schedule.end_epoch"
         )
     if not isinstance(model.keep, float):
         raise ValueError(

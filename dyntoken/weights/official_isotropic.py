@@ -54,7 +54,7 @@ TIMM_VIT = {
     "embed_norm_layer": only(None, why=common.CODE),
     "block_fn": only(None, "Block", why=common.CODE),
     "attn_layer": only(None, "Attention", why=common.CODE),
-    "dynamic_img_pad": to("pad", flag, False),
+    "dynamic_img_pad": to("rest", lambda v: "pad" if flag(v) else "drop", False),
     # Fresh parameters only; images of other sizes than img_size, for which ours is built.
     **unused(weight_init="", fix_init=False, dynamic_img_size=False),
     **unused(device=None, dtype=None),
@@ -101,7 +101,7 @@ EVA = {
     "use_pre_transformer_norm": to("pre_norm", flag, False),
     "use_abs_pos_emb": to("position", flag, True),
     "rope_temperature": to("rope_base", float, 10000.0),
-    "dynamic_img_pad": to("pad", flag, False),
+    "dynamic_img_pad": to("rest", lambda v: "pad" if flag(v) else "drop", False),
     "no_embed_class": Argument(False, flag),
     "qkv_fused": Argument(True, flag),
     "swiglu_mlp": Argument(False, flag),
@@ -371,13 +371,13 @@ EXITS = {"exits": (7, 10, 14)}
 DEIT_S = _dvt("deit", embed_dim=384, num_heads=6, qkv_bias=True)
 DVT_DEIT = {name: argument for name, argument in DEIT_S.items() if name not in ("token_dim", "tokens_type")}
 PRUNING = unused(pruning_loc=None, token_ratio=None)  # read by `pruned`
-PRESET = "vit_small_patch16_224"
+PRESET, TIMM = "deit_small_patch16_224", "vit_small_patch16_224"
 CLASSES = {
-    "timm/VisionTransformer": Official(PRESET, TIMM_VIT, lambda a: {**timm_vit(a), "resize": "timm"}),
+    "timm/VisionTransformer": Official(TIMM, TIMM_VIT, lambda a: {**timm_vit(a), "resize": "timm"}),
     "timm/VisionTransformerDistilled": Official(
-        PRESET, TIMM_VIT, lambda a: {**_distilled(a), "resize": "timm"}
+        TIMM, TIMM_VIT, lambda a: {**_distilled(a), "resize": "timm"}
     ),
-    "timm/Eva": Official(PRESET, EVA, timm_eva),
+    "timm/Eva": Official(TIMM, EVA, timm_eva),
     # The same classes; its own main.py resizes positions without antialias.
     "deit/VisionTransformer": Official(PRESET, TIMM_VIT, timm_vit),
     "deit/DistilledVisionTransformer": Official(PRESET, TIMM_VIT, _distilled),

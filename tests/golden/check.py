@@ -47,12 +47,22 @@ KINDS = {
     "tofu_deit": "pitome",
     "mctf_deit": "mctf",
     "diffrate_deit": "diffrate",
+    "dpcknn_deit": "clustering",
+    "kmedoids_deit": "clustering",
+    "sinkhorn_deit": "clustering",
+    "patchmerger_deit": "clustering",
+    "sit_deit": "clustering",
     "vit_timm": "pretrained",
     "dinov2_timm": "pretrained",
     "dinov2_reg_timm": "pretrained",
     "dinov3_timm": "pretrained",
     "siglip2_timm": "pretrained",
     "eva02_timm": "pretrained",
+    "vit_hf": "transformers",
+    "deit_hf": "transformers",
+    "dinov2_hf": "transformers",
+    "dinov2_reg_hf": "transformers",
+    "dinov3_hf": "transformers",
 }
 
 WORST = 12  # arrays printed of a failed case
