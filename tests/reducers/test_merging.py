@@ -182,7 +182,7 @@ def test_losses_of_these_methods_say_what_they_need():
             model.apply(v, x, record=("features",)), {"target": jnp.eye(5)[:2]}
         ),
     )
-    with pytest.raises(ValueError, match="diffrate_... with learn=True"):
+    with pytest.raises(ValueError, match="with learn=True"):
         shapes(variables, IMAGES)  # evaluation goes by given counts
     with pytest.raises(ValueError, match="needs a teacher"):
         jax.eval_shape(
