@@ -31,11 +31,13 @@ DATA = [
 ]
 TENSORBOARD = ["tensorboardX>=2.6"]
 VIZ = ["matplotlib>=3.9", "pillow>=11.0"]
+EXPORT = ["onnx>=1.17", "onnxruntime>=1.20"]  # jax2onnx asks for an older orbax-checkpoint: findings/
 EXTRAS = {
     "data": DATA,
     "viz": VIZ,
     "tensorboard": TENSORBOARD,
     "torch": ["torch>=2.6"],
+    "export": EXPORT,
     "hub": ["huggingface_hub>=0.30"],
     "cuda": ["jax[cuda12]"],
     "tpu": ["jax[tpu]"],
@@ -44,6 +46,8 @@ EXTRAS = {
         *DATA,
         *VIZ,
         *TENSORBOARD,
+        *EXPORT,
+        "openvino>=2025.0",  # what ONNX files are run with besides
         "pytest>=8.3",
         "pytest-xdist>=3.6",
         "hypothesis>=6.120",

@@ -112,6 +112,7 @@ IMPORTS = {
         "data",
         "device_augment",
         "eval",
+        "exporting",
         "interrupt",
         "models",
         "ops",

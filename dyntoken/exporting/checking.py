@@ -23,6 +23,7 @@ from dyntoken.preprocessing import Preprocess
 from dyntoken.weights import flat_variables
 
 RUNTIMES = ("onnxruntime", "openvino")  # what runs a .onnx here, where it is installed
+ELSEWHERE = "its operators, here"
 TOLERANCE = 1e-4
 TIED = 1e-5  # scores closer than this, relative to their range, are equal for float32
 Step = Callable[[Mapping[str, Any], int], Mapping[str, Any]]
@@ -35,8 +36,8 @@ class Checked:
 
     Attributes:
       file: the programs, with `*` for the exits of a model that has some.
-      how: what ran them: "jax", "onnxruntime", "openvino", or "operators on the cpu":
-        the same operations, where the program's own platform is not at hand.
+      how: what ran them: "jax", "onnxruntime", "openvino", or `ELSEWHERE`: the same
+        operations here, where the program's own platform is not at hand.
       batch: images.
       error: largest difference of a logit, relative to the largest logit or 1.
       sets: every kept set is the model's.
@@ -53,8 +54,30 @@ class Checked:
 
     @property
     def agrees(self) -> bool:
-        """Within the tolerance, the kept sets included, and most images are compared."""
-        return bool(self.error <= TOLERANCE and self.sets and 2 * self.ties < self.batch + 1)
+        """Within the tolerance, kept sets included, as far as images were compared."""
+        return bool(self.error <= TOLERANCE and self.sets)
+
+
+def disagreements(found: Sequence[Checked]) -> list[str]:
+    """What of `check`'s rows speaks against an export, a line each.
+
+    Besides rows that do not agree these are programs of which ties left less than
+    half of the images to compare.
+    """
+    lines = [
+        f"{one.file} by {one.how} at batch {one.batch} does not agree with the model"
+        for one in found
+        if not one.agrees
+    ]
+    for file, how in dict.fromkeys((one.file, one.how) for one in found):
+        rows = [one for one in found if (one.file, one.how) == (file, how)]
+        ties, images = sum(one.ties for one in rows), sum(one.batch for one in rows)
+        if 2 * ties > images:
+            lines.append(
+                f"{file} by {how}: scores are equal where it is cut in {ties} of {images} images, "
+                "too many to compare it: give trained weights"
+            )
+    return lines
 
 
 def check(
@@ -86,7 +109,7 @@ def check(
     ]
     return [
         compare(file, runtime, folders.run_all(about, step, images), reference)
-        for file, runtime, step in _runs(folder, about, model, variables, how)
+        for file, runtime, step in runners(folder, model, variables)
         for images, reference in cases
     ]
 
@@ -136,10 +159,11 @@ def _tied(scores: np.ndarray, rows: np.ndarray) -> bool:
     return bool(np.ptp(scores[rows]) <= TIED * max(np.ptp(finite), np.abs(finite).max()))
 
 
-def _runs(
-    folder: epath.Path, about: Mapping[str, Any], model: Model, variables: Any, how: Preprocess | None
-) -> Iterator[tuple[str, str, Step]]:
-    """What is to be run: its name, by what, and how one program of it is."""
+def runners(path: Any, model: Model, variables: Any) -> Iterator[tuple[str, str, Step]]:
+    """What there is to run of an export: its name, by what (`Checked.how`), and how one program of it is run."""
+    folder = paths.resolve(path)
+    about = folders.read_about(folder)
+    how = Preprocess(**about["preprocess"]) if about["normalise"] else None
     parts = about["programs"]
     stem = parts[0]["name"] if len(parts) == 1 else "exit_*"
     here = folders.this_platform()
@@ -148,7 +172,7 @@ def _runs(
             yield f"{stem}.{platform}.jax", "jax", folders.load_export(folder, platform).step
         else:
             step = _operators(model, variables, how, folders.PLATFORMS[platform])
-            yield f"{stem}.{platform}.jax", "operators on the cpu", step
+            yield f"{stem}.{platform}.jax", ELSEWHERE, step
     if parts[0]["onnx"]:
         there = [name for name in RUNTIMES if importlib.util.find_spec(name)]
         if not there:

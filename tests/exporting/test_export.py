@@ -101,7 +101,7 @@ def test_rows_really_shrink(made):
 def test_check_agrees_and_notices(made, tmp_path):
     path, model, variables = made
     found = exporting.check(path, model, variables, batches=(7,))
-    assert [one.how for one in found] == ["jax", *["operators on the cpu"] * 2]
+    assert [one.how for one in found] == ["jax", *[checks.ELSEWHERE] * 2]
     assert all(one.agrees and one.sets and one.error < 1e-5 and not one.ties for one in found)
     shutil.copytree(path, tmp_path / "other")
     other = jax.tree.map(lambda leaf: leaf * 1.01, variables)
@@ -120,7 +120,10 @@ def test_what_counts_as_equal():
     assert same.sets and not same.ties and same.error == pytest.approx(0.0005) and not same.agrees
     assert compared([1.0, 2.0001], [0, 1]).agrees
     tie = compared([5.0, 5.0], [0, 2])  # rows 1 and 2 score alike: no disagreement, and nothing is learnt
-    assert tie.sets and tie.ties == 1 and not tie.agrees
+    assert tie.sets and tie.ties == 1 and tie.error == 0
+    (line,) = exporting.disagreements([tie])
+    assert "equal where it is cut in 1 of 1 images" in line
+    assert exporting.disagreements([tie, compared([1.0, 2.0], [0, 1])]) == []
     assert not compared([1.0, 2.0], [0, 3]).sets
     assert not compared([1.0, np.nan], [0, 1]).agrees
 
