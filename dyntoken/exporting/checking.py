@@ -7,7 +7,7 @@ import functools
 import importlib.util
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from dyntoken.exporting.programs import KEEP, LOGITS, programs
 from dyntoken.models import Model
 from dyntoken.ops import backend
 from dyntoken.preprocessing import Preprocess
+from dyntoken.types import Output
 from dyntoken.weights import flat_variables
 
 RUNTIMES = ("onnxruntime", "openvino")  # what runs a .onnx here, where it is installed
@@ -125,8 +126,8 @@ def _noise(model: Model, batch: int, seed: int, how: Preprocess | None) -> tuple
 
 
 def _reference(model: Model, variables: Any, images: Any) -> dict[str, Any]:
-    out = model.apply(variables, images)
-    found = {LOGITS: out.logits}
+    out = cast(Output, model.apply(variables, images))
+    found: dict[str, Any] = {LOGITS: out.logits}
     for number, site in enumerate(out.reductions):
         if site.keep is not None:
             found |= {f"{KEEP}{number}": site.keep, f"scores_{number}": site.scores}
@@ -217,7 +218,8 @@ def _onnxruntime(content: bytes, wanted: set[str]) -> Callable[[dict[str, Any]],
 
 
 def _openvino(content: bytes, wanted: set[str]) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    sys.modules.setdefault("openvino_telemetry", None)  # it would start a process, which jax's threads forbid
+    # It would start a process, which jax's threads forbid.
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
     import openvino
 
     core = openvino.Core()

@@ -74,19 +74,20 @@ def export(
     weights = flat_variables(variables)
     parts = programs(model, weights, how if normalise else None)
     files: dict[str, bytes] = {}
-    described, versions = [], {"dyntoken": __version__, "jax": jax.__version__, "flax": flax.__version__}
+    described: list[dict[str, Any]] = []
+    versions: dict[str, Any] = {"dyntoken": __version__, "jax": jax.__version__, "flax": flax.__version__}
     for part in parts:
-        about: dict[str, Any] = {"name": part.name, "jax": {}, "onnx": None}
-        about |= {side: _described(getattr(part, side)) for side in ("inputs", "outputs")}
+        row: dict[str, Any] = {"name": part.name, "jax": {}, "onnx": None}
+        row |= {side: _described(getattr(part, side)) for side in ("inputs", "outputs")}
         for platform in platforms if "jax" in formats else ():
-            about["jax"][platform] = f"{part.name}.{platform}.jax"
+            row["jax"][platform] = f"{part.name}.{platform}.jax"
             found = traced(part, weights, platform)
             versions["calling_convention"] = found.calling_convention_version
-            files[about["jax"][platform]] = found.serialize()
+            files[row["jax"][platform]] = bytes(found.serialize())
         if "onnx" in formats:
-            about["onnx"] = f"{part.name}.onnx"
-            files[about["onnx"]] = onnx_graph.to_onnx(part, weights)
-        described.append(about)
+            row["onnx"] = f"{part.name}.onnx"
+            files[row["onnx"]] = onnx_graph.to_onnx(part, weights)
+        described.append(row)
     about = {
         "model": "_".join(filter(None, (model.method, model.arch))),
         "programs": described,
@@ -169,7 +170,9 @@ class Exported:
 def run_all(about: Mapping[str, Any], step: Any, images: Any, upto: int | None = None) -> dict[str, Any]:
     """Runs the programs of a folder one after the other; `step(inputs, index)` runs one."""
     parts = about["programs"][: None if upto is None else upto + 1]
-    logits, kept, handed = [], {}, {}
+    logits: list[Any] = []
+    kept: dict[str, Any] = {}
+    handed: dict[str, Any] = {}
     for index, part in enumerate(parts):
         out = step({IMAGES: images, **handed} if IMAGES in part["inputs"] else handed, index)
         logits.append(out[LOGITS])

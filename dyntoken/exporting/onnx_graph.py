@@ -19,6 +19,7 @@ from dyntoken.ops import backend
 
 OPSET, IR = 18, 9  # of 2022 and 2023: every runtime in use reads them
 FOLDED = 1 << 24  # numbers that a constant may have
+SOFTMAX = "last_axis_softmax"  # of ops.attend
 CALLS = ("jaxpr", "call_jaxpr", "fun_jaxpr")  # parameters that hold the body of a call
 
 # One node each, of operands that broadcast.
@@ -164,9 +165,7 @@ class Graph:
         kind, out = eqn.primitive.name, eqn.outvars[0].aval
         body = next((eqn.params[name] for name in CALLS if name in eqn.params), None)
         if body is not None and kind not in ("scan", "while", "cond"):
-            if eqn.params.get("name") == "softmax" and not isinstance(args[0].data, str):
-                raise ValueError("a softmax of constants")
-            if eqn.params.get("name") == "softmax":
+            if eqn.params.get("name") == SOFTMAX:
                 whole = self.full(args[0], eqn.invars[0].aval)
                 return [Value(self.add("Softmax", [whole], axis=-1), out.shape)]
             closed = hasattr(body, "consts")
@@ -187,8 +186,8 @@ class Graph:
         if kind not in WHOLE:
             hint = ": build it with scan=False and relation_chunks=1" if kind == "scan" else ""
             raise ValueError(f"there is no ONNX node for the operation {kind!r} of this model{hint}")
-        whole = [self.full(arg, atom.aval) for arg, atom in zip(args, eqn.invars, strict=True)]
-        made = WHOLE[kind](self, eqn, whole)
+        operands = [self.full(arg, atom.aval) for arg, atom in zip(args, eqn.invars, strict=True)]
+        made = WHOLE[kind](self, eqn, operands)
         outs = made if isinstance(made, list) else [made]
         return [Value(one, var.aval.shape) for one, var in zip(outs, eqn.outvars, strict=True)]
 
