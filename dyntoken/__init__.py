@@ -32,6 +32,7 @@ _NAMES = {
     "Scores": "dyntoken.reducers",
     "Fused": "dyntoken.ops.fuse",
     "load_run": "dyntoken.runs",
+    "load_pretrained": "dyntoken.weights",
     "load_weights": "dyntoken.weights",
     "save_weights": "dyntoken.weights",
     "import_reference": "dyntoken.weights",

@@ -14,7 +14,7 @@ from dyntoken.ops import attend, sample
 from dyntoken.types import Tokens
 
 Array = jax.Array
-Pool = Literal["token", "mean", "all", "max", "avgmax", "catavgmax", "map", "prr"]
+Pool = Literal["token", "mean", "all", "max", "avgmax", "catavgmax", "token_mean", "map", "prr"]
 REPRESENTATIONS = {"tanh": jnp.tanh, "gelu": layers.gelu}
 HEAD = 1 << 20  # a layer number that no block has; it keys the head's draws
 
@@ -82,7 +82,8 @@ class ClassHead(nn.Module):
       classes: 0 returns the pooled features instead of logits.
       pool: "token" (row 0), "mean" (over the patch rows alive), "all" (the mean
         over these and the rows before them), "max", "avgmax" (the mean of both),
-        "catavgmax" (one after the other), "map" or "prr" (`attention`).
+        "catavgmax" (one after the other), "token_mean" (row 0, then the mean: DINOv2's linear
+        classifier), "map" or "prr" (`attention`).
       distilled: a second linear layer on row 1; the logits are the mean of both.
       representation_size: width of a layer before the classifier.
       norm_eps: epsilon of a LayerNorm on the pooled features (timm's `fc_norm`), None for none.
@@ -130,9 +131,11 @@ class ClassHead(nn.Module):
         return heads.mean(axis=0), heads
 
     def _pooled(self, tokens: Tokens) -> Array:
+        check_pool(self.pool, tokens.prefix)
         if self.pool == "token":
-            check_pool(self.pool, tokens.prefix)
             return tokens.x[:, 0]
+        if self.pool == "token_mean":
+            return jnp.concatenate([tokens.x[:, 0], _mean(tokens.patches, tokens.alive)], axis=-1)
         whole = self.prefix_too or self.pool in ("all", "prr")
         rows, alive = tokens.x if whole else tokens.patches, tokens.alive
         if whole and alive is not None:
@@ -171,8 +174,8 @@ POOLS = {
 
 def check_pool(pool: str, prefix: int) -> None:
     """Raises ValueError for a pool that final tokens with `prefix` rows ahead do not have."""
-    if pool == "token" and not prefix:
-        raise ValueError("pool='token' needs a class token; use pool='mean'")
+    if pool in ("token", "token_mean") and not prefix:
+        raise ValueError(f"pool={pool!r} needs a class token; use pool='mean'")
 
 
 def with_dense(logits: Array, dense: Array, alive: Array | None, weight: float) -> Array:

@@ -55,6 +55,7 @@ IMPORTS = {
     },
     "preprocessing": {"architectures", "data", "device_augment", "models"},
     "weights": {
+        "architectures",
         "cascade",
         "checkpoints",
         "models",

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 Array = jax.Array
-METHODS = ("bicubic", "bilinear", "timm")
+METHODS = ("bicubic", "bilinear", "timm", "dinov2")
 
 
 def _cubic(distance: np.ndarray, a: float = -0.75) -> np.ndarray:
@@ -30,11 +30,12 @@ def resize_matrix(old: int, new: int, method: str) -> np.ndarray:
     torch's `interpolate(align_corners=False)`: half-pixel centres. "bicubic" and
     "bilinear" repeat border values and do not widen their kernel when shrinking;
     "timm" is bicubic with `antialias=True`: a widening kernel, another coefficient
-    (also when enlarging), weights renormalised at the borders.
+    (also when enlarging), weights renormalised at the borders; "dinov2" is bicubic by
+    the factor (new + 0.1) / old, as facebookresearch/dinov2 calls it without registers.
     """
     if method not in METHODS:
         raise ValueError(f"unknown resize method {method!r}: choose {', '.join(METHODS)}")
-    centre = (np.arange(new) + 0.5) * old / new - 0.5
+    centre = (np.arange(new) + 0.5) * old / (new + 0.1 * (method == "dinov2")) - 0.5
     if method == "timm":
         distance = (np.arange(old) - centre[:, None]) / max(old / new, 1.0)
         weights = _cubic(distance, a=-0.5)
@@ -42,7 +43,7 @@ def resize_matrix(old: int, new: int, method: str) -> np.ndarray:
     if method == "bilinear":
         centre = np.maximum(centre, 0.0)
     first = np.floor(centre).astype(int)
-    kernel, taps = (_cubic, range(-1, 3)) if method == "bicubic" else (_linear, range(2))
+    kernel, taps = (_linear, range(2)) if method == "bilinear" else (_cubic, range(-1, 3))
     weights = np.zeros((new, old))
     for tap in taps:
         column = np.clip(first + tap, 0, old - 1)
@@ -54,7 +55,7 @@ def resize_grid(x: Array, old: tuple[int, int], new: tuple[int, int], method: st
     """Resizes rows on a grid: `[B, h * w, C]` from grid `old` to grid `new`.
 
     Args:
-      method: "bicubic" (EViT, TPS, DeiT: a = -0.75), "bilinear" (DynamicViT) or "timm" (antialiased).
+      method: "bicubic" (EViT, TPS, DeiT: a = -0.75), "bilinear" (DynamicViT), "timm" (antialiased) or "dinov2".
     """
     if x.shape[1] != old[0] * old[1]:
         raise ValueError(f"{x.shape[1]} rows do not fill a grid of {tuple(old)}")

@@ -56,7 +56,8 @@ class Rotation:
             if self.halves
             else jnp.stack([-second, first], axis=-1).reshape(x.shape)
         )
-        return (x.astype(jnp.float32) * self.cos + partner.astype(jnp.float32) * self.sin).astype(x.dtype)
+        cos, sin = (jnp.expand_dims(t, tuple(range(x.ndim - t.ndim))) for t in (self.cos, self.sin))
+        return (x.astype(jnp.float32) * cos + partner.astype(jnp.float32) * sin).astype(x.dtype)
 
     def of(self, rows: Array | None, new: int) -> Rotation:
         """Those of other rows.

@@ -7,6 +7,7 @@ arguments and state dict, into a model of this library with its variables.
 
 from dyntoken.weights.errors import WeightsError
 from dyntoken.weights.load import Report, load_weights, load_whole, save_weights
+from dyntoken.weights.pretrained import load_pretrained
 from dyntoken.weights.reference import export_reference, import_reference, with_buffers
 from dyntoken.weights.trees import flat_variables, reference_keys, shapes_of
 
@@ -16,6 +17,7 @@ __all__ = [
     "export_reference",
     "flat_variables",
     "import_reference",
+    "load_pretrained",
     "load_weights",
     "load_whole",
     "reference_keys",

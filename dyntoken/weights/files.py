@@ -9,9 +9,10 @@ import dataclasses
 import io
 import json
 import math
+import re
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -21,7 +22,8 @@ import safetensors.numpy
 from etils import epath
 
 from dyntoken import paths
-from dyntoken.weights.errors import WeightsError, damaged, first_line, printable
+from dyntoken.weights import fetch
+from dyntoken.weights.errors import WeightsError, damaged, printable
 from dyntoken.weights.torch_files import Unreadable, read_torch
 
 # Names under which the public repositories wrap a state dict: DeiT, DynamicViT and EViT "model" (and its
@@ -58,6 +60,7 @@ class Bundle:
       origin: the source, for messages.
       own: whether keys are paths of our tree ("backbone/trunk/blocks_0/...").
       notes: what the reader of a report should know.
+      layout: the `foreign.Layout` whose names were translated to timm's; None of any other source.
     """
 
     tensors: dict[str, np.ndarray]
@@ -65,6 +68,7 @@ class Bundle:
     origin: str
     own: bool
     notes: tuple[str, ...] = ()
+    layout: Any = None
 
 
 def read(source: Any, prefer: str = "ema", step: int | str = "newest") -> Bundle:
@@ -72,8 +76,9 @@ def read(source: Any, prefer: str = "ema", step: int | str = "newest") -> Bundle
 
     Args:
       source: path of a `.safetensors`, `.npz`, `.pth`/`.pt`/`.bin`/`.tar` file, an orbax
-        directory, `"pretrained:NAME"` (ships with the package), `"hf:org/name[/file]"`,
-        or a mapping (nested or flat) of arrays.
+        directory, a folder with `fetch.WEIGHT_FILES`, `"pretrained:NAME"` (ships with the
+        package), `"hf:org/name[/file]"`, `"https://...#sha256=..."`, or a mapping (nested or
+        flat) of arrays.
       prefer: "ema" takes the weight average where the source holds one;
         "params" takes the raw parameters.
       step: which checkpoint of an orbax workdir: "newest", "best" or a step.
@@ -96,9 +101,7 @@ def read_tree(source: Any, step: int | str = "newest") -> tuple[Any, dict[str, s
     if isinstance(source, Mapping):
         return source, {}, "the given mapping"
     name = str(source)
-    if name.startswith("hf:"):
-        name = fetch_hub(name)
-    path = shipped(name) if name.startswith("pretrained:") else _place(name)
+    path = local(name)
     if not path.exists():
         raise WeightsError(
             f"{name}: no such weight file or directory; put the weights there, or name others (a public "
@@ -114,6 +117,22 @@ def read_tree(source: Any, step: int | str = "newest") -> tuple[Any, dict[str, s
             f"{name}: unknown weight format {path.suffix!r}; known: {', '.join(READERS)}, orbax directory"
         )
     return (*reader(path), name)
+
+
+def local(name: str, sha256: str | None = None, beside: Sequence[str] = ()) -> epath.Path:
+    """Where a source lies on this machine, fetched if need be; of a folder with weight files the best of these.
+
+    Args:
+      name: see `read`.
+      sha256: see `fetch.https`.
+      beside: see `fetch.hub`.
+    """
+    if name.startswith("hf:") and not name.startswith("hf://"):
+        return epath.Path(fetch.hub(name, beside))
+    if re.match(r"https?://", name):
+        return epath.Path(fetch.https(name, sha256))
+    path = shipped(name) if name.startswith("pretrained:") else _place(name)
+    return (fetch.in_folder(path) or path) if path.is_dir() else path
 
 
 def _place(name: str) -> epath.Path:
@@ -143,10 +162,42 @@ def read_safetensors(path: epath.Path) -> tuple[dict[str, np.ndarray], dict[str,
     try:
         tensors = {name: _array(entry) for name, entry in safetensors.deserialize(data)}
         size = int.from_bytes(data[:8], "little")
-        header = json.loads(data[8 : 8 + size])
+        metadata = json.loads(data[8 : 8 + size]).get("__metadata__") or {}
     except (safetensors.SafetensorError, ValueError, KeyError) as error:
         raise damaged(path, "safetensors", error) from error
-    return tensors, header.get("__metadata__") or {}
+    # Arrays that share their memory are written once; the header names the others.
+    tied = {name: tensors[kept] for name, kept in metadata.items() if name not in tensors and kept in tensors}
+    return {**tensors, **tied}, metadata
+
+
+def read_sharded(path: epath.Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """All tensors and the metadata of the files that an index names."""
+    tensors: dict[str, Any] = {}
+    metadata: dict[str, str] = {}
+    where = fetch.index(path)
+    for name in sorted(set(where.values())):
+        shard = path.with_name(name)
+        if not shard.exists():
+            raise WeightsError(
+                f"{path}: its shard {name} is missing; copy or download all of {_listed(where)}"
+            )
+        reader = READERS.get(shard.suffix.lower(), read_sharded)
+        if reader is read_sharded:
+            raise WeightsError(f"{path}: its shard {name} is of no known format")
+        found, more = reader(shard)
+        tensors |= found
+        metadata |= more
+    if absent := [key for key in where if key not in tensors]:
+        raise WeightsError(
+            f"{path}: {len(absent)} arrays are not in the shards that should hold them ({absent[0]} in "
+            f"{where[absent[0]]}, ...); copy or download the shards again"
+        )
+    return tensors, metadata
+
+
+def _listed(where: Mapping[str, str]) -> str:
+    names = sorted(set(where.values()))
+    return ", ".join(names if len(names) < 4 else [*names[:2], "...", names[-1]])
 
 
 def _array(entry: Mapping[str, Any]) -> np.ndarray | Unreadable:
@@ -204,30 +255,8 @@ READERS = {
     ".bin": read_torch,
     ".tar": read_torch,
     ".ckpt": read_torch,
+    ".json": read_sharded,
 }
-
-
-def fetch_hub(source: str) -> str:
-    """Local path of `"hf:org/name[/file]"`, downloaded by huggingface_hub.
-
-    Without a file name, `model.safetensors` is taken.
-    """
-    parts = source.removeprefix("hf:").split("/")
-    if len(parts) < 2 or not all(parts):
-        raise WeightsError(f"{source}: write hf:org/name or hf:org/name/file")
-    try:
-        import huggingface_hub
-    except ImportError as error:
-        raise WeightsError(
-            f"{source}: needs huggingface_hub; `pip install huggingface_hub`, "
-            "or download the file and give its path"
-        ) from error
-    try:
-        return huggingface_hub.hf_hub_download(
-            repo_id="/".join(parts[:2]), filename="/".join(parts[2:]) or "model.safetensors"
-        )
-    except Exception as error:  # network, missing repository, missing file, missing permission
-        raise WeightsError(f"{source}: could not be downloaded ({first_line(error)})") from error
 
 
 def write_safetensors(path: Any, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:

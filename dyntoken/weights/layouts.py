@@ -1,20 +1,22 @@
-"""Whose names a source's arrays bear: shared prefixes, Google's flax ViT, and layouts that are not read."""
+"""Whose names a source's arrays bear: shared prefixes, Google's flax ViT, other libraries' (see `foreign`)."""
 
 from __future__ import annotations
 
 import collections
 import dataclasses
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
+from dyntoken.weights import files, foreign
 from dyntoken.weights.errors import WeightsError
 from dyntoken.weights.files import Bundle
 from dyntoken.weights.keys import KeyMap
 
 AVERAGED = re.compile(r"ema|averag|teacher|swa", re.IGNORECASE)
-# Layouts of other libraries, by keys that only they have.
+# Layouts by keys that only they have, to name a source that does not fit or lacks its marks in `foreign`.
 OTHERS = (
     (
         r"(^|\.)encoder\.layer\.\d+\.(attention\.attention\.query|layernorm_before)\.",
@@ -39,9 +41,16 @@ ENCODER = re.compile(r"(.*?)Transformer/encoderblock(?:_(\d+))?/(.*)")
 NORMS, MLPS = {"0": "norm1", "1": "norm2", "2": "norm2"}, {"0": "fc1", "1": "fc2"}
 
 
-def recognised(names: Iterable[str]) -> str | None:
+def read(source: Any, prefer: str = "ema", step: int | str = "newest") -> Bundle:
+    """As `files.read`, with the names of other libraries translated to timm's."""
+    return fused(foreign.translated(from_flax_vit(files.read(source, prefer, step))))
+
+
+def recognised(bundle: Bundle) -> str | None:
     """The layout that some of a source's keys belong to, in words; None if unknown."""
-    names = list(names)
+    if bundle.layout is not None:
+        return bundle.layout.words
+    names = list(bundle.tensors)
     return next((layout for pattern, layout in OTHERS if any(re.search(pattern, n) for n in names)), None)
 
 

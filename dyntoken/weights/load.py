@@ -79,9 +79,10 @@ def load_weights(
       model: from `create_model`.
       source: weights of the model; of a cascade also those of the dense model,
         which every exit starts from. A `.safetensors`, `.npz` or `.pth` file in timm's
-        DeiT keys, in those of the official repositories, or in our own; an orbax
-        workdir; "pretrained:NAME" (ships with the package); "hf:org/name[/file]"; or
-        a mapping of arrays.
+        keys, in those of the official repositories, of transformers (see `foreign`) or
+        in our own; a folder that `save_pretrained` wrote; an orbax workdir;
+        "pretrained:NAME" (ships with the package); "hf:org/name[/file]";
+        "https://...#sha256=..."; or a mapping of arrays.
       prefer: "ema" takes the average where the source holds one, or "params".
       step: of a workdir: "newest", "best" (by the run's `best_metric` among the
         checkpoints that were evaluated) or the number of a step.
@@ -90,9 +91,9 @@ def load_weights(
         change what it computes (LayerScale, register tokens, further blocks; not
         other heads, buffers or predictors); "ignore" leaves them out.
       resize: how a position embedding of another grid is resized: "bicubic"
-        (DeiT, EViT, TPS), "bilinear" (DynamicViT, PVT) or "timm" (bicubic with
-        antialias, as timm does for every model); by default as the backbone's
-        official code does.
+        (DeiT, EViT, TPS, transformers), "bilinear" (DynamicViT, PVT), "timm" (bicubic
+        with antialias, as timm does for every model) or "dinov2" (official DINOv2); by
+        default as the library of the source's keys does, else as the backbone's official code.
       in_chans: "keep", or "adapt" to sum or repeat the stem's kernel for images
         of another number of channels, as timm does.
       head: "keep", or "reset" to leave the classifier freshly initialised.
@@ -110,7 +111,9 @@ def load_weights(
     placing.check_choice("unexpected", unexpected, ("error", "ignore"))
     placing.check_choice("in_chans", in_chans, ("keep", "adapt"))
     placing.check_choice("resize", resize, (None, *resample.METHODS))
-    bundle = layouts.fused(layouts.from_flax_vit(files.read(source, prefer, step)))
+    bundle = source if isinstance(source, files.Bundle) else layouts.read(source, prefer, step)
+    if resize is None and bundle.layout is not None:
+        resize = bundle.layout.resize(bundle.tensors)
     shapes = trees.shapes_of(model)
     if not bundle.own:
         models = [model, from_dense.dense_of(model, 0)] if isinstance(model, Cascade) else [model]
@@ -183,14 +186,19 @@ def save_weights(
     Args:
       path: target file; its folder is made.
       variables: `{"params": ...}`, with "batch_stats" where there are any.
-      model: adds its name and patch grid to the metadata, so that a non-square
-        position embedding can be resized later.
+      model: adds its name, keywords and patch grid to the metadata, so that `load_pretrained`
+        rebuilds it and a non-square position embedding can be resized later.
       **metadata: further strings for the file's header.
     """
     tensors = {key: np.asarray(value) for key, value in trees.flat_variables(variables).items()}
     about = {"format": FORMAT, **metadata}
     if model is not None:
-        about = {"model": "_".join(filter(None, (model.method, model.arch))), **about, **runs.grids(model)}
+        about = {
+            "model": "_".join(filter(None, (model.method, model.arch))),
+            **about,
+            **runs.grids(model),
+            **runs.recipe(model),
+        }
     files.write_safetensors(path, tensors, about)
 
 
@@ -207,7 +215,7 @@ def _check_kinship(
     own = [path for path in shapes if not added(path) and not placing.of_head(path)]
     matched = sum(path in found for path in own)
     if matched * 2 < len(own):
-        layout = layouts.recognised(bundle.tensors)
+        layout = layouts.recognised(bundle)
         raise WeightsError(
             f"{bundle.origin}: weights of another model: they hold {matched} of its {len(own)} backbone arrays; "
             + (f"their keys are in {layout}; " if layout else "")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections.abc import Mapping
 from typing import Any
 
 from dyntoken import paths, schedules, workdirs
 from dyntoken.cascade import Cascade
-from dyntoken.models import create_model
+from dyntoken.models import OF_NAME, Model, create_model, keywords
 from dyntoken.registry import UnknownNameError
 
 
@@ -30,19 +32,48 @@ def class_names(meta: Mapping[str, Any]) -> list[str]:
     return list(meta.get("run", {}).get("class_names", ()))
 
 
+def section_of(meta: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Keywords of `create_model` for the run's model, "name" among them; None where they are not known."""
+    config = meta.get("config") or {}
+    section = meta.get("run", {}).get("model")
+    if section is None and config.get("model", {}).get("name") and config.get("data", {}).get("size"):
+        section = {"img_size": config["data"]["size"], **config["model"]}
+    return None if section is None else dict(section)
+
+
+def recipe(model: Any) -> dict[str, str]:
+    """The keywords of `create_model` for a model as metadata, {} where JSON cannot hold them."""
+    if not isinstance(model, Model):
+        return {}
+    own = {
+        field.name: getattr(model, field.name)
+        for field in dataclasses.fields(model)
+        if field.name not in OF_NAME
+    }
+    found = {**dict(model.backbone.options), **own, **dict(model.method_options)}
+    name = "_".join(filter(None, (model.method, model.arch)))
+    known = keywords(name)
+    try:
+        return {
+            "recipe": json.dumps(
+                {"name": name, **{key: v for key, v in found.items() if key in known and key != "dtype"}}
+            )
+        }
+    except TypeError:
+        return {}
+
+
 def model_of(meta: Mapping[str, Any]) -> Any:
     """The model of the run, by `create_model`; None where the description lacks its images' size.
 
     Raises:
       ValueError: a model that this version cannot build.
     """
-    config = meta.get("config") or {}
-    section = meta.get("run", {}).get("model")
-    if section is None and config.get("model", {}).get("name") and config.get("data", {}).get("size"):
-        section = {"img_size": config["data"]["size"], **config["model"]}
+    section = section_of(meta)
     try:
         return None if section is None else create_model(**section)
     except UnknownNameError as error:
+        config = meta.get("config") or {}
         if not (modules := ", ".join(config.get("plugins") or ())):
             raise
         raise UnknownNameError(f"{error} The run has plugins: import {modules} first, or --plugins") from None

@@ -47,6 +47,11 @@ KINDS = {
     "dinov3_timm": "pretrained",
     "siglip2_timm": "pretrained",
     "eva02_timm": "pretrained",
+    "vit_hf": "transformers",
+    "deit_hf": "transformers",
+    "dinov2_hf": "transformers",
+    "dinov2_reg_hf": "transformers",
+    "dinov3_hf": "transformers",
 }
 
 WORST = 12  # arrays printed of a failed case

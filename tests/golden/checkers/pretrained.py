@@ -45,13 +45,16 @@ def at_size(case: Case, run: str, model: Any, variables: Any, source: Any) -> tu
     return other, dyntoken.load_weights(other, source, source_grid=grid)
 
 
-def compare(ledger: Ledger, run: str, model: Any, variables: Any, pos_embed: Any = None) -> None:
+def compare(ledger: Ledger, run: str, model: Any, variables: Any, pos_embed: Any = None) -> tuple[Any, Any]:
     """All arrays of a run.
 
     Args:
       model, variables: for the run's image size.
       pos_embed: the position embedding in the layout of the case; by default as our own
         tree holds it.
+
+    Returns:
+      the model's output and what its classifier reads.
     """
     images = common.nhwc(ledger.expected(f"{run}.input.images"))
     out, inner, pooled = common.run(lambda v, x: _everything(model, v, x), variables, images)
@@ -60,7 +63,9 @@ def compare(ledger: Ledger, run: str, model: Any, variables: Any, pos_embed: Any
     found = {
         "logits": out.logits,
         "features": out.tokens.x,
-        "pooled": pooled,
+        "pooled": pooled
+        if out.heads is None
+        else out.tokens.x[:, 0],  # of two heads: what the first one reads
         "embed": out.records["embed"],
         "embed_before_norm_pre": inner["stem"],
         "pos_embed": pos_embed,
@@ -76,6 +81,7 @@ def compare(ledger: Ledger, run: str, model: Any, variables: Any, pos_embed: Any
         found[f"block{index}.attn_received"] = probs.mean(axis=1)[:, prefix:]
     for name, value in found.items():
         ledger.offer(f"{run}.eval.{name}", value)
+    return out, pooled
 
 
 def _everything(model: Any, variables: Any, images: Any) -> tuple[Any, dict[str, Any], Any]:
