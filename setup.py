@@ -21,6 +21,7 @@ CORE = [
     "etils[epath]>=1.12",
     "absl-py>=2.1",
     "tensorflow-datasets>=4.9.9",
+    "flatbuffers>=24.3",  # jax.export reads and writes with it, without asking for it
     "importlib_resources>=6.0",  # tensorflow-datasets imports it without asking for it
 ]
 # A Colab or TPU image keeps its own TensorFlow; the CPU build is enough to read data.

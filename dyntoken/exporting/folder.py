@@ -121,7 +121,7 @@ def remove(path: Any) -> None:
         *(name for one in about["programs"] for name in (*one["jax"].values(), one["onnx"])),
     ]
     for name in filter(None, names):
-        (folder / name).unlink(missing_ok=True)
+        (folder / epath.Path(name).name).unlink(missing_ok=True)  # never what lies elsewhere
     if not any(folder.iterdir()):
         folder.rmdir()
 

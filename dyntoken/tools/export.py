@@ -6,8 +6,8 @@ logits and kept tokens at batch 1, 7 and 32. What does not agree is deleted. In
 the place of NAME and --weights, the workdir of a run says both.
 
 A program for a platform that is not at hand is checked by its operators, run
-here. Where scores at the cut are equal, another row may be kept: such an image
-is counted under "ties" and compared no further.
+here. Where two scores are equal to the accuracy of float32, another row may be
+kept, or go to another host: such images are counted under "ties".
 
 examples:
   python -m dyntoken.tools.export runs/mine --out=exported

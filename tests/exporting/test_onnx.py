@@ -102,6 +102,25 @@ def test_operators(runtime):
 
 
 @needs_onnx
+def test_loops_are_unrolled(tmp_path):
+    options = {**MODELS["deit_tiny_patch16_224"], "depth": 3, "scan": True}
+    model = dyntoken.create_model("deit_tiny_patch16_224", **options)
+    variables = variables_of(model)
+    dyntoken.export(model, variables, tmp_path, formats=("onnx",))
+    assert not exporting.disagreements(exporting.check(tmp_path, model, variables, batches=(1, 3)))
+
+    def back(x):
+        return jax.lax.scan(lambda c, row: (c + row, c * row), x[:, 0], x.swapaxes(0, 1), reverse=True)[
+            1
+        ].swapaxes(0, 1)
+
+    x = np.random.default_rng(0).standard_normal((2, 4, 3), np.float32)
+    for runtime in HERE:
+        got = checks.opened(_file(back, x=((4, 3), jnp.float32)), {"y"}, runtime)({"x": x})["y"]
+        np.testing.assert_allclose(got, back(x), atol=1e-6)
+
+
+@needs_onnx
 def test_what_has_no_node_is_named(tmp_path):
     model = model_of("deit_tiny_patch16_224")
     half = dyntoken.create_model("deit_tiny_patch16_224", **MODELS["deit_tiny_patch16_224"], dtype="bfloat16")
