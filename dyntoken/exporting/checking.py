@@ -100,7 +100,7 @@ def check(
     """
     folder = paths.resolve(path)
     about = folders.read_about(folder)
-    how = Preprocess(**about["preprocess"]) if about["normalise"] else None
+    how = folders.preprocess_of(about) if about["normalise"] else None
     images, normal = _noise(model, sum(batches), seed, how)
     # Images do not see each other: one compilation answers for all batches.
     whole = jax.tree.map(np.asarray, jax.jit(functools.partial(_reference, model))(variables, normal))
@@ -170,7 +170,7 @@ def runners(path: Any, model: Model, variables: Any) -> Iterator[tuple[str, str,
     """What there is to run of an export: its name, by what (`Checked.how`), and how one program of it is run."""
     folder = paths.resolve(path)
     about = folders.read_about(folder)
-    how = Preprocess(**about["preprocess"]) if about["normalise"] else None
+    how = folders.preprocess_of(about) if about["normalise"] else None
     parts = about["programs"]
     stem = parts[0]["name"] if len(parts) == 1 else "exit_*"
     here = folders.this_platform()

@@ -158,6 +158,11 @@ class Exported:
     programs: tuple[jax.export.Exported, ...]
     weights: dict[str, Any]
 
+    @property
+    def preprocess(self) -> preprocessing.Preprocess:
+        """From uint8 images of any size to what the programs take, unless they normalise themselves."""
+        return preprocess_of(self.about)
+
     def step(self, inputs: Mapping[str, Any], index: int = 0) -> dict[str, jax.Array]:
         """Runs one program on its inputs."""
         return self.programs[index].call(self.weights, dict(inputs))
@@ -214,6 +219,12 @@ def read_about(folder: epath.Path) -> dict[str, Any]:
             f"{folder} holds no export (no {ABOUT}): name the folder that `dyntoken.export` wrote"
         )
     return json.loads((folder / ABOUT).read_text())
+
+
+def preprocess_of(about: Mapping[str, Any]) -> preprocessing.Preprocess:
+    """The preprocessing that `model.json` describes."""
+    fields = {name: tuple(v) if isinstance(v, list) else v for name, v in about["preprocess"].items()}
+    return preprocessing.Preprocess(**fields)
 
 
 def read_program(path: epath.Path) -> jax.export.Exported:

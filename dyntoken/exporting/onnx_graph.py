@@ -144,7 +144,7 @@ class Graph:
         found = [(name, data) for name, data in self.constants.values() if name in self.used]
         for _, data in found:
             _type(data.dtype)
-        return [onnx.numpy_helper.from_array(np.ascontiguousarray(data), name) for name, data in found]
+        return [onnx.numpy_helper.from_array(np.asarray(data, order="C"), name) for name, data in found]
 
     def run(self, jaxpr: Any, consts: Sequence[Any], args: Sequence[Value]) -> list[Value]:
         """Adds the operations of a jaxpr; from its arguments to its results."""

@@ -138,7 +138,9 @@ def test_pixels_are_normalised_inside(tmp_path):
     how = dyntoken.preprocess(model)
     dyntoken.export(model, variables, tmp_path, ("cpu",), normalise=True)
     pixels = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), np.uint8)
-    got = dyntoken.load_export(tmp_path)(pixels)["logits"]
+    loaded = dyntoken.load_export(tmp_path)
+    assert loaded.preprocess == how
+    got = loaded(pixels)["logits"]
     np.testing.assert_allclose(got, jax.jit(model.apply)(variables, how(pixels)).logits, atol=1e-5)
 
 
