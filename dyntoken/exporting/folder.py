@@ -223,7 +223,9 @@ def read_about(folder: epath.Path) -> dict[str, Any]:
 
 def preprocess_of(about: Mapping[str, Any]) -> preprocessing.Preprocess:
     """The preprocessing that `model.json` describes."""
-    fields = {name: tuple(v) if isinstance(v, list) else v for name, v in about["preprocess"].items()}
+    fields: dict[str, Any] = {
+        name: tuple(v) if isinstance(v, list) else v for name, v in about["preprocess"].items()
+    }
     return preprocessing.Preprocess(**fields)
 
 
