@@ -68,6 +68,6 @@ def test_a_model_is_an_nnx_module_by_its_bridge(made):
 def test_an_output_is_a_pytree(made):
     """It passes through whatever maps over functions."""
     model, variables, images, want = made
-    each = jax.vmap(lambda image: model.apply(variables, image[None]))(images)
+    each = jax.jit(jax.vmap(lambda image: model.apply(variables, image[None])))(images)
     np.testing.assert_allclose(each.logits[:, 0], want, atol=1e-5)
     assert each.reductions[0].grid == (4, 4) and each.reductions[0].keep.shape == (2, 1, 11)

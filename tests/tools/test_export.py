@@ -39,6 +39,7 @@ def test_a_table_of_what_was_checked(words, tmp_path, capsys, monkeypatch):
 def test_what_disagrees_is_deleted(words, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(export, "BATCHES", (1,))
     monkeypatch.setattr(checking, "TOLERANCE", -1.0)
+    monkeypatch.setattr(checking, "NEAR", -1.0)
     assert export.main([*words, f"--out={tmp_path / 'gone'}", "--json"]) == 1
     captured = capsys.readouterr()
     assert captured.err == (
