@@ -39,6 +39,7 @@ EXTRAS = {
     "tensorboard": TENSORBOARD,
     "torch": ["torch>=2.6"],
     "export": EXPORT,
+    "ray": ["ray[data]>=2.51", "pillow>=11.0"],
     "hub": ["huggingface_hub>=0.30"],
     "cuda": ["jax[cuda12]"],
     "tpu": ["jax[tpu]"],
