@@ -116,6 +116,7 @@ IMPORTS = {
         "data",
         "device_augment",
         "eval",
+        "exporting",
         "interrupt",
         "models",
         "ops",
