@@ -55,8 +55,8 @@ def masked_softmax(logits: Array, policy: Array) -> Array:
 
 
 @jax.jit
-def softmax(logits: Array) -> Array:
-    """Over the last axis, as a function of its own: an ONNX file has one node for it, found by this name."""
+def last_axis_softmax(logits: Array) -> Array:
+    """A function of its own: an ONNX file has one node for it, found by this name."""
     return jax.nn.softmax(logits, axis=-1)
 
 
@@ -65,7 +65,7 @@ def attention(q: Array, k: Array, v: Array, *, scale: float, bias: Array | None 
 
     Args:
       q, k, v: `[B, H, T, D]`.
-      bias: `[B, H, T, T]`, added to the scaled logits.
+      bias: `[B, H, T, T]`, or with some of these 1, added to the scaled logits.
 
     Returns:
       `[B, H, T, D]`. On the CPU the normalisation comes after the value product
@@ -73,7 +73,7 @@ def attention(q: Array, k: Array, v: Array, *, scale: float, bias: Array | None 
       there is a plain softmax; elsewhere XLA's fused attention.
     """
     if backend.platform() == "onnx":
-        p = softmax(logits(q, k, scale=scale, bias=bias))
+        p = last_axis_softmax(logits(q, k, scale=scale, bias=bias))
         return jnp.einsum("bhqk,bhkd->bhqd", p.astype(v.dtype), v)
     if backend.platform() == "cpu":
         return weigh(logits(q, k, scale=scale, bias=bias), v)
@@ -86,6 +86,15 @@ def weigh(logits: Array, v: Array) -> Array:
     p = jnp.exp(logits - jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True)))
     y = jnp.einsum("bhqk,bhkd->bhqd", p.astype(v.dtype), v, preferred_element_type=jnp.float32)
     return (y / p.sum(axis=-1, keepdims=True)).astype(v.dtype)
+
+
+def log_size(size: Array) -> Array:
+    """What makes each key count `size [B, T]` times, to be added to logits: `[B, 1, 1, T]` float32.
+
+    Rows of size 0 get 0: they are masked where there are any.
+    """
+    size = size.astype(jnp.float32)
+    return jnp.log(jnp.where(size > 0, size, 1.0))[:, None, None, :]
 
 
 def logits(q: Array, k: Array, *, scale: float, bias: Array | None = None) -> Array:
@@ -101,7 +110,7 @@ def normalise(logits: Array, *, policy: Array | None, train: bool) -> Array:
     evaluation exactly (`masked_softmax`).
     """
     if policy is None:
-        return softmax(logits) if backend.platform() == "onnx" else jax.nn.softmax(logits, axis=-1)
+        return last_axis_softmax(logits) if backend.platform() == "onnx" else jax.nn.softmax(logits, axis=-1)
     return policy_softmax(logits, policy) if train else masked_softmax(logits, policy)
 
 
