@@ -8,6 +8,7 @@ from typing import Any
 
 from dyntoken import architectures
 from dyntoken.registry import suggest
+from dyntoken.weights import official_isotropic
 from dyntoken.weights.errors import WeightsError
 
 FILE = "config.json"
@@ -85,7 +86,7 @@ def fields_of(config: Mapping[str, Any], origin: str) -> dict[str, Any]:
       WeightsError: a kind of model that is not read.
     """
     if "architecture" in config:
-        return _of_timm(config)
+        return _of_timm(config, origin)
     kind = config.get("model_type")
     if kind is None:
         return {}
@@ -118,7 +119,7 @@ def fields_of(config: Mapping[str, Any], origin: str) -> dict[str, Any]:
     return fields
 
 
-def _of_timm(config: Mapping[str, Any]) -> dict[str, Any]:
+def _of_timm(config: Mapping[str, Any], origin: str) -> dict[str, Any]:
     cfg = {**config, **(config.get("pretrained_cfg") or {})}
     fields: dict[str, Any] = {"resize": "timm"}
     name = str(config["architecture"]).partition(".")[0]
@@ -126,6 +127,15 @@ def _of_timm(config: Mapping[str, Any]) -> dict[str, Any]:
         fields["arch"] = name
     if len(cfg.get("input_size") or ()) == 3:
         fields["img_size"] = _size(cfg["input_size"][1:])
+    for key, value in (config.get("model_args") or {}).items():
+        argument = official_isotropic.TIMM_VIT.get(key) or official_isotropic.EVA.get(key)
+        if argument is not None and argument.field is not None:
+            try:
+                fields[argument.field] = argument.convert(value)
+            except (TypeError, ValueError) as error:
+                raise WeightsError(
+                    f"{origin}: its config.json has {key}={value!r}, which is not read: {error}"
+                ) from error
     pool = config.get("global_pool")
     if pool in ("token", "avg", "max", "avgmax", "map"):
         fields["pool"] = {"avg": "mean"}.get(pool, pool)
