@@ -37,6 +37,8 @@ _NAMES = {
     "save_weights": "dyntoken.weights",
     "import_reference": "dyntoken.weights",
     "preprocess": "dyntoken.preprocessing",
+    "export": "dyntoken.exporting",
+    "load_export": "dyntoken.exporting",
     "Predictor": "dyntoken.predictor",
     "Features": "dyntoken.features",
     "unreduce": "dyntoken.features",

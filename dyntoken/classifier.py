@@ -48,6 +48,7 @@ class Classifier(nn.Module):
     attends = False  # whether pool="map" and "prr" can be built
     decides = frozenset()  # fields of the backbone that the class itself sets
     resets = frozenset()  # fields that a name sets and the class leaves at their defaults
+    images_once = False  # whether the exits after the first read no images
     RECORDS = ()  # values of `record`
 
     def plain(self, index: int = -1) -> Any:

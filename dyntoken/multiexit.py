@@ -54,6 +54,7 @@ class MultiExit(Classifier):
 
     method = "multiexit"
     decides = frozenset({"aux_weight", "mix_token"})  # what only an auxiliary head could honour
+    images_once = True
     RECORDS = ("features", "embed", "blocks")
 
     def validate(self) -> None:
@@ -168,6 +169,13 @@ class MultiExit(Classifier):
             state = self.body.embed(images, context)
         state, _, _ = self.body.trunk(state, context, self._blocks(index))
         return self._classify(index, state)[0], state.x if index + 1 < len(self.exits) else None
+
+    def step_output(
+        self, images: Array, upstream: Array | None = None, *, index: int = 0
+    ) -> tuple[Output, Array | None]:
+        """As `step` in evaluation, with an `Output` of the exit in place of the logits."""
+        logits, upstream = self.step(images, upstream, index=index)
+        return Output(logits=logits), upstream
 
     def _blocks(self, index: int) -> range:
         """The blocks between the exit before and this one."""

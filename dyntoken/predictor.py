@@ -16,7 +16,7 @@ import numpy as np
 from dyntoken import device_augment, preprocessing, runs
 from dyntoken.data.decode import decode, read_image
 from dyntoken.data.errors import DataError
-from dyntoken.data.resample import resize_centre
+from dyntoken.data.resample import resize_centre_one
 from dyntoken.eval.exits import ALWAYS
 from dyntoken.eval.runner import Runner
 from dyntoken.models import create_model
@@ -26,7 +26,7 @@ from dyntoken.weights import load_whole
 
 Columns = dict[str, np.ndarray]
 COLUMNS = ("image", "bytes", "path")  # of a table of pictures, the first that it has is read
-READERS = 4  # threads that decode: each holds a whole picture
+READERS = min(8, os.cpu_count() or 1)  # threads that decode: each holds a whole picture
 
 
 @dataclasses.dataclass(eq=False)
@@ -232,7 +232,7 @@ class Predictor:
             if picture.dtype != np.uint8:
                 return picture.astype(np.float32), ""
             if picture.shape[:2] != how.size:
-                picture = resize_centre(picture[None], how.size, how.crop_pct, how.interpolation)[0]
+                picture = resize_centre_one(picture, how.size, how.crop_pct, how.interpolation)
             return picture, ""
         except (DataError, OSError) as error:
             return None, getattr(error, "strerror", None) or str(error)

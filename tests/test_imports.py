@@ -66,6 +66,16 @@ IMPORTS = {
         "schedules",
         "workdirs",
     },
+    "exporting": {
+        "device_augment",
+        "models",
+        "ops",
+        "paths",
+        "preprocessing",
+        "registry",
+        "types",
+        "weights",
+    },
     "train": {
         "analysis",
         "checkpoints",

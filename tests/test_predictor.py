@@ -10,6 +10,7 @@ import pytest
 
 import dyntoken
 from dyntoken.data.files import read_files
+from dyntoken.data.resample import resize_centre, resize_centre_one
 from tests.tools.exit_run import SMALL
 
 Image = pytest.importorskip("PIL.Image")
@@ -69,6 +70,15 @@ def test_paths_see_the_pixels_of_the_evaluation(found, predictor, pictures, mode
     assert found["class"][0] == "abcde"[found["label"][0]] == found["top_class"][0, 0]
     np.testing.assert_allclose(found["probs"][good].sum(axis=-1), 1, atol=1e-6)
     assert found["top_prob"].shape == found["top_label"].shape == (8, 2)
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+@pytest.mark.parametrize("shape", [(40, 61, 3), (25, 20, 3), (64, 33, 1), (9, 9, 3)])
+def test_one_picture_is_resized_as_a_batch_is(shape, interpolation):
+    image = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    how = ((24, 16), 0.8, interpolation)
+    difference = np.abs(resize_centre_one(image, *how).astype(int) - resize_centre(image[None], *how)[0])
+    assert difference.max() <= 1
 
 
 def test_what_cannot_be_read_is_a_row_of_its_own(found, predictor, pictures):

@@ -111,7 +111,7 @@ class ConvNeXtBlock(nn.Module):
         return x + path(y, SLOW_PATH)
 
     def _mix(self, x: Array) -> Array:
-        return self.dwconv(x.reshape(len(x), *self.grid, self.width)).reshape(x.shape)
+        return self.dwconv(x.reshape(x.shape[0], *self.grid, self.width)).reshape(x.shape)
 
     def _slow(self, x: Array) -> Array:
         x = layers.ACTIVATIONS[self.act](self.pwconv1(self.norm(x)))
@@ -209,13 +209,13 @@ class ConvNeXt(DualPathStages):
             x = self.stem_conv_0(images)
             x = layers.ACTIVATIONS[self.activation](x) if self.stem == "overlap_act" else x
             x = self.stem_conv_1(x)
-        return self.stem_norm(x).reshape(len(images), -1, self.widths[0])
+        return self.stem_norm(x).reshape(images.shape[0], -1, self.widths[0])
 
     def downsample(self, stage: int, x: Array) -> Array:
         """Norm, then one convolution per square of four cells."""
         x = getattr(self, f"downsample_{stage}_norm")(x)
-        x = x.reshape(len(x), *self.grid_of(stage - 1), self.widths[stage - 1])
-        return getattr(self, f"downsample_{stage}_conv")(x).reshape(len(x), -1, self.widths[stage])
+        x = x.reshape(x.shape[0], *self.grid_of(stage - 1), self.widths[stage - 1])
+        return getattr(self, f"downsample_{stage}_conv")(x).reshape(x.shape[0], -1, self.widths[stage])
 
     def final_norm(self, x: Array) -> Array:
         """The pooled cell and every cell, normalised."""

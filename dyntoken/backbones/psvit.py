@@ -181,7 +181,7 @@ class PSViT(Isotropic):
         features = self.stem(images, context.train)
         size = jnp.asarray(self._extent, jnp.float32)[None, None]
         points = start_points(self.grid, self._extent)
-        points = jnp.broadcast_to(points[None], (len(features), *points.shape))
+        points = jnp.broadcast_to(points[None], (features.shape[0], *points.shape))
         offset, rows = jnp.zeros_like(points), None
         for index in range(self.iterations):
             sampled = bilinear.sample(features, points + self.gamma * offset)

@@ -283,7 +283,7 @@ class Swin(DualPathStages):
 
     def embed(self, images: Array, context: Context) -> Array:
         """One product per patch, then a norm."""
-        x = self.patch_embed(images).reshape(len(images), -1, self.widths[0])
+        x = self.patch_embed(images).reshape(images.shape[0], -1, self.widths[0])
         x = self.patch_embed_norm(x) if self.patch_norm else x
         x = x + self.added.astype(x.dtype) if self.position else x
         # This layer number keys the draw: no block uses it.

@@ -327,12 +327,30 @@ class Cascade(Classifier):
         Returns:
           `(logits [B, classes], what the next exit needs)`.
         """
+        out, upstream = self.step_output(
+            images, upstream, index=index, train=train, ids=ids, noise=noise, decisions=decisions
+        )
+        return out.logits, upstream
+
+    def step_output(
+        self,
+        images: Array,
+        upstream: Upstream | None = None,
+        *,
+        index: int = 0,
+        train: bool = False,
+        ids: Array | None = None,
+        noise: Sequence[Array] | None = None,
+        decisions: Sequence[Array] | None = None,
+    ) -> tuple[Output, Upstream]:
+        """As `step`, with an `Output` of the exit (logits and reductions) in place of the logits."""
         check_upstream(index, upstream, index > 0 and (self.feature_reuse or self.relation_reuse))
         counts = [len(self.exit_sites(index))]
         (noise,), (decisions,) = _by_exit("noise", noise, counts), _by_exit("decisions", decisions, counts)
         context = self._context(images, ids, train, noise=noise, decisions=decisions)
-        logits, *_, upstream = self._run(index, images, upstream, context, index + 1 < len(self.exits))
-        return logits, upstream
+        result = self._run(index, images, upstream, context, index + 1 < len(self.exits))
+        logits, _, reductions, _, upstream = result
+        return Output(logits=logits, reductions=reductions), upstream
 
     def features(
         self,

@@ -140,3 +140,29 @@ def resize_centre(
     columns = weights(whole, whole + width, width, wide, interpolation, shown[1])
     chunks = range(0, len(images), _CHUNK)
     return np.concatenate([_apply(images[at : at + _CHUNK], rows, columns) for at in chunks])
+
+
+def resize_centre_one(
+    image: np.ndarray, size: tuple[int, int], crop_pct: float, interpolation: str
+) -> np.ndarray:
+    """`resize_centre` of one image `[H, W, C]`, by Pillow where it is installed.
+
+    It keeps to one core, and leaves the others to more pictures: the matrix products do not. Where its
+    fixed point rounds otherwise it is 1 grey level apart: of photographs in some ten of a million pixels,
+    in many more where the scale is a simple ratio and halves are to be rounded.
+    """
+    height, width, channels = image.shape
+    try:
+        from PIL import Image
+    except ImportError:
+        channels = 0
+    if channels not in (1, 3):
+        return resize_centre(image[None], size, crop_pct, interpolation)[0]
+    check_shape(height, width)
+    tall, wide = map(int, covering_size(height, width, size, crop_pct))
+    top, left = round((tall - size[0]) / 2), round((wide - size[1]) / 2)
+    down, across = height / tall, width / wide
+    box = left * across, top * down, (left + size[1]) * across, (top + size[0]) * down
+    picture = Image.fromarray(image if channels == 3 else image[..., 0])
+    made = picture.resize(size[::-1], Image.Resampling[interpolation.upper()], box)
+    return np.asarray(made).reshape(*size, channels)

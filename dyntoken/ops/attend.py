@@ -54,6 +54,12 @@ def masked_softmax(logits: Array, policy: Array) -> Array:
     return jax.nn.softmax(logits, axis=-1)
 
 
+@jax.jit
+def softmax(logits: Array) -> Array:
+    """Over the last axis, as a function of its own: an ONNX file has one node for it, found by this name."""
+    return jax.nn.softmax(logits, axis=-1)
+
+
 def attention(q: Array, k: Array, v: Array, *, scale: float, bias: Array | None = None) -> Array:
     """Unmasked attention that does not return its probabilities.
 
@@ -63,9 +69,12 @@ def attention(q: Array, k: Array, v: Array, *, scale: float, bias: Array | None 
 
     Returns:
       `[B, H, T, D]`. On the CPU the normalisation comes after the value product
-      (fewer divisions; the fastest exact form measured there); elsewhere XLA's
-      fused attention.
+      (fewer divisions; the fastest exact form measured there), in an ONNX file
+      there is a plain softmax; elsewhere XLA's fused attention.
     """
+    if backend.platform() == "onnx":
+        p = softmax(logits(q, k, scale=scale, bias=bias))
+        return jnp.einsum("bhqk,bhkd->bhqd", p.astype(v.dtype), v)
     if backend.platform() == "cpu":
         return weigh(logits(q, k, scale=scale, bias=bias), v)
     q, k, v = (jnp.swapaxes(t, 1, 2) for t in (q, k, v))
@@ -92,7 +101,7 @@ def normalise(logits: Array, *, policy: Array | None, train: bool) -> Array:
     evaluation exactly (`masked_softmax`).
     """
     if policy is None:
-        return jax.nn.softmax(logits, axis=-1)
+        return softmax(logits) if backend.platform() == "onnx" else jax.nn.softmax(logits, axis=-1)
     return policy_softmax(logits, policy) if train else masked_softmax(logits, policy)
 
 

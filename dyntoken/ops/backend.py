@@ -12,23 +12,24 @@ from collections.abc import Iterator
 
 import jax
 
+PLATFORMS = ("cpu", "gpu", "tpu", "onnx")  # an ONNX file, whatever runs it, has forms of its own
 _OVERRIDE: contextvars.ContextVar[str | None] = contextvars.ContextVar("dyntoken_platform", default=None)
 
 
 def platform() -> str:
-    """`"cpu"`, `"gpu"` or `"tpu"`: the one being traced for."""
+    """The one of `PLATFORMS` that is being traced for."""
     return _OVERRIDE.get() or jax.default_backend()
 
 
 @contextlib.contextmanager
 def trace_for(name: str) -> Iterator[None]:
-    """Traces for another platform than the default one.
+    """Traces for another of `PLATFORMS` than the default one.
 
-    Ahead-of-time compilation for a TPU on a CPU host needs it. Trace a fresh
+    Ahead-of-time compilation for a TPU on a CPU host needs it, and export. Trace a fresh
     function inside: what `jit` has cached outside is not traced again.
     """
-    if name not in ("cpu", "gpu", "tpu"):
-        raise ValueError(f"unknown platform {name!r}: choose cpu, gpu or tpu")
+    if name not in PLATFORMS:
+        raise ValueError(f"unknown platform {name!r}: choose {', '.join(PLATFORMS[:-1])} or {PLATFORMS[-1]}")
     token = _OVERRIDE.set(name)
     try:
         yield

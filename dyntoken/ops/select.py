@@ -20,11 +20,16 @@ def order(scores: Array) -> Array:
     """Row numbers `[B, n]` from best to worst; equal scores keep their order.
 
     NaN comes first, the signed zeros are equal: the same on every platform. On a
-    TPU `top_k` and `argsort` compile to a full sort, so there the rank is
-    counted by comparison, which is exact too.
+    TPU `top_k` and `argsort` compile to a full sort, and what runs ONNX may sort
+    equal scores as it likes, so there the rank is counted by comparison, which is
+    exact too.
     """
-    keys = _keys(scores)
-    if backend.platform() != "tpu":
+    if backend.platform() == "onnx":  # cannot read the bits of a float
+        keys = jax.lax.stop_gradient(scores.astype(jnp.float32))
+        keys = jnp.where(jnp.isnan(keys), jnp.inf, keys)
+    else:
+        keys = _keys(scores)
+    if backend.platform() not in ("tpu", "onnx"):
         return jnp.argsort(keys, axis=-1, descending=True, stable=True).astype(jnp.int32)
     n = keys.shape[-1]
     rows = jnp.arange(n, dtype=jnp.int32)

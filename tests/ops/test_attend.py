@@ -72,5 +72,5 @@ def test_with_prefix():
 
 
 def test_unknown_platform():
-    with pytest.raises(ValueError, match="choose cpu, gpu or tpu"), backend.trace_for("abacus"):
+    with pytest.raises(ValueError, match="choose cpu, gpu, tpu or onnx"), backend.trace_for("abacus"):
         pass

@@ -1,0 +1,119 @@
+"""ONNX files answer as the models do, in every runtime there is, for any batch."""
+
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import dyntoken
+from dyntoken import exporting
+from dyntoken.exporting import checking as checks
+from dyntoken.exporting import onnx_graph
+from dyntoken.exporting.programs import Program
+from dyntoken.ops import backend, select
+from tests.backbones import small as backbones
+from tests.exporting.small import MODELS, model_of, variables_of
+
+HERE = [name for name in checks.RUNTIMES if importlib.util.find_spec(name)]
+needs_onnx = pytest.mark.skipif(
+    importlib.util.find_spec("onnx") is None or not HERE, reason="needs onnx and onnxruntime (extra [export])"
+)
+DEFAULT = (*MODELS, "swin_tiny_patch4_window7_224", "dynamicvit_cvt_13")
+OTHERS = [f"dynamicvit_{name}" if name != "t2t_vit_7" else name for name in backbones.names(object)]
+OTHERS = [name for name in OTHERS if name not in DEFAULT and "deit" not in name]
+
+
+@needs_onnx
+@pytest.mark.parametrize("name", [*DEFAULT, *(pytest.param(n, marks=pytest.mark.slow) for n in OTHERS)])
+def test_a_file_agrees_in_every_runtime(name, tmp_path):
+    import onnx
+
+    model = model_of(name)
+    variables = variables_of(model)
+    dyntoken.export(model, variables, tmp_path, formats=("onnx",))
+    for file in tmp_path.glob("*.onnx"):
+        onnx.checker.check_model(onnx.load(file), full_check=True)
+    found = exporting.check(tmp_path, model, variables)
+    assert {(one.how, one.batch) for one in found} == {(how, batch) for how in HERE for batch in (1, 7, 32)}
+    assert all(one.agrees for one in found), found
+    assert sum(one.ties for one in found) <= 4, found
+
+
+def _file(function, **inputs):
+    """`function` of arrays by name, each `[b, ...]`, as a program and its ONNX file."""
+    (batch,) = jax.export.symbolic_shape("b")
+    shapes = {name: jax.ShapeDtypeStruct((batch, *shape), dtype) for name, (shape, dtype) in inputs.items()}
+    run = lambda weights, arrays: {"y": function(**arrays)}  # noqa: E731
+    with backend.trace_for("onnx"):
+        part = Program("part", run, shapes, jax.eval_shape(run, {}, shapes))
+    return onnx_graph.to_onnx(part, {})
+
+
+@needs_onnx
+@pytest.mark.parametrize("runtime", HERE)
+def test_equal_scores_keep_their_order(runtime):
+    """A runtime's own TopK need not: OpenVINO 2026.4 takes other rows than ONNX says."""
+    run = checks.opened(_file(select.order, scores=((40,), jnp.float32)), {"y"}, runtime)
+    for batch in (1, 7, 32):
+        rng = np.random.default_rng(batch)
+        some = rng.integers(0, 3, (batch, 40)).astype(np.float32)
+        for scores in (some, np.where(some > 1, 0.0, -0.0).astype(np.float32), np.ones_like(some)):
+            want = np.argsort(-scores, axis=1, kind="stable")
+            np.testing.assert_array_equal(run({"scores": scores})["y"], want)
+
+
+@needs_onnx
+@pytest.mark.parametrize("runtime", HERE)
+def test_operators(runtime):
+    """OpenVINO 2026.4 got `inverse` wrong from two images on, before sums of integers went by way of floats."""
+    ints, floats = jnp.int32, jnp.float32
+    cases = {
+        "inverse": (lambda rows: select.inverse(rows, 16), {"rows": ((5,), ints)}),
+        "take": (select.take, {"x": ((16, 8), floats), "rows": ((5,), ints)}),
+        "zero": (
+            lambda x, rows: select.gather_or_zero(x, rows - 1),
+            {"x": ((16, 8), floats), "rows": ((5,), ints)},
+        ),
+        "maps": (select.read_maps, {"x": ((2, 16, 16), floats), "rows": ((5,), ints)}),
+        "lookup": (
+            lambda table, rows: select.lookup(table, rows - 1),
+            {"table": ((16,), ints), "rows": ((5,), ints)},
+        ),
+        "mask": (lambda rows: select.mask_of(rows, 16), {"rows": ((5,), ints)}),
+        "ones": (
+            lambda x: jnp.ones((x.shape[0], 3)) * x[:, 1:4] + x.argmax(axis=1)[:, None],
+            {"x": ((6,), floats)},
+        ),
+    }
+    for name, (function, inputs) in cases.items():
+        run = checks.opened(_file(function, **inputs), {"y"}, runtime)
+        for batch in (1, 7):
+            rng = np.random.default_rng(batch)
+            arrays = {
+                key: rng.standard_normal((batch, *shape), np.float32)
+                if dtype == floats
+                else rng.permuted(np.tile(np.arange(16, dtype=np.int32), (batch, 1)), axis=1)[:, : shape[0]]
+                for key, (shape, dtype) in inputs.items()
+            }
+            want = function(**{key: jnp.asarray(value) for key, value in arrays.items()})
+            np.testing.assert_allclose(run(arrays)["y"], want, atol=1e-6, err_msg=f"{name}, batch {batch}")
+
+
+@needs_onnx
+def test_what_has_no_node_is_named(tmp_path):
+    model = model_of("deit_tiny_patch16_224")
+    half = dyntoken.create_model("deit_tiny_patch16_224", **MODELS["deit_tiny_patch16_224"], dtype="bfloat16")
+    with pytest.raises(ValueError, match="float32 models, this one computes in bfloat16"):
+        dyntoken.export(half, variables_of(model), tmp_path / "none", formats=("onnx",))
+    with pytest.raises(ValueError, match="no ONNX node for the operation 'sort'"):
+        _file(lambda x: jnp.sort(x, axis=1), x=((4,), jnp.float32))
+    assert not (tmp_path / "none").exists()
+
+
+def test_without_the_package_one_line_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "onnx", None)
+    model = model_of("deit_tiny_patch16_224")
+    with pytest.raises(ImportError, match=r"pip install 'dyntoken\[export\]'"):
+        dyntoken.export(model, variables_of(model), tmp_path / "none", formats=("onnx",))
