@@ -53,6 +53,8 @@ DEFAULTS |= {
     "vit_msn": DEFAULTS["vit"] | {"layer_norm_eps": 1e-6},
     "dinov2_with_registers": DEFAULTS["dinov2"],
 }
+# timm's models whose arrays are named as any ViT's and whose blocks compute something else.
+TIMM_UNREAD = {"rpn": "norms behind the two branches of a block (ResPostBlock)"}
 WHOLE = {
     "siglip": "siglip_vision_model",
     "clip": "clip_vision_model",
@@ -125,6 +127,8 @@ def _of_timm(config: Mapping[str, Any], origin: str) -> dict[str, Any]:
     name = str(config["architecture"]).partition(".")[0]
     if architectures.parse(name) is not None:
         fields["arch"] = name
+    if other := next((what for part, what in TIMM_UNREAD.items() if part in name.split("_")), None):
+        raise WeightsError(f"{origin}: timm's {name} has {other}, which no model here has")
     if len(cfg.get("input_size") or ()) == 3:
         fields["img_size"] = _size(cfg["input_size"][1:])
     for key, value in (config.get("model_args") or {}).items():

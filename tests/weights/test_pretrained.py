@@ -231,6 +231,11 @@ def test_positions_are_resized_as_the_library_of_the_file_does(folder):
             {"model_type": "dinov3_vit", "use_gated_mlp": True, "hidden_act": "gelu"},
             "a gated MLP with 'gelu' is not read",
         ),
+        ({"architecture": "vit_base_patch16_rpn_224"}, "norms behind the two branches"),
+        (
+            {"architecture": "x", "model_args": {"act_layer": "prelu"}},
+            "has act_layer='prelu', which is not read",
+        ),
         ([1], r"config.json: cannot be read \(no object\)"),
     ],
 )
@@ -253,6 +258,10 @@ def test_timm_configuration(tmp_path):
     same(read, variables)
     assert (found.arch, found.pool, found.plain().heads) == ("vit_tiny_patch16_224", "mean", 3)
     assert "mean=[0.5, 0.5, 0.5], std=[0.5, 0.5, 0.5], crop_pct=0.9" in str(report)
+    about["model_args"] = {"num_heads": 2, "act_layer": "quick_gelu", "unknown": 3}
+    (tmp_path / "config.json").write_text(json.dumps(about))
+    found, _ = dyntoken.load_pretrained(tmp_path)
+    assert (found.plain().heads, found.plain().activation) == (2, "quick_gelu")
 
 
 def test_a_method_a_new_classifier_and_other_channels(folder):
