@@ -133,9 +133,10 @@ def _of_timm(config: Mapping[str, Any], origin: str) -> dict[str, Any]:
         fields["img_size"] = _size(cfg["input_size"][1:])
     for key, value in (config.get("model_args") or {}).items():
         argument = official_isotropic.TIMM_VIT.get(key) or official_isotropic.EVA.get(key)
-        if argument is not None and argument.field is not None:
+        field = "activation" if key == "act_layer" else argument and argument.field
+        if argument is not None and field is not None:
             try:
-                fields[argument.field] = argument.convert(value)
+                fields[field] = argument.convert(value)
             except (TypeError, ValueError) as error:
                 raise WeightsError(
                     f"{origin}: its config.json has {key}={value!r}, which is not read: {error}"
