@@ -15,7 +15,7 @@ from dyntoken.types import Tokens
 
 Array = jax.Array
 Pool = Literal["token", "mean", "all", "max", "avgmax", "catavgmax", "token_mean", "map", "prr"]
-REPRESENTATIONS = {"tanh": jnp.tanh, "gelu": layers.gelu}
+REPRESENTATIONS = {name: act for name, act in layers.ACTIVATIONS.items() if name != "swiglu"}
 HEAD = 1 << 20  # a layer number that no block has; it keys the head's draws
 
 

@@ -92,8 +92,11 @@ def fields_of(config: Mapping[str, Any], origin: str) -> dict[str, Any]:
     kind = config.get("model_type")
     if kind is None:
         return {}
-    if kind in WHOLE:
-        kind, config = WHOLE[kind], config.get("vision_config") or {}
+    if kind in WHOLE:  # of the whole, its classes' names tell how it pools
+        kind, config = (
+            WHOLE[kind],
+            {**(config.get("vision_config") or {}), "architectures": config.get("architectures")},
+        )
     if kind not in DEFAULTS:
         raise WeightsError(
             f"{origin}: its config.json describes a {kind!r} model, which is not read: "
@@ -112,6 +115,8 @@ def fields_of(config: Mapping[str, Any], origin: str) -> dict[str, Any]:
             raise WeightsError(
                 f"{origin}: a gated MLP with {settled['hidden_act']!r} is not read, only with 'silu'"
             )
+    if str((config.get("architectures") or [""])[0]) == "CLIPForImageClassification":
+        fields["pool"] = "mean"
     if kind == "deit":
         fields["family"] = "deit"
     if kind == "dinov2_with_registers":

@@ -151,7 +151,8 @@ def _found(
         else layouts.recognised(bundle) or "names of an official repository"
     )
     if not tensors:
-        return Found(arch, {}, {}, words)
+        shown = ", ".join(list(bundle.tensors)[:3])
+        return Found(arch, {}, {}, f"{words}: {shown}, ...")
     patch = tensors[shapes.PATCHES].shape[2:]
     grid = grid or _grid_of(about, settled.get("img_size"), patch, tensors.get("pos_embed"))
     fields, unsure = shapes.fields_of(tensors, grid, bundle.origin)
