@@ -110,11 +110,12 @@ class Reduction:
       decision: `[B, n]` 1.0 for rows alive after the site. Carries the
         straight-through gradient when it was sampled.
       keep: `[B, k]` int32 incoming rows that stay, best first (in their order
-        where all do); None where the number is sampled (Gumbel training).
+        where all do), -1 where fewer do; None where the number is sampled (Gumbel training).
       place: `[B, m]` cell of each outgoing row, -1 for a fused token.
       host: `[B, n]` cell of the row that stands for an incoming row now: its
         own if kept, its host's if squeezed, -1 if dropped or fused.
       remap: `[B, n]` int32, incoming row -> outgoing row, or -1.
+      shares: `[B, m, n]`, weight of each incoming row in each outgoing one, of a method that mixes them.
       carrier: `[B, N0]`, `Tokens.carrier` after the site (filled by the trunk).
       ratio: target share of the first patches that stay, as the keep-ratio
         loss wants it.
@@ -130,6 +131,7 @@ class Reduction:
     log_probs: Array | None = None
     keep: Array | None = None
     carrier: Array | None = None
+    shares: Array | None = None
     ratio: float = flax.struct.field(pytree_node=False, default=1.0)
     count: int = flax.struct.field(pytree_node=False, default=0)
     grid: tuple[int, int] = flax.struct.field(pytree_node=False, default=(0, 0))
@@ -143,7 +145,7 @@ class Attended:
       cls: `[B, N]` float32, mean over heads of the class token's attention to
         each patch row (softmax over all rows, prefix columns left out, not
         renormalised), or None without a class token.
-      keys: `[B, heads, prefix + N, head_dim]`.
+      keys, values: `[B, heads, prefix + N, head_dim]`.
       probs: `[B, heads, prefix + N, prefix + N]` float32 (query, key), softmax over
         the rows alive.
       logits: `[B, heads, prefix + N, prefix + N]` float32 (query, key), scaled,
@@ -152,6 +154,7 @@ class Attended:
 
     cls: Array | None = None
     keys: Array | None = None
+    values: Array | None = None
     probs: Array | None = None
     logits: Array | None = None
 

@@ -117,13 +117,14 @@ class RegrownStages(Backbone):
         return self.prefixes[stage], self.grids[stage]
 
     def refuse(self, reducer: Any, at: tuple[int, ...]) -> str | None:
-        """Also refuses a fused token in a stage that needs a map."""
+        """Also refuses a fused token, or rows of mixtures, in a stage that needs a map."""
         reason = super().refuse(reducer, at)
-        if reason is None and reducer.adds_row:
+        if reason is None and (reducer.adds_row or reducer.mixes):
             free = [s for s in range(self.depth) if s == self.depth - 1 and not self.convolves(s)]
             if not set(at) <= set(free):
                 where = f"only stage {listed(free)} needs none" if free else "every stage needs one"
-                return f"its fused token has no cell on a map, and {where}"
+                what = "fused token has" if reducer.adds_row else "mixtures of patches have"
+                return f"its {what} no cell on a map, and {where}"
         return reason
 
     # Running

@@ -108,7 +108,7 @@ class Attention(nn.Module):
             else:
                 y = jnp.einsum("bhqk,bhkd->bhqd", p.astype(v.dtype), v)
             cls = attend.class_attention(p, prefix) if prefix and return_scores else None
-            shown = {"cls": cls, "keys": keys, "probs": p} if return_scores else {}
+            shown = {"cls": cls, "keys": keys, "values": v, "probs": p} if return_scores else {}
             seen = Attended(**shown, logits=logits if return_logits else None)
         y = jnp.swapaxes(y, 1, 2).reshape(batch, rows, self.heads * each)
         if self.norm_eps is not None:

@@ -9,6 +9,7 @@ from typing import Any
 NEEDS = {
     "cls": ("the class token", "there is none", "that joins at"),
     "keys": ("their attention keys", "no key there is that of one patch", "they have some only at"),
+    "values": ("their attention values", "no value there is that of one patch", "they have some only at"),
     "probs": ("the attention between them", "none is shown there", "it is shown only at"),
 }
 REDUCER = re.compile(r"reducer_\d+")  # what trunks and stages call them
@@ -42,7 +43,11 @@ class ReductionSites:
 
     def sites_of(self, reducer: Any) -> tuple[int, ...]:
         """The default sites of a method: those that show what it needs."""
-        able = tuple(at for at in self.default_sites if self.shows(at).issuperset(reducer.needs))
+        able = tuple(
+            at
+            for at in self.default_sites
+            if self.shows(at).issuperset(reducer.needs) and self.shows_ahead(at).issuperset(reducer.recalls)
+        )
         return able or self.default_sites
 
     def site_grid(self, at: int) -> tuple[int, int]:
@@ -55,7 +60,12 @@ class ReductionSites:
 
     def shows(self, at: int) -> frozenset[str]:
         """Fields of `Attended` that a site inside a block sees."""
-        return frozenset({"keys", "probs", "cls"} if self.prefix else {"keys", "probs"})
+        shown = {"keys", "values", "probs"}
+        return frozenset(shown | {"cls"} if self.prefix else shown)
+
+    def shows_ahead(self, at: int) -> frozenset[str]:
+        """Fields of `Attended` of the block before that a site before a block sees."""
+        return self.shows(at - 1) if self.nested and at else frozenset()
 
     def positions_of(self, path: str) -> tuple[int, tuple[int, int]]:
         """(prefix rows, grid) of a position embedding, by its path in the tree of variables."""
@@ -65,12 +75,13 @@ class ReductionSites:
         """Why a method cannot work here, as the end of a sentence; None if it can.
 
         Args:
-          reducer: what it declares (`reducers.Reducer`): `needs`, `adds_row`, `merges`.
+          reducer: what it declares (`reducers.Reducer`): `needs`, `recalls`, `adds_row`, ...
           at: the sites.
         """
-        for need in reducer.needs:
+        wanted = [(need, self.shows) for need in reducer.needs]
+        for need, shows in wanted + [(need, self.shows_ahead) for need in reducer.recalls]:
             what, absent, elsewhere = NEEDS[need]
-            able = [site for site in range(self.depth) if need in self.shows(site)]
+            able = [site for site in range(self.depth) if need in shows(site)]
             if not able:
                 return f"it ranks patches by {what}, and {absent}"
             if not set(at) <= set(able):

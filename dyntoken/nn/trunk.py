@@ -129,6 +129,7 @@ class Trunk(nn.Module):
         stages, rows, relations, addresses = [], [], [], []
         taps: dict[int, Tokens] = {}
         return_logits = "relations" in context.record
+        seen = None
         stage_at = {site.at: stage for stage, site in enumerate(self.sites)}
         if context.train and self._masks():
             # The references run every block under the policy softmax, also those before the first site.
@@ -139,7 +140,7 @@ class Trunk(nn.Module):
             site = None if stage is None else self.sites[stage]
             before = tokens.x
             if site is not None and not site.inside:
-                tokens, reduction = self._reduce(stage, tokens, None, context)
+                tokens, reduction = self._reduce(stage, tokens, seen, context)
                 reductions.append(reduction)
                 stages.append((before, tokens.x))
             if len(run) > 1:
@@ -152,9 +153,10 @@ class Trunk(nn.Module):
                 continue
             block = getattr(self, f"blocks_{index}")
             inside = site is not None and site.inside
+            shown = inside or any(index + 1 == at for at in self._recalling())
             bias, rotation = self._bias(index, tokens, context), self._rotation(index, tokens)
             address = self._address(index, tokens, after_mlp=False)
-            options = (context.train, inside, return_logits, bias, rotation)
+            options = (context.train, shown, return_logits, bias, rotation)
             tokens, seen = block.attend(tokens, context.dropout, *options)
             relations.append(seen.logits if return_logits else None)
             if inside:
@@ -182,8 +184,13 @@ class Trunk(nn.Module):
         if not self.scan or self.is_initializing():  # each block makes its own parameters
             return [(index,) for index in numbers]
         cuts = [at for site in self.sites for at in (site.at, site.at + int(site.inside))]
+        cuts += [at - ahead for at in self._recalling() for ahead in (0, 1)]
         cuts += [number + 1 for number in taps]
         return scan.runs(self.blocks, cuts, numbers)
+
+    def _recalling(self) -> list[int]:
+        """Blocks whose site reads what the block before showed."""
+        return [site.at for s, site in enumerate(self.sites) if getattr(self, f"reducer_{s}").recalls]
 
     def _loop(
         self, run: tuple[int, ...], tokens: Tokens, context: Context
@@ -218,7 +225,7 @@ class Trunk(nn.Module):
         if bias is None or not self._reduced(index, after_mlp=False):
             return bias
         # A pytree, so that recomputing the attention takes its arrays as inputs.
-        rows, new = _rows(tokens)
+        rows, new = self._rows(tokens)
         return jax.tree_util.Partial(_bias_with(new), bias, rows)
 
     def _rotation(self, index: int, tokens: Tokens) -> Rotation | None:
@@ -227,34 +234,34 @@ class Trunk(nn.Module):
             return None
         whole = self.rope.whole(tokens.grid, tokens.prefix)
         moved = self._reduced(index, after_mlp=False) or tokens.count != tokens.initial
-        return whole.of(*_rows(tokens)) if moved else whole
+        return whole.of(*self._rows(tokens)) if moved else whole
 
     def _extra(self, index: int, tokens: Tokens, context: Context) -> Array | None:
         """The extra features of a block, for the rows it has."""
         extra = None if context.extra is None else context.extra[index]
         if extra is None or not self._reduced(index, after_mlp=True):
             return extra
-        rows, new = _rows(tokens)
+        rows, new = self._rows(tokens)
         return _of_rows(extra, rows, new, axes=(1,))
 
+    def _rows(self, tokens: Tokens) -> tuple[Array | None, int]:
+        """Where `tokens` are among the rows of all patches: `[B, prefix + n]`, -1 for a fused row.
+
+        In mask form rows of most methods stay where they are: None, and the number of fused rows after them.
+        """
+        if tokens.alive is not None and not any(site.reducer(parent=None).moves for site in self.sites):
+            return None, tokens.count - tokens.initial
+        return select.shift_past_prefix(tokens.place, tokens.prefix), 0
+
     def _masks(self) -> bool:
-        return any(getattr(self, f"reducer_{s}").resolved(True) == "mask" for s in range(len(self.sites)))
+        reducers = [getattr(self, f"reducer_{stage}") for stage in range(len(self.sites))]
+        return any(reducer.resolved(True) == "mask" or reducer.bounded for reducer in reducers)
 
     def _reduce(
         self, stage: int, tokens: Tokens, seen: Attended | None, context: Context
     ) -> tuple[Tokens, Reduction]:
         reducer = getattr(self, f"reducer_{stage}")
         return reducer(tokens, seen, context.train, **context.at_site(stage))
-
-
-def _rows(tokens: Tokens) -> tuple[Array | None, int]:
-    """Where `tokens` are among the rows of all patches: `[B, prefix + n]`, -1 for a fused row.
-
-    In mask form rows stay where they are: None, and the number of fused rows after them.
-    """
-    if tokens.alive is not None:
-        return None, tokens.count - tokens.initial
-    return select.shift_past_prefix(tokens.place, tokens.prefix), 0
 
 
 def _of_rows(x: Array, rows: Array | None, new: int, axes: tuple[int, ...]) -> Array:

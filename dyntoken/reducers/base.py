@@ -43,8 +43,20 @@ class Reducer(nn.Module):
     A method that is no composition (ToMe) subclasses this and implements
     `reduce`, which returns the tokens and a `Reduction` with its `remap`;
     `__call__` then updates `carrier` and `size`. It declares as class attributes
-    `learns`, `needs` and `where`, see `register_scorer`, and `adds_row` and
-    `merges`, see `register_fuser`.
+    `learns`, `needs` and `where`, see `register_scorer`, `adds_row` and
+    `merges`, see `register_fuser`, and:
+
+      forms: those it has.
+      recalls: fields of `Attended` that it reads of the block before its site.
+      takes_decision: a `decision` can replace its own choice.
+      mixes: its rows are mixtures that may have no cell of their own.
+      bounded: `keep` is only the most rows that stay: how many do depends on the image, and
+        `Tokens.alive` says which, in both forms.
+      moves: rows change places although `Tokens.alive` says who is in play.
+      sized: its parameters are made for one `keep`.
+
+    Parameters need no declaration: what a reducer makes is trained by its gradient,
+    in the form that is in force. `learns` says that training must sample a decision.
 
     Attributes:
       keep: static number of rows that stay (prefix and fused rows not counted).
@@ -70,15 +82,26 @@ class Reducer(nn.Module):
     where = "before"
     adds_row = False
     merges = False
+    forms = ("mask", "gather")
+    recalls = ()
+    takes_decision = True
+    mixes = False
+    moves = False
+    sized = False
+    bounded = False
     title = property(lambda self: type(self).__name__)  # what messages call it
 
     def resolved(self, train: bool) -> str:
         """The form in force: "mask" or "gather"."""
         if self.form not in FORMS:
             raise ValueError(f"form must be one of {', '.join(FORMS)}, got {self.form!r}")
+        if self.form != "auto" and self.form not in self.forms:
+            raise ValueError(
+                f"{self.title} has no {self.form} form: use form='auto' or {' or '.join(map(repr, self.forms))}"
+            )
         if self.form != "auto":
             return self.form
-        return "mask" if train and self.learns else "gather"
+        return "mask" if (train and self.learns) or "gather" not in self.forms else "gather"
 
     def reduce(self, tokens, seen, train, *, draws, noise, decision) -> tuple[Tokens, Reduction]:
         """The method itself; `carrier`, `ratio`, `count` and `grid` of the `Reduction` are filled in."""
@@ -97,13 +120,18 @@ class Reducer(nn.Module):
         """Reduces `tokens`.
 
         Args:
-          seen: what the attention layer of this block showed (`inside` sites);
-            `reduce` gets the fields that are declared as `needs`.
+          seen: what the attention layer of this block showed (`inside` sites), or that of
+            the block before; `reduce` gets the fields that are declared as `needs` or `recalls`.
           draws: randomness of scorers and Gumbel noise.
           noise: `[B, n, 2]`, replaces the Gumbel draws.
           decision: `[B, n]` 0/1, imposed in place of the site's own choice.
         """
-        seen = _Seen(self.title, {need: getattr(seen, need, None) for need in self.needs})
+        if decision is not None and not self.takes_decision:
+            raise ValueError(f"{self.title} takes no decision on single rows: call it without")
+        if tokens.alive is not None and self.resolved(train) == "gather" and not self.bounded:
+            raise ValueError("the gather form needs every row alive: use one form at all sites")
+        shown = (*self.needs, *self.recalls)
+        seen = _Seen(self.title, {need: getattr(seen, need, None) for need in shown})
         fused = int(self.adds_row and self.keep < (self.current or tokens.count))
         rows = (self.keep if self.resolved(train) == "gather" else tokens.count) + fused
         tokens, reduction = self.reduce(tokens, seen, train, draws=draws, noise=noise, decision=decision)
@@ -185,8 +213,6 @@ class ScoreSelectFuse(Reducer):
 
     def _gather(self, tokens: Tokens, scores: Scores, decision: Array | None) -> tuple[Tokens, Reduction]:
         """Rows really shrink: top-k with a static count."""
-        if tokens.alive is not None:
-            raise ValueError("the gather form needs every row alive: use one form at all sites")
         n = tokens.count
         keep, dropped = select.split(scores.rank if decision is None else decision, self.keep)
         if (

@@ -9,10 +9,16 @@ from typing import Any
 
 from dyntoken import architectures
 from dyntoken.nn.spec import Site, Spec
+from dyntoken.reducers.ats import ATS
 from dyntoken.reducers.base import Reducer, ScoreSelectFuse
+from dyntoken.reducers.dpcknn import DPCKNN
 from dyntoken.reducers.fuse import FUSERS
 from dyntoken.reducers.keep import site_counts
+from dyntoken.reducers.kmedoids import KMedoids
+from dyntoken.reducers.patchmerger import PatchMerger
 from dyntoken.reducers.score import SCORERS, VARIANTS, check_declared
+from dyntoken.reducers.sinkhorn import Sinkhorn
+from dyntoken.reducers.sit import SelfSlimming
 from dyntoken.registry import Table, UnknownNameError, check_options, suggest
 
 # Fields of a reducer that its site decides, and those of every linen module.
@@ -73,6 +79,12 @@ METHODS = Table(
         "evit": _row("class_attention", "one_token", "EViT, ICLR 2022; youweiliang/evit"),
         "topk": _row("class_attention", "drop", "EViT without its fused token; youweiliang/evit"),
         "etps": _row("class_attention", "squeeze", "TPS, CVPR 2023, as its authors describe it"),
+        "ats": Method.new(ATS, "ATS, ECCV 2022; adaptivetokensampling/ATS"),
+        "dpcknn": Method.new(DPCKNN, "DPC-KNN of TCFormer, CVPR 2022; JoakimHaurum/TokenReduction"),
+        "kmedoids": Method.new(KMedoids, "K-medoids, WACV 2023; JoakimHaurum/TokenReduction"),
+        "sinkhorn": Method.new(Sinkhorn, "Sinkhorn tokenizer, 2022; JoakimHaurum/TokenReduction"),
+        "patchmerger": Method.new(PatchMerger, "PatchMerger, 2022; JoakimHaurum/TokenReduction"),
+        "sit": Method.new(SelfSlimming, "SiT, ECCV 2022; JoakimHaurum/TokenReduction"),
     },
 )
 

@@ -153,7 +153,7 @@ def epsilon(default: float) -> Callable[[Any], float]:
             return default
         if not re.search(r"\bLayerNorm\b", str(value)):
             raise ValueError("only LayerNorm is implemented: another norm is another function")
-        found = re.search(r"eps\s*=\s*([0-9.eE+-]+)", str(value))
+        found = re.search(r"eps\s*=?\s*([0-9.eE+-]+)", str(value))
         return float(found.group(1)) if found else 1e-5  # torch's own default
 
     return convert

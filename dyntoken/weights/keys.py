@@ -31,7 +31,7 @@ LEAVES = {
 }
 # Entries of a torch state dict that are no parameters: counters and index buffers.
 BUFFERS = re.compile(
-    r"(num_batches_tracked|relative_position_index|relative_coords_table|attn_mask|point_coord)$"
+    r"(num_batches_tracked|relative_position_index|relative_coords_table|attn_mask|point_coord|out_zero_mask)$"
 )
 
 # (pattern of our path, replacement): first match wins, applied before the leaf is renamed.
@@ -40,6 +40,10 @@ VIT_RULES = (
     (r"^backbone/patch_embed/proj/", r"patch_embed/proj/"),
     (r"^backbone/trunk/blocks_(\d+)/", r"blocks/\1/"),
     (r"^backbone/trunk/reducer_(\d+)/predictor/(in|out)_conv_(\d+)/", r"score_predictor/\1/\2_conv/\3/"),
+    (r"^backbone/trunk/reducer_(\d+)/(norm/|score/|queries$|v$)", r"cluster_layers/\1/\2"),
+    (r"^backbone/trunk/reducer_(\d+)/weight_(\d)/", r"cluster_layers/\1/weight/\2/"),
+    # As one part: a leaf called "scale" would be a norm's.
+    (r"^backbone/trunk/reducer_(\d+)/gain$", r"cluster_layers.\1.scale"),
     (r"^backbone/(norm|norm_pre)/", r"\1/"),
     (r"^head/norm/", r"fc_norm/"),
     (r"^head/attn_pool/", r"attn_pool/"),

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from dyntoken.weights import official_isotropic, official_staged
+from dyntoken.weights import official_clustering, official_isotropic, official_staged
 from dyntoken.weights.constructors import Official, Reference, Values
 from dyntoken.weights.errors import WeightsError
 
-OFFICIAL: dict[str, Official] = {**official_isotropic.CLASSES, **official_staged.CLASSES}
+OFFICIAL: dict[str, Official] = {
+    **official_isotropic.CLASSES,
+    **official_clustering.CLASSES,
+    **official_staged.CLASSES,
+}
 # Recognised in the repository string, in this order; a composition names two.
 REPOSITORIES = (
     ("lvvit", ("tokenlabeling",)),
+    ("tokenreduction", ("tokenreduction",)),
+    ("ats", ("adaptivetokensampling",)),
     ("psvit", ("ps-vit",)),
     ("pvt", ("whai362/pvt",)),
     ("cvt", ("microsoft/cvt",)),
