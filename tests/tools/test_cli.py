@@ -160,7 +160,7 @@ def test_bad_input_is_one_line_and_status_1(name, argv, message, capsys):
         ("flops", ["deit_tiny_patch16_224", "--kep=1"], "unrecognized arguments: --kep=1"),
         ("bench", ["dtps_deit_tiny_patch16_224", "--batch=0"], "'0': give a whole number of at least 1"),
         ("show", ["dtps_vit_mini_patch4_28", "x.png"], "give --weights"),
-        ("convert", ["a", "b"], "required: --model"),
+        ("convert", ["a"], "required: OUT"),
     ],
 )
 def test_bad_options_are_one_line_and_status_2(name, argv, message, capsys):
