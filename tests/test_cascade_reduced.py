@@ -92,7 +92,7 @@ def _one_hot(rows, n):
 def test_the_next_exit_reads_through_the_carriers(method):
     out, _ = _forms(method)
     bound = _model(method).bind(_variables(method))
-    inside = method in ("evit", "topk", "etps")
+    inside = METHODS[method].inside
     carriers = [r.carrier for r in out.reductions[:2]]
     # Sites at 0 and 1. A site before a block is ahead of its attention, one inside is not.
     seen = [None, carriers[0]] if inside else carriers
