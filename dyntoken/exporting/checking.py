@@ -142,13 +142,19 @@ def compare(file: str, how: str, got: Mapping[str, Any], reference: Reference) -
     batch = want.shape[-2]
     names = sorted((name for name in reference if name.startswith(KEEP)), key=lambda n: int(n[len(KEEP) :]))
     tied, sets = np.zeros(batch, bool), logits.shape == want.shape
+    kept: list[np.ndarray] = []
     for name in names:
-        rows, own = np.asarray(got[name]), reference[name]
+        both = np.asarray(got[name]), reference[name]
         scores = reference[f"scores_{name[len(KEEP) :]}"]
+        if both[0].shape != both[1].shape:
+            return Checked(file, how, batch, float("inf"), False)
+        addresses = _addresses(kept, scores)
+        kept = [np.take_along_axis(cells, rows, axis=1) for cells, rows in zip(addresses, both, strict=True)]
         for image in np.flatnonzero(~tied):
-            other = np.setxor1d(rows[image], own[image])
-            if len(other) or len(rows[image]) != len(own[image]):
-                alike = len(rows[image]) == len(own[image]) and _tied(scores[image], other)
+            other = np.setxor1d(kept[0][image], kept[1][image])
+            if len(other):
+                rows = np.flatnonzero(np.isin(addresses[1][image], other))
+                alike = len(rows) > 0 and _tied(scores[image], rows)
                 tied[image], sets = alike, sets and alike
     if logits.shape != want.shape:
         return Checked(file, how, batch, float("inf"), False)
@@ -159,10 +165,20 @@ def compare(file: str, how: str, got: Mapping[str, Any], reference: Reference) -
     return Checked(file, how, batch, float(apart[~tied].max(initial=0.0)), bool(sets), int(tied.sum()))
 
 
+def _addresses(kept: Any, scores: np.ndarray) -> list[np.ndarray]:
+    """The cells of the rows that enter a site, of either side: where equal scores swapped, row numbers mean others.
+
+    They are the rows that the site before kept, and its fused one (-1); or a whole grid again.
+    """
+    batch, count = scores.shape
+    new = count - kept[0].shape[1] if kept else -1
+    if new not in (0, 1):
+        return [np.tile(np.arange(count), (batch, 1))] * 2
+    return [np.pad(cells, ((0, 0), (0, new)), constant_values=-1) for cells in kept]
+
+
 def _tied(scores: np.ndarray, rows: np.ndarray) -> bool:
     finite = scores[np.isfinite(scores)]
-    if rows.min() < 0 or rows.max() >= len(scores):
-        return False
     return bool(np.ptp(scores[rows]) <= TIED * max(np.ptp(finite), np.abs(finite).max()))
 
 

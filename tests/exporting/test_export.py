@@ -132,6 +132,16 @@ def test_what_counts_as_equal():
     assert not compared([1.0, np.nan], [0, 1]).agrees
 
 
+def test_rows_are_compared_by_their_cells():
+    """Two equal scores that swap at site 0 rename the rows of site 1."""
+    own = {"logits": np.array([[1.0, 2.0]]), "keep_0": np.array([[3, 1, 0]]), "keep_1": np.array([[0, 1]])}
+    own |= {"scores_0": np.array([[0.5, 0.5, 0.1, 0.9]]), "scores_1": np.array([[0.9, 0.5, 0.1]])}
+    swapped = {**own, "keep_0": np.array([[3, 0, 1]]), "keep_1": np.array([[0, 2]])}
+    found = checks.compare("f", "jax", swapped, own)
+    assert found.sets and not found.ties and found.agrees
+    assert not checks.compare("f", "jax", {**swapped, "keep_1": np.array([[0, 1]])}, own).sets
+
+
 def test_pixels_are_normalised_inside(tmp_path):
     model = model_of("deit_tiny_patch16_224")
     variables = variables_of(model)
