@@ -118,7 +118,7 @@ class Reduction:
       decision: `[B, n]` 1.0 for rows alive after the site. Carries the
         straight-through gradient when it was sampled.
       keep: `[B, k]` int32 incoming rows that stay, best first (in their order
-        where all do); None where the number is sampled (Gumbel training).
+        where all do), -1 where fewer do; None where the number is sampled (Gumbel training).
       place: `[B, m]` cell of each outgoing row, -1 for a fused token.
       host: `[B, n]` cell of the row that stands for an incoming row now: its
         own if kept, its host's if squeezed, -1 if dropped or fused.
@@ -159,7 +159,7 @@ class Attended:
       cls: `[B, N]` float32, mean over heads of the class token's attention to
         each patch row (softmax over all rows, prefix columns left out, not
         renormalised), or None without a class token.
-      keys: `[B, heads, prefix + N, head_dim]`.
+      keys, values: `[B, heads, prefix + N, head_dim]`.
       probs: `[B, heads, prefix + N, prefix + N]` float32 (query, key), softmax over
         the rows alive.
       logits: `[B, heads, prefix + N, prefix + N]` float32 (query, key), scaled,
@@ -168,6 +168,7 @@ class Attended:
 
     cls: Array | None = None
     keys: Array | None = None
+    values: Array | None = None
     probs: Array | None = None
     logits: Array | None = None
 

@@ -93,6 +93,7 @@ def _imposed(case, gathered):
         kept = np.take_along_axis(
             places, np.asarray(r.keep), axis=1
         )  # cells, or -s for the slot of stage s - 1
+        kept = np.where(np.asarray(r.keep) >= 0, kept, kept[:, :1])  # where fewer stay, the first once more
         n = cells + (stage if _declared(model).adds_row else 0)
         mask = np.zeros((len(kept), n), np.float32)
         rows = np.where(kept >= 0, kept, cells - kept - 2)

@@ -130,7 +130,7 @@ class Attention(nn.Module):
             else:
                 y = jnp.einsum("bhqk,bhkd->bhqd", p.astype(v.dtype), v)
             cls = attend.class_attention(p, prefix) if prefix and return_scores else None
-            shown = {"cls": cls, "keys": keys, "probs": p} if return_scores else {}
+            shown = {"cls": cls, "keys": keys, "values": v, "probs": p} if return_scores else {}
             seen = Attended(**shown, logits=logits if return_logits else None)
         shown = seen if return_scores or return_logits else None
         return None if only_map else self._output(y, width, draws, path), shown

@@ -9,6 +9,7 @@ from typing import Any
 NEEDS = {
     "cls": ("the class token", "there is none", "that joins at"),
     "keys": ("their attention keys", "no key there is that of one patch", "they have some only at"),
+    "values": ("their attention values", "no value there is that of one patch", "they have some only at"),
     "probs": ("the attention between them", "none is shown there", "it is shown only at"),
 }
 REDUCER = re.compile(r"reducer_\d+")  # what trunks and stages call them
@@ -62,7 +63,8 @@ class ReductionSites:
 
     def shows(self, at: int) -> frozenset[str]:
         """Fields of `Attended` that a site inside a block sees."""
-        return frozenset({"keys", "probs", "cls"} if self.prefix else {"keys", "probs"})
+        shown = {"keys", "values", "probs"}
+        return frozenset(shown | {"cls"} if self.prefix else shown)
 
     def shows_ahead(self, at: int) -> frozenset[str]:
         """Fields of `Attended` of the block before that a site before a block sees."""

@@ -289,7 +289,8 @@ class Trunk(nn.Module):
         return select.shift_past_prefix(tokens.place, tokens.prefix), 0
 
     def _masks(self) -> bool:
-        return any(getattr(self, f"reducer_{s}").resolved(True) == "mask" for s in range(len(self.sites)))
+        reducers = [getattr(self, f"reducer_{stage}") for stage in range(len(self.sites))]
+        return any(reducer.resolved(True) == "mask" or reducer.bounded for reducer in reducers)
 
     def _reduce(
         self, stage: int, tokens: Tokens, seen: Attended | None, context: Context

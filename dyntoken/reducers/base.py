@@ -51,6 +51,9 @@ class Reducer(nn.Module):
       recalls: fields of `Attended` that it reads of the block before its site.
       takes_decision: a `decision` can replace its own choice.
       mixes: its rows are mixtures that may have no cell of their own.
+      bounded: `keep` is only the most rows that stay: how many do depends on the image, and
+        `Tokens.alive` says which, in both forms.
+      moves: rows change places although `Tokens.alive` says who is in play.
       sized: its parameters are made for one `keep`.
       proportional: attention behind the site counts keys by `Tokens.key_weight`.
       ahead: None for a site where `where` says. "map": ahead of the block, by its
@@ -58,7 +61,6 @@ class Reducer(nn.Module):
         the rows that are left attend anew. "end": after the block's MLP.
       from_block: by default there is a site at every block from this number on;
         None: where the backbone's sites lie.
-      moves: rows change places in the mask form, too.
       drops: although it merges, some patches are left without a row.
 
     Parameters need no declaration: what a reducer makes is trained by its gradient,
@@ -96,11 +98,12 @@ class Reducer(nn.Module):
     recalls = ()
     takes_decision = True
     mixes = False
+    moves = False
     sized = False
+    bounded = False
     proportional = False
     ahead = None
     from_block = None
-    moves = False
     drops = False
     title = property(lambda self: type(self).__name__)  # what messages call it
 
@@ -157,7 +160,7 @@ class Reducer(nn.Module):
         """
         if decision is not None and not self.takes_decision:
             raise ValueError(f"{self.title} takes no decision on single rows: call it without")
-        if tokens.alive is not None and self.resolved(train) == "gather":
+        if tokens.alive is not None and self.resolved(train) == "gather" and not self.bounded:
             raise ValueError("the gather form needs every row alive: use one form at all sites")
         shown = (*self.needs, *self.recalls)
         seen = _Seen(self.title, {need: getattr(seen, need, None) for need in shown})

@@ -9,6 +9,7 @@ from typing import Any
 
 from dyntoken import architectures
 from dyntoken.nn.spec import Site, Spec
+from dyntoken.reducers.ats import ATS
 from dyntoken.reducers.base import Reducer, ScoreSelectFuse
 from dyntoken.reducers.diffrate import DiffRate
 from dyntoken.reducers.dpcknn import DPCKNN
@@ -88,6 +89,7 @@ METHODS = Table(
         "diffrate": Method.new(DiffRate, "DiffRate, ICCV 2023; OpenGVLab/DiffRate"),
         "mctf": Method.new(MCTF, "MCTF, CVPR 2024; mlvlab/MCTF"),
         "etps": _row("class_attention", "squeeze", "TPS, CVPR 2023, as its authors describe it"),
+        "ats": Method.new(ATS, "ATS, ECCV 2022; adaptivetokensampling/ATS"),
         "dpcknn": Method.new(DPCKNN, "DPC-KNN of TCFormer, CVPR 2022; JoakimHaurum/TokenReduction"),
         "kmedoids": Method.new(KMedoids, "K-medoids, WACV 2023; JoakimHaurum/TokenReduction"),
         "sinkhorn": Method.new(Sinkhorn, "Sinkhorn tokenizer, 2022; JoakimHaurum/TokenReduction"),

@@ -168,7 +168,7 @@ def register_scorer(
       learns: `fn` builds linen modules (it runs in a compact method) and returns
         `log_probs`, which the training samples.
       needs: fields of `Attended` that it reads: "cls" (class attention), "keys",
-        "probs".
+        "values", "probs".
       where: "before" a block or "inside", by default inside if it needs anything.
 
     Raises:

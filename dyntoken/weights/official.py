@@ -15,6 +15,7 @@ OFFICIAL: dict[str, Official] = {
 REPOSITORIES = (
     ("lvvit", ("tokenlabeling",)),
     ("tokenreduction", ("tokenreduction",)),
+    ("ats", ("adaptivetokensampling",)),
     ("psvit", ("ps-vit",)),
     ("pvt", ("whai362/pvt",)),
     ("cvt", ("microsoft/cvt",)),

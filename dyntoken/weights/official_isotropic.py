@@ -268,6 +268,30 @@ def per_block(rates: Any, depth: int) -> tuple[float, ...]:
     return rates
 
 
+# ATS
+
+ATS = {
+    **common.IMAGES,
+    "in_channels": to("in_chans", int, 3),
+    "patch_size": to("patch_size", per_stage(int), 16),
+    **common.with_defaults(BLOCKS, qkv_bias=True),
+    **common.USUAL,
+    **NORM_6,
+    **common.ACTIVATION,
+    "ats_blocks": Argument((), common.ints),
+    "num_tokens": Argument((), common.ints),
+    "drop_tokens": Argument(False, flag),
+}
+ATS.pop("in_chans")
+
+
+def _ats(a: Values) -> dict[str, Any]:
+    """`num_tokens` has no effect there unless it is too small, which is an error."""
+    if not a["ats_blocks"]:
+        return {}
+    return {"method": "ats", "at": a["ats_blocks"], "keep": 1.0, "compact": a["drop_tokens"]}
+
+
 # LV-ViT, T2T-ViT, PS-ViT
 
 LVVIT = {
@@ -395,6 +419,7 @@ CLASSES = {
     "dynamicvit/LVViT_Teacher": Official("lvvit_s", LVVIT, lambda a: _lvvit_of_dynamicvit(a, aux_weight=0.0)),
     "tps/DynamicVit": Official(PRESET, TPS, _tps),
     "evit/EViT": Official(PRESET, EVIT, _evit),
+    "ats/ViT": Official(PRESET, ATS, _ats),
     # EViT's selection with TPS's squeezing in place of the fused token.
     "evit+tps/EViT": Official(PRESET, EVIT, lambda a: _evit(a, "etps", "etps")),
     "lvvit/LV_ViT": Official("lvvit_s", LVVIT, _lvvit),

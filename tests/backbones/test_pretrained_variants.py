@@ -13,7 +13,7 @@ import pytest
 import dyntoken
 from dyntoken import optim, weights
 from dyntoken.models import pairings
-from dyntoken.reducers import METHODS
+from dyntoken.reducers import METHODS, ScoreSelectFuse
 from dyntoken.weights import WeightsError
 
 SMALL = {"width": 16, "heads": 2, "depth": 3, "img_size": (12, 20), "patch_size": 4, "num_classes": 5}
@@ -28,7 +28,8 @@ VARIANTS = {
     "eva02_tiny_patch14_224": {**GATED, "rope_grid": (4, 4)},
     "eva02_base_patch16_clip_224": {**GATED, "rope_grid": (4, 4)},
 }
-UNTRAINED = [name for name, row in METHODS.items() if not row.plain.learns]
+COMPOSED = {name: row.plain for name, row in METHODS.items() if issubclass(row.make, ScoreSelectFuse)}
+UNTRAINED = [name for name, reducer in COMPOSED.items() if not reducer.learns]
 DINOV3, EVA02 = "vit_small_plus_patch16_dinov3_qkvb", "eva02_tiny_patch14_224"
 IMAGES = np.random.default_rng(3).normal(size=(2, 12, 20, 3)).astype(np.float32)
 run = jax.jit(lambda m, v, x: m.apply(v, x, record=("features",)), static_argnums=0)

@@ -47,6 +47,7 @@ KINDS = {
     "tofu_deit": "pitome",
     "mctf_deit": "mctf",
     "diffrate_deit": "diffrate",
+    "ats_deit": "ats",
     "dpcknn_deit": "clustering",
     "kmedoids_deit": "clustering",
     "sinkhorn_deit": "clustering",
