@@ -53,7 +53,6 @@ class Reducer(nn.Module):
       mixes: its rows are mixtures that may have no cell of their own.
       bounded: `keep` is only the most rows that stay: how many do depends on the image, and
         `Tokens.alive` says which, in both forms.
-      moves: rows change places although `Tokens.alive` says who is in play.
       sized: its parameters are made for one `keep`.
       proportional: attention behind the site counts keys by `Tokens.key_weight`.
       ahead: None for a site where `where` says. "map": ahead of the block, by its
