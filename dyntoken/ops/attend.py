@@ -55,8 +55,8 @@ def masked_softmax(logits: Array, policy: Array) -> Array:
 
 
 @jax.jit
-def softmax(logits: Array) -> Array:
-    """Over the last axis, as a function of its own: an ONNX file has one node for it, found by this name."""
+def last_axis_softmax(logits: Array) -> Array:
+    """A function of its own: an ONNX file has one node for it, found by this name."""
     return jax.nn.softmax(logits, axis=-1)
 
 
@@ -73,7 +73,7 @@ def attention(q: Array, k: Array, v: Array, *, scale: float, bias: Array | None 
       there is a plain softmax; elsewhere XLA's fused attention.
     """
     if backend.platform() == "onnx":
-        p = softmax(logits(q, k, scale=scale, bias=bias))
+        p = last_axis_softmax(logits(q, k, scale=scale, bias=bias))
         return jnp.einsum("bhqk,bhkd->bhqd", p.astype(v.dtype), v)
     if backend.platform() == "cpu":
         return weigh(logits(q, k, scale=scale, bias=bias), v)
@@ -110,7 +110,7 @@ def normalise(logits: Array, *, policy: Array | None, train: bool) -> Array:
     evaluation exactly (`masked_softmax`).
     """
     if policy is None:
-        return softmax(logits) if backend.platform() == "onnx" else jax.nn.softmax(logits, axis=-1)
+        return last_axis_softmax(logits) if backend.platform() == "onnx" else jax.nn.softmax(logits, axis=-1)
     return policy_softmax(logits, policy) if train else masked_softmax(logits, policy)
 
 

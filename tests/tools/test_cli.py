@@ -13,7 +13,7 @@ import pytest
 from dyntoken.tools import cli
 
 NAMES = (
-    *("bench", "bench_exits", "bench_input", "convert", "features", "flops", "predict"),
+    *("bench", "bench_exits", "bench_input", "convert", "export", "features", "flops", "predict"),
     *("show", "show_augmentation", "show_exits", "thresholds", "tpu"),
 )
 PROGRAMS = {name: importlib.import_module(f"dyntoken.tools.{name}") for name in NAMES}
