@@ -60,7 +60,6 @@ class Reducer(nn.Module):
         the rows that are left attend anew. "end": after the block's MLP.
       from_block: by default there is a site at every block from this number on;
         None: where the backbone's sites lie.
-      moves: rows change places in the mask form, too.
       drops: although it merges, some patches are left without a row.
 
     Parameters need no declaration: what a reducer makes is trained by its gradient,

@@ -119,10 +119,10 @@ class DiffRate(Merging):
         x = (total / (1 + at.sum(axis=1))[..., None]).astype(x.dtype)
         weight = jnp.maximum(jnp.where(source, weight * cosine, weight), 1.0)
         weight = weight + jnp.einsum("bst,bs->bt", at, weight, precision=merge.HIGHEST)
-        # As in the code: a count that takes nothing here has no gradient, and merging kills none but its sources.
+        # As in the code: a count that takes nothing here has no gradient, and neither step kills a row twice.
         before = lives.sum(axis=1, keepdims=True)  # [B, 1]
         steps = (
-            (rank < staying, staying < before, prune_share),
+            (~lives | (rank < staying), staying < before, prune_share),
             (~source, source.any(axis=1, keepdims=True), join_share),
         )
         for stays, happens, share in steps:

@@ -11,7 +11,7 @@ import pytest
 
 import dyntoken
 from dyntoken import losses
-from dyntoken.losses.budget import blocks_multiply_adds
+from dyntoken.ops import backend
 from dyntoken.reducers import diffrate
 from dyntoken.reducers.tome import pairs_per_site
 from dyntoken.types import Attended, Tokens
@@ -123,6 +123,9 @@ def test_sizes_weigh_keys_as_copies_would():
     once = attention.apply(variables, x, size=jnp.asarray([[1.0, 1.0, 3.0, 1.0]]))[0]
     copies = attention.apply(variables, jnp.concatenate([x, x[:, 2:3], x[:, 2:3]], axis=1))[0]
     np.testing.assert_allclose(once, copies[:, :4], atol=1e-6)
+    with backend.trace_for("gpu"):
+        again = attention.apply(variables, x, size=jnp.asarray([[1.0, 1.0, 3.0, 1.0]]))[0]
+    np.testing.assert_allclose(again, once, atol=1e-6)
 
 
 def test_tofu_keeps_the_largest_norm_of_a_group():
@@ -192,4 +195,3 @@ def test_losses_of_these_methods_say_what_they_need():
             variables,
             IMAGES,
         )
-    assert callable(blocks_multiply_adds)
