@@ -17,11 +17,13 @@ class Fuser:
       fn: see `register_fuser`.
       adds_row: it returns one more row (`Fused.extra`), which later sites count.
       merges: it puts dropped rows into kept ones (`Fused.host`).
+      protects: no later site drops the rows that it added.
     """
 
     fn: Callable[..., fuse.Fused]
     adds_row: bool = False
     merges: bool = False
+    protects: bool = False
 
 
 FUSERS = Table(
@@ -29,6 +31,8 @@ FUSERS = Table(
     {
         "drop": Fuser(fuse.drop),
         "one_token": Fuser(fuse.one_token, adds_row=True),
+        "package": Fuser(fuse.package, adds_row=True, protects=True),
+        "package_sum": Fuser(fuse.package_sum, adds_row=True, protects=True),
         "mean": Fuser(fuse.mean, merges=True),
         "squeeze": Fuser(fuse.squeeze, merges=True),
     },

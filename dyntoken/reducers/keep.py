@@ -10,7 +10,7 @@ from typing import Any
 
 
 def site_counts(
-    body: Any, keep: Any, at: tuple[int, ...], *, relative: bool, fused: bool
+    body: Any, keep: Any, at: tuple[int, ...], *, relative: bool, fused: bool, protects: bool = False
 ) -> tuple[tuple[int, int, float], ...]:
     """Per site of a backbone: rows before it, rows that stay, target ratio.
 
@@ -18,6 +18,7 @@ def site_counts(
       body: the backbone, see `nn.reduction_sites.ReductionSites`.
       keep, relative, fused: see `keep_counts`.
       at: positions of the sites.
+      protects: fused rows stay at later sites, on top of what the rates keep.
     """
     keep = body.site_rates(keep, len(at)) if isinstance(keep, float) else keep
     cells = [rows * columns for rows, columns in map(body.site_grid, at)]
@@ -27,10 +28,11 @@ def site_counts(
             (n, *keep_counts((rate,), 1, n, relative=relative, fused=fused)[0])
             for rate, n in zip(rates, cells, strict=True)
         )
-    counts, current = [], cells[0]
-    for kept, ratio in keep_counts(keep, len(at), cells[0], relative=relative, fused=fused):
-        counts.append((current, kept, ratio))
-        current = kept + int(fused and kept < current)
+    counts, current, extra = [], cells[0], 0
+    for kept, ratio in keep_counts(keep, len(at), cells[0], relative=relative, fused=fused and not protects):
+        counts.append((current + extra, kept + extra, ratio))
+        added = int(fused and kept < current)
+        current, extra = (kept, extra + added) if protects else (kept + added, 0)
     return tuple(counts)
 
 

@@ -42,6 +42,7 @@ KINDS = {
     "flops_backbones": "flops",
     "dvt_dynamic": "dvt_dynamic",
     "ats_deit": "ats",
+    "spvit_deit": "spvit",
     "dpcknn_deit": "clustering",
     "kmedoids_deit": "clustering",
     "sinkhorn_deit": "clustering",
