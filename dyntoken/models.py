@@ -309,6 +309,32 @@ def create_model(name: str, **overrides: Any) -> Model | Cascade | MultiExit:
     return model
 
 
+def reduced(model: Model, method: str, **options: Any) -> Model:
+    """A dense model under a reduction method: the same variables, and what the method adds to them.
+
+    Args:
+      model: dense, from `create_model` or `load_pretrained`.
+      method: row of `reducers.METHODS`.
+      **options: `keep`, `at`, `form` and the method's own, see `create_model`.
+
+    Raises:
+      UnknownNameError: unknown method or option, with the nearest ones.
+      ValueError: a model that is reduced already, or a method that its backbone refuses.
+    """
+    if not isinstance(model, Model) or model.method is not None:
+        raise ValueError(
+            "only a dense model of one exit can be reduced; model.clone(keep=...) changes counts"
+        )
+    own = schema.fields(Model, but=OF_NAME)
+    known = {**{key: own[key] for key in sorted(OF_SITES)}, **_of_method(method)}
+    options = schema.check(known, options, owner=f"method {method!r}")
+    fields = {key: _static(value) for key, value in options.items() if key in OF_SITES}
+    fields |= _site_fields(method, fields.get("at"), options, model.plain())
+    made = model.clone(method=method, **fields)
+    made.validate()
+    return made
+
+
 def keywords(name: str) -> dict[str, Any]:
     """What `create_model(name)` takes: keyword -> annotation, see `schema`.
 
