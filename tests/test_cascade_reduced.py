@@ -58,7 +58,7 @@ def test_both_forms_agree(method):
         np.testing.assert_array_equal(g.decision.sum(axis=1), m.decision.sum(axis=1))
         assert g.count == m.count
     assert [r.grid for r in gather.reductions] == [(3, 3), (3, 3), (4, 4), (4, 4)]
-    counts = {"dtps": [5, 3, 9, 5], "dynamicvit": [5, 3, 9, 5], "evit": [7, 6, 11, 8]}
+    counts = {"dtps": [5, 3, 9, 5], "dynamicvit": [5, 3, 9, 5], "evit": [7, 6, 11, 8], "spvit": [6, 5, 10, 7]}
     assert [r.count for r in gather.reductions] == counts.get(method, [6, 4, 10, 6])
     assert gather.reductions[0].place.shape[1] == gather.reductions[0].count >= 5 + fused
 
@@ -92,7 +92,7 @@ def _one_hot(rows, n):
 def test_the_next_exit_reads_through_the_carriers(method):
     out, _ = _forms(method)
     bound = _model(method).bind(_variables(method))
-    inside = method in ("evit", "topk", "etps")
+    inside = METHODS[method].inside
     carriers = [r.carrier for r in out.reductions[:2]]
     # Sites at 0 and 1. A site before a block is ahead of its attention, one inside is not.
     seen = [None, carriers[0]] if inside else carriers
