@@ -36,6 +36,7 @@ EXTRAS = {
     "viz": VIZ,
     "tensorboard": TENSORBOARD,
     "torch": ["torch>=2.6"],
+    "ray": ["ray[data]>=2.51", "pillow>=11.0"],
     "hub": ["huggingface_hub>=0.30"],
     "cuda": ["jax[cuda12]"],
     "tpu": ["jax[tpu]"],

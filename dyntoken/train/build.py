@@ -6,6 +6,7 @@ wrong key is found before anything else happens.
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import functools
 import math
@@ -40,7 +41,7 @@ class Phase:
     """Steps that run one program.
 
     Attributes:
-      first: steps done before it.
+      first: steps done before it; phases of an elastic run take turns, see `Run.phase_at`.
       model: with the counts of the phase; the parameters are those of every phase.
       counts: tokens that stay at each site.
     """
@@ -62,7 +63,7 @@ class Run:
       eval_sets: what is evaluated, by label; `""` is the split of `config.data`.
       shape: `(H, W, C)` of the batches.
       steps_per_epoch, total_steps, eval_every: in steps.
-      phases: what is trained from which step on; several if the keep rate falls.
+      phases: what is trained from which step on; several if the keep rate falls or takes turns.
       objective: the losses.
       tx, lr_fn: the optimizer and its learning rate.
     """
@@ -81,6 +82,15 @@ class Run:
     objective: losses.Objective
     tx: optax.GradientTransformation
     lr_fn: Callable[[Any], Any]
+
+    def phase_at(self, done: int) -> int:
+        """Number of the phase of the step that follows `done` steps: a function of seed and step alone."""
+        last = len(self.phases) - 1
+        if not self.settings.elastic:
+            return bisect.bisect_right([phase.first for phase in self.phases], done) - 1
+        if done % 3 < 2:
+            return 0 if done % 3 == 0 else last
+        return int(np.random.default_rng((self.settings.seed, done)).integers(last + 1))
 
     @functools.cached_property
     def abstract_state(self) -> TrainState:
@@ -329,6 +339,12 @@ def build(
     model = _make_model(settings.model, info, shape, "config.model")
     schedule = settings.keep_schedule if training else None
     phases = keep_phases(model, schedule, steps_per_epoch=per_epoch, total_steps=total)
+    if training and settings.elastic:
+        if len(phases) > 1:
+            raise ValueError(
+                "config.elastic and config.keep_schedule both change the keep rate: give one of both"
+            )
+        phases = elastic_phases(model, settings.elastic)
     objective = losses.Objective(settings.losses)
     objective.check(len(model.exits))
     teacher = _make_teacher(settings, objective, info, shape)
@@ -404,6 +420,24 @@ def keep_phases(
         if first < total_steps and not (phases and phases[-1].counts == counts):
             phases.append(Phase(first, smaller, counts))
     return phases
+
+
+def elastic_phases(model: nn.Module, rates: Sequence[float]) -> list[Phase]:
+    """A phase per keep rate, the largest first.
+
+    Raises:
+      ValueError: a model without a keep rate of its own, or whose parameters are made for one.
+    """
+    name = getattr(model, "method", None)
+    if not isinstance(model, models.Model) or name is None:
+        raise ValueError(
+            "config.elastic needs a model of one exit with a method, as etps_deit_small_patch16_224; "
+            f"{getattr(model, 'arch', type(model).__name__)} has no keep rate of its own"
+        )
+    if any(site.reducer(parent=None).sized for site in model.sites()):
+        raise ValueError(f"config.elastic does not fit {name}: its parameters are made for one keep")
+    made = [model.clone(keep=rate) for rate in sorted(set(rates), reverse=True)]
+    return [Phase(0, m, tuple(site.reducer["keep"] for site in m.sites())) for m in made]
 
 
 def _make_model(
@@ -483,7 +517,7 @@ def dry_run(config: Mapping[str, Any], *, log: Log = print) -> dict[str, Any]:
     for name, value in facts.items():
         log(f"{name}: {value}")
     began = time.monotonic()
-    largest = run.phases[0].model  # a keep rate only falls
+    largest = run.phases[0].model  # keep rates only fall from phase to phase
     memory = peak_bytes(run.train_step_for(largest).memory_analysis())
     compiled = {"memory_bytes": memory, "compile_s": round(time.monotonic() - began, 1)}
     for name, value in compiled.items():
