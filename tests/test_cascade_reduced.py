@@ -65,8 +65,8 @@ def test_both_forms_agree(method):
 
 @pytest.mark.parametrize("method", ONE_QUICK)
 def test_with_nothing_dropped_it_is_the_unreduced_cascade(method):
-    if METHODS[method].plain.mixes:
-        pytest.skip("it mixes rows, however many there are")
+    if METHODS[method].plain.mixes or METHODS[method].plain.bounded:
+        pytest.skip("it mixes or drops rows even so")
     dense = dyntoken.create_model("dvt_deit_tiny", **TINY)
     everything = _model(method).clone(keep=1.0)  # rows are still put in the order of their scores
 
