@@ -49,6 +49,8 @@ class Tokens:
       size: `[B, N]` float32, number of original patches a row stands for.
       prefix: number of leading rows that are no patches.
       grid: (rows, columns) of the first patch grid.
+      weight: `[B, N]` float32, how often a row counts as a key where a method weighs keys
+        otherwise than by `size`; else None.
       mixed: `[B, N0]` bool, cells whose content MixToken took from the row's
         partner (`ops.mixing`); None where nothing was mixed.
       last: `[B, N0, C]`, what a cell shows on a map once its row is dropped
@@ -64,6 +66,7 @@ class Tokens:
     grid: tuple[int, int] = flax.struct.field(pytree_node=False)
     mixed: Array | None = None
     last: Array | None = None
+    weight: Array | None = None
 
     @classmethod
     def start(cls, x: Array, *, prefix: int = 1, grid: tuple[int, int] | None = None) -> Tokens:
@@ -94,6 +97,11 @@ class Tokens:
         return self.x.shape[1] - self.prefix
 
     @property
+    def key_weight(self) -> Array:
+        """`weight`, or `size` where there is none."""
+        return self.size if self.weight is None else self.weight
+
+    @property
     def patches(self) -> Array:
         """The rows without the prefix, `[B, N, C]`."""
         return self.x[:, self.prefix :]
@@ -117,6 +125,10 @@ class Reduction:
       remap: `[B, n]` int32, incoming row -> outgoing row, or -1.
       shares: `[B, m, n]`, weight of each incoming row in each outgoing one, of a method that mixes them.
       carrier: `[B, N0]`, `Tokens.carrier` after the site (filled by the trunk).
+      queries: `[B, n]`, weight of each incoming row in the mean of its group, by
+        which queries of the block's attention map fuse; the trunk takes it away.
+      learnt: `[2]`, learnt numbers of rows that pruning and merging leave (DiffRate), with
+        gradient; else None.
       ratio: target share of the first patches that stay, as the keep-ratio
         loss wants it.
       count: static number of rows alive after the site (fused token included).
@@ -131,6 +143,8 @@ class Reduction:
     log_probs: Array | None = None
     keep: Array | None = None
     carrier: Array | None = None
+    queries: Array | None = None
+    learnt: Array | None = None
     shares: Array | None = None
     ratio: float = flax.struct.field(pytree_node=False, default=1.0)
     count: int = flax.struct.field(pytree_node=False, default=0)

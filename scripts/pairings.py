@@ -1,7 +1,7 @@
 """Writes README's table of methods and backbones: `python scripts/pairings.py`.
 
-Builds every method on every backbone: "yes", "at ..." where the method has sites of
-its own there, or the number of the reason below. The columns after the methods are a
+Builds every method on every backbone: "yes", "at ..." (blocks or stages) where the method
+has sites of its own there, or the number of the reason below. The columns after the methods are a
 cascade and a model with exits by depth.
 """
 
@@ -43,8 +43,14 @@ def _row(arch: str) -> dict[str, str]:
             row[prefix] = f"no: {error}"
             continue
         sites = model.at if prefix in reducers.METHODS else usual
-        row[prefix] = "yes" if sites == usual else f"at {', '.join(map(str, sites))}"
+        row[prefix] = "yes" if sites == usual else _sites(sites, body.depth)
     return row
+
+
+def _sites(sites: tuple[int, ...], depth: int) -> str:
+    if len(sites) > 3 and sites == tuple(range(sites[0], depth)):
+        return f"from {sites[0]} on" if sites[0] else "in every block"
+    return f"at {', '.join(map(str, sites))}"
 
 
 def prefixes() -> tuple[str, ...]:

@@ -19,6 +19,8 @@ LOSSES = Table(
     "loss",
     {
         "ce": "dyntoken.losses.classify:ce",
+        "multiply_adds": "dyntoken.losses.budget:multiply_adds",
+        "consistency": "dyntoken.losses.consistency:consistency",
         "exit_kl": "dyntoken.losses.distill:exit_kl",
         "keep_ratio": "dyntoken.losses.ratio:keep_ratio",
         "logit_kl": "dyntoken.losses.distill:logit_kl",

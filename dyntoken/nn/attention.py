@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, Literal
 
 import chex
@@ -53,12 +54,15 @@ class Attention(nn.Module):
         *,
         prefix: int = 1,
         train: bool = False,
-        return_scores: bool = False,
+        return_scores: bool | tuple[str, ...] = False,
         return_logits: bool = False,
         bias: Array | None = None,
+        size: Array | None = None,
         rotation: Rotation | None = None,
         draws: sample.Draws | None = None,
         path: tuple[int, ...] = (),
+        only_map: bool = False,
+        mix: Callable[[Array], Array] | None = None,
     ) -> tuple[Array, Attended | None]:
         """Attends `x [B, T, C]` to itself.
 
@@ -66,12 +70,17 @@ class Attention(nn.Module):
           policy: `[B, T]` keep mask over keys, or None.
           prefix: rows that are no patches; row 0 is the class token.
           train: applies the policy as the references train it.
-          return_scores: also return what a reducer may look at.
+          return_scores: also return what a reducer may look at: all, or these fields of `Attended`.
           return_logits: also return the logits.
           bias: `[B, heads, T, T]`, added to the scaled logits.
+          size: `[B, T]`, each key counts that often (ToMe); not in the logits returned.
           rotation: turns queries and keys; reducers see the keys as they were, what is in a patch
             without where it is.
           draws, path: randomness and layer number; None switches dropout off.
+          only_map: the attention map and no values: returns None for y. A second call on other rows
+            then mixes theirs:
+          mix: values `[B, heads, T, head_dim]` of the rows to what they are mixed to, in
+            place of attention.
 
         Returns:
           `(y [B, T, C], Attended or None)`.
@@ -80,7 +89,12 @@ class Attention(nn.Module):
         each = self.head_dim or width // self.heads
         chex.assert_shape(policy, (batch, rows)) if policy is not None else None
         whole = self.qkv_bias is True
-        qkv = layers.dense(3 * self.heads * each, name="qkv", dtype=self.dtype, use_bias=whole)(x)
+        part = slice(2, 3) if mix else slice(0, 2) if only_map else slice(0, 3)
+        dense = layers.dense(3 * self.heads * each, name="qkv", dtype=self.dtype, use_bias=whole)
+        if part == slice(0, 3) or self.is_initializing():
+            qkv = dense(x)
+        else:
+            qkv = _columns(dense.variables["params"], x, part, self.heads * each, self.dtype)
         if self.qkv_bias == "qv":
             q, v = (
                 self.param(name, nn.initializers.zeros, (self.heads * each,)) for name in ("q_bias", "v_bias")
@@ -91,27 +105,49 @@ class Attention(nn.Module):
         if self.qk_norm_eps is not None:
             norm = functools.partial(nn.LayerNorm, epsilon=self.qk_norm_eps, dtype=self.dtype)
             q, k = norm(name="q_norm")(q), norm(name="k_norm")(k)
+        if mix is not None:
+            return self._output(mix(v), width, draws, path), None
         keys = k
         if rotation is not None:
             q, k = rotation(q), rotation(k)
         scale = self.qk_scale if self.qk_scale is not None else each**-0.5
-        seen = None
         thinned = draws is not None and self.attn_dropout > 0.0
-        if policy is None and not return_scores and not return_logits and not thinned:
-            y = attend.attention(q, k, v, scale=scale, bias=bias)
+        if only_map:
+            return_scores = True
+        weight = None if size is None else attend.log_size(size)
+        if policy is None and return_scores in (False, ("keys",)) and not return_logits and not thinned:
+            bias = bias if weight is None else weight if bias is None else bias + weight
+            y, seen = attend.attention(q, k, v, scale=scale, bias=bias), Attended(keys=keys)
         else:
             logits = attend.logits(q, k, scale=scale, bias=bias)
-            p = attend.normalise(logits, policy=policy, train=train)
+            weighed = logits if weight is None else logits + weight
+            p = attend.normalise(weighed, policy=policy, train=train)
             p = layers.drop(p, self.attn_dropout, draws, *path, 0)
-            if policy is None and not thinned and backend.platform() == "cpu":
-                y = attend.weigh(logits, v)  # what the site does not drop leaves the dense model's bits
+            if only_map:
+                y = None
+            elif policy is None and not thinned and backend.platform() == "cpu":
+                y = attend.weigh(weighed, v)  # what the site does not drop leaves the dense model's bits
             else:
                 y = jnp.einsum("bhqk,bhkd->bhqd", p.astype(v.dtype), v)
             cls = attend.class_attention(p, prefix) if prefix and return_scores else None
             shown = {"cls": cls, "keys": keys, "values": v, "probs": p} if return_scores else {}
             seen = Attended(**shown, logits=logits if return_logits else None)
-        y = jnp.swapaxes(y, 1, 2).reshape(batch, rows, self.heads * each)
+        shown = seen if return_scores or return_logits else None
+        return None if only_map else self._output(y, width, draws, path), shown
+
+    def _output(self, y: Array, width: int, draws: sample.Draws | None, path: tuple[int, ...]) -> Array:
+        """Heads `[B, heads, T, head_dim]` joined and projected."""
+        y = jnp.swapaxes(y, 1, 2)
+        y = y.reshape(*y.shape[:2], -1)
         if self.norm_eps is not None:
             y = nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype, name="norm")(y)
         y = layers.dense(width, name="proj", dtype=self.dtype, use_bias=self.proj_bias)(y)
-        return layers.drop(y, self.dropout, draws, *path), seen if return_scores or return_logits else None
+        return layers.drop(y, self.dropout, draws, *path)
+
+
+def _columns(params: Any, x: Array, part: slice, width: int, dtype: Any) -> Array:
+    """Some of the three products of a fused qkv layer; the others are zeros, which cost nothing."""
+    columns = slice(part.start * width, part.stop * width)
+    y = x.astype(dtype) @ params["kernel"][:, columns].astype(dtype)
+    y = y + params["bias"][None, None, columns].astype(dtype) if "bias" in params else y
+    return jnp.pad(y, [(0, 0), (0, 0), (columns.start, 3 * width - columns.stop)])

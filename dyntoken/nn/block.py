@@ -55,6 +55,7 @@ class Block(nn.Module):
       act: activation of the MLP, see `layers.ACTIVATIONS`.
       attn_norm, mlp_norm: a LayerNorm before the last product of either branch.
       head_dim: channels of a head, None for width / heads.
+      proportional: each key counts as often as `Tokens.key_weight` says, the patches it stands for.
       mlp_hidden: channels after the MLP's first layer, in place of width * mlp_ratio.
       mlp_split: the first half of these comes from a layer of its own, see `layers.Mlp`.
       half: "both", or the only one of the two halves that there is: "attention" or "mlp".
@@ -80,6 +81,7 @@ class Block(nn.Module):
     attn_norm: bool = False
     mlp_norm: bool = False
     head_dim: int | None = None
+    proportional: bool = False
     mlp_hidden: int | None = None
     mlp_split: bool = False
     half: str = "both"
@@ -122,7 +124,7 @@ class Block(nn.Module):
         tokens: Tokens,
         draws: sample.Draws | None,
         train: bool,
-        return_scores: bool,
+        return_scores: bool | tuple[str, ...],
         return_logits: bool = False,
         bias: Callable[[], Array] | None = None,
         rotation: Rotation | None = None,
@@ -131,7 +133,7 @@ class Block(nn.Module):
         """First half: attention over the rows alive, residual added.
 
         Args:
-          return_scores: return what a reducer may look at.
+          return_scores: return what a reducer may look at: all, or these fields of `Attended`.
           return_logits: return the attention logits.
           bias: makes the `[B, heads, T, T]` that is added to them; called here,
             so that recomputing this half recomputes it.
@@ -143,9 +145,11 @@ class Block(nn.Module):
             return tokens, None
         layer = layer or LayerArgs(self.layer, self.drop_path)
         policy = None if tokens.alive is None else attend.with_prefix(tokens.alive, tokens.prefix)
+        more = {"size": attend.with_prefix(tokens.key_weight, tokens.prefix)} if self.proportional else {}
         y, seen = self.attn(
             self.norm1(tokens.x),
             policy,
+            **more,
             prefix=tokens.prefix,
             train=train,
             return_scores=return_scores,
@@ -157,6 +161,22 @@ class Block(nn.Module):
         )
         y = self.ls1(y) if self.layer_scale is not None else y
         return tokens.replace(x=tokens.x + self._path(y, draws, ATTENTION_PATH, layer)), seen
+
+    def attention_map(
+        self, tokens: Tokens, train: bool, bias: Callable[[], Array] | None, rotation: Rotation | None
+    ) -> Attended:
+        """What `attend` would show, without its result; `attend_by` then makes that of other rows."""
+        more = {"size": attend.with_prefix(tokens.key_weight, tokens.prefix)} if self.proportional else {}
+        options = {"train": train, "bias": None if bias is None else bias(), "rotation": rotation}
+        x = self.norm1(tokens.x)
+        return self.attn(x, prefix=tokens.prefix, return_logits=True, only_map=True, **options, **more)[1]
+
+    def attend_by(self, tokens: Tokens, draws: sample.Draws | None, mix: Callable[[Array], Array]) -> Tokens:
+        """First half with values that are mixed by `mix` in place of attention, see `Attention`."""
+        layer = LayerArgs(self.layer, self.drop_path)
+        y, _ = self.attn(self.norm1(tokens.x), mix=mix, draws=draws, path=(layer.number, ATTENTION))
+        y = self.ls1(y) if self.layer_scale is not None else y
+        return tokens.replace(x=tokens.x + self._path(y, draws, ATTENTION_PATH, layer))
 
     def feed_forward(
         self,

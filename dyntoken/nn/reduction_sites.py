@@ -43,12 +43,15 @@ class ReductionSites:
 
     def sites_of(self, reducer: Any) -> tuple[int, ...]:
         """The default sites of a method: those that show what it needs."""
+        usual = self.default_sites
+        if self.nested and reducer.from_block is not None:
+            usual = tuple(range(min(reducer.from_block, self.depth - 1), self.depth))
         able = tuple(
             at
-            for at in self.default_sites
+            for at in usual
             if self.shows(at).issuperset(reducer.needs) and self.shows_ahead(at).issuperset(reducer.recalls)
         )
-        return able or self.default_sites
+        return able or usual
 
     def site_grid(self, at: int) -> tuple[int, int]:
         """(rows, columns) of the patches that the keep rate of a site refers to."""

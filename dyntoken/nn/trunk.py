@@ -33,7 +33,7 @@ from dyntoken.nn import scan
 from dyntoken.nn.block import Block
 from dyntoken.nn.remat import rematerialised
 from dyntoken.nn.spec import Site, Spec
-from dyntoken.ops import sample, select
+from dyntoken.ops import merge, sample, select
 from dyntoken.ops.rope import Rope, Rotation
 from dyntoken.types import Attended, Reduction, Tokens
 
@@ -104,11 +104,18 @@ class Trunk(nn.Module):
     rope: Rope | None = None
 
     def setup(self) -> None:
-        for index, spec in enumerate(self.blocks):
+        for index, spec in enumerate(self._recipes()):
             make = _rematerialised(spec.make, self.remat)
             setattr(self, f"blocks_{index}", dataclasses.replace(spec, make=make)())
         for stage, site in enumerate(self.sites):
             setattr(self, f"reducer_{stage}", site.reducer(stage=stage))
+
+    def _recipes(self) -> tuple[Spec, ...]:
+        """The recipes of the blocks; behind a site that says so keys count by size."""
+        made = [(site, site.reducer(parent=None)) for site in self.sites]
+        behind = [s.at + int(s.inside and r.ahead != "rows") for s, r in made if r.proportional]
+        first = min(behind, default=len(self.blocks))
+        return (*self.blocks[:first], *(spec.with_(proportional=True) for spec in self.blocks[first:]))
 
     def __call__(
         self, tokens: Tokens, context: Context, some: range | None = None
@@ -153,19 +160,33 @@ class Trunk(nn.Module):
                 continue
             block = getattr(self, f"blocks_{index}")
             inside = site is not None and site.inside
-            shown = inside or any(index + 1 == at for at in self._recalling())
+            recalled = index + 1 in self._recalling()
+            reducer = getattr(self, f"reducer_{stage}") if inside else None
             bias, rotation = self._bias(index, tokens, context), self._rotation(index, tokens)
             address = self._address(index, tokens, after_mlp=False)
-            options = (context.train, shown, return_logits, bias, rotation)
-            tokens, seen = block.attend(tokens, context.dropout, *options)
+            if inside and reducer.ahead in ("map", "rows"):
+                seen = block.attention_map(tokens, context.train, bias, rotation)
+                tokens, reduction = self._reduce(stage, tokens, seen, context)
+                reductions.append(reduction.replace(queries=None))
+                stages.append((before, tokens.x))
+                tokens = self._attend_reduced(index, tokens, seen, reduction, context)
+            else:
+                shown = recalled or (inside and (reducer.needs or True))
+                options = (context.train, shown, return_logits, bias, rotation)
+                tokens, seen = block.attend(tokens, context.dropout, *options)
             relations.append(seen.logits if return_logits else None)
-            if inside:
+            if inside and reducer.ahead is None:
                 before = tokens.x
                 tokens, reduction = self._reduce(stage, tokens, seen, context)
                 reductions.append(reduction)
                 stages.append((before, tokens.x))
             addresses.append((address, self._address(index, tokens, after_mlp=True)))
             tokens = block.feed_forward(tokens, context.dropout, self._extra(index, tokens, context))
+            if inside and reducer.ahead == "end":
+                before = tokens.x
+                tokens, reduction = self._reduce(stage, tokens, seen, context)
+                reductions.append(reduction)
+                stages.append((before, tokens.x))
             rows.append(tokens.x)
             taps[index] = tokens
         records = {
@@ -179,6 +200,18 @@ class Trunk(nn.Module):
             records["taps"] = {number: taps[number] for number in context.taps if number in taps}
         return tokens, tuple(reductions), records
 
+    def _attend_reduced(
+        self, index: int, tokens: Tokens, seen: Attended, reduction: Reduction, context: Context
+    ) -> Tokens:
+        """The attention of a block whose rows were reduced by its own map: by that map, fused, or anew."""
+        block = getattr(self, f"blocks_{index}")
+        if reduction.queries is None:
+            bias = self._bias(index, tokens, context, moved=True)
+            options = (context.train, False, False, bias, self._rotation(index, tokens, moved=True))
+            return block.attend(tokens, context.dropout, *options)[0]
+        mix = functools.partial(_mix, probs=seen.probs, reduction=reduction, prefix=tokens.prefix)
+        return block.attend_by(tokens, context.dropout, mix)
+
     def _runs(self, numbers: range, taps: Sequence[int]) -> list[tuple[int, ...]]:
         """Block numbers, grouped by loop; a tapped block ends its loop, which then keeps no other rows."""
         if not self.scan or self.is_initializing():  # each block makes its own parameters
@@ -186,7 +219,7 @@ class Trunk(nn.Module):
         cuts = [at for site in self.sites for at in (site.at, site.at + int(site.inside))]
         cuts += [at - ahead for at in self._recalling() for ahead in (0, 1)]
         cuts += [number + 1 for number in taps]
-        return scan.runs(self.blocks, cuts, numbers)
+        return scan.runs(self._recipes(), cuts, numbers)
 
     def _recalling(self) -> list[int]:
         """Blocks whose site reads what the block before showed."""
@@ -199,7 +232,7 @@ class Trunk(nn.Module):
         params = self.variables["params"]
         return scan.run_blocks(
             _rematerialised(self.blocks[run[0]].make, self.remat, looped=True),
-            [self.blocks[index] for index in run],
+            [self._recipes()[index] for index in run],
             [params[f"blocks_{index}"] for index in run],
             tokens,
             draws=context.dropout,
@@ -219,21 +252,23 @@ class Trunk(nn.Module):
     def _address(self, index: int, tokens: Tokens, *, after_mlp: bool) -> Address | None:
         return Address(tokens.carrier, tokens.place) if self._reduced(index, after_mlp=after_mlp) else None
 
-    def _bias(self, index: int, tokens: Tokens, context: Context) -> Callable[[], Array] | None:
+    def _bias(
+        self, index: int, tokens: Tokens, context: Context, moved: bool = False
+    ) -> Callable[[], Array] | None:
         """The bias of a block, for the rows it has."""
         bias = None if context.bias is None else context.bias(index)
-        if bias is None or not self._reduced(index, after_mlp=False):
+        if bias is None or not (moved or self._reduced(index, after_mlp=False)):
             return bias
         # A pytree, so that recomputing the attention takes its arrays as inputs.
         rows, new = self._rows(tokens)
         return jax.tree_util.Partial(_bias_with(new), bias, rows)
 
-    def _rotation(self, index: int, tokens: Tokens) -> Rotation | None:
+    def _rotation(self, index: int, tokens: Tokens, moved: bool = False) -> Rotation | None:
         """The rotation of the rows that a block has: a kept token keeps its own."""
         if self.rope is None:
             return None
         whole = self.rope.whole(tokens.grid, tokens.prefix)
-        moved = self._reduced(index, after_mlp=False) or tokens.count != tokens.initial
+        moved = moved or self._reduced(index, after_mlp=False) or tokens.count != tokens.initial
         return whole.of(*self._rows(tokens)) if moved else whole
 
     def _extra(self, index: int, tokens: Tokens, context: Context) -> Array | None:
@@ -262,6 +297,22 @@ class Trunk(nn.Module):
     ) -> tuple[Tokens, Reduction]:
         reducer = getattr(self, f"reducer_{stage}")
         return reducer(tokens, seen, context.train, **context.at_site(stage))
+
+
+def _mix(values: Array, *, probs: Array, reduction: Reduction, prefix: int) -> Array:
+    """Values `[B, heads, T', D]` of fused rows by the map of those that fused, `[B, heads, T, T]`.
+
+    The keys of a group are summed, its queries averaged by `Reduction.queries`. Both are done on
+    the vectors on either side of the map, which stays as it is.
+    """
+    batch, heads, _, each = values.shape
+    rows = select.shift_past_prefix(reduction.remap, prefix)
+    spread = jnp.take_along_axis(values, rows[:, None, :, None], axis=2)
+    y = jnp.einsum("bhqk,bhkd->bqhd", probs.astype(values.dtype), spread)
+    matching = merge.of_remap(reduction.keep, reduction.remap)
+    patches = y[:, prefix:].reshape(batch, -1, heads * each)
+    patches = merge.mean(patches, matching, reduction.queries).reshape(batch, -1, heads, each)
+    return jnp.moveaxis(jnp.concatenate([y[:, :prefix], patches], axis=1), 1, 2)
 
 
 def _of_rows(x: Array, rows: Array | None, new: int, axes: tuple[int, ...]) -> Array:

@@ -65,7 +65,7 @@ def attention(q: Array, k: Array, v: Array, *, scale: float, bias: Array | None 
 
     Args:
       q, k, v: `[B, H, T, D]`.
-      bias: `[B, H, T, T]`, added to the scaled logits.
+      bias: `[B, H, T, T]`, or with some of these 1, added to the scaled logits.
 
     Returns:
       `[B, H, T, D]`. On the CPU the normalisation comes after the value product
@@ -86,6 +86,15 @@ def weigh(logits: Array, v: Array) -> Array:
     p = jnp.exp(logits - jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True)))
     y = jnp.einsum("bhqk,bhkd->bhqd", p.astype(v.dtype), v, preferred_element_type=jnp.float32)
     return (y / p.sum(axis=-1, keepdims=True)).astype(v.dtype)
+
+
+def log_size(size: Array) -> Array:
+    """What makes each key count `size [B, T]` times, to be added to logits: `[B, 1, 1, T]` float32.
+
+    Rows of size 0 get 0: they are masked where there are any.
+    """
+    size = size.astype(jnp.float32)
+    return jnp.log(jnp.where(size > 0, size, 1.0))[:, None, None, :]
 
 
 def logits(q: Array, k: Array, *, scale: float, bias: Array | None = None) -> Array:

@@ -31,13 +31,21 @@ def order(scores: Array) -> Array:
         keys = _keys(scores)
     if backend.platform() not in ("tpu", "onnx"):
         return jnp.argsort(keys, axis=-1, descending=True, stable=True).astype(jnp.int32)
-    n = keys.shape[-1]
-    rows = jnp.arange(n, dtype=jnp.int32)
-    better = keys[:, None, :] > keys[:, :, None]
-    tied = (keys[:, None, :] == keys[:, :, None]) & (rows[None, None, :] < rows[None, :, None])
-    rank = (better | tied).sum(axis=-1, dtype=jnp.int32)  # [B, n]
+    rank, rows = _ranks(keys), jnp.arange(keys.shape[-1], dtype=jnp.int32)
     at = (rank[:, None, :] == rows[None, :, None]).astype(jnp.int32)  # [B, rank, row]
     return (at * rows[None, None, :]).sum(axis=-1)
+
+
+def ranks(scores: Array) -> Array:
+    """The place of each row in `order`, `[B, n]`, counted by comparison."""
+    return _ranks(_keys(scores))
+
+
+def _ranks(keys: Array) -> Array:
+    rows = jnp.arange(keys.shape[-1], dtype=jnp.int32)
+    better = keys[:, None, :] > keys[:, :, None]
+    tied = (keys[:, None, :] == keys[:, :, None]) & (rows[None, None, :] < rows[None, :, None])
+    return (better | tied).sum(axis=-1, dtype=jnp.int32)
 
 
 def _keys(scores: Array) -> Array:

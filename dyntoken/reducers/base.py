@@ -14,12 +14,13 @@ from dyntoken.ops import fuse as fusing
 from dyntoken.ops import sample, select
 from dyntoken.reducers.fuse import FUSERS
 from dyntoken.reducers.score import SCORERS, Scores, shares, shuffled
-from dyntoken.schema import Count, Positive
+from dyntoken.schema import Count, Keep, Positive
 from dyntoken.types import Attended, Reduction, Tokens
 
 Array = jax.Array
 Form = Literal["auto", "mask", "gather"]
 FORMS = typing.get_args(Form)
+USUAL_SITES = 3  # of the methods with one keep rate per site (DynamicViT, TPS, EViT)
 
 
 class _Seen:
@@ -52,10 +53,17 @@ class Reducer(nn.Module):
       mixes: its rows are mixtures that may have no cell of their own.
       bounded: `keep` is only the most rows that stay: how many do depends on the image, and
         `Tokens.alive` says which, in both forms.
-      moves: rows change places although `Tokens.alive` says who is in play.
       protects: rows that it added stay at every later site.
       per_head: it has a field `heads` for the number of attention heads.
       sized: its parameters are made for one `keep`.
+      proportional: attention behind the site counts keys by `Tokens.key_weight`.
+      ahead: None for a site where `where` says. "map": ahead of the block, by its
+        attention map, whose queries fuse by `Reduction.queries`. "rows": likewise, but
+        the rows that are left attend anew. "end": after the block's MLP.
+      from_block: by default there is a site at every block from this number on;
+        None: where the backbone's sites lie.
+      moves: rows change places in the mask form, too.
+      drops: although it merges, some patches are left without a row.
 
     Parameters need no declaration: what a reducer makes is trained by its gradient,
     in the form that is in force. `learns` says that training must sample a decision.
@@ -69,7 +77,9 @@ class Reducer(nn.Module):
         shrink to `keep`), or "auto": gather in evaluation; in training mask for
         methods that learn their decision, gather for the others.
       stage: number of the site, which keys its random draws.
+      block, depth: number of the block it stands at, and how many there are.
       predictor_eps: LayerNorm epsilon of what it learns, which the backbone says.
+
     """
 
     keep: int
@@ -77,6 +87,8 @@ class Reducer(nn.Module):
     ratio: float | None = None
     form: Form = "auto"
     stage: int = 0
+    block: int = 0
+    depth: int = 1
     predictor_eps: float = 1e-5
 
     learns = False
@@ -93,6 +105,10 @@ class Reducer(nn.Module):
     protects = False
     per_head = False
     bounded = False
+    proportional = False
+    ahead = None
+    from_block = None
+    drops = False
     title = property(lambda self: type(self).__name__)  # what messages call it
 
     def resolved(self, train: bool) -> str:
@@ -106,6 +122,22 @@ class Reducer(nn.Module):
         if self.form != "auto":
             return self.form
         return "mask" if (train and self.learns) or "gather" not in self.forms else "gather"
+
+    def site_keep(self, keep: Keep, sites: int, patches: int, prefix: int) -> Keep:
+        """`keep` as the rule for counts takes it, see `reducers.keep.keep_counts`.
+
+        Of a method with a site at every block, one rate r is what each of three
+        sites would keep; more sites share that: each keeps `r ** (3 / sites)` of
+        the rows it finds.
+
+        Args:
+          keep: of the model.
+          sites: how many there are.
+          patches, prefix: rows that enter the first block, patches and others.
+        """
+        if self.from_block is None or not isinstance(keep, float):
+            return keep
+        return (keep ** (min(sites, USUAL_SITES) / sites),) * sites
 
     def reduce(self, tokens, seen, train, *, draws, noise, decision) -> tuple[Tokens, Reduction]:
         """The method itself; `carrier`, `ratio`, `count` and `grid` of the `Reduction` are filled in."""

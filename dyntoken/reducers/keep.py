@@ -10,16 +10,17 @@ from typing import Any
 
 
 def site_counts(
-    body: Any, keep: Any, at: tuple[int, ...], *, relative: bool, fused: bool, protects: bool = False
+    body: Any, reducer: Any, keep: Any, at: tuple[int, ...], *, relative: bool
 ) -> tuple[tuple[int, int, float], ...]:
     """Per site of a backbone: rows before it, rows that stay, target ratio.
 
     Args:
       body: the backbone, see `nn.reduction_sites.ReductionSites`.
-      keep, relative, fused: see `keep_counts`.
+      reducer: what the method declares.
+      keep, relative: see `keep_counts`.
       at: positions of the sites.
-      protects: fused rows stay at later sites, on top of what the rates keep.
     """
+    fused = reducer.adds_row
     keep = body.site_rates(keep, len(at)) if isinstance(keep, float) else keep
     cells = [rows * columns for rows, columns in map(body.site_grid, at)]
     if not body.nested:
@@ -28,6 +29,8 @@ def site_counts(
             (n, *keep_counts((rate,), 1, n, relative=relative, fused=fused)[0])
             for rate, n in zip(rates, cells, strict=True)
         )
+    keep = reducer.site_keep(keep, len(at), cells[0], body.prefix)
+    protects = reducer.protects
     counts, current, extra = [], cells[0], 0
     for kept, ratio in keep_counts(keep, len(at), cells[0], relative=relative, fused=fused and not protects):
         counts.append((current + extra, kept + extra, ratio))

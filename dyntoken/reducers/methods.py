@@ -11,18 +11,23 @@ from dyntoken import architectures
 from dyntoken.nn.spec import Site, Spec
 from dyntoken.reducers.ats import ATS
 from dyntoken.reducers.base import Reducer, ScoreSelectFuse
+from dyntoken.reducers.diffrate import DiffRate
 from dyntoken.reducers.dpcknn import DPCKNN
 from dyntoken.reducers.fuse import FUSERS
 from dyntoken.reducers.keep import site_counts
 from dyntoken.reducers.kmedoids import KMedoids
+from dyntoken.reducers.mctf import MCTF
 from dyntoken.reducers.patchmerger import PatchMerger
+from dyntoken.reducers.pitome import PiToMe
 from dyntoken.reducers.score import SCORERS, VARIANTS, check_declared
 from dyntoken.reducers.sinkhorn import Sinkhorn
 from dyntoken.reducers.sit import SelfSlimming
+from dyntoken.reducers.tofu import ToFu
+from dyntoken.reducers.tome import ToMe
 from dyntoken.registry import Table, UnknownNameError, check_options, suggest
 
 # Fields of a reducer that its site decides, and those of every linen module.
-OF_SITE = ("keep", "current", "ratio", "form", "stage", "parent", "name")
+OF_SITE = ("keep", "current", "ratio", "form", "stage", "block", "depth", "parent", "name")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +83,11 @@ METHODS = Table(
         "dtps": _row("predictor", "squeeze", "TPS, CVPR 2023; megvii-research/TPS-CVPR2023"),
         "evit": _row("class_attention", "one_token", "EViT, ICLR 2022; youweiliang/evit"),
         "topk": _row("class_attention", "drop", "EViT without its fused token; youweiliang/evit"),
+        "tome": Method.new(ToMe, "ToMe, ICLR 2023; facebookresearch/ToMe"),
+        "pitome": Method.new(PiToMe, "PiToMe, NeurIPS 2024; hchautran/PiToMe"),
+        "tofu": Method.new(ToFu, "ToFu, WACV 2024, as hchautran/PiToMe has it"),
+        "diffrate": Method.new(DiffRate, "DiffRate, ICCV 2023; OpenGVLab/DiffRate"),
+        "mctf": Method.new(MCTF, "MCTF, CVPR 2024; mlvlab/MCTF"),
         "etps": _row("class_attention", "squeeze", "TPS, CVPR 2023, as its authors describe it"),
         "spvit": _row("head_predictor", "package", "SPViT, ECCV 2022; PeiyanFlying/SPViT"),
         "ats": Method.new(ATS, "ATS, ECCV 2022; adaptivetokensampling/ATS"),
@@ -156,7 +166,8 @@ def make_reducer(preset: str, /, *, keep: int, form: str = "auto", **options: An
       A linen module; call it as `reducer(tokens, seen, train)` with
       `Tokens.start(x, prefix=1, grid=(14, 14))`.
     """
-    fields = {k: options.pop(k) for k in ("current", "ratio", "stage", "name") if k in options}
+    of_site = ("current", "ratio", "stage", "block", "depth", "name")
+    fields = {k: options.pop(k) for k in of_site if k in options}
     return method(preset, **options)(keep=keep, form=form, **fields)
 
 
@@ -187,13 +198,13 @@ def make_sites(
         instead = f"{', '.join(working)} {verb} there" if working else "no method works there"
         raise ValueError(f"method {name!r} at {at} makes no sense in {arch}: {reason}; {instead}")
     plain = row.plain
-    counts = site_counts(body, keep, at, relative=row.relative, fused=plain.adds_row, protects=plain.protects)
+    counts = site_counts(body, plain, keep, at, relative=row.relative)
     if plain.per_head and plain.heads is None and isinstance(heads := getattr(body, "heads", None), int):
         row = dataclasses.replace(row, options=row.with_(heads=heads).options)
     return tuple(
         Site(
             index,
-            row.with_(keep=kept, current=current, ratio=ratio, form=form),
+            row.with_(keep=kept, current=current, ratio=ratio, form=form, block=index, depth=body.depth),
             row.inside,
         )
         for index, (current, kept, ratio) in zip(at, counts, strict=True)
