@@ -89,6 +89,7 @@ METHODS = Table(
         "diffrate": Method.new(DiffRate, "DiffRate, ICCV 2023; OpenGVLab/DiffRate"),
         "mctf": Method.new(MCTF, "MCTF, CVPR 2024; mlvlab/MCTF"),
         "etps": _row("class_attention", "squeeze", "TPS, CVPR 2023, as its authors describe it"),
+        "spvit": _row("head_predictor", "package", "SPViT, ECCV 2022; PeiyanFlying/SPViT"),
         "ats": Method.new(ATS, "ATS, ECCV 2022; adaptivetokensampling/ATS"),
         "dpcknn": Method.new(DPCKNN, "DPC-KNN of TCFormer, CVPR 2022; JoakimHaurum/TokenReduction"),
         "kmedoids": Method.new(KMedoids, "K-medoids, WACV 2023; JoakimHaurum/TokenReduction"),
@@ -196,7 +197,10 @@ def make_sites(
         verb = "works" if len(working) == 1 else "work"
         instead = f"{', '.join(working)} {verb} there" if working else "no method works there"
         raise ValueError(f"method {name!r} at {at} makes no sense in {arch}: {reason}; {instead}")
-    counts = site_counts(body, row.plain, keep, at, relative=row.relative)
+    plain = row.plain
+    counts = site_counts(body, plain, keep, at, relative=row.relative)
+    if plain.per_head and plain.heads is None and isinstance(heads := getattr(body, "heads", None), int):
+        row = dataclasses.replace(row, options=row.with_(heads=heads).options)
     return tuple(
         Site(
             index,

@@ -40,6 +40,11 @@ VIT_RULES = (
     (r"^backbone/patch_embed/proj/", r"patch_embed/proj/"),
     (r"^backbone/trunk/blocks_(\d+)/", r"blocks/\1/"),
     (r"^backbone/trunk/reducer_(\d+)/predictor/(in|out)_conv_(\d+)/", r"score_predictor/\1/\2_conv/\3/"),
+    (r"^backbone/trunk/reducer_(\d+)/head_predictor/senet_(\d)/", r"score_predictor/\1/senet/\2/"),
+    (
+        r"^backbone/trunk/reducer_(\d+)/head_predictor/(in|out)_conv_(\d+)/",
+        r"score_predictor/\1/\2_conv/0/\3/",
+    ),
     (r"^backbone/trunk/reducer_(\d+)/(norm/|score/|queries$|v$)", r"cluster_layers/\1/\2"),
     (r"^backbone/trunk/reducer_(\d+)/weight_(\d)/", r"cluster_layers/\1/weight/\2/"),
     # As one part: a leaf called "scale" would be a norm's.
@@ -120,6 +125,8 @@ CONVNEXT_RULES = (
 # Other spellings of a reference key that some published files use.
 VIT_ALIASES = (
     (r"^blocks\.(\d+)\.gamma_([12])$", r"blocks.\1.ls\2.gamma"),  # DeiT-III
+    # SPViT lists the one network of its heads once per head.
+    (r"^(score_predictor\.\d+\.(?:in|out)_conv)\.\d+(\.\d+\.\w+)$", r"\1.0\2"),
 )
 EVA_ALIASES = ((r"^blocks\.(\d+)\.ls([12])\.gamma$", r"blocks.\1.gamma_\2"),)
 # Keys that some checkpoints hold in parts along the first axis: the pattern, and the parts in order.

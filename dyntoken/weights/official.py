@@ -16,6 +16,7 @@ REPOSITORIES = (
     ("lvvit", ("tokenlabeling",)),
     ("tokenreduction", ("tokenreduction",)),
     ("ats", ("adaptivetokensampling",)),
+    ("spvit", ("spvit",)),
     ("psvit", ("ps-vit",)),
     ("pvt", ("whai362/pvt",)),
     ("cvt", ("microsoft/cvt",)),

@@ -410,6 +410,12 @@ CLASSES = {
     "dynamicvit/VisionTransformerDiffPruning": Official(
         PRESET, {**DYNAMICVIT, **PRUNING, **unused(distill=False)}, common.pruned
     ),
+    # mse_token is read by its loss.
+    "spvit/VisionTransformerDiffPruning": Official(
+        PRESET,
+        {**DYNAMICVIT, **PRUNING, **unused(distill=False, mse_token=False)},
+        lambda a: {**common.pruned(a), "method": "spvit", "fuse": "package_sum"},
+    ),
     "dynamicvit/VisionTransformerTeacher": Official(PRESET, DYNAMICVIT),
     "dynamicvit/LVViTDiffPruning": Official(
         "lvvit_s",

@@ -42,6 +42,7 @@ KINDS = {
     "flops_backbones": "flops",
     "dvt_dynamic": "dvt_dynamic",
     "ats_deit": "ats",
+    "spvit_deit": "spvit",
     "tome_deit": "tome",
     "tome_deit_distilled": "tome",
     "pitome_deit": "pitome",
