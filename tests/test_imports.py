@@ -101,10 +101,13 @@ IMPORTS = {
         "data",
         "device_augment",
         "eval",
+        "exporting",
         "models",
+        "paths",
         "preprocessing",
         "registry",
         "runs",
+        "types",
         "weights",
     },
     "tools": {
