@@ -21,6 +21,7 @@ CORE = [
     "etils[epath]>=1.12",
     "absl-py>=2.1",
     "tensorflow-datasets>=4.9.9",
+    "flatbuffers>=24.3",  # jax.export reads and writes with it, without asking for it
     "importlib_resources>=6.0",  # tensorflow-datasets imports it without asking for it
 ]
 # A Colab or TPU image keeps its own TensorFlow; the CPU build is enough to read data.
@@ -31,11 +32,14 @@ DATA = [
 ]
 TENSORBOARD = ["tensorboardX>=2.6"]
 VIZ = ["matplotlib>=3.9", "pillow>=11.0"]
+EXPORT = ["onnx>=1.17", "onnxruntime>=1.20"]  # jax2onnx asks for an older orbax-checkpoint: findings/
 EXTRAS = {
     "data": DATA,
     "viz": VIZ,
     "tensorboard": TENSORBOARD,
     "torch": ["torch>=2.6"],
+    "export": EXPORT,
+    "ray": ["ray[data]>=2.51", "pillow>=11.0"],
     "hub": ["huggingface_hub>=0.30"],
     "cuda": ["jax[cuda12]"],
     "tpu": ["jax[tpu]"],
@@ -44,6 +48,8 @@ EXTRAS = {
         *DATA,
         *VIZ,
         *TENSORBOARD,
+        *EXPORT,
+        "openvino>=2025.0",  # what ONNX files are run with besides
         "pytest>=8.3",
         "pytest-xdist>=3.6",
         "hypothesis>=6.120",

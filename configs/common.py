@@ -84,6 +84,7 @@ def base():
     c.model = ml_collections.ConfigDict({"name": ""})
     # Keeps every token until start_epoch, model.keep from end_epoch on (0: always), in so many levels.
     c.keep_schedule = {"start_epoch": 0, "end_epoch": 0, "levels": 5}
+    c.elastic = ()  # keep rates that take turns step by step: one set of weights for any of them
 
     c.data = ml_collections.ConfigDict()
     c.data.name = "imagenet2012"

@@ -19,6 +19,7 @@ class Arch:
       crop_pct: share of the resized image that its official evaluation crops.
       head: fields of the model around the backbone (`models.Model`).
       pixels: row of `PIXELS`, None for those of the data set.
+      squash: that evaluation stretches the whole image to the model's size.
     """
 
     backbone: str
@@ -27,6 +28,7 @@ class Arch:
     crop_pct: float = 0.875
     head: dict[str, Any] = dataclasses.field(default_factory=dict)
     pixels: str | None = None
+    squash: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,8 +193,9 @@ def _eva02(match: re.Match[str]) -> Arch:
         options["final_norm"] = False
     head = {} if clip else {"pool": "mean", "fc_norm": True}
     classes = 0 if int(pixels) == 224 and not clip else 1000
-    crop = 0.9 if int(pixels) == 224 else 1.0
-    return Arch("vit", options, num_classes=classes, crop_pct=crop, head=head, pixels="clip")
+    size = int(pixels)
+    reading = {"crop_pct": 0.9 if size == 224 else 1.0, "pixels": "clip", "squash": size >= 448}
+    return Arch("vit", options, num_classes=classes, head=head, **reading)
 
 
 def _t2t(match: re.Match[str]) -> Arch:

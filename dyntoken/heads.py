@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 import flax.linen as nn
 import jax
@@ -15,7 +15,20 @@ from dyntoken.types import Tokens
 
 Array = jax.Array
 Pool = Literal["token", "mean", "all", "max", "avgmax", "catavgmax", "token_mean", "map", "prr"]
-REPRESENTATIONS = {"tanh": jnp.tanh, "gelu": layers.gelu}
+Representation = Literal[
+    "tanh",
+    "gelu",
+    "gelu_tanh",
+    "quick_gelu",
+    "relu",
+    "relu6",
+    "leaky_relu",
+    "silu",
+    "mish",
+    "sigmoid",
+    "identity",
+]
+REPRESENTATIONS = {name: layers.ACTIVATIONS[name] for name in get_args(Representation)}
 HEAD = 1 << 20  # a layer number that no block has; it keys the head's draws
 
 

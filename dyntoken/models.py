@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import os
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from dyntoken.backbones.isotropic import Isotropic
 from dyntoken.cascade import Cascade
 from dyntoken.classifier import Classifier
 from dyntoken.features import Features
-from dyntoken.heads import AttentionPool, ClassHead, PatchRefinement, with_dense
+from dyntoken.heads import AttentionPool, ClassHead, PatchRefinement, Representation, with_dense
 from dyntoken.multiexit import MultiExit, default_exits
 from dyntoken.nn import layers
 from dyntoken.nn.spec import Site, Spec
@@ -63,7 +63,7 @@ class Model(Classifier):
     form: Form = "auto"
     representation_size: Count | None = None
     fc_norm: bool = False
-    representation_act: Literal["tanh", "gelu"] = "tanh"
+    representation_act: Representation = "tanh"
     token_head: bool = False
     pool_prefix: bool = False
     head_dropout: Rate = 0.0

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dyntoken import device_augment, preprocessing, runs
+from dyntoken import device_augment, exporting, paths, preprocessing, runs
 from dyntoken.data.decode import decode, read_image
 from dyntoken.data.errors import DataError
 from dyntoken.data.resample import resize_centre_one
@@ -22,9 +22,11 @@ from dyntoken.eval.runner import Runner
 from dyntoken.models import create_model
 from dyntoken.preprocessing import Preprocess
 from dyntoken.registry import load_plugins
-from dyntoken.weights import load_whole
+from dyntoken.types import Output
+from dyntoken.weights import load_pretrained, load_whole
 
 Columns = dict[str, np.ndarray]
+ADDRESSES = ("hf:", "https:", "pretrained:")
 COLUMNS = ("image", "bytes", "path")  # of a table of pictures, the first that it has is read
 READERS = min(8, os.cpu_count() or 1)  # threads that decode: each holds a whole picture
 
@@ -40,11 +42,11 @@ class Predictor:
     model when it predicts first. Class and keywords are what Ray's `map_batches` takes.
 
     Attributes:
-      source: workdir of a run; with `model`, weights as `load_weights` takes them; or a model,
-        then with its `variables`.
-      model, options: name and keywords of `create_model` for a `source` of weights.
+      source: workdir of a run; folder of an export; weights, as `load_pretrained` takes them or, with
+        `model`, as `load_weights` does; or a model, then with its `variables`.
+      model, options: name and keywords of `create_model` for weights, or keywords of `load_pretrained` alone.
       step, prefer: as in `load_run`.
-      preprocess: replaces the run's, or the model's own (`dyntoken.preprocess`).
+      preprocess: replaces the run's, or of weights the default (`dyntoken.preprocess`), which is ImageNet's.
       class_names: likewise; without any they are "class 0", "class 1", ...
       keep: other counts of tokens for the same weights, see `create_model`.
       thresholds: of a model with exits, `[E]` or all but the last one's: images leave early
@@ -84,8 +86,6 @@ class Predictor:
             raise ValueError(f"batch={self.batch} and top={self.top} must be at least 1")
         if self.thresholds is not None and (self.features or self.tokens):
             raise ValueError("an image that leaves early has logits alone: features need thresholds=None")
-        if self.options and self.model is None:
-            raise ValueError("options are those of a model that is named: give model=NAME, too")
 
     def __getstate__(self) -> dict[str, Any]:
         state = {name: value for name, value in self.__dict__.items() if name != "opened"}
@@ -97,16 +97,7 @@ class Predictor:
     def opened(self) -> Opened:
         """Model, weights and preprocessing; read on first use."""
         load_plugins(",".join(self.plugins))
-        if self.variables is not None:
-            model, variables, how, names, origin = self.source, self.variables, None, (), "variables"
-        elif self.model is not None:
-            model, how, names = create_model(self.model, **self.options), None, ()
-            variables, report = load_whole(model, self.source, step=self.step, prefer=self.prefer)
-            origin = report.origin
-        else:
-            run = runs.load_run(self.source, step=self.step, prefer=self.prefer)
-            model, variables, how, names = run.model, run.variables, run.preprocess, run.class_names
-            origin = f"{self.source}, step {run.step}"
+        model, variables, how, names, origin = self._read_source()
         if self.keep is not None:
             if not model.sites():
                 raise ValueError(f"keep={self.keep}: {model.arch} is dense here, it has no tokens to reduce")
@@ -119,11 +110,50 @@ class Predictor:
         names = names or tuple(f"class {number}" for number in range(model.num_classes))
         return Opened(model, variables, how, names, self._program(model, variables, how), origin)
 
+    def _read_source(self) -> tuple[Any, Any, Preprocess | None, Sequence[str], str]:
+        """Model, variables, preprocessing, class names and where they are from."""
+        if self.variables is not None:
+            return self.source, self.variables, None, (), "variables"
+        if self.model is not None:
+            model: Any = create_model(self.model, **self.options)
+            variables, report = load_whole(model, self.source, step=self.step, prefer=self.prefer)
+            return model, variables, None, (), report.origin
+        if not isinstance(self.source, Mapping):
+            folder = paths.resolve(self.source)
+            if (folder / exporting.folder.ABOUT).exists():
+                return self._read_export()
+            if folder.is_dir() or not _is_weights(self.source, folder):
+                run = runs.load_run(self.source, step=self.step, prefer=self.prefer)
+                origin = f"{self.source}, step {run.step}"
+                return run.model, run.variables, run.preprocess, run.class_names, origin
+        options: dict[str, Any] = {"step": self.step, "prefer": self.prefer, "return_report": True}
+        model, variables, report = load_pretrained(self.source, **options, **self.options)
+        return model, variables, None, (), report.origin
+
+    def _read_export(self) -> tuple[Any, Any, Preprocess, Sequence[str], str]:
+        if self.features or self.tokens or self.keep is not None or self.thresholds is not None:
+            raise ValueError(
+                f"{self.source}: an exported program has logits alone, with its own counts: leave features, "
+                "tokens, keep and thresholds out, or name the run or weights"
+            )
+        found = exporting.load_export(self.source)
+        told: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in found.about["preprocess"].items()
+        }
+        return (
+            _OfExport(found),
+            found.weights,
+            Preprocess(**told),
+            found.about["class_names"],
+            str(self.source),
+        )
+
     def _program(self, model: Any, variables: Any, how: Preprocess) -> Callable[[np.ndarray], Any]:
         """From a batch, which may be short, to arrays, which may still be on their way and of a full one."""
 
         def normalised(images: jax.Array) -> jax.Array:
-            if images.dtype != jnp.uint8:
+            if images.dtype != jnp.uint8 or getattr(model, "normalises", False):
                 return images
             return device_augment.normalize(images, how.mean, how.std)
 
@@ -232,7 +262,9 @@ class Predictor:
             if picture.dtype != np.uint8:
                 return picture.astype(np.float32), ""
             if picture.shape[:2] != how.size:
-                picture = resize_centre_one(picture, how.size, how.crop_pct, how.interpolation)
+                picture = resize_centre_one(
+                    picture, how.size, how.crop_pct, how.interpolation, squash=how.squash
+                )
             return picture, ""
         except (DataError, OSError) as error:
             return None, getattr(error, "strerror", None) or str(error)
@@ -284,6 +316,23 @@ class Opened:
     class_names: tuple[str, ...]
     program: Callable[[np.ndarray], Any]
     origin: str
+
+
+class _OfExport:
+    """An exported model with the face of one of ours."""
+
+    def __init__(self, found: exporting.Exported):
+        self.found, self.arch = found, found.about["model"]
+        self.normalises: bool = found.about["normalise"]
+        self.num_classes: int = found.about["programs"][-1]["outputs"]["logits"]["shape"][-1]
+
+    def apply(self, weights: Any, images: jax.Array) -> Output:
+        return Output(dataclasses.replace(self.found, weights=weights)(images)["logits"])
+
+
+def _is_weights(source: Any, path: Any) -> bool:
+    """Whether a source is a file, or an address that `load_pretrained` knows."""
+    return path.is_file() or str(source).startswith(ADDRESSES)
 
 
 def _pictures(batch: Any) -> Sequence[Any]:

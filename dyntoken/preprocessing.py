@@ -22,6 +22,7 @@ class Preprocess:
       mean, std: per channel, of pixels in [0, 1].
       crop_pct: share of the resized shorter side that the crop keeps.
       interpolation: "bicubic" or "bilinear".
+      squash: stretches the whole image to `size`, whatever its aspect ratio; nothing is cropped.
     """
 
     size: tuple[int, int]
@@ -30,6 +31,7 @@ class Preprocess:
     std: tuple[float, ...]
     crop_pct: float = 0.875
     interpolation: str = "bicubic"
+    squash: bool = False
 
     def __call__(self, images: np.ndarray) -> jax.Array:
         """uint8 `[H, W, C]` or `[B, H, W, C]` to normalised float32 of the same rank.
@@ -49,7 +51,7 @@ class Preprocess:
             )
         batch = images if images.ndim == 4 else images[None]
         if batch.shape[1:3] != self.size:
-            batch = resize_centre(batch, self.size, self.crop_pct, self.interpolation)
+            batch = resize_centre(batch, self.size, self.crop_pct, self.interpolation, squash=self.squash)
         pixels = device_augment.normalize(batch, self.mean, self.std)
         return pixels if images.ndim == 4 else pixels[0]
 
@@ -78,4 +80,5 @@ def preprocess(model: Model, dataset: str | None = None) -> Preprocess:
     mean, std = facts.mean, facts.std
     if dataset is None and channels == 3 and arch.pixels is not None:
         mean, std = architectures.PIXELS[arch.pixels]
-    return Preprocess((height, width), channels, tuple(mean), tuple(std), crop_pct=crop)
+    squash = arch.squash and not exact
+    return Preprocess((height, width), channels, tuple(mean), tuple(std), crop_pct=crop, squash=squash)

@@ -50,6 +50,8 @@ class Tokens:
       size: `[B, N]` float32, number of original patches a row stands for.
       prefix: number of leading rows that are no patches.
       grid: (rows, columns) of the first patch grid.
+      weight: `[B, N]` float32, how often a row counts as a key where a method weighs keys
+        otherwise than by `size`; else None.
       mixed: `[B, N0]` bool, cells whose content MixToken took from the row's
         partner (`ops.mixing`); None where nothing was mixed.
       last: `[B, N0, C]`, what a cell shows on a map once its row is dropped
@@ -69,6 +71,7 @@ class Tokens:
     last: Array | None = None
     gate: Gate | None = None
     state: Any = None
+    weight: Array | None = None
 
     @classmethod
     def start(cls, x: Array, *, prefix: int = 1, grid: tuple[int, int] | None = None) -> Tokens:
@@ -97,6 +100,11 @@ class Tokens:
     def count(self) -> int:
         """Number of patch rows N, dead ones included."""
         return self.x.shape[1] - self.prefix
+
+    @property
+    def key_weight(self) -> Array:
+        """`weight`, or `size` where there is none."""
+        return self.size if self.weight is None else self.weight
 
     @property
     def patches(self) -> Array:
@@ -167,7 +175,7 @@ class Reduction:
       decision: `[B, n]` 1.0 for rows alive after the site. Carries the
         straight-through gradient when it was sampled.
       keep: `[B, k]` int32 incoming rows that stay, best first (in their order
-        where all do); None where the number is sampled (Gumbel training).
+        where all do), -1 where fewer do; None where the number is sampled (Gumbel training).
       place: `[B, m]` cell of each outgoing row, -1 for a fused token.
       host: `[B, n]` cell of the row that stands for an incoming row now: its
         own if kept, its host's if squeezed, -1 if dropped or fused.
@@ -176,6 +184,8 @@ class Reduction:
       carrier: `[B, N0]`, `Tokens.carrier` after the site (filled by the trunk).
       queries: `[B, n]`, weight of each incoming row in the mean of its group, by
         which queries of the block's attention map fuse; the trunk takes it away.
+      learnt: `[2]`, learnt numbers of rows that pruning and merging leave (DiffRate), with
+        gradient; else None.
       ratio: target share of the first patches that stay, as the keep-ratio
         loss wants it.
       count: static number of rows alive after the site (fused token included).
@@ -191,6 +201,7 @@ class Reduction:
     keep: Array | None = None
     carrier: Array | None = None
     queries: Array | None = None
+    learnt: Array | None = None
     shares: Array | None = None
     ratio: float = flax.struct.field(pytree_node=False, default=1.0)
     count: int = flax.struct.field(pytree_node=False, default=0)
@@ -205,7 +216,7 @@ class Attended:
       cls: `[B, N]` float32, mean over heads of the class token's attention to
         each patch row (softmax over all rows, prefix columns left out, not
         renormalised), or None without a class token.
-      keys: `[B, heads, prefix + N, head_dim]`.
+      keys, values: `[B, heads, prefix + N, head_dim]`.
       probs: `[B, heads, prefix + N, prefix + N]` float32 (query, key), softmax over
         the rows alive.
       logits: `[B, heads, prefix + N, prefix + N]` float32 (query, key), scaled,
@@ -216,6 +227,7 @@ class Attended:
 
     cls: Array | None = None
     keys: Array | None = None
+    values: Array | None = None
     probs: Array | None = None
     logits: Array | None = None
     normed: Array | None = None

@@ -6,13 +6,16 @@ import argparse
 import copy
 import dataclasses
 import importlib
+import json
 import pathlib
 import re
 import shlex
 
+import numpy as np
 import pytest
 from absl import flags
 from PIL import Image
+from safetensors.numpy import save_file
 
 import dyntoken
 from dyntoken import config as recipes
@@ -50,9 +53,9 @@ BLOCKS = [
     block for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) for block in _blocks(path)
 ]
 GUIDES = ("adding_a_method.md", "adding_a_backbone.md", "adding_data.md")  # they register rows: tests/plugins
-SECTIONS = list(
-    dict.fromkeys(str(block) for block in BLOCKS if block.language == "python" and block.file not in GUIDES)
-)
+PYTHON = [block for block in BLOCKS if block.language == "python" and block.file not in GUIDES]
+SECTIONS = list(dict.fromkeys(map(str, PYTHON)))
+SECTIONS.remove("features.md: Ray")  # tests/test_ray.py
 # A command of ours, to the end of its line or to a shell operator; a continued line is one.
 SHELL = "\n".join(block.text for block in BLOCKS if block.language == "bash").replace("\\\n", " ")
 COMMANDS = sorted(set(re.findall(r"python -m (dyntoken[\w.]*(?: [^\n\"&|]*)?)", SHELL)))
@@ -79,12 +82,52 @@ def run_section(section):
 
 @pytest.fixture
 def at_home(tmp_path, monkeypatch):
-    """A folder with what the blocks take for granted: a run and a photograph."""
+    """A folder with what the blocks take for granted: a run, a photograph, a checkpoint of Hugging Face's layout."""
     from dyntoken import train
 
     monkeypatch.chdir(tmp_path)
     train.run(tiny_config(steps=1), "runs/mine", log=lambda line: None)
     Image.new("RGB", (40, 30), (200, 90, 30)).save("cat.jpg")
+    made_dinov2(tmp_path / "dinov2_small")
+
+
+def made_dinov2(folder, width=24, depth=4, grid=5):
+    """A checkpoint as transformers saves a `Dinov2Model`, with random values."""
+    rng, arrays = np.random.default_rng(0), {}
+
+    def put(name, *shape):
+        arrays[name] = rng.normal(scale=0.05, size=shape).astype(np.float32)
+
+    put("embeddings.cls_token", 1, 1, width)
+    put("embeddings.mask_token", 1, width)
+    put("embeddings.position_embeddings", 1, 1 + grid * grid, width)
+    put("embeddings.patch_embeddings.projection.weight", width, 3, 14, 14)
+    put("embeddings.patch_embeddings.projection.bias", width)
+    layers = {"attention.attention.query": 1, "attention.attention.key": 1, "attention.attention.value": 1}
+    layers |= {"attention.output.dense": 1, "mlp.fc1": (4, 1), "mlp.fc2": (1, 4)}
+    for block in range(depth):
+        stem = f"encoder.layer.{block}"
+        for name, factors in layers.items():
+            rows, columns = (factors, factors) if factors == 1 else factors
+            put(f"{stem}.{name}.weight", rows * width, columns * width)
+            put(f"{stem}.{name}.bias", rows * width)
+        for name in ("norm1.weight", "norm1.bias", "norm2.weight", "norm2.bias"):
+            put(f"{stem}.{name}", width)
+        for name in ("layer_scale1.lambda1", "layer_scale2.lambda1"):
+            put(f"{stem}.{name}", width)
+    put("layernorm.weight", width)
+    put("layernorm.bias", width)
+    folder.mkdir()
+    save_file(arrays, folder / "model.safetensors")
+    sizes = {"hidden_size": width, "num_hidden_layers": depth, "num_attention_heads": 2, "mlp_ratio": 4}
+    config = {
+        "model_type": "dinov2",
+        "image_size": 14 * grid,
+        "patch_size": 14,
+        "layer_norm_eps": 1e-6,
+        **sizes,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 @pytest.mark.parametrize("section", SECTIONS)
@@ -109,6 +152,10 @@ def test_python_blocks_run_at_full_size(section, at_home):
 
 def check(section, scope):
     """What the comments beside the code say."""
+    if section == "README.md: Your ViT, fewer tokens, in five lines":
+        assert scope["features"].pooled.shape == (1, 24) and scope["model"].method == "etps"
+        assert scope["features"].tokens.count == 89  # of 256: 180, 126 and 89 stay
+        assert dyntoken.unreduce(scope["features"]).shape == (1, 16, 16, 24)
     if section == "README.md: Use it":
         assert scope["out"].logits.shape == (8, 1000)
         assert scope["out"].reductions[0].keep.shape == (8, 137)

@@ -155,6 +155,23 @@ def test_the_recipe_is_pickled_not_the_weights(tmp_path, model, variables, found
     assert fewer["place"].shape == (2, 3)
 
 
+@pytest.mark.parametrize("normalise", [False, True])
+def test_an_export_predicts_alike(normalise, tmp_path, model, variables, found, pictures):
+    dyntoken.export(model, variables, tmp_path, ("cpu",), normalise, class_names=list("abcde"))
+    columns = dyntoken.Predictor(str(tmp_path), batch=3, top=2)(pictures)
+    np.testing.assert_allclose(columns["logits"], found["logits"], atol=1e-5)
+    assert columns["class"].tolist() == found["class"].tolist()
+    with pytest.raises(ValueError, match="an exported program has logits alone"):
+        dyntoken.Predictor(str(tmp_path), keep=0.5)(pictures)
+
+
+def test_weights_that_say_what_they_are_need_no_name(tmp_path, model, variables, found, pictures):
+    path = tmp_path / "weights.safetensors"
+    dyntoken.save_weights(path, variables, model=model)
+    columns = dyntoken.Predictor(str(path), batch=3)(pictures[:2])
+    np.testing.assert_allclose(columns["logits"], found["logits"][:2], atol=1e-5)
+
+
 def test_early_exits_name_the_exit(pictures):
     model = dyntoken.create_model(
         "dvt_vit_mini", **{**SMALL, "exits": (1, 2), "img_size": 16, "in_chans": 3, "num_classes": 5}
@@ -177,7 +194,6 @@ def test_early_exits_name_the_exit(pictures):
         ({"on_error": "skip"}, "on_error='skip': give 'mark' or 'raise'"),
         ({"batch": 0}, "must be at least 1"),
         ({"thresholds": (0.5,), "features": True}, "features need thresholds=None"),
-        ({"options": {"keep": 0.5}}, "give model=NAME"),
     ],
 )
 def test_options_that_do_not_fit(wrong, said):

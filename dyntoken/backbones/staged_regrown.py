@@ -117,7 +117,7 @@ class RegrownStages(Backbone):
         return self.prefixes[stage], self.grids[stage]
 
     def refuse(self, reducer: Any, at: tuple[int, ...]) -> str | None:
-        """Also refuses rows without a cell in a stage that needs a map, and methods with a site in every block."""
+        """Also refuses a fused token, or rows of mixtures, in a stage that needs a map, and what wants every block."""
         if reducer.from_block is not None:
             return "it takes a few tokens at every block, and only the first one of a stage has a site"
         reason = super().refuse(reducer, at)

@@ -124,15 +124,21 @@ def covering_size(
 
 
 def resize_centre(
-    images: np.ndarray, size: tuple[int, int], crop_pct: float, interpolation: str
+    images: np.ndarray,
+    size: tuple[int, int],
+    crop_pct: float,
+    interpolation: str,
+    *,
+    squash: bool = False,
 ) -> np.ndarray:
     """Evaluation's resize and centre crop: uint8 `[n, H, W, C]` -> `[n, h, w, C]`.
 
-    Only what the crop shows is computed, however long the resized side is.
+    Only what the crop shows is computed, however long the resized side is; `squash`
+    stretches the whole image to `size` instead.
     """
     height, width = images.shape[1:3]
     check_shape(height, width)
-    tall, wide = map(int, covering_size(height, width, size, crop_pct))
+    tall, wide = size if squash else map(int, covering_size(height, width, size, crop_pct))
     top, left = round((tall - size[0]) / 2), round((wide - size[1]) / 2)
     whole = np.zeros(1, np.int64)
     shown = slice(top, top + size[0]), slice(left, left + size[1])
@@ -143,7 +149,7 @@ def resize_centre(
 
 
 def resize_centre_one(
-    image: np.ndarray, size: tuple[int, int], crop_pct: float, interpolation: str
+    image: np.ndarray, size: tuple[int, int], crop_pct: float, interpolation: str, *, squash: bool = False
 ) -> np.ndarray:
     """`resize_centre` of one image `[H, W, C]`, by Pillow where it is installed.
 
@@ -157,9 +163,9 @@ def resize_centre_one(
     except ImportError:
         channels = 0
     if channels not in (1, 3):
-        return resize_centre(image[None], size, crop_pct, interpolation)[0]
+        return resize_centre(image[None], size, crop_pct, interpolation, squash=squash)[0]
     check_shape(height, width)
-    tall, wide = map(int, covering_size(height, width, size, crop_pct))
+    tall, wide = size if squash else map(int, covering_size(height, width, size, crop_pct))
     top, left = round((tall - size[0]) / 2), round((wide - size[1]) / 2)
     down, across = height / tall, width / wide
     box = left * across, top * down, (left + size[1]) * across, (top + size[0]) * down

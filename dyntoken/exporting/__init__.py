@@ -4,7 +4,7 @@ A folder holds one program per platform (of a model with exits one per exit and
 platform), the weights once, and `model.json`, which says what they are.
 """
 
-from dyntoken.exporting.checking import Checked, check
+from dyntoken.exporting.checking import Checked, check, disagreements
 from dyntoken.exporting.folder import Exported, export, load_export
 
-__all__ = ["Checked", "Exported", "check", "export", "load_export"]
+__all__ = ["Checked", "Exported", "check", "disagreements", "export", "load_export"]

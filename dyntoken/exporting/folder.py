@@ -74,19 +74,20 @@ def export(
     weights = flat_variables(variables)
     parts = programs(model, weights, how if normalise else None)
     files: dict[str, bytes] = {}
-    described, versions = [], {"dyntoken": __version__, "jax": jax.__version__, "flax": flax.__version__}
+    described: list[dict[str, Any]] = []
+    versions: dict[str, Any] = {"dyntoken": __version__, "jax": jax.__version__, "flax": flax.__version__}
     for part in parts:
-        about: dict[str, Any] = {"name": part.name, "jax": {}, "onnx": None}
-        about |= {side: _described(getattr(part, side)) for side in ("inputs", "outputs")}
+        row: dict[str, Any] = {"name": part.name, "jax": {}, "onnx": None}
+        row |= {side: _described(getattr(part, side)) for side in ("inputs", "outputs")}
         for platform in platforms if "jax" in formats else ():
-            about["jax"][platform] = f"{part.name}.{platform}.jax"
+            row["jax"][platform] = f"{part.name}.{platform}.jax"
             found = traced(part, weights, platform)
             versions["calling_convention"] = found.calling_convention_version
-            files[about["jax"][platform]] = found.serialize()
+            files[row["jax"][platform]] = bytes(found.serialize())
         if "onnx" in formats:
-            about["onnx"] = f"{part.name}.onnx"
-            files[about["onnx"]] = onnx_graph.to_onnx(part, weights)
-        described.append(about)
+            row["onnx"] = f"{part.name}.onnx"
+            files[row["onnx"]] = onnx_graph.to_onnx(part, weights)
+        described.append(row)
     about = {
         "model": "_".join(filter(None, (model.method, model.arch))),
         "programs": described,
@@ -120,7 +121,7 @@ def remove(path: Any) -> None:
         *(name for one in about["programs"] for name in (*one["jax"].values(), one["onnx"])),
     ]
     for name in filter(None, names):
-        (folder / name).unlink(missing_ok=True)
+        (folder / epath.Path(name).name).unlink(missing_ok=True)  # never what lies elsewhere
     if not any(folder.iterdir()):
         folder.rmdir()
 
@@ -157,6 +158,11 @@ class Exported:
     programs: tuple[jax.export.Exported, ...]
     weights: dict[str, Any]
 
+    @property
+    def preprocess(self) -> preprocessing.Preprocess:
+        """From uint8 images of any size to what the programs take, unless they normalise themselves."""
+        return preprocess_of(self.about)
+
     def step(self, inputs: Mapping[str, Any], index: int = 0) -> dict[str, jax.Array]:
         """Runs one program on its inputs."""
         return self.programs[index].call(self.weights, dict(inputs))
@@ -169,7 +175,9 @@ class Exported:
 def run_all(about: Mapping[str, Any], step: Any, images: Any, upto: int | None = None) -> dict[str, Any]:
     """Runs the programs of a folder one after the other; `step(inputs, index)` runs one."""
     parts = about["programs"][: None if upto is None else upto + 1]
-    logits, kept, handed = [], {}, {}
+    logits: list[Any] = []
+    kept: dict[str, Any] = {}
+    handed: dict[str, Any] = {}
     for index, part in enumerate(parts):
         out = step({IMAGES: images, **handed} if IMAGES in part["inputs"] else handed, index)
         logits.append(out[LOGITS])
@@ -211,6 +219,14 @@ def read_about(folder: epath.Path) -> dict[str, Any]:
             f"{folder} holds no export (no {ABOUT}): name the folder that `dyntoken.export` wrote"
         )
     return json.loads((folder / ABOUT).read_text())
+
+
+def preprocess_of(about: Mapping[str, Any]) -> preprocessing.Preprocess:
+    """The preprocessing that `model.json` describes."""
+    fields: dict[str, Any] = {
+        name: tuple(v) if isinstance(v, list) else v for name, v in about["preprocess"].items()
+    }
+    return preprocessing.Preprocess(**fields)
 
 
 def read_program(path: epath.Path) -> jax.export.Exported:

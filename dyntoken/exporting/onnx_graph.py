@@ -19,6 +19,7 @@ from dyntoken.ops import backend
 
 OPSET, IR = 18, 9  # of 2022 and 2023: every runtime in use reads them
 FOLDED = 1 << 24  # numbers that a constant may have
+SOFTMAX = "last_axis_softmax"  # of ops.attend
 CALLS = ("jaxpr", "call_jaxpr", "fun_jaxpr")  # parameters that hold the body of a call
 
 # One node each, of operands that broadcast.
@@ -143,7 +144,7 @@ class Graph:
         found = [(name, data) for name, data in self.constants.values() if name in self.used]
         for _, data in found:
             _type(data.dtype)
-        return [onnx.numpy_helper.from_array(np.ascontiguousarray(data), name) for name, data in found]
+        return [onnx.numpy_helper.from_array(np.asarray(data, order="C"), name) for name, data in found]
 
     def run(self, jaxpr: Any, consts: Sequence[Any], args: Sequence[Value]) -> list[Value]:
         """Adds the operations of a jaxpr; from its arguments to its results."""
@@ -164,13 +165,13 @@ class Graph:
         kind, out = eqn.primitive.name, eqn.outvars[0].aval
         body = next((eqn.params[name] for name in CALLS if name in eqn.params), None)
         if body is not None and kind not in ("scan", "while", "cond"):
-            if eqn.params.get("name") == "softmax" and not isinstance(args[0].data, str):
-                raise ValueError("a softmax of constants")
-            if eqn.params.get("name") == "softmax":
+            if eqn.params.get("name") == SOFTMAX:
                 whole = self.full(args[0], eqn.invars[0].aval)
                 return [Value(self.add("Softmax", [whole], axis=-1), out.shape)]
             closed = hasattr(body, "consts")
             return self.run(body.jaxpr if closed else body, body.consts if closed else (), args)
+        if kind == "scan":
+            return self.unrolled(eqn, args)
         if kind == "broadcast_in_dim":
             shape = [1] * len(out.shape)
             for axis, size in zip(eqn.params["broadcast_dimensions"], args[0].shape, strict=True):
@@ -185,12 +186,37 @@ class Graph:
             made = self.add(SAME[kind], names) if kind in SAME else POINTWISE[kind](self, eqn, names)
             return [Value(made, _broadcast([arg.shape for arg in args]))]
         if kind not in WHOLE:
-            hint = ": build it with scan=False and relation_chunks=1" if kind == "scan" else ""
-            raise ValueError(f"there is no ONNX node for the operation {kind!r} of this model{hint}")
-        whole = [self.full(arg, atom.aval) for arg, atom in zip(args, eqn.invars, strict=True)]
-        made = WHOLE[kind](self, eqn, whole)
+            raise ValueError(f"there is no ONNX node for the operation {kind!r} of this model")
+        operands = [self.full(arg, atom.aval) for arg, atom in zip(args, eqn.invars, strict=True)]
+        made = WHOLE[kind](self, eqn, operands)
         outs = made if isinstance(made, list) else [made]
         return [Value(one, var.aval.shape) for one, var in zip(outs, eqn.outvars, strict=True)]
+
+    def unrolled(self, eqn: Any, args: list[Value]) -> list[Value]:
+        """A loop, round after round."""
+        options, body = eqn.params, eqn.params["jaxpr"]
+        first = options["num_consts"]
+        last = first + options["num_carry"]
+        fixed, carry = args[:first], args[first:last]
+        each = [self.full(arg, atom.aval) for arg, atom in zip(args[last:], eqn.invars[last:], strict=True)]
+        rounds: list[list[Value]] = []
+        for number in sorted(range(options["length"]), reverse=options["reverse"]):
+            now = [self.entry(value, number) for value in each]
+            found = self.run(body.jaxpr, body.consts, [*fixed, *carry, *now])
+            carry, made = found[: len(carry)], found[len(carry) :]
+            rounds.append(
+                [self.full(v, a.aval) for v, a in zip(made, body.jaxpr.outvars[len(carry) :], strict=True)]
+            )
+        rounds = rounds[::-1] if options["reverse"] else rounds
+        stacked = [Value(_stack(self, 0, list(rows)), ()) for rows in zip(*rounds, strict=True)]
+        shapes = [var.aval.shape for var in eqn.outvars[len(carry) :]]
+        return [*carry, *(value._replace(shape=shape) for value, shape in zip(stacked, shapes, strict=True))]
+
+    def entry(self, value: Value, number: int) -> Value:
+        """One entry of the first axis."""
+        if not isinstance(value.data, str):
+            return _constant(value.data[number])
+        return Value(self.add("Gather", [value, np.asarray(number, np.int64)], axis=0), value.shape[1:])
 
     def reshape(self, value: Value, shape: tuple[Any, ...]) -> Value:
         """The same numbers in another shape, in which at most one size is symbolic."""
@@ -388,8 +414,7 @@ def _max_pool(graph: Graph, eqn: Any, args: list[Value]) -> str:
     return graph.add("Transpose", [made], perm=[0, 2, 3, 1])
 
 
-def _stack(graph: Graph, eqn: Any, args: list[Value]) -> str:
-    axis = eqn.params["axis"]
+def _stack(graph: Graph, axis: int, args: list[Value]) -> str:
     parts = [graph.add("Unsqueeze", [arg, _sizes([axis])]) for arg in args]
     return graph.add("Concat", parts, axis=axis)
 
@@ -466,7 +491,7 @@ WHOLE: dict[str, Callable[[Graph, Any, list[Value]], Any]] = {
     "dot_general": _dot,
     "gather": _gather,
     "reduce_window_max": _max_pool,
-    "stack": _stack,
+    "stack": lambda graph, eqn, x: _stack(graph, eqn.params["axis"], x),
     "concatenate": lambda graph, eqn, x: graph.add("Concat", x, axis=eqn.params["dimension"]),
     "transpose": lambda graph, eqn, x: graph.name(graph.transpose(x[0], eqn.params["permutation"])),
     "reshape": lambda graph, eqn, x: graph.name(graph.reshape(x[0], eqn.outvars[0].aval.shape)),

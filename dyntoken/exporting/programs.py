@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -78,7 +78,7 @@ def _step(
         else:
             images = device_augment.normalize(inputs[IMAGES], pixels.mean, pixels.std)
         if not model.exits:
-            return _results(model.apply(variables, images), first), None
+            return _results(cast(Output, model.apply(variables, images)), first), None
         handed = jax.tree.unflatten(structure, [inputs[name] for name in names]) if names else None
         out, after = model.apply(variables, images, handed, index=index, method="step_output")
         return _results(out, first), after

@@ -21,6 +21,7 @@ LOSSES = Table(
         "ce": "dyntoken.losses.classify:ce",
         "ponder": "dyntoken.losses.halting:ponder",
         "halting_prior": "dyntoken.losses.halting:halting_prior",
+        "multiply_adds": "dyntoken.losses.budget:multiply_adds",
         "consistency": "dyntoken.losses.consistency:consistency",
         "exit_kl": "dyntoken.losses.distill:exit_kl",
         "keep_ratio": "dyntoken.losses.ratio:keep_ratio",

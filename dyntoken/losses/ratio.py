@@ -48,7 +48,8 @@ def keep_ratio(
     count = jnp.sum(mask)
     total = jnp.zeros((), jnp.float32)
     for site in sites:
-        share = jnp.mean(site.decision.astype(jnp.float32), axis=-1)  # [B]
+        patches = site.decision[:, : site.grid[0] * site.grid[1] or None]  # rows added later come after
+        share = jnp.mean(patches.astype(jnp.float32), axis=-1)  # [B]
         share = jnp.where(mask > 0, share, site.ratio)
         if dynamic:
             share = jnp.sum(mask * share) / jnp.where(count > 0, count, 1.0)

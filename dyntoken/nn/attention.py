@@ -133,12 +133,12 @@ class Attention(nn.Module):
             p = layers.drop(p, self.attn_dropout, draws, *path, 0)
             if only_map:
                 y = None
-            elif policy is None and weight is None and not thinned and backend.platform() == "cpu":
-                y = attend.weigh(logits, v)  # what the site does not drop leaves the dense model's bits
+            elif policy is None and not thinned and backend.platform() == "cpu":
+                y = attend.weigh(weighed, v)  # what the site does not drop leaves the dense model's bits
             else:
                 y = jnp.einsum("bhqk,bhkd->bhqd", p.astype(v.dtype), v)
             cls = attend.class_attention(p, prefix) if prefix and return_scores else None
-            shown = {"cls": cls, "keys": keys, "probs": p} if return_scores else {}
+            shown = {"cls": cls, "keys": keys, "values": v, "probs": p} if return_scores else {}
             seen = Attended(**shown, logits=logits if return_logits else None)
         shown = seen if return_scores or return_logits else None
         if only_map:

@@ -55,7 +55,7 @@ class Block(nn.Module):
       act: activation of the MLP, see `layers.ACTIVATIONS`.
       attn_norm, mlp_norm: a LayerNorm before the last product of either branch.
       head_dim: channels of a head, None for width / heads.
-      proportional: each key counts as often as the patches it stands for, `Tokens.size`.
+      proportional: each key counts as often as `Tokens.key_weight` says, the patches it stands for.
       mlp_hidden: channels after the MLP's first layer, in place of width * mlp_ratio.
       mlp_split: the first half of these comes from a layer of its own, see `layers.Mlp`.
       half: "both", or the only one of the two halves that there is: "attention" or "mlp".
@@ -151,7 +151,7 @@ class Block(nn.Module):
         policy = None if tokens.alive is None else attend.with_prefix(tokens.alive, tokens.prefix)
         gate = tokens.gate
         gated = {} if gate is None else {"gate": gate}
-        more = {"size": attend.with_prefix(tokens.size, tokens.prefix)} if self.proportional else {}
+        more = {"size": attend.with_prefix(tokens.key_weight, tokens.prefix)} if self.proportional else {}
         if more and gate is not None and gate.size is not None:
             more = {"size": gate.size}
         y, seen = self.attn(
@@ -176,7 +176,7 @@ class Block(nn.Module):
         self, tokens: Tokens, train: bool, bias: Callable[[], Array] | None, rotation: Rotation | None
     ) -> Attended:
         """What `attend` would show, without its result; `attend_by` then makes that of other rows."""
-        more = {"size": attend.with_prefix(tokens.size, tokens.prefix)} if self.proportional else {}
+        more = {"size": attend.with_prefix(tokens.key_weight, tokens.prefix)} if self.proportional else {}
         options = {"train": train, "bias": None if bias is None else bias(), "rotation": rotation}
         x = self.norm1(tokens.x)
         return self.attn(x, prefix=tokens.prefix, return_logits=True, only_map=True, **options, **more)[1]

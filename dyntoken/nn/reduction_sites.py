@@ -9,6 +9,7 @@ from typing import Any
 NEEDS = {
     "cls": ("the class token", "there is none", "that joins at"),
     "keys": ("their attention keys", "no key there is that of one patch", "they have some only at"),
+    "values": ("their attention values", "no value there is that of one patch", "they have some only at"),
     "probs": ("the attention between them", "none is shown there", "it is shown only at"),
     "token": ("the class token", "there is none", "that joins at"),
     "normed": ("their block's norm", "none is shown there", "it is shown only at"),
@@ -67,7 +68,7 @@ class ReductionSites:
 
     def shows(self, at: int) -> frozenset[str]:
         """Fields of `Attended` that a site inside a block sees."""
-        shown = {"keys", "probs", "normed"}
+        shown = {"keys", "values", "probs", "normed"}
         return frozenset(shown | {"cls", "token"} if self.prefix else shown)
 
     def shows_ahead(self, at: int) -> frozenset[str]:

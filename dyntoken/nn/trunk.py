@@ -162,6 +162,7 @@ class Trunk(nn.Module):
                 continue
             block = getattr(self, f"blocks_{index}")
             inside = site is not None and site.inside
+            recalled = index + 1 in self._recalling()
             reducer = getattr(self, f"reducer_{stage}") if inside else None
             bias, rotation = self._bias(index, tokens, context), self._rotation(index, tokens)
             address = self._address(index, tokens, after_mlp=False)
@@ -172,8 +173,7 @@ class Trunk(nn.Module):
                 stages.append((before, tokens.x))
                 tokens = self._attend_reduced(index, tokens, seen, reduction, context)
             else:
-                shown = (reducer.needs or True) if inside else self._watched()
-                shown = shown or any(index + 1 == at for at in self._recalling())
+                shown = recalled or (reducer.needs or True if inside else self._watched())
                 options = (context.train, shown, return_logits, bias, rotation)
                 tokens, seen = block.attend(tokens, context.dropout, *options)
             relations.append(seen.logits if return_logits else None)
@@ -298,7 +298,8 @@ class Trunk(nn.Module):
 
     def _masks(self) -> bool:
         reducers = [getattr(self, f"reducer_{stage}") for stage in range(len(self.sites))]
-        return any(reducer.resolved(True) == "mask" and not reducer.gates for reducer in reducers)
+        masks = any(reducer.resolved(True) == "mask" and not reducer.gates for reducer in reducers)
+        return masks or any(reducer.bounded for reducer in reducers)
 
     def _follows(self) -> bool:
         return bool(self.sites) and self.reducer_0.follows

@@ -64,11 +64,11 @@ def gated_softmax(logits: Array, policy: Array | None, eps: float | None) -> Arr
         row's own key (LTMP).
     """
     if policy is None:
-        return softmax(logits)
+        return jax.nn.softmax(logits, axis=-1)
     keys = policy[:, None, None, :] if policy.ndim == 2 else policy[:, None]
     logits = logits.astype(jnp.float32)
     if eps is None:
-        return softmax(jnp.where(keys > 0.5, logits, jnp.finfo(jnp.float32).min))
+        return jax.nn.softmax(jnp.where(keys > 0.5, logits, jnp.finfo(jnp.float32).min), axis=-1)
     # No gradient through the maximum: it is of the size of eps, and 0 / 0 where a compiler computes
     # the logits twice, so that none of them equals their maximum.
     highest = jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))
@@ -77,8 +77,8 @@ def gated_softmax(logits: Array, policy: Array | None, eps: float | None) -> Arr
 
 
 @jax.jit
-def softmax(logits: Array) -> Array:
-    """Over the last axis, as a function of its own: an ONNX file has one node for it, found by this name."""
+def last_axis_softmax(logits: Array) -> Array:
+    """A function of its own: an ONNX file has one node for it, found by this name."""
     return jax.nn.softmax(logits, axis=-1)
 
 
@@ -95,7 +95,7 @@ def attention(q: Array, k: Array, v: Array, *, scale: float, bias: Array | None 
       there is a plain softmax; elsewhere XLA's fused attention.
     """
     if backend.platform() == "onnx":
-        p = softmax(logits(q, k, scale=scale, bias=bias))
+        p = last_axis_softmax(logits(q, k, scale=scale, bias=bias))
         return jnp.einsum("bhqk,bhkd->bhqd", p.astype(v.dtype), v)
     if backend.platform() == "cpu":
         return weigh(logits(q, k, scale=scale, bias=bias), v)
@@ -132,7 +132,7 @@ def normalise(logits: Array, *, policy: Array | None, train: bool) -> Array:
     evaluation exactly (`masked_softmax`).
     """
     if policy is None:
-        return softmax(logits) if backend.platform() == "onnx" else jax.nn.softmax(logits, axis=-1)
+        return last_axis_softmax(logits) if backend.platform() == "onnx" else jax.nn.softmax(logits, axis=-1)
     return policy_softmax(logits, policy) if train else masked_softmax(logits, policy)
 
 

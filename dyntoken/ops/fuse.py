@@ -115,6 +115,23 @@ def one_token(
     return Fused(targets, extra=extra.astype(targets.dtype))
 
 
+def package_sum(
+    targets: Array, sources: Array, *, importance: Array, weight: Array | None = None, **_: object
+) -> Fused:
+    """SPViT's package token as its code has it: a sum, whose length grows with the number of rows in it."""
+    return one_token(targets, sources, importance=importance, weight=weight)
+
+
+def package(
+    targets: Array, sources: Array, *, importance: Array, weight: Array | None = None, **_: object
+) -> Fused:
+    """SPViT's package token (section 3.3): the mean of the dropped rows, weighted by importance."""
+    share = importance if weight is None else importance * weight
+    total = share.sum(axis=1, keepdims=True)
+    share = importance / jnp.where(total > 0, total, 1.0)
+    return one_token(targets, sources, importance=share, weight=weight)
+
+
 def mean(
     targets: Array,
     sources: Array,

@@ -40,7 +40,7 @@ class Rotation:
     """How each row turns.
 
     Attributes:
-      cos, sin: `[1 or B, 1, T, D]` float32.
+      cos, sin: `[1 or B, 1, T, D / 2]` float32, an angle per pair of channels.
       halves: a channel's partner is D / 2 away; False: beside it.
     """
 
@@ -50,14 +50,11 @@ class Rotation:
 
     def __call__(self, x: Array) -> Array:
         """Rows `x [B, heads, T, D]`, turned in float32."""
-        first, second = jnp.split(x, 2, axis=-1) if self.halves else (x[..., ::2], x[..., 1::2])
-        partner = (
-            jnp.concatenate([-second, first], axis=-1)
-            if self.halves
-            else jnp.stack([-second, first], axis=-1).reshape(x.shape)
-        )
-        cos, sin = (jnp.expand_dims(t, tuple(range(x.ndim - t.ndim))) for t in (self.cos, self.sin))
-        return (x.astype(jnp.float32) * cos + partner.astype(jnp.float32) * sin).astype(x.dtype)
+        y = x.astype(jnp.float32)
+        a, b = jnp.split(y, 2, axis=-1) if self.halves else (y[..., ::2], y[..., 1::2])
+        turned = (a * self.cos - b * self.sin, b * self.cos + a * self.sin)
+        y = jnp.concatenate(turned, axis=-1) if self.halves else jnp.stack(turned, axis=-1).reshape(x.shape)
+        return y.astype(x.dtype)
 
     def of(self, rows: Array | None, new: int) -> Rotation:
         """Those of other rows.
@@ -107,7 +104,7 @@ class Rope:
         return _whole(self, grid, prefix)
 
     def angles(self, grid: tuple[int, int]) -> np.ndarray:
-        """`[N, size]`, row-major patches."""
+        """One per channel, `[N, size]`, row-major patches."""
         coordinates = COORDINATES[self.coordinates]
         axes = [coordinates(n, r) for n, r in zip(grid, self.reference or (None, None), strict=True)]
         frequencies = self.base ** (-np.arange(self.size // 4) / (self.size // 4))
@@ -118,6 +115,9 @@ class Rope:
 
 @functools.lru_cache(maxsize=32)  # one array per grid: the blocks of a program share one constant
 def _whole(rope: Rope, grid: tuple[int, int], prefix: int) -> Rotation:
-    angles = np.pad(rope.angles(grid), ((prefix, 0), (0, 0)))
+    halves = rope.layout == "halves"
+    angles = rope.angles(grid)  # partners have the same
+    angles = angles[:, : rope.size // 2] if halves else angles[:, ::2]
+    angles = np.pad(angles, ((prefix, 0), (0, 0)))
     cos, sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
-    return Rotation(cos[None, None], sin[None, None], rope.layout == "halves")
+    return Rotation(cos[None, None], sin[None, None], halves)

@@ -14,7 +14,7 @@ from dyntoken.ops import fuse as fusing
 from dyntoken.ops import sample, select
 from dyntoken.reducers.fuse import FUSERS
 from dyntoken.reducers.score import SCORERS, Scores, shares, shuffled
-from dyntoken.schema import Keep, Positive
+from dyntoken.schema import Count, Keep, Positive
 from dyntoken.types import Attended, Reduction, Tokens
 
 Array = jax.Array
@@ -59,7 +59,18 @@ class Reducer(nn.Module):
       recalls: fields of `Attended` that it reads of the block before its site.
       takes_decision: a `decision` can replace its own choice.
       mixes: its rows are mixtures that may have no cell of their own.
+      bounded: `keep` is only the most rows that stay: how many do depends on the image, and
+        `Tokens.alive` says which, in both forms.
+      protects: rows that it added stay at every later site.
+      per_head: it has a field `heads` for the number of attention heads.
       sized: its parameters are made for one `keep`.
+      proportional: attention behind the site counts keys by `Tokens.key_weight`.
+      ahead: None for a site where `where` says. "map": ahead of the block, by its
+        attention map, whose queries fuse by `Reduction.queries`. "rows": likewise, but
+        the rows that are left attend anew. "end": after the block's MLP.
+      from_block: by default there is a site at every block from this number on;
+        None: where the backbone's sites lie.
+      drops: although it merges, some patches are left without a row.
 
     Parameters need no declaration: what a reducer makes is trained by its gradient,
     in the form that is in force. `learns` says that training must sample a decision.
@@ -76,17 +87,6 @@ class Reducer(nn.Module):
       block, depth: number of the block it stands at, and how many there are.
       predictor_eps: LayerNorm epsilon of what it learns, which the backbone says.
 
-    Besides, a class may declare
-
-      proportional: attention behind the site weighs keys by `Tokens.size`.
-      forms: those it has.
-      ahead: None for a site where `where` says. "map": ahead of the block; it
-        fuses the rows of its attention map, too, by `Reduction.queries`. "rows": likewise,
-        and the rows that are left attend anew. "end": after the block's MLP.
-      from_block: by default there is a site at every block from this number on;
-        None: where the backbone's sites lie.
-      moves: rows change places in the mask form, too.
-      takes_decision: a `decision` of single rows says all that it does.
     """
 
     keep: int
@@ -103,15 +103,19 @@ class Reducer(nn.Module):
     where = "before"
     adds_row = False
     merges = False
-    proportional = False
     forms = ("mask", "gather")
-    ahead = None
-    from_block = None
     moves = False
     recalls = ()
     takes_decision = True
     mixes = False
     sized = False
+    protects = False
+    per_head = False
+    bounded = False
+    proportional = False
+    ahead = None
+    from_block = None
+    drops = False
     follows = False
     watches = ()
     gates = False
@@ -183,12 +187,12 @@ class Reducer(nn.Module):
           seen: what the attention layer of this block showed (`inside` sites), or that of
             the block before; `reduce` gets the fields that are declared as `needs` or `recalls`.
           draws: randomness of scorers and Gumbel noise.
-          noise: `[B, n, 2]`, replaces the Gumbel draws.
+          noise: `[B, n, 2]`, replaces the Gumbel draws; the mask form then samples in evaluation, too.
           decision: `[B, n]` 0/1, imposed in place of the site's own choice.
         """
         if decision is not None and not self.takes_decision:
             raise ValueError(f"{self.title} takes no decision on single rows: call it without")
-        if tokens.alive is not None and self.resolved(train) == "gather":
+        if tokens.alive is not None and self.resolved(train) == "gather" and not self.bounded:
             raise ValueError("the gather form needs every row alive: use one form at all sites")
         shown = (*self.needs, *self.recalls)
         seen = _Seen(self.title, {need: getattr(seen, need, None) for need in shown})
@@ -217,6 +221,7 @@ class ScoreSelectFuse(Reducer):
       temperature: of the similarity by which rules that merge choose a host.
       tau: temperature of the Gumbel-softmax.
       similarity: "cosine", or "dot" for the plain inner product.
+      heads: attention heads, for a scorer that looks at each; None: those of the backbone.
     """
 
     score: str = "predictor"
@@ -225,6 +230,7 @@ class ScoreSelectFuse(Reducer):
     temperature: Positive = 1.0
     tau: Positive = 1.0
     similarity: Literal["cosine", "dot"] = "cosine"
+    heads: Count | None = None
 
     scorer = property(lambda self: SCORERS[self.score])
     fuser = property(lambda self: FUSERS[self.fuse])
@@ -232,12 +238,15 @@ class ScoreSelectFuse(Reducer):
     needs = property(lambda self: self.scorer.needs)
     where = property(lambda self: self.scorer.where)
     adds_row = property(lambda self: self.fuser.adds_row)
+    protects = property(lambda self: self.fuser.protects)
+    per_head = property(lambda self: self.scorer.per_head)
     merges = property(lambda self: self.fuser.merges)
     title = property(lambda self: f"score={self.score!r} with fuse={self.fuse!r}")
 
     @nn.compact
     def reduce(self, tokens, seen, train, *, draws, noise, decision) -> tuple[Tokens, Reduction]:
-        scores = self.scorer.fn(tokens, seen, draws, self.stage, eps=self.predictor_eps)
+        options = {"heads": self.heads} if self.per_head else {}
+        scores = self.scorer.fn(tokens, seen, draws, self.stage, eps=self.predictor_eps, **options)
         self._check(scores)
         if scores.importance is None:
             scores = scores.replace(importance=shares(jnp.ones(tokens.place.shape), tokens))
@@ -246,6 +255,8 @@ class ScoreSelectFuse(Reducer):
         chex.assert_shape(scores.rank, tokens.place.shape)
         if tokens.alive is not None:
             scores = scores.replace(rank=jnp.where(tokens.alive > 0.5, scores.rank, -jnp.inf))
+        if self.protects:
+            scores = scores.replace(rank=jnp.where(tokens.place < 0, jnp.inf, scores.rank))
         if self.resolved(train) == "gather":
             return self._gather(tokens, scores, decision)
         return self._mask(tokens, scores, train, draws, noise, decision)
@@ -313,13 +324,15 @@ class ScoreSelectFuse(Reducer):
         keep = None
         if decision is not None:
             chosen = decision.astype(jnp.float32)
-        elif train and self.learns:
+        elif self.learns and (train or noise is not None):
             chosen = self._sampled(scores, draws, noise)
+            chosen = jnp.where(tokens.place < 0, 1.0, chosen) if self.protects else chosen
         else:
             keep, _ = select.split(scores.rank, self.keep)
             chosen = select.mask_of(keep, tokens.count)
         now = chosen * alive
-        gone = (1.0 - now) * alive  # dropped at exactly this site
+        # Dropped at exactly this site; equal values whose gradients in earlier decisions are SPViT's and TPS's.
+        gone = alive - now if self.protects else (1.0 - now) * alive
         x, place = tokens.patches, tokens.place
         fused = self._absorb(x, x, importance=scores.importance, allowed=now, weight=gone, same=True)
         rows = jnp.arange(tokens.count, dtype=jnp.int32)[None, :]

@@ -17,11 +17,13 @@ class Fuser:
       fn: see `register_fuser`.
       adds_row: it returns one more row (`Fused.extra`), which later sites count.
       merges: it puts dropped rows into kept ones (`Fused.host`).
+      protects: no later site drops the rows that it added.
     """
 
     fn: Callable[..., fuse.Fused]
     adds_row: bool = False
     merges: bool = False
+    protects: bool = False
 
 
 FUSERS = Table(
@@ -29,6 +31,8 @@ FUSERS = Table(
     {
         "drop": Fuser(fuse.drop),
         "one_token": Fuser(fuse.one_token, adds_row=True),
+        "package": Fuser(fuse.package, adds_row=True, protects=True),
+        "package_sum": Fuser(fuse.package_sum, adds_row=True, protects=True),
         "mean": Fuser(fuse.mean, merges=True),
         "squeeze": Fuser(fuse.squeeze, merges=True),
     },
@@ -36,7 +40,12 @@ FUSERS = Table(
 
 
 def register_fuser(
-    name: str, fn: Callable[..., fuse.Fused], *, adds_row: bool = False, merges: bool = False
+    name: str,
+    fn: Callable[..., fuse.Fused],
+    *,
+    adds_row: bool = False,
+    merges: bool = False,
+    protects: bool = False,
 ) -> None:
     """Adds a fusing rule: a value of `fuse=`.
 
@@ -47,10 +56,11 @@ def register_fuser(
         rule takes what it does not read as `**_`.
       adds_row: it returns `extra`, one row for all that is dropped.
       merges: it returns `host`, the kept row that absorbs each dropped one.
+      protects: later sites keep the rows that it added.
 
     Raises:
       ValueError: a name that is taken, or a function of other arguments.
     """
     roles = ("importance", "allowed", "weight", "same", "temperature", "normalize")
     check_call(f"fuse {name!r}", fn, "targets", "sources", **dict.fromkeys(roles))
-    FUSERS.register(name, Fuser(fn, adds_row, merges))
+    FUSERS.register(name, Fuser(fn, adds_row, merges, protects))

@@ -30,10 +30,12 @@ def site_counts(
             for rate, n in zip(rates, cells, strict=True)
         )
     keep = reducer.site_keep(keep, len(at), cells[0], body.prefix)
-    counts, current = [], cells[0]
-    for kept, ratio in keep_counts(keep, len(at), cells[0], relative=relative, fused=fused):
-        counts.append((current, kept, ratio))
-        current = kept + int(fused and kept < current)
+    protects = reducer.protects
+    counts, current, extra = [], cells[0], 0
+    for kept, ratio in keep_counts(keep, len(at), cells[0], relative=relative, fused=fused and not protects):
+        counts.append((current + extra, kept + extra, ratio))
+        added = int(fused and kept < current)
+        current, extra = (kept, extra + added) if protects else (kept + added, 0)
     return tuple(counts)
 
 

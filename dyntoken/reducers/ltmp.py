@@ -89,6 +89,7 @@ class LTMP(Reducer):
     needs = ("keys", "probs")
     where = "inside"
     merges = True
+    drops = True
     proportional = True
     forms = ("mask",)
     moves = True

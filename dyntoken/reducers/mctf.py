@@ -41,8 +41,8 @@ class MCTF(Reducer):
       tau_sim, tau_info, tau_size: temperatures of the three criteria: their scores count to
         the power 1 / tau; 0 leaves one out.
       bidirectional: both ways; else all r go from even to odd places.
-      pooling: weights of a group's mean: "attention" (times size), "size", "none"; or "max", the largest
-        value per channel.
+      pooling: weights of a group's mean: "attention" (times size), "size", "none"; or "max", the
+        largest value per channel.
       ahead: "map": as above. "rows": the fused rows attend anew. "end": rows fuse after the
         block's MLP by the block's attention, none ahead.
       proportional: add log(size) to the attention logits of the keys.

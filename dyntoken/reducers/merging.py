@@ -22,12 +22,14 @@ class Merged(NamedTuple):
       keep: `[B, k]` incoming row that each outgoing one continues.
       remap: `[B, n]` outgoing row of each incoming one, or -1.
       scores: `[B, n]` float32, higher is kept first.
+      weight: `[B, k]`, `Tokens.weight` of those that go out; None for their sizes.
     """
 
     x: Array
     keep: Array
     remap: Array
     scores: Array
+    weight: Array | None = None
 
 
 class Merging(Reducer):
@@ -59,12 +61,12 @@ class Merging(Reducer):
     def reduce(self, tokens, seen, train, *, draws, noise, decision) -> tuple[Tokens, Reduction]:
         total, count = tokens.count, self.current or tokens.count
         merged = self.merge(
-            _first(tokens, count), _first_seen(seen, self.needs, tokens.prefix + count), train
+            _first(tokens, count), _first_seen(seen, self.needs, tokens.prefix + count, count), train
         )
         x, place = merged.x, select.lookup(tokens.place, merged.keep)
         host, remap = select.lookup(place, merged.remap), merged.remap
         stays = select.mask_of(merged.keep, count)
-        alive, scores = None, merged.scores
+        alive, scores, weight = None, merged.scores, merged.weight
         if self.resolved(train) == "mask":
             last = (jnp.arange(total) >= count).astype(jnp.float32)
             behind = select.split(
@@ -75,10 +77,11 @@ class Merging(Reducer):
             alive = jnp.broadcast_to((jnp.arange(total) < self.keep).astype(jnp.float32), place.shape)
             rest = [(0, 0), (0, total - count)]
             host, remap = (jnp.pad(rows, rest, constant_values=-1) for rows in (host, remap))
+            weight = weight if weight is None else jnp.pad(weight, rest[:1] + [(0, total - self.keep)])
             stays, scores = jnp.pad(stays, rest), jnp.pad(scores, rest, constant_values=-jnp.inf)
         reduction = Reduction(scores, stays, place, host, remap, None, merged.keep)
         x = jnp.concatenate([tokens.x[:, : tokens.prefix], x], axis=1)
-        return tokens.replace(x=x, place=place, alive=alive), reduction
+        return tokens.replace(x=x, place=place, alive=alive, weight=weight), reduction
 
 
 def unchanged(tokens: Tokens) -> Merged:
@@ -91,10 +94,16 @@ def _first(tokens: Tokens, count: int) -> Tokens:
     if tokens.count == count:
         return tokens
     place, size = tokens.place[:, :count], tokens.size[:, :count]
-    return tokens.replace(x=tokens.x[:, : tokens.prefix + count], alive=None, place=place, size=size)
+    weight = tokens.weight if tokens.weight is None else tokens.weight[:, :count]
+    x = tokens.x[:, : tokens.prefix + count]
+    return tokens.replace(x=x, alive=None, place=place, size=size, weight=weight)
 
 
-def _first_seen(seen, needs, rows: int):
+def _first_seen(seen, needs, rows: int, count: int):
     """What `needs` names, of the first rows."""
-    cut = {"cls": lambda a: a, "keys": lambda a: a[:, :, :rows], "probs": lambda a: a[:, :, :rows, :rows]}
+    cut = {
+        "cls": lambda a: a[:, :count],
+        "keys": lambda a: a[:, :, :rows],
+        "probs": lambda a: a[:, :, :rows, :rows],
+    }
     return {need: cut[need](getattr(seen, need)) for need in needs}

@@ -10,8 +10,10 @@ from typing import Any
 from dyntoken import architectures
 from dyntoken.nn.spec import Site, Spec
 from dyntoken.reducers.adavit import AdaViT
+from dyntoken.reducers.ats import ATS
 from dyntoken.reducers.avit import AViT
 from dyntoken.reducers.base import Reducer, ScoreSelectFuse
+from dyntoken.reducers.diffrate import DiffRate
 from dyntoken.reducers.dpcknn import DPCKNN
 from dyntoken.reducers.evovit import EvoViT
 from dyntoken.reducers.fuse import FUSERS
@@ -88,12 +90,15 @@ METHODS = Table(
         "tome": Method.new(ToMe, "ToMe, ICLR 2023; facebookresearch/ToMe"),
         "pitome": Method.new(PiToMe, "PiToMe, NeurIPS 2024; hchautran/PiToMe"),
         "tofu": Method.new(ToFu, "ToFu, WACV 2024, as hchautran/PiToMe has it"),
+        "diffrate": Method.new(DiffRate, "DiffRate, ICCV 2023; OpenGVLab/DiffRate"),
         "mctf": Method.new(MCTF, "MCTF, CVPR 2024; mlvlab/MCTF"),
         "etps": _row("class_attention", "squeeze", "TPS, CVPR 2023, as its authors describe it"),
         "adavit": Method.new(AdaViT, "AdaViT, CVPR 2022; MengLcool/AdaViT"),
         "avit": Method.new(AViT, "A-ViT, CVPR 2022; NVlabs/A-ViT"),
         "ltmp": Method.new(LTMP, "LTMP, TMLR 2023; Mxbonn/ltmp"),
         "evovit": Method.new(EvoViT, "Evo-ViT, AAAI 2022; YifanXu74/Evo-ViT"),
+        "spvit": _row("head_predictor", "package", "SPViT, ECCV 2022; PeiyanFlying/SPViT"),
+        "ats": Method.new(ATS, "ATS, ECCV 2022; adaptivetokensampling/ATS"),
         "dpcknn": Method.new(DPCKNN, "DPC-KNN of TCFormer, CVPR 2022; JoakimHaurum/TokenReduction"),
         "kmedoids": Method.new(KMedoids, "K-medoids, WACV 2023; JoakimHaurum/TokenReduction"),
         "sinkhorn": Method.new(Sinkhorn, "Sinkhorn tokenizer, 2022; JoakimHaurum/TokenReduction"),
@@ -200,9 +205,12 @@ def make_sites(
         verb = "works" if len(working) == 1 else "work"
         instead = f"{', '.join(working)} {verb} there" if working else "no method works there"
         raise ValueError(f"method {name!r} at {at} makes no sense in {arch}: {reason}; {instead}")
-    counts = site_counts(body, row.plain, keep, at, relative=row.relative)
-    of_body = {field: getattr(body, field) for field in row.plain.of_body}
+    plain = row.plain
+    counts = site_counts(body, plain, keep, at, relative=row.relative)
+    of_body = {field: getattr(body, field) for field in plain.of_body}
     of_body |= {"form": form, "depth": body.depth}
+    if plain.per_head and plain.heads is None and isinstance(heads := getattr(body, "heads", None), int):
+        row = dataclasses.replace(row, options=row.with_(heads=heads).options)
     return tuple(
         Site(
             index,

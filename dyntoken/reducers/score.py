@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from dyntoken.nn import layers
 from dyntoken.nn.reduction_sites import NEEDS
 from dyntoken.ops import sample
+from dyntoken.reducers.head_predictor import HeadPredictor
 from dyntoken.registry import Table, UnknownNameError, check_call, suggest
 from dyntoken.types import Attended, Tokens
 
@@ -25,8 +26,8 @@ class Scores:
 
     Attributes:
       rank: `[B, n]` float32; the selection keeps the largest.
-      importance: `[B, n]` float32, non-negative shares that sum to at most 1
-        over the rows alive, weights of a fused token; None for equal shares.
+      importance: `[B, n]` float32, non-negative weights of a fused token: shares that
+        sum to at most 1 over the rows alive (of SPViT, probabilities); None for equal shares.
       log_probs: `[B, n, 2]` (keep, drop) of a learnt decision, else None.
     """
 
@@ -76,6 +77,21 @@ def predictor(
     log_probs = Predictor(eps, name="predictor")(tokens.patches, tokens.alive)
     keep = jnp.exp(log_probs[..., 0])
     return Scores(rank=log_probs[..., 0], importance=shares(keep, tokens), log_probs=log_probs)
+
+
+def head_predictor(
+    tokens: Tokens,
+    seen: Attended | None,
+    draws: sample.Draws | None,
+    stage: int,
+    eps: float = 1e-5,
+    heads: int | None = None,
+) -> Scores:
+    """SPViT: a small network on each attention head's channels. Has parameters."""
+    if heads is None:
+        raise ValueError("score='head_predictor' cuts the channels into heads: give their number as heads=")
+    score, keep = HeadPredictor(heads, eps, name="head_predictor")(tokens.patches, tokens.alive)
+    return Scores(rank=score[..., 0], importance=keep, log_probs=score)
 
 
 def class_attention(
@@ -129,18 +145,21 @@ class Scorer:
       needs: fields of `Attended` that it reads.
       where: "before" a block (the rows are enough for it, so it works in one as
         well) or "inside", between attention and MLP.
+      per_head: it is told the number of attention heads.
     """
 
     fn: Callable[..., Scores]
     learns: bool = False
     needs: tuple[str, ...] = ()
     where: str = "before"
+    per_head: bool = False
 
 
 SCORERS = Table(
     "score",
     {
         "predictor": Scorer(predictor, learns=True),
+        "head_predictor": Scorer(head_predictor, learns=True, per_head=True),
         "class_attention": Scorer(class_attention, needs=("cls",), where="inside"),
         "random": Scorer(random),
     },
@@ -168,7 +187,7 @@ def register_scorer(
       learns: `fn` builds linen modules (it runs in a compact method) and returns
         `log_probs`, which the training samples.
       needs: fields of `Attended` that it reads: "cls" (class attention), "keys",
-        "probs".
+        "values", "probs".
       where: "before" a block or "inside", by default inside if it needs anything.
 
     Raises:

@@ -1,12 +1,15 @@
 """Weights between formats.
 
-Converts a weight file. IN may be in timm's (DeiT's) keys, in those of
-DynamicViT, TPS or EViT, or in ours: .safetensors, .npz, .pth (with torch), a
-workdir, or hf:org/name. OUT is .safetensors in our own keys, or with --to=timm
-.safetensors or .npz in the keys and layouts of the public checkpoints.
+Converts a weight file. IN may be in timm's keys, in those of transformers,
+DINOv2, DynamicViT, TPS or EViT, or in ours: .safetensors, .npz, .pth (with
+torch), a folder, a workdir, hf:org/name or https://...#sha256=.... Without
+--model the architecture is read off IN. OUT is .safetensors in our own keys,
+or with --to=timm .safetensors or .npz in the keys and layouts of the public
+checkpoints.
 
 examples:
   python -m dyntoken.tools.convert deit.pth deit.safetensors --model=deit_small_patch16_224
+  python -m dyntoken.tools.convert hf:facebook/dinov2-small dinov2.safetensors
   python -m dyntoken.tools.convert runs/dtps timm.npz --model=dtps_deit_small_patch16_224 --to=timm
 """
 
@@ -28,7 +31,7 @@ def arguments(parser: cli.Parser) -> None:
     parser.add_argument("source", metavar="IN", help="weights to read")
     parser.add_argument("target", metavar="OUT", help="file to write")
     parser.add_argument(
-        "--model", dest="name", metavar="NAME", required=True, help="model the weights belong to"
+        "--model", dest="name", metavar="NAME", help="model the weights belong to (default: as IN tells)"
     )
     parser.add_argument("--to", choices=tuple(SUFFIXES), default="ours", help="keys of OUT (default: ours)")
     cli.add_prefer(parser)
@@ -50,20 +53,25 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     suffix = Path(args.target).suffix.lower()
     if suffix not in SUFFIXES[args.to]:
         raise ValueError(f"{args.target}: --to={args.to} writes {' or '.join(SUFFIXES[args.to])}")
-    if not args.source.startswith(("hf:", "pretrained:")) and not epath.Path(args.source).exists():
+    if not args.source.startswith(("hf:", "pretrained:", "http")) and not epath.Path(args.source).exists():
         raise ValueError(f"{args.source}: no such weight file or workdir")
-    model = cli.build(args)
     logging.getLogger("dyntoken.weights").addHandler(logging.NullHandler())  # its report is printed here
-    unexpected = "ignore" if args.partial else "error"
-    variables, loaded = weights.load_weights(
-        model, args.source, prefer=args.prefer, unexpected=unexpected, return_report=True
-    )
+    options = {
+        "prefer": args.prefer,
+        "unexpected": "ignore" if args.partial else "error",
+        "return_report": True,
+    }
+    if args.name is None:
+        model, variables, loaded = weights.load_pretrained(args.source, **options, **cli.overrides(args))
+    else:
+        model = cli.build(args)
+        variables, loaded = weights.load_weights(model, args.source, **options)
     misfits = [
         f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
         for what in ("missing", "unexpected")
         if (names := getattr(loaded, what))
     ]
-    if misfits and not args.partial:
+    if args.name and misfits and not args.partial:
         raise ValueError(
             f"{args.source} does not fit {args.name} exactly: {', '.join(misfits)}; "
             "name another --model, or add --partial"

@@ -180,7 +180,7 @@ def read(text: str, model: Model, trained_on: str | None = None, weights: str | 
             f"{text}: no such picture (a data set's image is written fashion_mnist_mini:7)"
         ) from None
     if pixels.shape[:2] != (height, width):
-        pixels = resize_centre(pixels[None], how.size, how.crop_pct, how.interpolation)[0]
+        pixels = resize_centre(pixels[None], how.size, how.crop_pct, how.interpolation, squash=how.squash)[0]
     return Picture(Path(text).stem, pixels, how, classes)
 
 

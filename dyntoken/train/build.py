@@ -23,31 +23,14 @@ from jax.sharding import Mesh
 from dyntoken import data, device_augment, losses, models, optim
 from dyntoken.data.requests import check_eval_batch, check_size, check_topology
 from dyntoken.eval.logits import make_eval_step
-from dyntoken.reducers import METHODS
-from dyntoken.reducers.keep import quantize_keep_rates
-from dyntoken.train import sharding
+from dyntoken.train import phases, sharding
 from dyntoken.train.eval_datasets import MAIN, EvalSet, check_metric, open_eval_sets
-from dyntoken.train.settings import MOST_STEPS, KeepSchedule, Settings, check_lengths, read
+from dyntoken.train.settings import MOST_STEPS, Settings, check_lengths, read
 from dyntoken.train.state import TrainState, create_state, init_variables
 from dyntoken.train.step import gradient, refuse_batch_norm, train_step, update
 
 Tree = Any
 Log = Callable[[str], None]
-
-
-@dataclasses.dataclass(frozen=True)
-class Phase:
-    """Steps that run one program.
-
-    Attributes:
-      first: steps done before it.
-      model: with the counts of the phase; the parameters are those of every phase.
-      counts: tokens that stay at each site.
-    """
-
-    first: int
-    model: nn.Module
-    counts: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +45,7 @@ class Run:
       eval_sets: what is evaluated, by label; `""` is the split of `config.data`.
       shape: `(H, W, C)` of the batches.
       steps_per_epoch, total_steps, eval_every: in steps.
-      phases: what is trained from which step on; several if the keep rate falls.
+      phases: what is trained from which step on; several if the keep rate falls or takes turns.
       objective: the losses.
       tx, lr_fn: the optimizer and its learning rate.
     """
@@ -77,10 +60,15 @@ class Run:
     steps_per_epoch: int
     total_steps: int
     eval_every: int
-    phases: Sequence[Phase]
+    phases: Sequence[phases.Phase]
     objective: losses.Objective
     tx: optax.GradientTransformation
     lr_fn: Callable[[Any], Any]
+
+    def phase_at(self, done: int) -> int:
+        """Number of the phase of the step that follows `done` steps."""
+        taking_turns = bool(self.settings.elastic)
+        return phases.phase_at(self.phases, done, seed=self.settings.seed if taking_turns else None)
 
     @functools.cached_property
     def abstract_state(self) -> TrainState:
@@ -328,7 +316,13 @@ def build(
     shape = (*check_size(chosen.size, info.image_shape), info.channels)
     model = _make_model(settings.model, info, shape, "config.model")
     schedule = settings.keep_schedule if training else None
-    phases = keep_phases(model, schedule, steps_per_epoch=per_epoch, total_steps=total)
+    parts = phases.falling(model, schedule, steps_per_epoch=per_epoch, total_steps=total)
+    if training and settings.elastic:
+        if len(parts) > 1:
+            raise ValueError(
+                "config.elastic and config.keep_schedule both change the keep rate: give one of both"
+            )
+        parts = phases.elastic(model, settings.elastic)
     objective = losses.Objective(settings.losses)
     objective.check(len(model.exits))
     teacher = _make_teacher(settings, objective, info, shape)
@@ -348,62 +342,11 @@ def build(
         steps_per_epoch=per_epoch,
         total_steps=total,
         eval_every=eval_every,
-        phases=phases,
+        phases=parts,
         objective=objective,
         tx=tx,
         lr_fn=lr_fn,
     )
-
-
-def keep_phases(
-    model: nn.Module, schedule: KeepSchedule | None, *, steps_per_epoch: int, total_steps: int
-) -> list[Phase]:
-    """The phases of a run, by their first step; one without a schedule.
-
-    Rates that leave the same tokens are one phase, and so is what begins after
-    the end of the run.
-
-    Raises:
-      ValueError: a model whose keep rate cannot fall, or a schedule that does not fit.
-    """
-    if schedule is None or not schedule.end_epoch:
-        return [Phase(0, model)]
-    name = getattr(model, "method", None)
-    if not isinstance(model, models.Model) or name is None:
-        raise ValueError(
-            "config.keep_schedule needs a model that drops tokens at one depth-wise set of sites, as "
-            f"evit_deit_small_patch16_224; {getattr(model, 'arch', type(model).__name__)} has no keep rate of its own"
-        )
-    if any(site.reducer(parent=None).learns for site in model.sites()):
-        others = [other for other, row in METHODS.items() if not (row.plain.learns or row.plain.sized)]
-        raise ValueError(
-            f"config.keep_schedule does not fit {name}: its predictor learns which share to keep (loss "
-            f"keep_ratio). Choose a method without one ({', '.join(others)}), or clear keep_schedule.end_epoch"
-        )
-    if any(site.reducer(parent=None).sized for site in model.sites()):
-        raise ValueError(
-            f"config.keep_schedule does not fit {name}: its parameters are made for one keep. Clear "
-            "keep_schedule.end_epoch"
-        )
-    if not isinstance(model.keep, float):
-        raise ValueError(
-            f"config.keep_schedule falls to one rate, but config.model.keep is {model.keep}: give a number in "
-            "(0, 1), or clear keep_schedule.end_epoch"
-        )
-    rates = quantize_keep_rates(
-        base=model.keep,
-        steps_per_epoch=steps_per_epoch,
-        warmup_epochs=schedule.start_epoch,
-        total_epochs=schedule.end_epoch,
-        levels=schedule.levels,
-    )
-    phases: list[Phase] = []
-    for first, rate in rates:
-        smaller = model if rate == model.keep else model.clone(keep=rate)
-        counts = tuple(site.reducer["keep"] for site in smaller.sites())
-        if first < total_steps and not (phases and phases[-1].counts == counts):
-            phases.append(Phase(first, smaller, counts))
-    return phases
 
 
 def _make_model(
@@ -483,7 +426,7 @@ def dry_run(config: Mapping[str, Any], *, log: Log = print) -> dict[str, Any]:
     for name, value in facts.items():
         log(f"{name}: {value}")
     began = time.monotonic()
-    largest = run.phases[0].model  # a keep rate only falls
+    largest = run.phases[0].model  # keep rates only fall from phase to phase
     memory = peak_bytes(run.train_step_for(largest).memory_analysis())
     compiled = {"memory_bytes": memory, "compile_s": round(time.monotonic() - began, 1)}
     for name, value in compiled.items():

@@ -7,7 +7,6 @@ first of these that is given: its own workdir, `config.resume` (another run),
 
 from __future__ import annotations
 
-import bisect
 import contextlib
 import dataclasses
 import signal
@@ -223,7 +222,7 @@ def train(run: Run, workdir: str | epath.PathLike, *, restart: bool = False, log
 
 
 class StepCache:
-    """The train step of each phase of a run, compiled when it is reached.
+    """The train step of each phase of a run, compiled when it is first reached.
 
     Args:
       clock: does not count compilations.
@@ -232,20 +231,23 @@ class StepCache:
 
     def __init__(self, run: Run, clock: Clock, log: Log):
         self._run, self._clock, self._log = run, clock, log
-        self._firsts = [phase.first for phase in run.phases]
-        self._phase, self._compiled = -1, None
-        if len(run.phases) > 1:
-            parts = (f"{'/'.join(map(str, phase.counts))} from step {phase.first}" for phase in run.phases)
+        self._compiled: dict[int, jax.stages.Compiled] = {}
+        counts = ["/".join(map(str, phase.counts)) for phase in run.phases]
+        if run.settings.elastic:
+            log(f"tokens kept in turn, a compilation each: {', '.join(counts)}")
+        elif len(run.phases) > 1:
+            parts = (f"{n} from step {phase.first}" for n, phase in zip(counts, run.phases, strict=True))
             log(f"tokens kept in {len(run.phases)} stages, a compilation each: {', '.join(parts)}")
 
     def at(self, done: int) -> jax.stages.Compiled:
         """The step that follows `done` steps."""
-        phase = bisect.bisect_right(self._firsts, done) - 1
-        if phase != self._phase:
+        phase = self._run.phase_at(done)
+        if phase not in self._compiled:
+            if not self._run.settings.elastic:
+                self._compiled.clear()  # no way back: a phase that is over frees its program
             with self._clock:
-                self._compiled = self._compile(self._run.phases[phase].model)
-            self._phase = phase
-        return self._compiled
+                self._compiled[phase] = self._compile(self._run.phases[phase].model)
+        return self._compiled[phase]
 
     def _compile(self, model: nn.Module) -> jax.stages.Compiled:
         self._log("compiling the training step: seconds for a small model, minutes for others")

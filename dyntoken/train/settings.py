@@ -157,6 +157,9 @@ class Settings:
         channels come from the data unless given.
       data: see `DataSettings`.
       keep_schedule: a keep rate that falls during training, see `KeepSchedule`.
+      elastic: keep rates that take turns, so that one set of weights serves each of them (and those
+        between): of three steps one has the largest, one the smallest, one any of them, as in the
+        sandwich rule of Yu and Huang 2019, "Universally Slimmable Networks", spread over steps. ().
       losses: name -> {weight, options}, see `dyntoken.losses`.
       accumulate: slices that a device's rows are split into, forward and
         backward one after the other: the same step from less memory. Not for
@@ -200,6 +203,7 @@ class Settings:
     accumulate: Count = 1
     shard: Literal[tuple(sharding.SHARDS)] = "none"
     keep_schedule: KeepSchedule | None = None
+    elastic: tuple[Annotated[float, within("(0, 1]")], ...] = ()
     epochs: NonNegative = 0.0
     steps: Annotated[int, within(f"[0, {MOST_STEPS}]")] = 0
     seed: Seed = 0

@@ -8,6 +8,7 @@ from typing import Any
 
 from dyntoken import architectures
 from dyntoken.registry import suggest
+from dyntoken.weights import official_isotropic
 from dyntoken.weights.errors import WeightsError
 
 FILE = "config.json"
@@ -52,6 +53,8 @@ DEFAULTS |= {
     "vit_msn": DEFAULTS["vit"] | {"layer_norm_eps": 1e-6},
     "dinov2_with_registers": DEFAULTS["dinov2"],
 }
+# timm's models whose arrays are named as any ViT's and whose blocks compute something else.
+TIMM_UNREAD = {"rpn": "norms behind the two branches of a block (ResPostBlock)"}
 WHOLE = {
     "siglip": "siglip_vision_model",
     "clip": "clip_vision_model",
@@ -85,12 +88,15 @@ def fields_of(config: Mapping[str, Any], origin: str) -> dict[str, Any]:
       WeightsError: a kind of model that is not read.
     """
     if "architecture" in config:
-        return _of_timm(config)
+        return _of_timm(config, origin)
     kind = config.get("model_type")
     if kind is None:
         return {}
-    if kind in WHOLE:
-        kind, config = WHOLE[kind], config.get("vision_config") or {}
+    if kind in WHOLE:  # of the whole, its classes' names tell how it pools
+        kind, config = (
+            WHOLE[kind],
+            {**(config.get("vision_config") or {}), "architectures": config.get("architectures")},
+        )
     if kind not in DEFAULTS:
         raise WeightsError(
             f"{origin}: its config.json describes a {kind!r} model, which is not read: "
@@ -109,6 +115,8 @@ def fields_of(config: Mapping[str, Any], origin: str) -> dict[str, Any]:
             raise WeightsError(
                 f"{origin}: a gated MLP with {settled['hidden_act']!r} is not read, only with 'silu'"
             )
+    if str((config.get("architectures") or [""])[0]) == "CLIPForImageClassification":
+        fields["pool"] = "mean"
     if kind == "deit":
         fields["family"] = "deit"
     if kind == "dinov2_with_registers":
@@ -118,14 +126,26 @@ def fields_of(config: Mapping[str, Any], origin: str) -> dict[str, Any]:
     return fields
 
 
-def _of_timm(config: Mapping[str, Any]) -> dict[str, Any]:
+def _of_timm(config: Mapping[str, Any], origin: str) -> dict[str, Any]:
     cfg = {**config, **(config.get("pretrained_cfg") or {})}
     fields: dict[str, Any] = {"resize": "timm"}
     name = str(config["architecture"]).partition(".")[0]
     if architectures.parse(name) is not None:
         fields["arch"] = name
+    if other := next((what for part, what in TIMM_UNREAD.items() if part in name.split("_")), None):
+        raise WeightsError(f"{origin}: timm's {name} has {other}, which no model here has")
     if len(cfg.get("input_size") or ()) == 3:
         fields["img_size"] = _size(cfg["input_size"][1:])
+    for key, value in (config.get("model_args") or {}).items():
+        argument = official_isotropic.TIMM_VIT.get(key) or official_isotropic.EVA.get(key)
+        field = "activation" if key == "act_layer" else argument and argument.field
+        if argument is not None and field is not None:
+            try:
+                fields[field] = argument.convert(value)
+            except (TypeError, ValueError) as error:
+                raise WeightsError(
+                    f"{origin}: its config.json has {key}={value!r}, which is not read: {error}"
+                ) from error
     pool = config.get("global_pool")
     if pool in ("token", "avg", "max", "avgmax", "map"):
         fields["pool"] = {"avg": "mean"}.get(pool, pool)

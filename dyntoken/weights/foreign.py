@@ -111,6 +111,10 @@ def _projection(tensors: Tensors) -> None:
     """CLIP's projection has no bias; openai's is stored the other way round."""
     if (turned := tensors.pop("proj", None)) is not None:
         tensors["head.weight"] = turned.T
+    if "classifier.weight" in tensors:  # of transformers, on the patches' mean ahead of the last norm
+        for leaf in ("weight", "bias"):
+            tensors[f"head.{leaf}"] = tensors.pop(f"classifier.{leaf}")
+            del tensors[f"norm.{leaf}"]
     if "head.weight" in tensors and "head.bias" not in tensors:
         tensors["head.bias"] = np.zeros(len(tensors["head.weight"]), np.float32)
 
@@ -153,7 +157,7 @@ CLIP = Layout(
     block=r"encoder\.layers\.(\d+)\.",
     blocks=TOWER,
     others=(*TOWER_EMBEDDINGS, ("pre_layrnorm", "norm_pre")),
-    heads=(("visual_projection", "head"),),
+    heads=(("visual_projection", "head"), ("classifier", "classifier")),
     config="clip_vision_model",
     family="clip",
     finish=_projection,

@@ -32,7 +32,7 @@ LEAVES = {
 }
 # Entries of a torch state dict that are no parameters: counters and index buffers.
 BUFFERS = re.compile(
-    r"(num_batches_tracked|relative_position_index|relative_coords_table|attn_mask|point_coord)$"
+    r"(num_batches_tracked|relative_position_index|relative_coords_table|attn_mask|point_coord|out_zero_mask)$"
 )
 
 # (pattern of our path, replacement): first match wins, applied before the leaf is renamed.
@@ -44,6 +44,11 @@ VIT_RULES = (
     (r"^backbone/trunk/reducer_(\d+)/token_select/", r"blocks/\1/attn/token_select/mlp_head/"),
     (r"^backbone/trunk/reducer_(\d+)/(head|layer)_select/", r"blocks/\1/\2_select/mlp_head/"),
     (r"^backbone/trunk/reducer_(\d+)/(merge|prune)_masker/", r"blocks/\1/\2_masker/"),
+    (r"^backbone/trunk/reducer_(\d+)/head_predictor/senet_(\d)/", r"score_predictor/\1/senet/\2/"),
+    (
+        r"^backbone/trunk/reducer_(\d+)/head_predictor/(in|out)_conv_(\d+)/",
+        r"score_predictor/\1/\2_conv/0/\3/",
+    ),
     (r"^backbone/trunk/reducer_(\d+)/(norm/|score/|queries$|v$)", r"cluster_layers/\1/\2"),
     (r"^backbone/trunk/reducer_(\d+)/weight_(\d)/", r"cluster_layers/\1/weight/\2/"),
     # As one part: a leaf called "scale" would be a norm's.
@@ -126,6 +131,8 @@ CONVNEXT_RULES = (
 # Other spellings of a reference key that some published files use.
 VIT_ALIASES = (
     (r"^blocks\.(\d+)\.gamma_([12])$", r"blocks.\1.ls\2.gamma"),  # DeiT-III
+    # SPViT lists the one network of its heads once per head.
+    (r"^(score_predictor\.\d+\.(?:in|out)_conv)\.\d+(\.\d+\.\w+)$", r"\1.0\2"),
 )
 EVA_ALIASES = ((r"^blocks\.(\d+)\.ls([12])\.gamma$", r"blocks.\1.gamma_\2"),)
 # Keys that some checkpoints hold in parts along the first axis: the pattern, and the parts in order.

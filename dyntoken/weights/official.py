@@ -16,6 +16,8 @@ OFFICIAL: dict[str, Official] = {
 REPOSITORIES = (
     ("lvvit", ("tokenlabeling",)),
     ("tokenreduction", ("tokenreduction",)),
+    ("ats", ("adaptivetokensampling",)),
+    ("spvit", ("spvit",)),
     ("psvit", ("ps-vit",)),
     ("pvt", ("whai362/pvt",)),
     ("cvt", ("microsoft/cvt",)),

@@ -140,6 +140,7 @@ def timm_eva(a: Values) -> dict[str, Any]:
     before = not after if a["use_post_transformer_norm"] is None else a["use_post_transformer_norm"]
     found = {
         "pool": pool,
+        "pool_prefix": pool == "map",  # this class's attention pooling reads all rows
         "final_norm": before,
         "fc_norm": after,
         "embed_class": not a["no_embed_class"],
@@ -268,6 +269,30 @@ def per_block(rates: Any, depth: int) -> tuple[float, ...]:
     return rates
 
 
+# ATS
+
+ATS = {
+    **common.IMAGES,
+    "in_channels": to("in_chans", int, 3),
+    "patch_size": to("patch_size", per_stage(int), 16),
+    **common.with_defaults(BLOCKS, qkv_bias=True),
+    **common.USUAL,
+    **NORM_6,
+    **common.ACTIVATION,
+    "ats_blocks": Argument((), common.ints),
+    "num_tokens": Argument((), common.ints),
+    "drop_tokens": Argument(False, flag),
+}
+ATS.pop("in_chans")
+
+
+def _ats(a: Values) -> dict[str, Any]:
+    """`num_tokens` has no effect there unless it is too small, which is an error."""
+    if not a["ats_blocks"]:
+        return {}
+    return {"method": "ats", "at": a["ats_blocks"], "keep": 1.0, "compact": a["drop_tokens"]}
+
+
 # LV-ViT, T2T-ViT, PS-ViT
 
 LVVIT = {
@@ -385,6 +410,12 @@ CLASSES = {
     "dynamicvit/VisionTransformerDiffPruning": Official(
         PRESET, {**DYNAMICVIT, **PRUNING, **unused(distill=False)}, common.pruned
     ),
+    # mse_token is read by its loss.
+    "spvit/VisionTransformerDiffPruning": Official(
+        PRESET,
+        {**DYNAMICVIT, **PRUNING, **unused(distill=False, mse_token=False)},
+        lambda a: {**common.pruned(a), "method": "spvit", "fuse": "package_sum"},
+    ),
     "dynamicvit/VisionTransformerTeacher": Official(PRESET, DYNAMICVIT),
     "dynamicvit/LVViTDiffPruning": Official(
         "lvvit_s",
@@ -395,6 +426,7 @@ CLASSES = {
     "dynamicvit/LVViT_Teacher": Official("lvvit_s", LVVIT, lambda a: _lvvit_of_dynamicvit(a, aux_weight=0.0)),
     "tps/DynamicVit": Official(PRESET, TPS, _tps),
     "evit/EViT": Official(PRESET, EVIT, _evit),
+    "ats/ViT": Official(PRESET, ATS, _ats),
     # EViT's selection with TPS's squeezing in place of the fused token.
     "evit+tps/EViT": Official(PRESET, EVIT, lambda a: _evit(a, "etps", "etps")),
     "lvvit/LV_ViT": Official("lvvit_s", LVVIT, _lvvit),

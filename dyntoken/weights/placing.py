@@ -26,6 +26,11 @@ REMEDIES = (
         "layer_scale=1e-5 (the weights replace the number)",
     ),
     (r"\.attn\.qkv\.bias$", "qkv_bias", "qkv_bias=True"),
+    (r"\.attn\.[qv]_bias$", "qkv_bias", "qkv_bias='qv'"),
+    (r"\.attn\.norm\.", "attn_norm", "attn_norm=True"),
+    (r"\.mlp\.norm\.", "mlp_norm", "mlp_norm=True"),
+    (r"\.mlp\.fc1_[gx]\.", "mlp_split", "activation='swiglu', mlp_split=True"),
+    (r"^attn_pool\.", "pool", "pool='map'"),
     (r"^pre_logits\.", "representation_size", "representation_size={rows}"),
     (r"^aux_head\.", "aux_weight", "aux_weight=0.5"),
     (r"^cls_token$", "class_token", "class_token=True"),
@@ -61,7 +66,7 @@ def check_blocks(found: Collection[str], shapes: Collection[str], origin: str) -
 def remedy(model: Any, left: Sequence[str], tensors: Mapping[str, np.ndarray]) -> str:
     """How to build the model that takes the arrays `left`, as far as there is one."""
     names = [key.replace("/", ".") for key in left]
-    fields = model.backbone.make.__dataclass_fields__.keys() | {"representation_size", "fc_norm"}
+    fields = model.backbone.make.__dataclass_fields__.keys() | {"representation_size", "fc_norm", "pool"}
     found = []
     for pattern, field, text in REMEDIES:
         hits = [

@@ -113,15 +113,15 @@ def load_pretrained(
         return_report=True,
     )
     _check_whole(report, head)
-    assumed = {} if name else {key: value for key, value in found.assumed.items() if key not in given}
+    assumed = (
+        {} if name or found.name else {key: value for key, value in found.assumed.items() if key not in given}
+    )
     told = configs.preprocessing(path, config) if config else {}
     report = dataclasses.replace(
         report, notes=(*_lines(model, found.words, assumed, told, head), *report.notes)
     )
     if not return_report:
-        _log.log(
-            logging.WARNING if assumed or report.resized or report.unexpected else logging.INFO, "%s", report
-        )
+        _log.log(logging.WARNING if assumed or report.resized else logging.INFO, "%s", report)
     return (model, variables, report) if return_report else (model, variables)
 
 
@@ -151,7 +151,8 @@ def _found(
         else layouts.recognised(bundle) or "names of an official repository"
     )
     if not tensors:
-        return Found(arch, {}, {}, words)
+        shown = ", ".join(list(bundle.tensors)[:3])
+        return Found(arch, {}, {}, f"{words}: {shown}, ...")
     patch = tensors[shapes.PATCHES].shape[2:]
     grid = grid or _grid_of(about, settled.get("img_size"), patch, tensors.get("pos_embed"))
     fields, unsure = shapes.fields_of(tensors, grid, bundle.origin)
@@ -202,7 +203,7 @@ def _grid_of(
 def _model(found: Found, name: str | None, method: str | None, given: dict[str, Any], origin: str) -> Any:
     """The model of what was found; what the caller gives comes first."""
     base = name or found.name
-    fields = {**({} if name else found.assumed), **found.fields}
+    fields = {**({} if base else found.assumed), **found.fields}
     if base is None:
         if not found.fields:
             known = ", ".join(dict.fromkeys(layout.words for layout in foreign.LAYOUTS))

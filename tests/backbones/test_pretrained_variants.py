@@ -12,8 +12,9 @@ import pytest
 
 import dyntoken
 from dyntoken import optim, weights
+from dyntoken.data.resample import resize_centre_one
 from dyntoken.models import pairings
-from dyntoken.reducers import METHODS
+from dyntoken.reducers import METHODS, ScoreSelectFuse
 from dyntoken.weights import WeightsError
 
 SMALL = {"width": 16, "heads": 2, "depth": 3, "img_size": (12, 20), "patch_size": 4, "num_classes": 5}
@@ -28,7 +29,8 @@ VARIANTS = {
     "eva02_tiny_patch14_224": {**GATED, "rope_grid": (4, 4)},
     "eva02_base_patch16_clip_224": {**GATED, "rope_grid": (4, 4)},
 }
-UNTRAINED = [name for name, row in METHODS.items() if not row.plain.learns]
+COMPOSED = {name: row.plain for name, row in METHODS.items() if issubclass(row.make, ScoreSelectFuse)}
+UNTRAINED = [name for name, reducer in COMPOSED.items() if not reducer.learns]
 DINOV3, EVA02 = "vit_small_plus_patch16_dinov3_qkvb", "eva02_tiny_patch14_224"
 IMAGES = np.random.default_rng(3).normal(size=(2, 12, 20, 3)).astype(np.float32)
 run = jax.jit(lambda m, v, x: m.apply(v, x, record=("features",)), static_argnums=0)
@@ -218,6 +220,13 @@ def test_preprocessing_of_public_weights():
     ):
         how = dyntoken.preprocess(dyntoken.create_model(arch))
         assert (how.size, how.crop_pct, how.mean[0]) == ((size, size), crop, mean), arch
+    squashing = dyntoken.preprocess(dyntoken.create_model("eva02_base_patch14_448", img_size=(28, 28)))
+    wide = np.zeros((28, 56, 3), np.uint8)
+    wide[:, 28:] = 255
+    seen = np.asarray(squashing(wide))
+    assert (np.ptp(seen[:, :10], axis=(0, 1)) < 1e-6).all() and seen[0, 20, 0] > 1 > 0 > seen[0, 5, 0]
+    alone = resize_centre_one(wide, (28, 28), 1.0, "bicubic", squash=True)
+    assert (alone[:, :10] == 0).all() and (alone[:, 18:] == 255).all()
     named = dyntoken.preprocess(dyntoken.create_model("vit_base_patch16_224"), "imagenet2012")
     assert named.mean[0] == 0.485
 
@@ -235,6 +244,9 @@ def test_evas_constructor():
         np.testing.assert_array_equal(value, tensors[key])
     with pytest.raises(WeightsError, match=r"left over: blocks\.0\.attn\.k_bias"):
         dyntoken.import_reference(*args, {**tensors, "blocks.0.attn.k_bias": np.zeros(16, np.float32)})
+    assert _eva(
+        {"global_pool": "map"}
+    ).pool_prefix  # it reads all rows, that of VisionTransformer the patches
     for wrong, message in (
         ({"rope_type": "mixed"}, "only 'cat' or 'dinov3' is implemented"),
         ({"use_post_norm": True}, "the norm comes before each branch"),

@@ -36,3 +36,17 @@ def test_errors():
         resample.resize_grid(jnp.zeros((1, 5, 2)), (2, 2), (3, 3))
     with pytest.raises(ValueError, match="choose bicubic, bilinear, timm"):
         resample.resize_grid(jnp.zeros((1, 4, 2)), (2, 2), (3, 3), "nearest")
+
+
+@pytest.mark.parametrize(("old", "new"), [((4, 4), (7, 3)), ((5, 6), (2, 11)), ((37, 37), (16, 16))])
+def test_official_dinov2_scales_by_a_factor_of_its_own(old, new):
+    """Bicubic by (n + 0.1) / N, as its code calls torch; the plain rule is another one."""
+    torch = pytest.importorskip("torch")
+    x = np.random.default_rng(0).normal(size=(1, old[0] * old[1], 2)).astype(np.float32)
+    grid = torch.tensor(x.reshape(1, *old, 2).transpose(0, 3, 1, 2))
+    factors = tuple((n + 0.1) / o for n, o in zip(new, old, strict=True))
+    theirs = torch.nn.functional.interpolate(grid, scale_factor=factors, mode="bicubic")
+    assert theirs.shape[2:] == new
+    ours = np.asarray(resample.resize_grid(x, old, new, "dinov2")).reshape(*new, 2)
+    np.testing.assert_allclose(ours, theirs[0].permute(1, 2, 0).numpy(), atol=2e-5)
+    assert not np.allclose(ours, np.asarray(resample.resize_grid(x, old, new)).reshape(*new, 2), atol=1e-3)

@@ -54,7 +54,7 @@ def test_rows_keep_their_rotation():
         np.testing.assert_array_equal(moved[image, 0, 4], picked[image, 0, 4])
     assert whole.of(None, 0) is whole
     more = whole.of(None, 1)
-    assert more.cos.shape == (1, 1, 9, 8) and not more.sin[0, 0, 8].any() and (more.cos[0, 0, 8] == 1).all()
+    assert more.cos.shape == (1, 1, 9, 4) and not more.sin[0, 0, 8].any() and (more.cos[0, 0, 8] == 1).all()
 
 
 def test_low_precision_rows_turn_in_float32():

@@ -13,7 +13,7 @@ import pytest
 from dyntoken.tools import cli
 
 NAMES = (
-    *("bench", "bench_exits", "bench_input", "convert", "features", "flops", "predict"),
+    *("bench", "bench_exits", "bench_input", "convert", "export", "features", "flops", "predict"),
     *("show", "show_augmentation", "show_exits", "thresholds", "tpu"),
 )
 PROGRAMS = {name: importlib.import_module(f"dyntoken.tools.{name}") for name in NAMES}
@@ -160,7 +160,7 @@ def test_bad_input_is_one_line_and_status_1(name, argv, message, capsys):
         ("flops", ["deit_tiny_patch16_224", "--kep=1"], "unrecognized arguments: --kep=1"),
         ("bench", ["dtps_deit_tiny_patch16_224", "--batch=0"], "'0': give a whole number of at least 1"),
         ("show", ["dtps_vit_mini_patch4_28", "x.png"], "give --weights"),
-        ("convert", ["a", "b"], "required: --model"),
+        ("convert", ["a"], "required: OUT"),
     ],
 )
 def test_bad_options_are_one_line_and_status_2(name, argv, message, capsys):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 import dyntoken
 from dyntoken.analysis import timing
@@ -79,3 +79,17 @@ def test_an_absent_file_is_not_sent_to_the_command_that_was_run(tmp_path, capsys
     assert run(tmp_path / "absent.pth", tmp_path / "out.safetensors") == 1
     error = capsys.readouterr().err
     assert "absent.pth" in error and "tools.convert IN OUT" not in error
+
+
+def test_without_a_model_the_file_tells(ours, tmp_path, capsys):
+    """timm's keys and a mask token that nothing needs; keywords still come first."""
+    assert run(ours, tmp_path / "timm.safetensors", "--to=timm") == 0
+    tensors = load_file(tmp_path / "timm.safetensors") | {"mask_token": np.zeros((1, 24), np.float32)}
+    tensors = {key: value for key, value in tensors.items() if "score_predictor" not in key}
+    save_file(tensors, tmp_path / "dense.safetensors")
+    target = tmp_path / "out.safetensors"
+    assert convert.main([str(tmp_path / "dense.safetensors"), str(target), "--set", "heads=2"]) == 0
+    assert "found timm's ViT layout: width 24, depth 2, heads 2" in capsys.readouterr().out
+    assert (load_file(target)["backbone/cls_token"] == tensors["cls_token"]).all()
+    assert convert.main([str(ours), str(target)]) == 0  # ours hold their own description
+    assert dyntoken.load_pretrained(target)[0] == dyntoken.create_model(NAME, **OPTIONS)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from dyntoken import create_model, train
-from dyntoken.train import loop
-from dyntoken.train.build import Run, build, keep_phases
+from dyntoken.train import loop, phases
+from dyntoken.train.build import Run, build
 from dyntoken.train.settings import KeepSchedule, read
 from tests.train.test_loop import CrashError, Log, assert_identical, crash, rows
 from tests.train.tiny import DENSE, DTPS, SMALL, tiny_config
@@ -17,12 +17,12 @@ EVIT = {"name": "evit_deit_tiny_patch4_16", "keep": 0.5, "at": (0, 1), **SMALL, 
 def test_stages_of_evit():
     """From step 2 to 10 a cosine from 1 to 0.5: below 0.875 after a third of it, below 0.625 after two."""
     model = create_model(**EVIT)
-    found = keep_phases(model, KeepSchedule(1, 5, levels=3), steps_per_epoch=2, total_steps=20)
+    found = phases.falling(model, KeepSchedule(1, 5, levels=3), steps_per_epoch=2, total_steps=20)
     assert [(one.first, one.counts) for one in found] == [(0, (16, 16)), (5, (12, 10)), (8, (8, 5))]
     assert [one.model.keep for one in found] == [1.0, 0.75, 0.5] and found[-1].model == model
-    cut = keep_phases(model, KeepSchedule(1, 5, levels=3), steps_per_epoch=2, total_steps=8)
+    cut = phases.falling(model, KeepSchedule(1, 5, levels=3), steps_per_epoch=2, total_steps=8)
     assert [one.first for one in cut] == [0, 5]  # the last stage would begin after the end
-    fine = keep_phases(model, KeepSchedule(0, 4, levels=40), steps_per_epoch=100, total_steps=400)
+    fine = phases.falling(model, KeepSchedule(0, 4, levels=40), steps_per_epoch=100, total_steps=400)
     counts = [one.counts for one in fine]
     assert len(counts) == len(set(counts)) < 40 and counts[-1] == (8, 5)  # alike ones are one
 
@@ -31,8 +31,8 @@ def test_no_schedule_is_one_stage():
     for given in (None, {}, {"start_epoch": 10, "end_epoch": 0, "levels": 5}):
         schedule = read(tiny_config(keep_schedule=given)).keep_schedule
         model = create_model(DENSE)
-        phases = keep_phases(model, schedule, steps_per_epoch=1, total_steps=1)
-        assert [(one.first, one.model) for one in phases] == [(0, model)]
+        parts = phases.falling(model, schedule, steps_per_epoch=1, total_steps=1)
+        assert [(one.first, one.model) for one in parts] == [(0, model)]
 
 
 @pytest.mark.parametrize(

@@ -231,6 +231,11 @@ def test_positions_are_resized_as_the_library_of_the_file_does(folder):
             {"model_type": "dinov3_vit", "use_gated_mlp": True, "hidden_act": "gelu"},
             "a gated MLP with 'gelu' is not read",
         ),
+        ({"architecture": "vit_base_patch16_rpn_224"}, "norms behind the two branches"),
+        (
+            {"architecture": "x", "model_args": {"act_layer": "prelu"}},
+            "has act_layer='prelu', which is not read",
+        ),
         ([1], r"config.json: cannot be read \(no object\)"),
     ],
 )
@@ -253,6 +258,10 @@ def test_timm_configuration(tmp_path):
     same(read, variables)
     assert (found.arch, found.pool, found.plain().heads) == ("vit_tiny_patch16_224", "mean", 3)
     assert "mean=[0.5, 0.5, 0.5], std=[0.5, 0.5, 0.5], crop_pct=0.9" in str(report)
+    about["model_args"] = {"num_heads": 2, "act_layer": "quick_gelu", "unknown": 3}
+    (tmp_path / "config.json").write_text(json.dumps(about))
+    found, _ = dyntoken.load_pretrained(tmp_path)
+    assert (found.plain().heads, found.plain().activation) == (2, "quick_gelu")
 
 
 def test_a_method_a_new_classifier_and_other_channels(folder):
@@ -286,7 +295,10 @@ def test_wrong_keywords(folder, options, message):
 
 
 def test_arrays_of_no_known_family():
-    with pytest.raises(WeightsError, match=r"no vision transformer.*timm's ViT keys, ours, and .*pass name="):
+    with pytest.raises(
+        WeightsError,
+        match=r"no vision tr.*\(a ResNet's layout: layer1.0.conv1.weight.*timm's ViT keys, ours.*pass name=",
+    ):
         dyntoken.load_pretrained({"layer1.0.conv1.weight": np.zeros((2, 2, 1, 1), np.float32)})
     tensors = checkpoint("vit")[2]
     lacking = {key: value for key, value in tensors.items() if "layer.1.layernorm_before" not in key}
@@ -325,3 +337,47 @@ def test_a_run(tmp_path):
     run = dyntoken.load_run(tmp_path / "run")
     assert model == run.model
     same(variables, run.variables)
+
+
+@pytest.mark.parametrize("prefer", ["ema", "params"])
+@pytest.mark.parametrize(
+    "where", ["model", "state_dict", "net", "module.", "_orig_mod.", "dino", "both", "half"]
+)
+def test_wrappers(where, prefer):
+    """What trainers put around a state dict; where there are two, `prefer` chooses."""
+    model = made.model(norm_eps=1e-6)
+    one, two = (weights.export_reference(model, made.variables(model, seed)) for seed in (0, 1))
+    wanted, source = one, {where: one, "epoch": 3, "args": {"lr": 0.1}}
+    if where.endswith("."):
+        source = {f"{where}{key}": value for key, value in one.items()}
+    if where == "dino":
+        source = {
+            "teacher": {f"backbone.{k}": v for k, v in one.items()},
+            "student": {f"module.backbone.{k}": v for k, v in two.items()},
+        }
+    if where == "both":
+        source = {"model": two, "model_ema": one}
+    if where in ("dino", "both") and prefer == "params":
+        wanted = two
+    if where == "half":
+        wanted = {key: value.astype(np.float16).astype(np.float32) for key, value in one.items()}
+        source = {key: value.astype(np.float16) for key, value in one.items()}
+    found, read = dyntoken.load_pretrained(source, heads=2, prefer=prefer)
+    assert found.num_classes == 5
+    exported = weights.export_reference(found, read)
+    for key, value in wanted.items():
+        np.testing.assert_array_equal(exported[key], value, key)
+
+
+def test_another_backbone_and_a_cascade_by_name():
+    t2t = dyntoken.create_model("t2t_vit_7", width=32, depth=1, heads=2, num_classes=3, img_size=32)
+    variables = made.variables(t2t)
+    tensors = weights.export_reference(t2t, variables)
+    options = {"width": 32, "depth": 1, "heads": 2, "img_size": 32}
+    _, read = dyntoken.load_pretrained(tensors, name="t2t_vit_7", num_classes=3, **options)
+    same(read, variables)
+    dense = made.model(img_size=(32, 32), patch_size=16)
+    tensors = weights.export_reference(dense, made.variables(dense))
+    exits = {"exits": ((2, 2),), "name": "dvt_deit_small"}
+    cascade, read = dyntoken.load_pretrained(tensors, heads=2, **exits)
+    assert len(cascade.exits) == 1 and cascade.num_classes == 5

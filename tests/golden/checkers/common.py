@@ -80,7 +80,7 @@ def captured(built: Built, images: np.ndarray, kinds: tuple[type, ...]) -> tuple
             variables,
             images,
             record=RECORD,
-            capture_intermediates=lambda module, _: isinstance(module, kinds),
+            capture_intermediates=lambda module, name: name == "__call__" and isinstance(module, kinds),
             mutable=["intermediates"],
         )
 

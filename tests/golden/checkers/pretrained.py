@@ -73,8 +73,8 @@ def compare(ledger: Ledger, run: str, model: Any, variables: Any, pos_embed: Any
     }
     prefix = (body := model.plain()).prefix
     if (rope := body.rotary()) is not None:
-        whole = rope.whole(body.grid, 0)
-        found["rope"] = np.concatenate([whole.sin, whole.cos], axis=-1)[0, 0]
+        angles = rope.angles(body.grid)
+        found["rope"] = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
     for index, logits in enumerate(inner["relations"]):
         probs = np.asarray(jax.nn.softmax(logits, axis=-1)).mean(axis=1)
         found[f"block{index}.cls_attn"] = probs[:, 0, prefix:]
