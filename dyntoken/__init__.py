@@ -21,6 +21,7 @@ __version__ = "0.1.0"
 _NAMES = {
     "create_model": "dyntoken.models",
     "list_models": "dyntoken.models",
+    "reduced": "dyntoken.models",
     "make_reducer": "dyntoken.reducers",
     "register_scorer": "dyntoken.reducers",
     "register_fuser": "dyntoken.reducers",
@@ -40,6 +41,7 @@ _NAMES = {
     "export": "dyntoken.exporting",
     "load_export": "dyntoken.exporting",
     "Predictor": "dyntoken.predictor",
+    "predict": "dyntoken.predictor",
     "Features": "dyntoken.features",
     "unreduce": "dyntoken.features",
     "Tokens": "dyntoken.types",

@@ -124,6 +124,7 @@ class ClassHead(nn.Module):
         self,
         tokens: Tokens,
         draws: sample.Draws | None = None,
+        *,
         train: bool = False,
         classify: bool = True,
     ) -> tuple[Array, Array | None]:

@@ -168,7 +168,7 @@ class Model(Classifier):
         self, tokens: Tokens, context: Context, dense: bool = False
     ) -> tuple[Array, Array | None, Array | None]:
         """`logits`, `heads` and `dense` of `Output`."""
-        logits, heads = self.head(tokens, context.dropout, context.train)
+        logits, heads = self.head(tokens, context.dropout, train=context.train)
         if self.aux_weight is None or (context.train and not dense):
             return logits, heads, None
         auxiliary = self.aux_head(tokens.patches.astype(jnp.float32))
@@ -396,7 +396,8 @@ def _exits_alike(arch_name: str) -> bool:
 
 def _of_method(method: str) -> dict[str, Any]:
     """Keywords that a method takes, with their annotations."""
-    return schema.fields(reducers.METHODS[method].make, but=(*OF_SITE, "predictor_eps"))
+    # What the backbone says is no keyword of the method.
+    return schema.fields(reducers.METHODS[method].make, but=(*OF_SITE, "predictor_eps", "heads"))
 
 
 def _site_fields(method: str, at: Any, overrides: dict[str, Any], body: Any) -> dict[str, Any]:

@@ -34,7 +34,7 @@ class Early(nn.Module):
         """`(logits [B, classes], normalised tokens)`; `classify` as in `ClassHead`."""
         norm = nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype, name="norm")
         tokens = tokens.replace(x=norm(tokens.x))
-        return ClassHead(self.classes, self.pool, name="head")(tokens, None, classify)[0], tokens
+        return ClassHead(self.classes, self.pool, name="head")(tokens, classify=classify)[0], tokens
 
 
 class MultiExit(Classifier):
@@ -185,7 +185,7 @@ class MultiExit(Classifier):
         if index < len(self.exits) - 1:
             return getattr(self, f"early_{index}")(state, classify)
         tokens = state.replace(x=self.body.norm(state.x))
-        return self.head(tokens, None, classify)[0], tokens
+        return self.head(tokens, classify=classify)[0], tokens
 
 
 def default_exits(depth: int) -> tuple[int, ...]:

@@ -384,3 +384,14 @@ def _classes(logits: np.ndarray, wrong: np.ndarray, names: np.ndarray, top: int)
         "top_class": found,
         "top_prob": best_shares,
     }
+
+
+def predict(model: Any, variables: Any, images: Any, **options: Any) -> Columns:
+    """Pictures to classes and probabilities, for people who look: a `Predictor` of this model, called once.
+
+    Args:
+      model, variables: from `create_model` or `load_pretrained`.
+      images: see `Predictor.__call__`.
+      **options: fields of `Predictor`.
+    """
+    return Predictor(model, variables, **options)(images)

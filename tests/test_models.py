@@ -343,3 +343,17 @@ def test_bad_calls_say_what_to_do():
         model.apply(variables, _images(), train=True, noise=[jnp.zeros((4, 16, 2))])
     with pytest.raises(UnknownNameError, match=r"unknown record 'featuers'.*features"):
         model.apply(variables, _images(), record=("featuers",))
+
+
+def test_a_dense_model_is_reduced_as_by_name():
+    small = {"width": 16, "depth": 4, "heads": 2, "num_classes": 5}
+    dense = dyntoken.create_model("deit_tiny_patch16_224", **small)
+    options = {"keep": 0.5, "at": (1, 3), "fuse": "mean"}
+    assert dyntoken.reduced(dense, "etps", **options) == dyntoken.create_model(
+        "etps_deit_tiny_patch16_224", **small, **options
+    )
+    assert dyntoken.reduced(dense, "evit") == dyntoken.create_model("evit_deit_tiny_patch16_224", **small)
+    with pytest.raises(ValueError, match="only a dense model"):
+        dyntoken.reduced(dyntoken.reduced(dense, "evit"), "etps")
+    with pytest.raises(ValueError, match="keep"):
+        dyntoken.reduced(dense, "evit", kep=0.5)

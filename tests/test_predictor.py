@@ -212,3 +212,10 @@ def test_what_shows_when_the_model_opens(model, variables):
             dyntoken.Predictor(dense, variables, **options)(image)
     with pytest.raises(ValueError, match="has no exits to leave at"):
         dyntoken.Predictor(model, variables, thresholds=(0.5,))(image)
+
+
+def test_predict_is_a_predictor_called_once(found, model, variables, pictures):
+    once = dyntoken.predict(model, variables, pictures, batch=3, top=2, class_names=list("abcde"))
+    assert once.keys() == found.keys()
+    for name, column in once.items():
+        np.testing.assert_array_equal(column, found[name])

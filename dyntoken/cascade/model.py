@@ -62,7 +62,7 @@ class Exit(nn.Module):
     ) -> tuple[Array, Tokens, tuple[Reduction, ...], dict[str, Any]]:
         """`(logits [B, classes], normalised tokens, reductions, records)`; `classify` as in `ClassHead`."""
         tokens, reductions, records = self.body(images, context)
-        return self.head(tokens, None, classify)[0], tokens, reductions, records
+        return self.head(tokens, classify=classify)[0], tokens, reductions, records
 
 
 class Cascade(Classifier):
@@ -375,7 +375,7 @@ class Cascade(Classifier):
             )
             exit_, fields = getattr(self, f"exit_{index}"), {"pooled": result, "tokens": tokens}
             if logits:
-                fields |= {"pooled": exit_.head(tokens, None, False)[0], "logits": result}
+                fields |= {"pooled": exit_.head(tokens, classify=False)[0], "logits": result}
             found.append(self._features(exit_.body, records.get("taps", {}), asked, norm, **fields))
         return tuple(found)
 

@@ -31,8 +31,8 @@ LEAVES = {
     "var": "running_var",
 }
 # Entries of a torch state dict that are no parameters: counters and index buffers.
-BUFFERS = re.compile(
-    r"(num_batches_tracked|relative_position_index|relative_coords_table|attn_mask|point_coord|out_zero_mask)$"
+BUFFERS = re.compile(  # a mask token is read in pretraining alone
+    r"(mask_token|num_batches_tracked|relative_position_index|relative_coords_table|attn_mask|point_coord|out_zero_mask)$"
 )
 
 # (pattern of our path, replacement): first match wins, applied before the leaf is renamed.

@@ -10,10 +10,10 @@ import numpy as np
 
 from dyntoken.weights.errors import WeightsError
 
-# Left out without changing what the model is meant to compute: unused tokens and buffers, other heads,
+# Left out without changing what the model is meant to compute: buffers, other heads,
 # MAE's decoder, what a reduction method or distillation adds to the dense model.
 HARMLESS = re.compile(
-    r"(^|\.)(mask_token|position_ids|n_averaged|dist_token)$"
+    r"(^|\.)(position_ids|n_averaged|dist_token)$"
     r"|^(\w+_token\.|exit_\d+\.)?(heads?|fc|classifier|head_dist|dino_head|ibot_head|decoder\w*)(\.|$)"
     r"|(^|\.)(score_predictor|reducer_\d+|fast_path\w*|fastmlp\w*)\."
 )
