@@ -48,7 +48,8 @@ def _check_unit(ledger: Ledger, name: str) -> None:
     metric, x, size = (jnp.asarray(ledger.expected(f"unit.{part}")) for part in ("metric", "x", "size"))
     stem, n = f"unit.{name}.", metric.shape[1] - prefix
     r = n + prefix - ledger.expected(f"{stem}source").shape[1]
-    found = merge.bipartite(metric[:, prefix:], *merge.halves(n, prefix), r)
+    # Without a class token the official code leaves its sources in the order of their similarity.
+    found = merge.bipartite(metric[:, prefix:], *merge.halves(n, prefix), r, ascending=prefix > 0)
     mean = jnp.concatenate([x[:, :prefix], merge.mean(x[:, prefix:], found)], axis=1)
     weighted = jnp.concatenate([x[:, :prefix], merge.mean(x[:, prefix:], found, size[:, prefix:])], axis=1)
     total = jnp.einsum("bnk,bn->bk", jnp.eye(n - r)[found.remap], size[:, prefix:])
