@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -25,7 +26,16 @@ def check(case: Case, ledger: Ledger) -> None:
     gradients = "grads.safetensors"
     for run, given in case.info["runs"].items():
         own = {**case.info["constructor"], **given}
-        built = common.build(case, {**own, **{f"ada_{part}": present[part] for part in PARTS}})
+        parts = {f"ada_{part}": present[part] for part in PARTS}
+        tensors = case.tensors("weights.safetensors")
+        if {part: bool(own.get(part)) for part in parts} != parts:
+            parts = {part: bool(own.get(part)) for part in parts}
+            tensors = _redrawn(tensors, case.info["seed"], parts)
+            if tensors is None:
+                for name in ledger.names(f"{run}."):
+                    ledger.skip(name, "its weights are not recorded, and need torch to be drawn again")
+                continue
+        built = common.build(case, {**own, **parts}, tensors=tensors)
         options = {f"choose_{part}s": bool(own.get(f"ada_{part}")) for part in PARTS}
         options = {**dict(built.model.method_options), **options}
         model = built.model.clone(method_options=tuple(sorted(options.items())))
@@ -39,6 +49,46 @@ def check(case: Case, ledger: Ledger) -> None:
         if ledger.names(f"{run}.train."):
             _check_training(case, ledger, built, model, run, images, gradients)
             gradients = ""
+
+
+def _redrawn(
+    tensors: Mapping[str, np.ndarray], seed: int, parts: Mapping[str, bool]
+) -> dict[str, np.ndarray] | None:
+    """Weights of a run whose model lacks some policies of the recorded one; None without torch.
+
+    Both models were filled from one seed, parameter after parameter in the order in which the class
+    makes them: a normal draw, scaled and shifted, or a constant in its place.
+    """
+    try:
+        import torch
+    except ModuleNotFoundError:
+        return None
+
+    def draws(names):
+        generator = torch.Generator().manual_seed(seed)
+        return {name: torch.randn(tensors[name].shape, generator=generator).numpy() for name in names}
+
+    names = sorted((name for name in tensors if name != "pos_embed"), key=_made)
+    absent = tuple(f".{part.removeprefix('ada_')}_select." for part, there in parts.items() if not there)
+    new = draws(name for name in names if not any(part in name for part in absent))
+    first, found = draws(names), {"pos_embed": tensors["pos_embed"]}
+    for name, draw in new.items():
+        scale, shift = 0.0, tensors[name]
+        if np.ptp(tensors[name]) > 0:
+            scale, shift = np.polyfit(first[name].astype(np.float64).ravel(), tensors[name].ravel(), 1)
+        found[name] = np.asarray(shift + scale * draw, np.float32)
+    return found
+
+
+def _made(name: str) -> tuple[int, ...]:
+    """Where the official class makes a parameter."""
+    parts = ("cls_token", "patch_embed", "blocks", "norm", "head")
+    inside = ("norm1", "attn.query", "attn.key", "attn.value", "attn.proj", "attn.token_select", "norm2")
+    inside += ("mlp.fc1", "mlp.fc2", "head_select", "layer_select")
+    first, _, rest = name.partition(".")
+    number, _, rest = rest.partition(".") if first == "blocks" else ("0", "", rest)
+    within = next((at for at, part in enumerate(inside) if rest.startswith(part)), 0)
+    return parts.index(first), int(number), within, int(name.endswith("bias"))
 
 
 def _check_choices(ledger: Ledger, stem: str, out: Any) -> None:

@@ -45,13 +45,15 @@ def build(
     repository: str | None = None,
     cls: str | None = None,
     file: str = "weights.safetensors",
+    tensors: Mapping[str, np.ndarray] | None = None,
 ) -> Built:
-    """Imports the weights of a case: every key used, none missing."""
+    """Imports the weights of a case, those of a file or given ones: every key used, none missing."""
     repository = repository or case.info["repository"]
     cls = cls or case.info["reference_class"]
     if not case.has(file):
         raise CaseError(f"{case.folder}: has no {file}")
-    model, variables = weights.import_reference(repository, cls, constructor, case.tensors(file))
+    given = case.tensors(file) if tensors is None else tensors
+    model, variables = weights.import_reference(repository, cls, constructor, given)
     grid_only = official.build(repository, cls, constructor).grid_only
     return Built(model, variables, weights.reference_keys(model, no_embed_class=bool(grid_only)))
 
