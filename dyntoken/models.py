@@ -336,7 +336,7 @@ def reduced(model: Model, method: str, **options: Any) -> Model:
             "only a dense model of one exit can be reduced; model.clone(keep=...) changes counts"
         )
     own = schema.fields(Model, but=OF_NAME)
-    known = {**{key: own[key] for key in sorted(OF_SITES)}, **_of_method(method)}
+    known = {**{key: own[key] for key in sorted(OF_SITES)}, **of_method(method)}
     options = schema.check(known, options, owner=f"method {method!r}")
     fields = {key: _static(value) for key, value in options.items() if key in OF_SITES}
     fields |= _site_fields(method, fields.get("at"), options, model.plain())
@@ -369,7 +369,7 @@ def keywords(name: str) -> dict[str, Any]:
     if method is None:
         own = {key: value for key, value in own.items() if key not in OF_METHODS}
     else:
-        own |= {"at": own["at"] | None} | _of_method(method)
+        own |= {"at": own["at"] | None} | of_method(method)
     return {key: value for key, value in body.items() if key not in kind.decides} | own
 
 
@@ -394,7 +394,7 @@ def _exits_alike(arch_name: str) -> bool:
     return plain and not arch.options.get("distilled")
 
 
-def _of_method(method: str) -> dict[str, Any]:
+def of_method(method: str) -> dict[str, Any]:
     """Keywords that a method takes, with their annotations."""
     # What the backbone says is no keyword of the method.
     return schema.fields(reducers.METHODS[method].make, but=(*OF_SITE, "predictor_eps", "heads"))
@@ -402,7 +402,7 @@ def _of_method(method: str) -> dict[str, Any]:
 
 def _site_fields(method: str, at: Any, overrides: dict[str, Any], body: Any) -> dict[str, Any]:
     """`at` (by default the backbone's) and the method's own options."""
-    options = tuple(sorted((k, _static(v)) for k, v in overrides.items() if k in _of_method(method)))
+    options = tuple(sorted((k, _static(v)) for k, v in overrides.items() if k in of_method(method)))
     plain = reducers.method(method, **dict(options)).plain
     if at is None or at == ():
         at = body.sites_of(plain)

@@ -14,7 +14,6 @@ examples:
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import sys
 from typing import Any
 
@@ -82,7 +81,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 def _models(args: argparse.Namespace) -> dict[str, Any]:
     """The baseline and the model, by name, built for the same images."""
-    from dyntoken.models import create_model, split_name
+    from dyntoken.models import OF_SITES, create_model, of_method, split_name
     from dyntoken.reducers import METHODS
 
     _, dense = split_name(args.name)
@@ -90,7 +89,7 @@ def _models(args: argparse.Namespace) -> dict[str, Any]:
     if other == args.name:
         raise ValueError(f"{args.name} is dense: name a second model with --vs")
     given = {**cli.overrides(args), "dtype": args.dtype}
-    of_methods = {"at", *(field.name for row in METHODS.values() for field in dataclasses.fields(row.make))}
+    of_methods = OF_SITES.union(*map(of_method, METHODS))
     shared = {key: value for key, value in given.items() if key not in of_methods}
     return {other: create_model(other, **shared), args.name: create_model(args.name, **given)}
 
