@@ -26,6 +26,7 @@ VIT_ARGS = {
 }
 # Of every class; viz_mode changes what is returned, not what is computed.
 SHARED = ("reduction_loc", "keep_rate", "viz_mode")
+DENSE = {"reduction_loc": (), "keep_rate": 1.0}  # a namespace that reduces nothing
 
 
 def _weighted(value: Any) -> dict[str, Any]:
@@ -43,11 +44,12 @@ def _row(method: str, **own: Callable[[Any], dict[str, Any]]) -> Official:
         for name in given:
             if name not in (*SHARED, *own):
                 raise ValueError(f"it has no {name!r}: {suggest(name, [*SHARED, *own])}")
-        if missing := [name for name in ("reduction_loc", "keep_rate", *own) if name not in given]:
+        needed = ("reduction_loc", "keep_rate", *own) if given.get("reduction_loc", True) else DENSE
+        if missing := [name for name in needed if name not in given]:
             raise ValueError(f"it lacks {', '.join(missing)}")
         fields = {"at": common.ints(given["reduction_loc"]), "keep": _kept(given["keep_rate"])}
-        for name, to_fields in own.items():
-            fields.update(to_fields(given[name]))
+        for name in own.keys() & given.keys():
+            fields.update(own[name](given[name]))
         return fields
 
     def more(a: Values) -> dict[str, Any]:
@@ -59,7 +61,7 @@ def _row(method: str, **own: Callable[[Any], dict[str, Any]]) -> Official:
             fields["keep"] = tuple(keep ** (stage + 1) for stage in range(len(fields["at"])))
         return {**fields, "method": method}
 
-    return Official(PRESET, {**VIT_ARGS, "args": Argument(None, convert)}, more)
+    return Official(PRESET, {**VIT_ARGS, "args": Argument(DENSE, convert)}, more)
 
 
 def _kept(value: Any) -> float | tuple[int, ...]:
