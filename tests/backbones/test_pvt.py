@@ -127,7 +127,7 @@ def test_sites_by_default_and_by_request():
         ("pvt_tiny", {"dropped": "last"}, "is dense and takes no 'dropped'"),
         ("dtps_pvt_tiny", {"dropped": "mean"}, "dropped is 'mean': known: last, zero"),
         ("dtps_pvt_tiny", {"at": (2,)}, r"at=\(2,\) must be increasing stage indices between 0 and 1"),
-        ("etps_pvt_tiny", {"at": (0,)}, "class token, and that joins at stage 1 .*; dynamicvit, dtps work"),
+        ("etps_pvt_tiny", {"at": (0,)}, "class token, and that joins at stage 1 .*; dynamicvit, dtps.* work"),
         ("dtps_pvt_tiny", {"fuse": "one_token"}, r"no cell on a map, and only stage 1 \(at=\(1,\)\) needs"),
         ("dvt_pvt_tiny", {}, "a cascade needs a backbone whose token grid can be chosen"),
         ("multiexit_pvt_tiny", {}, "pvt_tiny has stages"),
