@@ -67,20 +67,27 @@ def training_free(dense: Model) -> tuple[str, ...]:
     """Methods that the backbone takes and that add no parameters."""
     from dyntoken.models import pairings, reduced
 
+    def adds_none(name: str) -> bool:
+        try:
+            return not fresh(reduced(dense, name, keep=0.9), dense)
+        except ValueError:  # sites that this image size does not bear
+            return False
+
     able = [name for name, refused in pairings(dense.arch).items() if refused is None]
-    return tuple(name for name in able if not fresh(reduced(dense, name), dense))
+    return tuple(name for name in able if adds_none(name))
 
 
 def judged_by(args: argparse.Namespace, dense: Model) -> str:
     """What decides the class of a picture, in words."""
-    if dense.num_classes == _classes(args):
+    if dense.num_classes == classes(args):
         return "its own classifier"
     return {"neighbours": "20 nearest neighbours in", "linear": "a linear probe on"}[
         args.probe
     ] + f" {args.gallery}"
 
 
-def _classes(args: argparse.Namespace) -> int:
+def classes(args: argparse.Namespace) -> int:
+    """How many classes the data set has."""
     from dyntoken import data
 
     return data.info(args.data, args.data_dir).num_classes
@@ -97,7 +104,7 @@ class Judge:
 
     def __init__(self, args: argparse.Namespace, dense: Model, variables: Any):
         self.args, self.dense, self.variables = args, dense, variables
-        self.classes = _classes(args)
+        self.classes = classes(args)
         self.heads = dense.num_classes == self.classes
         self.labels = self._labels = None
         self.pictures, self.labels = self._read(args.split, args.images)

@@ -50,18 +50,23 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     from dyntoken.models import reduced
 
     dense, variables = calibrate.load(args)
+    calibrate.classes(args)  # what is refused is refused before anything is computed
     methods = args.methods or calibrate.training_free(dense)
-    wanted = [(name, keep) for name in methods for keep in args.keep]
     table = Table(args.out, {key: str(value) for key, value in vars(args).items() if key in PLAN})
-    # What is refused is refused before anything is computed.
     models = {}
-    for name, keep in wanted:
+    for name, keep in ((name, keep) for name in methods for keep in args.keep):
         method, options = calibrate.method_of(name)
         at = {} if args.at is None else {"at": args.at}
-        models[name, keep] = model = reduced(dense, method, keep=keep, **at, **options)
-        if extra := calibrate.fresh(model, dense):
+        try:
+            models[name, keep] = reduced(dense, method, keep=keep, **at, **options)
+        except ValueError as error:
+            if args.methods:
+                raise
+            print(f"left out: {name} at keep {keep}: {error}", file=sys.stderr, flush=True)
+            continue
+        if extra := calibrate.fresh(models[name, keep], dense):
             raise ValueError(f"method {name!r} has parameters of its own ({extra[0]}, ...): train it first")
-    todo = [key for key in wanted if (key[0], str(key[1])) not in table.done]
+    todo = [key for key in models if (key[0], str(key[1])) not in table.done]
     if todo or ("dense", "1.0") not in table.done:
         judge = calibrate.Judge(args, dense, variables)
         if ("dense", "1.0") not in table.done:
