@@ -49,6 +49,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     from dyntoken.analysis import macs
     from dyntoken.models import reduced
 
+    if wrong := [rate for rate in args.keep if not 0 < rate <= 1]:
+        raise ValueError(f"--keep={wrong[0]}: keep rates lie in (0, 1]")
     dense, variables = calibrate.load(args)
     calibrate.classes(args)  # what is refused is refused before anything is computed
     methods = args.methods or calibrate.training_free(dense)
