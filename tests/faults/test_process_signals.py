@@ -125,17 +125,29 @@ def test_an_event_loop_does_not_swallow_a_signal(tmp_path):
     assert program.stop(signal.SIGTERM) == (143, ["terminated"])
 
 
+NOTEBOOK = """
+import os, signal, sys
+from dyntoken import train
+from tests.train.tiny import tiny_config
+
+before = [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)]
+
+def log(line):
+    if line.startswith("step 2/"):
+        os.kill(os.getpid(), signal.SIGINT)
+
+result = train.run(tiny_config(), sys.argv[1], log=log)
+assert not result.finished and result.signum == signal.SIGINT and int(result.state.step) == 3
+assert [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)] == before
+assert train.run(tiny_config(), sys.argv[1], log=[].append).finished
+"""
+
+
 def test_a_notebook_keeps_its_handlers(tmp_path):
-    from dyntoken import train
-    from tests.train.tiny import tiny_config
-
-    before = [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)]
-
-    def log(line: str) -> None:
-        if line.startswith("step 2/"):
-            os.kill(os.getpid(), signal.SIGINT)
-
-    result = train.run(tiny_config(), tmp_path, log=log)
-    assert not result.finished and result.signum == signal.SIGINT and int(result.state.step) == 3
-    assert [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)] == before
-    assert train.run(tiny_config(), tmp_path, log=[].append).finished
+    """In a process of its own: others that the tests have loaded could take the signal."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", "import signal; signal.signal(2, signal.default_int_handler)" + NOTEBOOK]
+    done = subprocess.run(
+        [*command, str(tmp_path / "run")], env=env, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
