@@ -7,6 +7,10 @@
 writes `model.safetensors` and `config.json` in the layout of Hugging Face's `Dinov2Model`, which
 `dyntoken.load_pretrained("dinov2_small")` reads. The decoder is left out. Position embeddings are those of the
 37 x 37 grid, as published. A product's weights have lost their names in the file; its nodes have kept theirs.
+
+The backbone seems to be tuned for that package's task: on CIFAR-10 at 112 pixels (2,000 test pictures, a gallery of
+5,000) its class token gives 65.4 % by neighbours and 81.6 % by a linear probe (`tools.sweep`, with and without
+--probe=linear).
 """
 
 import json
