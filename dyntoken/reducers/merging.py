@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dyntoken.ops import select
+from dyntoken.ops import merge, select
 from dyntoken.reducers.base import Reducer
 from dyntoken.types import Reduction, Tokens
 
@@ -49,6 +49,13 @@ class Merging(Reducer):
     def merge(self, tokens: Tokens, seen, train: bool) -> Merged:
         """The method itself; `tokens` and `seen` are those of the rows alive."""
         raise NotImplementedError(f"{type(self).__name__} does not implement merge()")
+
+    def by_keys(self, tokens: Tokens, seen, **options: bool) -> merge.Matching:
+        """Even rows into odd ones by the cosine of their keys, averaged over heads (ToMe, section 3)."""
+        sources, targets = merge.halves(tokens.count, tokens.prefix)
+        self.check_pairs(tokens.count, len(sources))
+        metric = seen["keys"][:, :, tokens.prefix :].astype(jnp.float32).mean(axis=1)
+        return merge.bipartite(metric, sources, targets, tokens.count - self.keep, **options)
 
     def check_pairs(self, count: int, most: int) -> None:
         """Raises ValueError where `keep` leaves more to merge than there are pairs."""

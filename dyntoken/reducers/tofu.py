@@ -46,13 +46,9 @@ class ToFu(Merging):
         return tuple(counts)
 
     def merge(self, tokens: Tokens, seen, train: bool) -> Merged:
-        n, r = tokens.count, tokens.count - self.keep
-        sources, targets = merge.halves(n, tokens.prefix)
-        self.check_pairs(n, len(sources))
-        if r == 0:
+        if tokens.count == self.keep:
             return unchanged(tokens)
-        metric = seen["keys"][:, :, tokens.prefix :].astype(jnp.float32).mean(axis=1)
-        matching = merge.bipartite(metric, sources, targets, r)
+        matching = self.by_keys(tokens, seen)
         if self.block <= self.depth // 2:
             x = select.take(tokens.patches, matching.keep)
         else:

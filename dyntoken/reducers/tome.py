@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import jax.numpy as jnp
-
 from dyntoken.ops import merge
 from dyntoken.reducers.merging import Merged, Merging, unchanged
 from dyntoken.schema import Keep
@@ -46,13 +44,10 @@ class ToMe(Merging):
         return tuple(counts)
 
     def merge(self, tokens: Tokens, seen, train: bool) -> Merged:
-        n, r = tokens.count, tokens.count - self.keep
-        sources, targets = merge.halves(n, tokens.prefix)
-        self.check_pairs(n, len(sources))
-        if r == 0:
+        if tokens.count == self.keep:
             return unchanged(tokens)
-        metric = seen["keys"][:, :, tokens.prefix :].astype(jnp.float32).mean(axis=1)
-        matching = merge.bipartite(metric, sources, targets, r)
+        # Without a class token the official code does not sort the sources that stay.
+        matching = self.by_keys(tokens, seen, ascending=tokens.prefix > 0)
         x = merge.mean(tokens.patches, matching, tokens.size)
         return Merged(x, matching.keep, matching.remap, -matching.similarity)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 from typing import TYPE_CHECKING, Any
 
 from dyntoken.tools import cli
@@ -106,7 +107,6 @@ class Judge:
         self.args, self.dense, self.variables = args, dense, variables
         self.classes = classes(args)
         self.heads = dense.num_classes == self.classes
-        self.labels = self._labels = None
         self.pictures, self.labels = self._read(args.split, args.images)
         if not self.heads:
             pictures, self._labels = self._read(args.gallery, None)
@@ -197,17 +197,13 @@ class Judge:
         images = timing.random_images(model, self.args.batch)
         return timing.evaluation(model, jax.device_put(self.variables), images)
 
+    @functools.cached_property
+    def _dense_run(self) -> Any:
+        return self._run(self.dense)  # compiled once for all comparisons
+
     def speed(self, model: Model, pairs: int) -> tuple[float, float]:
         """Speed-up over the dense model, median of pairs, and images/s."""
         from dyntoken.analysis import timing
 
-        timed = timing.compare(self._run(self.dense), self._run(model), pairs=pairs)
+        timed = timing.compare(self._dense_run, self._run(model), pairs=pairs)
         return timed.ratio, timed.second.images_per_s(self.args.batch)
-
-    def dense_speed(self, pairs: int) -> float:
-        """Images/s of the dense model."""
-        from dyntoken.analysis import timing
-
-        run = self._run(self.dense)
-        timed = timing.compare(run, run, pairs=pairs)
-        return timed.second.images_per_s(self.args.batch)

@@ -72,7 +72,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     if todo or ("dense", "1.0") not in table.done:
         judge = calibrate.Judge(args, dense, variables)
         if ("dense", "1.0") not in table.done:
-            speed = {"speed_up": 1.0, "images_per_s": judge.dense_speed(args.pairs)}
+            speed = {"speed_up": 1.0, "images_per_s": judge.speed(dense, args.pairs)[1]}
             scores = {"accuracy": judge.accuracy(judge.answers), "agrees": 1.0}
             table.add({"method": "dense", "keep": 1.0, "gmacs": macs.count(dense).gmacs, **speed, **scores})
         for key in todo:

@@ -195,3 +195,16 @@ def test_losses_of_these_methods_say_what_they_need():
             variables,
             IMAGES,
         )
+
+
+def test_tome_sorts_what_stays_by_place_or_without_a_class_token_by_similarity():
+    x = np.random.default_rng(0).normal(size=(1, 9, 4)).astype(np.float32)
+    probs = jnp.full((1, 2, 9, 9), 1 / 9)
+    keys = (x + x**2)[0] / 2
+    keys /= np.linalg.norm(keys, axis=-1, keepdims=True)
+    best = (keys[::2] @ keys[1::2].T).max(axis=1)
+    kept = np.argsort(-best)[2:] * 2  # of the sources 0, 2, 4, 6, 8 the two most similar merge
+    _, reduction = _reduced("tome", 0, 9, 7)(jnp.asarray(x), probs)
+    np.testing.assert_array_equal(reduction.keep[0], [*kept, 1, 3, 5, 7])
+    _, reduction = _reduced("tome", 1, 8, 6)(jnp.asarray(x), probs)  # row 0, the class token, is none of them
+    assert (np.diff(np.asarray(reduction.keep)[0][:2]) > 0).all()
