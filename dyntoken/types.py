@@ -51,7 +51,8 @@ class Tokens:
       prefix: number of leading rows that are no patches.
       grid: (rows, columns) of the first patch grid.
       weight: `[B, N]` float32, how often a row counts as a key where a method weighs keys
-        otherwise than by `size`; else None.
+        otherwise than by `size`; else None. In gather-form training of a learnt decision it is
+        ones, which carry its straight-through gradient.
       mixed: `[B, N0]` bool, cells whose content MixToken took from the row's
         partner (`ops.mixing`); None where nothing was mixed.
       last: `[B, N0, C]`, what a cell shows on a map once its row is dropped

@@ -128,8 +128,8 @@ def evaluation(model: Any, variables: Any, images: jax.Array) -> Run:
 def training(model: Any, variables: Any, images: jax.Array) -> Run:
     """A compiled training pass: forward in training mode, cross-entropy, gradient in every parameter.
 
-    A method with a learnt policy runs its mask form here, so it is no faster than
-    the dense model; the others train at the reduced shapes.
+    A method with a learnt policy runs its mask form here unless the model says
+    `form="gather"`, so it is no faster than the dense model; the others train at the reduced shapes.
     """
     constant = {name: value for name, value in variables.items() if name != "params"}
 

@@ -107,6 +107,10 @@ class RegrownStages(Backbone):
         """(rows, columns) of a stage."""
         return self.grids[at]
 
+    def site_prefix(self, at: int) -> int:
+        """Class tokens of a stage."""
+        return self.prefixes[at]
+
     def shows(self, at: int) -> frozenset[str]:
         """Class attention where a stage has a class token; keys come from a map and are no tokens'."""
         return frozenset({"cls"} if self.prefixes[at] else ())

@@ -62,6 +62,10 @@ class ReductionSites:
         """(rows, columns) of the patches that the keep rate of a site refers to."""
         return self.grid
 
+    def site_prefix(self, at: int) -> int:
+        """Rows at a site that are no patches."""
+        return self.prefix
+
     def site_rates(self, rate: float, sites: int) -> tuple[float, ...] | float:
         """One keep rate as one per site, or as it is: then the method's rule expands it."""
         return rate

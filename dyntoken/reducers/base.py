@@ -82,7 +82,8 @@ class Reducer(nn.Module):
         keep / first patch count.
       form: "mask" (rows stay, `alive` says who is in play), "gather" (rows
         shrink to `keep`), or "auto": gather in evaluation; in training mask for
-        methods that learn their decision, gather for the others.
+        methods that learn their decision, gather for the others. Both forms train
+        a learnt decision, see `ScoreSelectFuse`.
       stage: number of the site, which keys its random draws.
       block, depth: number of the block it stands at, and how many there are.
       predictor_eps: LayerNorm epsilon of what it learns, which the backbone says.
@@ -137,6 +138,10 @@ class Reducer(nn.Module):
         if self.form != "auto":
             return self.form
         return "mask" if (train and self.learns) or "gather" not in self.forms else "gather"
+
+    def learns_share(self) -> bool:
+        """Whether training decides how many rows stay: what the loss `keep_ratio` holds to its target."""
+        return self.learns and self.resolved(True) == "mask"
 
     def site_keep(self, keep: Keep, sites: int, patches: int, prefix: int) -> Keep:
         """`keep` as the rule for counts takes it, see `reducers.keep.keep_counts`.
@@ -214,6 +219,25 @@ class Reducer(nn.Module):
 class ScoreSelectFuse(Reducer):
     """Scores the patches, keeps the best, and fuses the rest by rule.
 
+    A learnt decision trains in either form, straight-through. With l = (keep, drop)
+    the log-probabilities of a row, g Gumbel noise and m = (l_keep + g_keep) - (l_drop +
+    g_drop) its margin:
+
+      mask: rows with m > 0 stay (DynamicViT, section 3.3). The decision's gradient is
+        that of sigmoid(m / tau), and reaches l through every later attention, of whose
+        keys it is the weight, and through what the fusing rule makes of dropped rows.
+        How many stay is left to the loss `keep_ratio`. Every row is computed.
+      gather: the `keep` rows of largest margin stay, as m is in the sampled mask of
+        that size, and the others leave. The gradient is that of sigmoid((m - t) / tau), t
+        the margin at the cut (`sample.top_k_mask`), and reaches l by the same
+        ways as far as they are computed: of rows kept through their weight w = 1 as
+        keys, `dL/dw_j = sum_i p_ij <dL/dy_i, v_j - y_i>` over queries i and heads, of
+        dropped rows through the fusing rule. What later blocks would have made of a
+        dropped row is not known, so that dropping (DynamicViT's rule) learns from the rows
+        kept alone, as routers of experts do (Fedus et al. 2022, "Switch Transformers", section
+        2.1; Raposo et al. 2024, "Mixture-of-Depths", section 3.4). The count is exact and the
+        cut moves with the margins: no loss is needed in place of `keep_ratio`.
+
     Attributes:
       score: row of `SCORERS`.
       fuse: row of `FUSERS`.
@@ -258,7 +282,9 @@ class ScoreSelectFuse(Reducer):
         if self.protects:
             scores = scores.replace(rank=jnp.where(tokens.place < 0, jnp.inf, scores.rank))
         if self.resolved(train) == "gather":
-            return self._gather(tokens, scores, decision)
+            sampled = self.learns and train and decision is None
+            margin = self._margin(scores, tokens, draws, noise) if sampled else None
+            return self._gather(tokens, scores, decision, margin)
         return self._mask(tokens, scores, train, draws, noise, decision)
 
     def _check(self, scores: Scores) -> None:
@@ -282,10 +308,13 @@ class ScoreSelectFuse(Reducer):
                 raise ValueError(f"fuse={self.fuse!r} declares {what}={result is None}, and does otherwise")
         return fused
 
-    def _gather(self, tokens: Tokens, scores: Scores, decision: Array | None) -> tuple[Tokens, Reduction]:
-        """Rows really shrink: top-k with a static count."""
+    def _gather(
+        self, tokens: Tokens, scores: Scores, decision: Array | None, margin: Array | None
+    ) -> tuple[Tokens, Reduction]:
+        """Rows really shrink: top-k with a static count, of `margin [B, n]` where the decision is sampled."""
         n = tokens.count
-        keep, dropped = select.split(scores.rank if decision is None else decision, self.keep)
+        rank = scores.rank if margin is None else margin
+        keep, dropped = select.split(rank if decision is None else decision, self.keep)
         if (
             self.keep == n
         ):  # nothing to drop: every row stays where it is, and the result that of the dense model
@@ -293,10 +322,16 @@ class ScoreSelectFuse(Reducer):
         x = tokens.patches
         inverse = select.inverse(keep, n)
         place, remap = select.lookup(tokens.place, keep), inverse
-        kept, extra = select.take(x, keep), None
+        kept, extra, gone, weight = select.take(x, keep), None, None, tokens.weight
+        now = (inverse >= 0).astype(jnp.float32)
+        if margin is not None:
+            now = sample.top_k_mask(margin, keep, dropped, temperature=self.tau)
+            gone = 1.0 - jnp.take_along_axis(now, dropped, axis=1)
+            # What a row kept counts as a key of later attention: 1, with the gradient of its decisions.
+            weight = jnp.take_along_axis(now if weight is None else now * weight, keep, axis=1)
         if self.keep < n:
             importance = select.take(scores.importance[..., None], dropped)[..., 0]
-            fused = self._absorb(kept, select.take(x, dropped), importance=importance)
+            fused = self._absorb(kept, select.take(x, dropped), importance=importance, weight=gone)
             kept, extra = fused.x, fused.extra
             if fused.host is not None:
                 remap = _place_at(remap, dropped, fused.host)
@@ -305,10 +340,10 @@ class ScoreSelectFuse(Reducer):
             kept = jnp.concatenate([kept, extra], axis=1)
             place = jnp.concatenate([place, jnp.full_like(place[:, :1], -1)], axis=1)
             remap = jnp.where(remap < 0, self.keep, remap)
-        now = (inverse >= 0).astype(jnp.float32)
+            weight = None if weight is None else jnp.pad(weight, [(0, 0), (0, 1)], constant_values=1.0)
         reduction = Reduction(scores.rank, now, place, host, remap, scores.log_probs, keep)
         x = jnp.concatenate([tokens.x[:, : tokens.prefix], kept], axis=1)
-        return tokens.replace(x=x, place=place), reduction
+        return tokens.replace(x=x, place=place, weight=weight), reduction
 
     def _mask(
         self,
@@ -353,6 +388,18 @@ class ScoreSelectFuse(Reducer):
 
     def _sampled(self, scores: Scores, draws: sample.Draws | None, noise: Array | None) -> Array:
         """Gumbel straight-through keep decision, DynamicViT section 3.3."""
+        noise = self._noise(scores, draws, noise)
+        return sample.gumbel_softmax(scores.log_probs, noise, temperature=self.tau)[..., 0]
+
+    def _margin(
+        self, scores: Scores, tokens: Tokens, draws: sample.Draws | None, noise: Array | None
+    ) -> Array:
+        """By how much "keep" exceeds "drop", both with their noise: where it is positive, `_sampled` keeps."""
+        noisy = scores.log_probs + self._noise(scores, draws, noise)
+        margin = noisy[..., 0] - noisy[..., 1]
+        return jnp.where(tokens.place < 0, jnp.inf, margin) if self.protects else margin
+
+    def _noise(self, scores: Scores, draws: sample.Draws | None, noise: Array | None) -> Array:
         if noise is None:
             if draws is None:
                 raise ValueError(
@@ -360,7 +407,7 @@ class ScoreSelectFuse(Reducer):
                 )
             noise = draws.gumbel(scores.log_probs.shape[1:], self.stage, 0)
         chex.assert_shape(noise, scores.log_probs.shape)
-        return sample.gumbel_softmax(scores.log_probs, noise, temperature=self.tau)[..., 0]
+        return noise
 
 
 def _place_at(base: Array, rows: Array, values: Array) -> Array:

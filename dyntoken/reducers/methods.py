@@ -180,14 +180,22 @@ def make_reducer(preset: str, /, *, keep: int, form: str = "auto", **options: An
 
 
 def make_sites(
-    body: Any, name: str, options: Mapping[str, Any], *, keep: Any, at: Sequence[int], form: str, arch: str
+    body: Any,
+    name: str,
+    options: Mapping[str, Any],
+    *,
+    keep: Any,
+    at: Sequence[int],
+    form: str,
+    arch: str,
+    keep_round_to: int | None = None,
 ) -> tuple[Site, ...]:
     """The sites of a method in a backbone, with their static counts.
 
     Args:
       body: the backbone, see `nn.reduction_sites.ReductionSites`.
       name, options: row of `METHODS`, replacements of its own fields.
-      keep, at, form: see `models.Model`.
+      keep, at, form, keep_round_to: see `models.Model`.
       arch: what messages call the backbone.
 
     Raises:
@@ -206,7 +214,7 @@ def make_sites(
         instead = f"{', '.join(working)} {verb} there" if working else "no method works there"
         raise ValueError(f"method {name!r} at {at} makes no sense in {arch}: {reason}; {instead}")
     plain = row.plain
-    counts = site_counts(body, plain, keep, at, relative=row.relative)
+    counts = site_counts(body, plain, keep, at, relative=row.relative, round_to=keep_round_to)
     of_body = {field: getattr(body, field) for field in plain.of_body}
     of_body |= {"form": form, "depth": body.depth}
     if plain.per_head and plain.heads is None and isinstance(heads := getattr(body, "heads", None), int):
