@@ -60,7 +60,7 @@ from configs import common, toys
 
 
 def get_config(arg=None):
-    """`variant=dtps|etps`, `size=t|s|b`, `pixels=`, `inat`, `keep=`, `at=`, `distill=`, `form=`, `demo`, `cifar10`, `tiny`."""
+    """`variant=dtps|etps`, `size=t|s|b`, `pixels=`, `inat`, `keep=`, `at=`, `form=`, `distill=`, `cifar10`, a toy."""
     switches = {"variant": "dtps", "distill": "auto", "cifar10": False}
     arg = common.parse_arg(arg, **common.DEIT, **common.REDUCED, **switches)
     c = common.deit(arg)

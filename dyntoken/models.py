@@ -86,8 +86,16 @@ class Model(Classifier):
         if self.method is None:
             return ()
         body, options = self.plain(), dict(self.method_options)
-        where = {"keep": self.keep, "at": self.at, "form": self.form, "arch": self.arch}
-        return make_sites(body, self.method, options, **where, keep_round_to=self.keep_round_to)
+        return make_sites(
+            body,
+            self.method,
+            options,
+            keep=self.keep,
+            at=self.at,
+            form=self.form,
+            arch=self.arch,
+            keep_round_to=self.keep_round_to,
+        )
 
     def setup(self) -> None:
         self.body = self.backbone(sites=self.sites(), name="backbone")

@@ -217,7 +217,7 @@ class Attended:
       cls: `[B, N]` float32, mean over heads of the class token's attention to
         each patch row (softmax over all rows, prefix columns left out, not
         renormalised), or None without a class token.
-      keys, values: `[B, heads, prefix + N, head_dim]`.
+      keys, queries, values: `[B, heads, prefix + N, head_dim]`, ahead of any rotation.
       probs: `[B, heads, prefix + N, prefix + N]` float32 (query, key), softmax over
         the rows alive.
       logits: `[B, heads, prefix + N, prefix + N]` float32 (query, key), scaled,
@@ -233,6 +233,7 @@ class Attended:
     logits: Array | None = None
     normed: Array | None = None
     token: Array | None = None
+    queries: Array | None = None
 
 
 @flax.struct.dataclass

@@ -30,6 +30,8 @@ def site_counts(
             (n, *keep_counts((rate,), 1, n, fused=fused, prefix=body.site_prefix(site), **options)[0])
             for rate, n, site in zip(rates, cells, at, strict=True)
         )
+    if reducer.pools:
+        keep = pooled_counts(body.site_grid(at[0]), len(at), reducer.pools)
     keep = reducer.site_keep(keep, len(at), cells[0], body.prefix)
     protects = reducer.protects
     counts, current, extra = [], cells[0], 0
@@ -38,6 +40,15 @@ def site_counts(
         counts.append((current + extra, kept + extra, ratio))
         added = int(fused and kept < current)
         current, extra = (kept, extra + added) if protects else (kept + added, 0)
+    return tuple(counts)
+
+
+def pooled_counts(grid: tuple[int, int], sites: int, pools: int) -> tuple[int, ...]:
+    """Rows that each of so many sites leaves of a grid."""
+    counts = []
+    for _ in range(sites):
+        grid = (-(-grid[0] // pools), -(-grid[1] // pools))
+        counts.append(grid[0] * grid[1])
     return tuple(counts)
 
 

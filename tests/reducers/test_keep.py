@@ -66,7 +66,9 @@ def test_rounded_counts_of_196(relative, fused, multiple, counts):
 def test_what_rounding_leaves_alone():
     assert keep_counts(1.0, 1, 196, relative=False, round_to=8) == ((196, 1.0),)  # nothing is dropped
     assert keep_counts(0.99, 1, 31, relative=False, round_to=32, prefix=1)[0][0] == 31  # all are a multiple
-    assert keep_counts((1, 1), 2, 15, relative=False, round_to=8, prefix=1)[0][0] == 7  # not 0: none would stay
+    assert (
+        keep_counts((1, 1), 2, 15, relative=False, round_to=8, prefix=1)[0][0] == 7
+    )  # not 0: none would stay
     with pytest.raises(ValueError, match="keep_round_to=32: no multiple of it keeps between 1 and 15"):
         keep_counts(0.5, 1, 15, relative=False, round_to=32, prefix=1)
 
