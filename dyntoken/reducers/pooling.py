@@ -8,7 +8,7 @@ import numpy as np
 
 from dyntoken.ops import select
 from dyntoken.reducers.base import Reducer
-from dyntoken.types import Reduction
+from dyntoken.types import Reduction, Tokens
 
 Array = jax.Array
 
@@ -26,61 +26,48 @@ class Pooling(Reducer):
     pools = 2
     default_keep = 0.25
 
-    def reduce(self, tokens, seen, train, *, draws, noise, decision) -> tuple:
-        step = self.pools**self.stage  # cells from one row alive to the next, along each axis
-        rows, corner = _squares(tokens.grid, step, self.pools)
-        masked = self.resolved(train) == "mask"
-        alive = (
-            np.arange(tokens.count) if not masked else rows
-        )  # which rows hold the cells of this site's grid
-        if len(corner[0]) != self.keep or len(alive) != len(rows):
+    def reduce(self, tokens, seen, train, *, draws, noise, decision) -> tuple[Tokens, Reduction]:
+        masked, side = self.resolved(train) == "mask", self.pools
+        step = side**self.stage  # cells from one row alive to the next
+        cells = np.arange(tokens.initial).reshape(tokens.grid)[::step, ::step]
+        rows = cells if masked else np.arange(cells.size).reshape(cells.shape)
+        first = rows[::side, ::side]  # of each square
+        if first.size != self.keep:
             raise ValueError(
-                f"{self.title} leaves {len(corner[0])} of {len(rows)} tokens, not {self.keep}: leave "
-                "keep_round_to out"
+                f"{self.title} leaves {first.size} of {rows.size} tokens, not {self.keep}: leave keep_round_to out"
             )
-        first, host = corner  # of each square: its first row; of each row: its square
-        pooled = _means(tokens.patches[:, alive], host, len(first))
-        batch = tokens.x.shape[0]
 
         def of_batch(values: np.ndarray) -> Array:
-            return jnp.broadcast_to(jnp.asarray(values, jnp.int32), (batch, len(values)))
+            return jnp.broadcast_to(
+                jnp.asarray(values.reshape(-1), jnp.int32), (tokens.x.shape[0], values.size)
+            )
 
-        remap, keep = host, first
-        x, place, now = pooled, select.lookup(tokens.place, of_batch(first)), None
+        row, column = np.indices(rows.shape) // side
+        keep, remap = of_batch(first), np.full(tokens.count, -1)
+        remap[rows] = (
+            first[row, column] if masked else np.arange(first.size).reshape(first.shape)[row, column]
+        )
+        x, place, now = tokens.patches, tokens.place, select.mask_of(keep, tokens.count)
         if masked:
-            keep = rows[first]
-            remap = np.full(tokens.count, -1)
-            remap[rows] = keep[host]
-            x, place = tokens.patches.at[:, keep].set(pooled), tokens.place
-        now = select.mask_of(of_batch(keep), tokens.count)
-        remap = of_batch(remap)
-        host_cells = select.lookup(place, remap)
+            x = x.reshape(x.shape[0], *tokens.grid, -1)
+            pooled = _means(x[:, ::step, ::step], side)
+            x = x.at[:, :: step * side, :: step * side].set(pooled).reshape(tokens.patches.shape)
+        else:
+            x = _means(x.reshape(x.shape[0], *rows.shape, -1), side).reshape(x.shape[0], first.size, -1)
+            place = select.lookup(place, keep)
+        host = select.lookup(place, of_batch(remap))
         scores = jnp.zeros(now.shape, jnp.float32)
-        reduction = Reduction(scores, now, place, host_cells, remap, None, of_batch(keep))
+        reduction = Reduction(scores, now, place, host, of_batch(remap), None, keep)
         x = jnp.concatenate([tokens.x[:, : tokens.prefix], x], axis=1)
         return tokens.replace(x=x, place=place, alive=now if masked else None), reduction
 
 
-def _squares(
-    grid: tuple[int, int], step: int, pools: int
-) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]:
-    """Cells of the grid that is left (every `step`-th), and of these the first of each square and each one's square."""
-    down, right = (np.arange(0, side, step) for side in grid)
-    cells = (down[:, None] * grid[1] + right[None]).reshape(-1)
-    i, j = np.divmod(np.arange(len(cells)), len(right))
-    host = (i // pools) * -(-len(right) // pools) + j // pools
-    first = np.unique(host, return_index=True)[1]
-    return cells, (first, host)
+def _means(x: Array, side: int) -> Array:
+    """Means of squares `[B, H, W, C]` to `[B, ceil(H / side), ceil(W / side), C]`; those at an edge may be smaller."""
+    beyond = [(0, -length % side) for length in x.shape[1:3]]
 
+    def sums(x: Array) -> Array:
+        x = jnp.pad(x, [(0, 0), *beyond, (0, 0)])
+        return x.reshape(x.shape[0], x.shape[1] // side, side, x.shape[2] // side, side, -1).sum(axis=(2, 4))
 
-def _means(x: Array, host: np.ndarray, squares: int) -> Array:
-    """Mean of the rows `[B, n, C]` of each square: `[B, squares, C]`."""
-    order = np.argsort(host, kind="stable")
-    sizes = np.bincount(host, minlength=squares)
-    starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
-    total = 0.0
-    for number in range(sizes.max()):  # the first row of each square, the second one, ...
-        there = number < sizes
-        rows = order[np.where(there, starts + number, 0)]
-        total += jnp.where(there[None, :, None], x[:, rows].astype(jnp.float32), 0.0)
-    return (total / sizes[None, :, None].astype(np.float32)).astype(x.dtype)
+    return (sums(x.astype(jnp.float32)) / sums(jnp.ones((1, *x.shape[1:3], 1)))).astype(x.dtype)

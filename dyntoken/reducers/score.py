@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from dyntoken.nn import layers
 from dyntoken.nn.reduction_sites import NEEDS
-from dyntoken.ops import sample
+from dyntoken.ops import sample, select
 from dyntoken.reducers.head_predictor import HeadPredictor
 from dyntoken.registry import Table, UnknownNameError, check_call, suggest
 from dyntoken.types import Attended, Tokens
@@ -97,7 +97,8 @@ class CellScores(nn.Module):
     @nn.compact
     def __call__(self, tokens: Tokens) -> Array:
         logits = self.param("logits", nn.initializers.normal(0.02), (tokens.initial, 2))
-        return nn.log_softmax(jnp.asarray(logits, jnp.float32)[jnp.maximum(tokens.place, 0)], axis=-1)
+        logits = jnp.broadcast_to(logits[None], (tokens.x.shape[0], *logits.shape))
+        return nn.log_softmax(select.take(logits, jnp.maximum(tokens.place, 0)), axis=-1)
 
 
 def static(
