@@ -121,8 +121,9 @@ class Attention(nn.Module):
         if only_map:
             return_scores = True
         weight = None if size is None else attend.log_size(size)
-        plain = not return_scores or (return_scores is not True and set(return_scores) <= set(CHEAP))
-        if policy is None and plain and not return_logits and not thinned:
+        cheap = not return_scores or (return_scores is not True and set(return_scores) <= set(CHEAP))
+        unseen = cheap and not return_logits and not thinned
+        if policy is None and unseen:
             bias = bias if weight is None else weight if bias is None else bias + weight
             y = attend.attention(q, k, v, scale=scale, bias=bias)
             seen = Attended(keys=keys, queries=queries, values=v)

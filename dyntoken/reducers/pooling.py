@@ -49,11 +49,12 @@ class Pooling(Reducer):
         )
         x, place, now = tokens.patches, tokens.place, select.mask_of(keep, tokens.count)
         if masked:
-            x = x.reshape(x.shape[0], *tokens.grid, -1)
+            x = x.reshape(x.shape[0], *tokens.grid, x.shape[-1])
             pooled = _means(x[:, ::step, ::step], side)
             x = x.at[:, :: step * side, :: step * side].set(pooled).reshape(tokens.patches.shape)
         else:
-            x = _means(x.reshape(x.shape[0], *rows.shape, -1), side).reshape(x.shape[0], first.size, -1)
+            x = _means(x.reshape(x.shape[0], *rows.shape, x.shape[-1]), side)
+            x = x.reshape(x.shape[0], first.size, x.shape[-1])
             place = select.lookup(place, keep)
         host = select.lookup(place, of_batch(remap))
         scores = jnp.zeros(now.shape, jnp.float32)
@@ -67,7 +68,9 @@ def _means(x: Array, side: int) -> Array:
     beyond = [(0, -length % side) for length in x.shape[1:3]]
 
     def sums(x: Array) -> Array:
-        x = jnp.pad(x, [(0, 0), *beyond, (0, 0)])
-        return x.reshape(x.shape[0], x.shape[1] // side, side, x.shape[2] // side, side, -1).sum(axis=(2, 4))
+        x = jnp.pad(x, [(0, 0), *beyond, (0, 0)]) if any(more for _, more in beyond) else x
+        batch, height, width, channels = x.shape
+        return x.reshape(batch, height // side, side, width // side, side, channels).sum(axis=(2, 4))
 
-    return (sums(x.astype(jnp.float32)) / sums(jnp.ones((1, *x.shape[1:3], 1)))).astype(x.dtype)
+    counts = sums(np.ones((1, *x.shape[1:3], 1), np.float32))
+    return (sums(x.astype(jnp.float32)) / counts).astype(x.dtype)
