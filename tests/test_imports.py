@@ -12,6 +12,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent / "dyntoken"
 # What each package or single file imports today, from the bottom up: no less, no more.
 IMPORTS = {
     "architectures": set(),
+    "compilation_cache": set(),
     "config": set(),
     "interrupt": set(),
     "ops": set(),
@@ -48,6 +49,7 @@ IMPORTS = {
         "heads",
         "multiexit",
         "nn",
+        "ops",
         "reducers",
         "registry",
         "schema",
@@ -113,6 +115,8 @@ IMPORTS = {
     },
     "tools": {
         "analysis",
+        "backbones",
+        "compilation_cache",
         "config",
         "data",
         "device_augment",
@@ -131,7 +135,7 @@ IMPORTS = {
         "train",
         "weights",
     },
-    "main": {"analysis", "config", "multihost", "peers", "schema", "tools", "train"},
+    "main": {"analysis", "compilation_cache", "config", "multihost", "peers", "schema", "tools", "train"},
 }
 TENSORFLOW = {"tensorflow", "tensorflow_datasets"}
 FLAX = {"ops/sample.py"}  # of the operators: a record that passes through jit
