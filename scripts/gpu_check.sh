@@ -44,16 +44,18 @@ fi
 export PYTHONPATH="$PWD:$work/site${PYTHONPATH:+:$PYTHONPATH}"
 export JAX_COMPILATION_CACHE_DIR="$work/cache" TF_CPP_MIN_LOG_LEVEL=2
 export JAX_DEFAULT_MATMUL_PRECISION=highest  # of float32 checks; bench below has its own
-end=$((SECONDS + 480)) failed=0
+end=$((SECONDS + 480)) failed=0 told=""
 
 check() {  # NAME SECONDS COMMAND...: the last line that it prints is JSON
   local name="$1" limit="$2" began=$SECONDS
   shift 2
   [ $((end - SECONDS)) -lt "$limit" ] && limit=$((end - SECONDS))
-  if [ "$limit" -lt 5 ]; then echo "$name: no time left"; failed=1; return; fi
-  if timeout "$limit" "$@" >"$work/$name.log" 2>"$work/$name.err"; then echo "$name: ok, $((SECONDS - began)) s"; else
+  if [ "$limit" -lt 5 ]; then echo "$name: no time left"; failed=1; told="$told $name=0"; return; fi
+  if timeout "$limit" "$@" >"$work/$name.log" 2>"$work/$name.err"; then
+    echo "$name: ok, $((SECONDS - began)) s" && told="$told $name=1"
+  else
     echo "$name: FAILED after $((SECONDS - began)) s: $(tail -n 1 "$work/$name.err")"
-    failed=1
+    failed=1 told="$told $name=0"
   fi
   if tail -n 1 "$work/$name.log" | grep -q '^[[{]'; then tail -n 1 "$work/$name.log" >"$out/$name.json"; fi
 }
@@ -80,5 +82,11 @@ for method in dynamicvit dtps evit etps; do
   check "$method" 75 "$python" -m dyntoken.tools.bench "${method}_$dense" "${size[@]}" "${at[@]}" --dtype=$dtype --json
 done
 check exits 75 "$python" -m dyntoken.tools.bench_exits "${exits[@]}" --json
+"$python" - "$out/summary.json" $told <<'PY'
+import json, sys, jax
+passed = {name: ok == "1" for name, ok in (word.split("=") for word in sys.argv[2:])}
+about = {"jax": jax.__version__, "device": jax.devices()[0].device_kind, "platform": jax.default_backend()}
+open(sys.argv[1], "w").write(json.dumps({**about, "passed": passed}, indent=1) + "\n")
+PY
 echo "$SECONDS s, results in $out"
 exit $failed
