@@ -28,7 +28,7 @@ from typing import Any
 
 from dyntoken.tools import bench_peers, bench_suite, cli
 
-PAUSE_S = 0.3  # ahead of a measurement beside PyTorch and others, whose threads wait in loops for a while
+PAUSE_S = 0.3  # ahead of a measurement beside others: onnxruntime's threads look for work after they had some
 
 
 def arguments(parser: cli.Parser) -> None:
