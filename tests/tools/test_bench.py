@@ -4,6 +4,7 @@ import dataclasses
 import json
 import pathlib
 import shlex
+import sys
 
 import pytest
 
@@ -79,7 +80,7 @@ def test_several_batches_are_several_results(known_times, capsys):
 def test_peers_stand_in_the_same_turns(known_times, capsys, monkeypatch):
     monkeypatch.setattr(bench_peers, "exported", lambda *_: lambda: {})
     argv = ["dtps_vit_mini_patch4_28", "--vs-torch", "--vs-onnx", "--at=1"]
-    for name in ("torch", "onnxruntime"):
+    for name in ("torch", "onnx", "onnxruntime"):
         pytest.importorskip(name)
     got = run(capsys, *argv)
     rows = [(row["name"].partition("_")[0], row["runtime"].partition(" ")[0]) for row in got["models"]]
@@ -109,9 +110,10 @@ def test_what_is_wrong_is_one_line(capsys, monkeypatch):
     assert "give its NAME, or --suite" in fails(capsys, 2)
     assert "leave NAME out" in fails(capsys, 2, name, "--suite")
     assert "have no training" in fails(capsys, 2, name, "--train", "--vs-onnx")
-    monkeypatch.setitem(bench_peers.PEERS, "vs_onnx", "no_such_runtime")
-    monkeypatch.setitem(bench_peers.INSTALL, "no_such_runtime", "pip install it")
-    assert "--vs-onnx needs no_such_runtime: pip install it" in fails(capsys, 1, name, "--vs-onnx")
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert "--vs-openvino needs onnx: pip install onnx openvino" in fails(capsys, 1, name, "--vs-openvino")
+    assert "--vs-torch-compile needs torch: pip install torch" in fails(capsys, 1, name, "--vs-torch-compile")
 
 
 @pytest.mark.parametrize("error", [MemoryError("no"), RuntimeError("RESOURCE_EXHAUSTED: Out of memory")])
