@@ -62,7 +62,8 @@ check() {  # NAME SECONDS COMMAND...: the last line that it prints is JSON
 
 "$python" -c 'import jax; print("jax", jax.__version__, "on", jax.devices()[0].platform, jax.devices()[0].device_kind)'
 if [ -n "$tiny" ]; then
-  size=(--set width=8 --set depth=2 --set heads=2 --pairs=2 --batch=1,2) at=(--at=1) dense=vit_mini_patch4_28
+  size=(--set width=8 --set depth=2 --set heads=2 --img_size=32 --pairs=2 --batch=1,2)
+  at=(--at=1) dense=deit_tiny_patch16_224
   cases=(tests/golden/cases/dtps_*) exits=(dvt_vit_mini --set img_size=14 --set width=8 --set depth=1 --set heads=1 --set exits=1,2 --exits=80,20 --batch=4 --pairs=1)
   dtype=float32
 else

@@ -107,7 +107,7 @@ def table_rows(command: str, found: Mapping[str, Any], pairs: int) -> list[Row]:
             "p90_ms": f"{tail['p90']:.2f}",
             "p99_ms": f"{tail['p99']:.2f}",
             "speed_up": f"{row['speed_up']:.3f}",
-            "gmacs": f"{row['gmacs']:.3f}",
+            "gmacs": f"{row['gmacs']:.4g}",
             "share_of_ideal": _number(found.get("share_of_ideal") if last else None, 1),
             "first_compile_s": _number(row.get("first_compile_s"), 1),
             "cached_compile_s": _number(row.get("cached_compile_s"), 1),
