@@ -65,7 +65,7 @@ def batches(text: str) -> tuple[int, ...]:
     """`16` or `1,16,64`."""
     found = cli.ints(text)
     if min(found) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: a batch has at least one image")
+        raise argparse.ArgumentTypeError(f"{text!r}: give a whole number of at least 1, or several")
     return found
 
 

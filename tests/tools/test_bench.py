@@ -105,7 +105,7 @@ def fails(capsys, status, *argv):
 
 def test_what_is_wrong_is_one_line(capsys, monkeypatch):
     name = "dtps_vit_mini_patch4_28"
-    assert "a batch has at least one image" in fails(capsys, 2, name, "--batch=0")
+    assert "'0': give a whole number of at least 1, or several" in fails(capsys, 2, name, "--batch=0")
     assert "dtps_vit_mini_patch4_28" in fails(capsys, 1, "dtps_vit_mini_patch4_29x")
     assert "is dense: name a second model" in fails(capsys, 1, "vit_mini_patch4_28")
     assert "give its NAME, or --suite" in fails(capsys, 2)
