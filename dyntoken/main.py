@@ -48,6 +48,12 @@ flags.DEFINE_enum(
     ["train", "eval"],
     "train, or evaluate the run in --workdir; without --workdir, whole weights given by --config.init.path",
 )
+flags.DEFINE_string(
+    "out",
+    None,
+    "of --mode=eval: folder for predictions, accuracy by class and confusion matrix; by default WORKDIR/eval, "
+    "without --workdir none",
+)
 flags.DEFINE_string("step", "newest", "of --mode=eval: newest, best (by the run's best_metric) or a number")
 flags.DEFINE_bool("restart", False, "start anew; what is in the workdir is moved to WORKDIR/old/N")
 flags.DEFINE_bool("dry_run", False, "build, compile, print parameters, MACs, memory and plan; read no data")
@@ -97,7 +103,14 @@ def start(config, what: str) -> None:
 
 
 def run(
-    config, workdir: str | None, mode: str, dry_run: bool, step: str = "newest", *, restart: bool = False
+    config,
+    workdir: str | None,
+    mode: str,
+    dry_run: bool,
+    step: str = "newest",
+    *,
+    restart: bool = False,
+    out: str | None = None,
 ) -> int:
     """Does what the flags ask for; returns the exit status; raises what goes wrong."""
     from dyntoken import train
@@ -113,7 +126,8 @@ def run(
         say(f"gmacs: {' / '.join(each)} up to each exit" if each else f"gmacs: {gmacs:.3f}")
         say(f"plan: {facts['steps']} steps of {config['batch']} images into {workdir}")
     elif mode == "eval":
-        metrics = train.evaluate(config, workdir, step=step)
+        out = out or (None if workdir is None else os.path.join(workdir, "eval"))
+        metrics = train.evaluate(config, workdir, step=step, out=out)
         gmacs = _gmacs(train.build(config, training=False).model)
         say(json.dumps({**metrics, "count": int(metrics["count"]), "gmacs": gmacs}))
     else:
@@ -146,7 +160,9 @@ def main(argv: list[str]) -> int:
         if FLAGS.mode == "eval" and FLAGS.workdir is None and names_weights:
             workdir = None  # these weights, not the run that may lie in the default folder
         start(FLAGS.config, describe(FLAGS.config, workdir))
-        return run(FLAGS.config, workdir, FLAGS.mode, FLAGS.dry_run, FLAGS.step, restart=FLAGS.restart)
+        return run(
+            FLAGS.config, workdir, FLAGS.mode, FLAGS.dry_run, FLAGS.step, restart=FLAGS.restart, out=FLAGS.out
+        )
     except USER_ERRORS as error:
         peers.blame(error)
         fail(error)

@@ -16,6 +16,7 @@ IMPORTS = {
     "interrupt": set(),
     "ops": set(),
     "paths": set(),
+    "progress": set(),
     "registry": set(),
     "workdirs": set(),
     "__init__": {"interrupt"},
@@ -90,6 +91,7 @@ IMPORTS = {
         "nn",
         "optim",
         "paths",
+        "progress",
         "reducers",
         "registry",
         "schedules",
@@ -124,6 +126,7 @@ IMPORTS = {
         "paths",
         "predictor",
         "preprocessing",
+        "progress",
         "reducers",
         "registry",
         "runs",
@@ -132,6 +135,7 @@ IMPORTS = {
         "weights",
     },
     "main": {"analysis", "config", "multihost", "peers", "schema", "tools", "train"},
+    "__main__": {"main", "schema"},
 }
 TENSORFLOW = {"tensorflow", "tensorflow_datasets"}
 FLAX = {"ops/sample.py"}  # of the operators: a record that passes through jit

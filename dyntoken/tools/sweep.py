@@ -23,6 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from dyntoken import progress
 from dyntoken.tools import calibrate, cli
 
 COLUMNS = ("method", "keep", "gmacs", "speed_up", "images_per_s", "accuracy", "agrees")
@@ -75,7 +76,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             speed = {"speed_up": 1.0, "images_per_s": judge.speed(dense, args.pairs)[1]}
             scores = {"accuracy": judge.accuracy(judge.answers), "agrees": 1.0}
             table.add({"method": "dense", "keep": 1.0, "gmacs": macs.count(dense).gmacs, **speed, **scores})
-        for key in todo:
+        for key in progress.over(todo, "sweep", len(todo), unit="rows"):
             model = models[key]
             ratio, rate = judge.speed(model, args.pairs)
             answers = judge.classes_of(model)
@@ -119,7 +120,8 @@ class Table:
         text = {**row, **{key: f"{row[key]:.4f}" for key in COLUMNS[2:] if row[key] is not None}}
         with self.path.open("a", newline="") as file:
             csv.DictWriter(file, COLUMNS, lineterminator="\n").writerow(text)
-        print(*(f"{key} {text[key]}" for key in COLUMNS if row[key] is not None), file=sys.stderr, flush=True)
+        line = " ".join(f"{key} {text[key]}" for key in COLUMNS if row[key] is not None)
+        progress.beside(lambda said: print(said, file=sys.stderr, flush=True))(line)
 
     def rows(self) -> list[dict[str, Any]]:
         """All rows, numbers as numbers; None where there are no labels."""

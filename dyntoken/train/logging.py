@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from dyntoken import data, multihost, paths, workdirs
+from dyntoken import data, multihost, paths, progress, workdirs
 from dyntoken.analysis import figures, learning_curves
 from dyntoken.train.state import TrainError
 
@@ -282,6 +282,28 @@ class Report(Observer):
         self._pending, self._flushed = [], time.monotonic()
 
     close = flush
+
+
+class Progress(Observer):
+    """A live line on a terminal."""
+
+    def __init__(self, total: int, metrics: MetricBuffer):
+        self._total, self._metrics, self._bar = total, metrics, None
+
+    def start(self, step: int) -> None:
+        """Begins anew: the time of a compilation says nothing of that of a step."""
+        self.close()
+        self._bar = progress.bar("training", self._total, unit="steps", start=step)
+
+    def step(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Counts the step; between two reports it shows the loss of the last one."""
+        self._bar.update(1)
+        if (row := self._metrics.row) is not None and "loss" in row:
+            self._bar.set_postfix_str(f"loss {spell(row['loss'], '.4g')}", refresh=False)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
 
 
 class TensorBoard(Observer):

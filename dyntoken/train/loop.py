@@ -18,7 +18,7 @@ import flax.linen as nn
 import jax
 from etils import epath
 
-from dyntoken import data, interrupt, paths
+from dyntoken import data, interrupt, paths, progress
 from dyntoken.checkpoints import Checkpoints
 from dyntoken.multihost import all_or_none, check_workdir, only_first
 from dyntoken.train import sharding
@@ -30,6 +30,7 @@ from dyntoken.train.logging import (
     MetricBuffer,
     NotFiniteError,
     Observer,
+    Progress,
     Report,
     Retention,
     TensorBoard,
@@ -91,12 +92,13 @@ def run(
     log = only_first(log)
     log(f"devices: {sharding.describe_devices(jax.devices())}")
     made = all_or_none(lambda: build(config), lambda made: made.facts)
+    log(made.summary)
     return train(made, workdir, restart=restart, log=log)
 
 
 def train(run: Run, workdir: str | epath.PathLike, *, restart: bool = False, log: Log = print) -> Result:
     """What `run` does with a config that was built."""
-    log, settings, total = only_first(log), run.settings, run.total_steps
+    log, settings, total = progress.beside(only_first(log)), run.settings, run.total_steps
     workdir = all_or_none(lambda: paths.resolve(workdir))
     check_workdir(workdir, need=run.state_bytes)
     with contextlib.ExitStack() as stack:
@@ -120,6 +122,8 @@ def train(run: Run, workdir: str | epath.PathLike, *, restart: bool = False, log
             periods=[settings.checkpoint_steps] + [run.eval_every] * (settings.keep_best > 0),
         )
         observers: list[Observer] = [metrics, report, retention]
+        if jax.process_index() == 0:
+            observers.append(Progress(total, metrics))
         if settings.tensorboard:
             observers += all_or_none(
                 lambda: [TensorBoard(workdir, metrics)] if jax.process_index() == 0 else []
@@ -252,7 +256,8 @@ class StepCache:
     def _compile(self, model: nn.Module) -> jax.stages.Compiled:
         self._log("compiling the training step: seconds for a small model, minutes for others")
         began = time.monotonic()
-        compiled = self._run.train_step_for(model)
+        with progress.waiting("compiling the training step"):
+            compiled = self._run.train_step_for(model)
         memory = peak_bytes(compiled.memory_analysis()) / 2**20
         self._log(
             f"compiled in {duration(time.monotonic() - began)}: {self._run.total_steps} steps of "

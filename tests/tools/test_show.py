@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import re
+
 import numpy as np
 import pytest
 
@@ -44,8 +47,7 @@ def test_pictures_of_a_data_set_depend_on_image_and_keep(weights, tmp_path, caps
     first, second = (pixels(tmp_path / "a" / f"fashion_mnist_mini_{i}.png") for i in (0, 3))
     other = pixels(tmp_path / "b" / "fashion_mnist_mini_0.png")
     assert first.shape == second.shape == other.shape
-    assert first.shape[1] == pytest.approx(3 * 2.6 * 110, abs=1)  # three panels
-    assert first.shape[0] > 500
+    assert first.shape[1] == pytest.approx((0.07 + 5 * 2.07) * 110, abs=1)  # five panels
     assert (first != second).mean() > 0.02 and (first != other).mean() > 0.02
 
 
@@ -53,14 +55,39 @@ def test_a_file_is_resized_and_written_where_told(weights, tmp_path):
     path = tmp_path / "colour.jpg"
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)).save(path)
     out = tmp_path / "deep" / "one.png"
-    assert show.main([NAME, f"--weights={weights}", *SMALL, str(path), f"--out={out}", "--fuse=drop"]) == 0
-    assert 250 < pixels(out).shape[0] < 500  # nothing is absorbed: one row of panels
+    words = [NAME, f"--weights={weights}", *SMALL, str(path), "fashion_mnist_mini:1", f"--out={out}"]
+    assert show.main([*words, "--fuse=drop"]) == 0
+    assert 450 < pixels(out).shape[0] < 600  # a row per image
+    assert show.main([*words, "--fuse=drop", "--colours=16"]) == 0
+    assert len(np.unique(pixels(out).reshape(-1, 3), axis=0)) <= 16
+    assert show.main([*words, "--colours=300"]) == 1
 
 
-def test_one_file_for_two_images_is_refused(weights, tmp_path, capsys):
-    argv = [NAME, f"--weights={weights}", *SMALL, "fashion_mnist_mini:0", "fashion_mnist_mini:1"]
-    assert show.main([*argv, f"--out={tmp_path / 'x.png'}"]) == 1
-    assert "is one file, but there are 2 images" in capsys.readouterr().err
+def test_methods_side_by_side_and_their_page(tmp_path, capsys):
+    """A method alone takes its model from the weights; the page has every keep rate."""
+    dense = dyntoken.create_model("vit_mini_patch4_28", width=24, depth=3, heads=2)
+    weights = tmp_path / "w.safetensors"
+    save_weights(weights, timing.random_variables(dense), model=dense)
+    page, out = tmp_path / "new" / "page.html", tmp_path / "both.png"
+    words = [f"--weights={weights}", "--at=1", "fashion_mnist_mini:2", f"--out={out}", f"--html={page}"]
+    assert show.main(["etps", "--vs=evit:fuse=drop", *words, "--rates=0.5,0.9,0.5"]) == 0
+    first, second, last = capsys.readouterr().out.splitlines()
+    assert (
+        f"{out}: fashion_mnist_mini_2, etps, class" in first.replace("t-shirt/top", "class")
+        or "etps" in first
+    )
+    assert "absorbed by" in first and "dropped" in second and "evit:fuse=drop" in second
+    assert last.startswith(f"{page}: 1 pictures, 2 keep rates")
+    packed = re.search(r'json">(.*?)</script>', page.read_text(), re.S)[1]
+    data = json.loads(packed)
+    assert data["rates"] == [0.9, 0.5] and data["models"] == ["etps", "evit:fuse=drop"]
+    kept = [[len({*view["stages"][0]["tokens"]} - {-1}) for view in rates] for rates in data["views"][0]]
+    assert kept == [[44, 24], [45, 25]]
+    assert show.main(["dtps", *words]) == 1
+    assert "parameters of its own" in capsys.readouterr().err
+    assert show.main(["etps", *words, "--rates=0.5,2"]) == 1
+    assert show.main(["etps", "--vs=vit_mini_patch4_28", *words]) == 1
+    assert "vit_mini_patch4_28 is dense" in capsys.readouterr().err
 
 
 def test_a_file_that_is_no_picture(tmp_path, capsys):
