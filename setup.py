@@ -38,6 +38,7 @@ EXTRAS = {
     "data": DATA,
     "viz": VIZ,
     "tensorboard": TENSORBOARD,
+    "wandb": ["wandb>=0.31"],
     "torch": ["torch>=2.6"],
     "export": EXPORT,
     "ray": ["ray[data]>=2.51", "pillow>=11.0"],

@@ -4,7 +4,8 @@
     python -m dyntoken.main --config=configs/tps_deit.py --config.optim.lr=5e-4 --dry_run
     python -m dyntoken.main --config=configs/tps_deit.py:demo --workdir=runs/demo --mode=eval --step=best
 
-Rerunning a command resumes it. What follows the colon are arguments of the recipe, which its
+Rerunning a command resumes it. An evaluation also writes predictions, accuracy by class and a confusion
+matrix into WORKDIR/eval, or where --out says. What follows the colon are arguments of the recipe, which its
 head describes. `--config.KEY=VALUE` sets any key of the config, whether the recipe names it or
 not: numbers, True, None, text, sequences as 3-6-9 or 3,6,9 or (3, 6, 9), sizes as 224x320.
 The keys: configs/common.py has them with their defaults, dyntoken/train/settings.py says what
@@ -119,6 +120,8 @@ def run(
     config = config.to_dict()
     if restart and (dry_run or mode == "eval"):
         raise ValueError("--restart starts a training run anew: leave it out of --mode=eval and --dry_run")
+    if out and (dry_run or mode != "eval"):
+        raise ValueError("--out is for --mode=eval: a training run writes into --workdir")
     if dry_run:
         facts = train.dry_run(config, log=say)
         gmacs = _gmacs(train.build(config).model)

@@ -33,13 +33,13 @@ from dyntoken.train.logging import (
     Progress,
     Report,
     Retention,
-    TensorBoard,
     Value,
     duration,
 )
 from dyntoken.train.profiler import Profiler
 from dyntoken.train.start import beginning, check_same_run, load_teacher, move_aside, start, write_config
 from dyntoken.train.state import TrainState
+from dyntoken.train.writers import TensorBoard, WeightsAndBiases
 
 Log = Callable[[str], None]
 
@@ -87,7 +87,7 @@ def run(
       LockedError: when another run writes to the workdir.
       StorageError: when nothing, or no checkpoint, can be written to the workdir, or a checkpoint cannot be read.
       HostError: when the processes differ in data, config, weights or workdir.
-      ImportError: when `config.tensorboard` lacks its library.
+      ImportError: when `config.tensorboard` or `config.wandb` lacks its library.
     """
     log = only_first(log)
     log(f"devices: {sharding.describe_devices(jax.devices())}")
@@ -124,10 +124,9 @@ def train(run: Run, workdir: str | epath.PathLike, *, restart: bool = False, log
         observers: list[Observer] = [metrics, report, retention]
         if jax.process_index() == 0:
             observers.append(Progress(total, metrics))
-        if settings.tensorboard:
-            observers += all_or_none(
-                lambda: [TensorBoard(workdir, metrics)] if jax.process_index() == 0 else []
-            )
+        observers += all_or_none(
+            lambda: writers_of(run, workdir, metrics) if jax.process_index() == 0 else []
+        )
         if settings.profile is not None and jax.process_index() == 0:
             observers.append(Profiler(settings.profile, workdir, total=total, log=log))
         for observer in observers:
@@ -223,6 +222,17 @@ def train(run: Run, workdir: str | epath.PathLike, *, restart: bool = False, log
             log(f"nothing to do: the run in {workdir} finished at step {step}")
         check_finite(final)
         return Result(state, final, run.model, run, workdir, finished=True)
+
+
+def writers_of(run: Run, workdir: epath.Path, metrics: MetricBuffer) -> list[Observer]:
+    """Where the config wants its metrics besides."""
+    settings, found = run.settings, []
+    if settings.tensorboard:
+        found.append(TensorBoard(workdir, metrics))
+    if settings.wandb:
+        more = {"project": settings.wandb, "config": settings.plain}
+        found.append(WeightsAndBiases(workdir, metrics, **more))
+    return found
 
 
 class StepCache:
