@@ -6,6 +6,7 @@ Where stderr is no terminal nothing is written here: a log has the plain lines t
 from __future__ import annotations
 
 import contextlib
+import shutil
 import sys
 import threading
 import time
@@ -21,7 +22,11 @@ def bar(what: str, total: int, *, unit: str = "", start: int = 0) -> Any:
     """A bar of tqdm's, on stderr: `update(n)`, `set_postfix_str(text)`, `close()`; silent without a terminal."""
     import tqdm
 
-    options = {"unit": unit, "initial": start, "bar_format": FORM, "dynamic_ncols": True, "leave": False}
+    # A terminal that does not tell its width (a fresh pty, some containers) has no columns and rows, and tqdm writes nothing.
+    width = (
+        {"dynamic_ncols": True} if shutil.get_terminal_size((0, 0)).columns else {"ncols": 80, "nrows": 24}
+    )
+    options = {"unit": unit, "initial": start, "bar_format": FORM, "leave": False, **width}
     return tqdm.tqdm(desc=what, total=total, disable=None, file=sys.stderr, **options)
 
 

@@ -176,7 +176,7 @@ def largest(f: Fate) -> Palette:
     count = np.bincount(f.host[f.host >= 0], minlength=f.host.size)
     order = np.argsort(-count, kind="stable")[:VIVID]
     rgb = figures.matplotlib("colors").to_rgb
-    return {int(host): rgb(colour) for host, colour in zip(order, COLOURS, strict=True) if count[host] > 1}
+    return {int(host): rgb(colour) for host, colour in zip(order, COLOURS, strict=False) if count[host] > 1}
 
 
 def _groups(axis: Any, rgb: np.ndarray, f: Fate) -> None:

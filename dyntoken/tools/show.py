@@ -135,6 +135,8 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
         model.load()
     found = [[rows(model, picture, len(models) > 1) for model in models] for picture in pictures]
     title = " and ".join(model.title for model in models)
+    if first.model.arch not in title:
+        title += f" on {first.model.arch}"
     results: list[dict[str, Any]] = []
     single = args.out.suffix.lower() == ".png"
     sheets = {args.out: list(range(len(pictures)))} if single else {}
@@ -199,7 +201,7 @@ def write_page(
             views += map(list, zip(*(found[number] for found in by_rate), strict=True))
     start = min(range(len(rates)), key=lambda index: abs(rates[index] - 0.7))
     args.html.parent.mkdir(parents=True, exist_ok=True)
-    text = token_page.page(of_rates, rates, start=start, title=f"What {title} keeps")
+    text = token_page.page(of_rates, rates, start=start, title=f"What is left: {title}")
     args.html.write_text(text)
     return f"{len(pictures)} pictures, {len(rates)} keep rates, {len(text) / 1e3:.0f} kB"
 
