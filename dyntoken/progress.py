@@ -22,7 +22,7 @@ def bar(what: str, total: int, *, unit: str = "", start: int = 0) -> Any:
     """A bar of tqdm's, on stderr: `update(n)`, `set_postfix_str(text)`, `close()`; silent without a terminal."""
     import tqdm
 
-    # A terminal that does not tell its width (a fresh pty, some containers) has no columns and rows, and tqdm writes nothing.
+    # To a terminal that tells no size (a fresh pty, some containers) tqdm would write nothing.
     width = (
         {"dynamic_ncols": True} if shutil.get_terminal_size((0, 0)).columns else {"ncols": 80, "nrows": 24}
     )
