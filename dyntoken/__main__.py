@@ -18,8 +18,8 @@ from pathlib import Path
 from dyntoken import schema
 
 OF_MAIN = {
-    "train": ("train a run, or go on with it", ()),
-    "eval": ("evaluate a run or weights", ("--mode=eval",)),
+    "train": ("Train a run, or go on with it", ()),
+    "eval": ("Evaluate a run or weights", ("--mode=eval",)),
 }
 
 
