@@ -377,8 +377,9 @@ class ScoreSelectFuse(Reducer):
     ) -> tuple[Tokens, Reduction]:
         """Rows really shrink: top-k with a static count, of `margin [B, n]` where the decision is sampled."""
         n = tokens.count
-        rank = scores.rank if margin is None else margin
-        keep, dropped = select.split(rank if decision is None else decision, self.keep)
+        with jax.named_scope("select"):
+            rank = scores.rank if margin is None else margin
+            keep, dropped = select.split(rank if decision is None else decision, self.keep)
         if (
             self.keep == n
         ):  # nothing to drop: every row stays where it is, and the result that of the dense model
