@@ -33,6 +33,11 @@ DATA = [
 TENSORBOARD = ["tensorboardX>=2.6"]
 VIZ = ["matplotlib>=3.9", "pillow>=11.0"]
 EXPORT = ["onnx>=1.17", "onnxruntime>=1.20"]  # jax2onnx asks for an older orbax-checkpoint: findings/
+DOCS = [
+    "mkdocs>=1.6,<2",
+    "mkdocs-material>=9.5,<10",
+    "mkdocstrings[python]>=1.0,<2",
+]  # majors that break sites
 EXTRAS = {
     "data": DATA,
     "viz": VIZ,
@@ -44,11 +49,13 @@ EXTRAS = {
     "cuda": ["jax[cuda12]"],
     "tpu": ["jax[tpu]"],
     "aot": ["libtpu"],
+    "docs": DOCS,
     "dev": [
         *DATA,
         *VIZ,
         *TENSORBOARD,
         *EXPORT,
+        *DOCS,
         "openvino>=2025.0",  # what ONNX files are run with besides
         "pytest>=8.3",
         "pytest-xdist>=3.6",
@@ -75,13 +82,16 @@ setup(
     packages=[*find_packages(include=["dyntoken", "dyntoken.*"]), "dyntoken.configs"],
     package_dir={"dyntoken.configs": "configs"},
     package_data={
-        "dyntoken": ["data/fashion_mnist_mini/*", "weights/pretrained/*"],
+        "dyntoken": ["py.typed", "data/fashion_mnist_mini/*", "weights/pretrained/*"],
         "dyntoken.configs": ["*.py"],
     },
     install_requires=CORE,
     extras_require=EXTRAS,
     classifiers=[
         "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Typing :: Typed",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
 )
