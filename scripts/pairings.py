@@ -17,7 +17,7 @@ from dyntoken.models import create_model
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 README, PAGE = ROOT / "README.md", ROOT / "docs" / "pairings.md"
 START, END = "<!-- pairings -->\n", "\n<!-- /pairings -->"
-EVERYWHERE, SOMEWHERE, NOWHERE = "●", "○", "–"
+EVERYWHERE, SOMEWHERE, NOWHERE = "●", "○", "-"
 # Families by their first name, as people call them.
 CALLED = {
     "deit_tiny_patch16_224": "ViT, DeiT",

@@ -27,7 +27,7 @@ def test_the_short_table_says_what_the_long_one_does(found):
     assert set(marks) == set(pairings.prefixes())
     for names, mark in marks["evit"].items():  # by the class token's attention
         assert mark == (
-            "–" if set(names.split(", ")) & {"SigLIP", "CvT", "Swin"} else "○" if names == "PVT" else "●"
+            "-" if set(names.split(", ")) & {"SigLIP", "CvT", "Swin"} else "○" if names == "PVT" else "●"
         )
     assert sum(len(names.split(", ")) for names in marks["evit"]) == len(found)
 
