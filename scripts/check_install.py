@@ -30,7 +30,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         config = dyntoken.config.load("configs/tps_deit.py:tiny")
         result = dyntoken.train.run(config, f"{folder}/run", log=lambda line: None)
-        print(f"trained {result.step} steps: {result.metrics}")
+        print(f"trained {int(result.state.step)} steps: {result.metrics}")
         run = dyntoken.load_run(f"{folder}/run")
         shape = (2, *run.preprocess.size, 3)
         print(
