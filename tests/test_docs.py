@@ -11,9 +11,12 @@ import copy
 import dataclasses
 import importlib
 import json
+import os
 import pathlib
 import re
 import shlex
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -78,7 +81,7 @@ def test_every_block_is_of_a_language_that_is_tested():
     assert {block.language for block in BLOCKS} == {"", "bash", "python"}  # "" is what a command printed
     assert len(SECTIONS) >= 2 and len(COMMANDS) >= 25
     known = re.compile(
-        r"\s*(srun|gcloud|pip install|dyntoken \w+ |python (-m (dyntoken|pytest|tests.golden)|scripts/)|#|$)"
+        r"\s*(srun|gcloud|pip (install|wheel)|dyntoken \w+ |python (-m (dyntoken|pytest|tests.golden)|scripts/)|#|$)"
     )
     lines = [line for line in SHELL.splitlines() if not known.match(line)]
     assert not lines, "nothing tests these"
@@ -266,6 +269,14 @@ def commands_of(*files):
     lines = "\n".join(b.text for b in BLOCKS if b.language == "bash" and b.file in files).replace("\\\n", " ")
     found = re.findall(r"python -m (dyntoken[\w.]*(?: [^\n\"&|]*)?)", lines)
     return [shlex.split(command, comments=True) for command in found]
+
+
+@pytest.mark.slow
+def test_an_installed_copy_is_tried_out(tmp_path):
+    script = [sys.executable, str(ROOT / "scripts" / "check_install.py")]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(script, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0 and "exits: (2, 2, 1000)" in done.stdout, done.stderr
 
 
 @pytest.mark.slow  # a dozen runs
