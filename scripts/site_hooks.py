@@ -18,7 +18,7 @@ LINK = re.compile(r"(!?)\[([^\]]*)\]\(([\w./-]+)(#[\w-]+)?\)")
 
 
 def on_config(config: Any) -> Any:
-    """Leaves out of the menu what is not there."""
+    """Leaves out of the menu what is not there, and adds what it forgot."""
     there = {*OUTSIDE, *(path.name for path in (ROOT / "docs").glob("*.md"))}
     config.nav = [
         {title: [page for page in pages if page in there] for title, pages in entry.items()}
@@ -26,6 +26,11 @@ def on_config(config: Any) -> Any:
         else entry
         for entry in config.nav
     ]
+    listed = {"index.md"}.union(
+        *(pages for entry in config.nav if isinstance(entry, dict) for pages in entry.values())
+    )
+    if more := sorted(there - listed):
+        config.nav.append({"More": more})
     return config
 
 
