@@ -49,9 +49,9 @@ def predictor(args: argparse.Namespace, **options: Any) -> Predictor:
 
     options |= {"step": args.step, "prefer": args.prefer, "batch": args.batch}
     changed = cli.overrides(args)
-    if (args.workdir is None) == (args.model is None) or (args.weights is None) != (args.model is None):
-        raise cli.UsageError("give --workdir, or --model and its --weights")
-    if args.model is not None:
+    if (args.workdir is None) == (args.weights is None) or (args.model and args.workdir):
+        raise cli.UsageError("give --workdir, or --weights, with --model where they do not tell it")
+    if args.weights is not None:
         return Predictor(args.weights, model=args.model, options=changed, **options)
     if set(changed) - {"keep"}:
         raise cli.UsageError(f"--workdir knows its model: {', '.join(changed)} cannot be changed, --keep can")

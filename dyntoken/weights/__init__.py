@@ -7,8 +7,9 @@ arguments and state dict, into a model of this library with its variables.
 
 from dyntoken.weights.errors import WeightsError
 from dyntoken.weights.load import Report, load_weights, load_whole, save_weights
-from dyntoken.weights.pretrained import load_pretrained
+from dyntoken.weights.pretrained import load_pretrained, prepared
 from dyntoken.weights.reference import export_reference, import_reference, with_buffers
+from dyntoken.weights.to_transformers import to_transformers
 from dyntoken.weights.trees import flat_variables, reference_keys, shapes_of
 
 __all__ = [
@@ -20,8 +21,10 @@ __all__ = [
     "load_pretrained",
     "load_weights",
     "load_whole",
+    "prepared",
     "reference_keys",
     "save_weights",
     "shapes_of",
+    "to_transformers",
     "with_buffers",
 ]

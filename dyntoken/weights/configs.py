@@ -163,16 +163,3 @@ def _activation(value: Any, origin: str) -> str:
             f"{origin}: its config.json has the activation {value!r}: {suggest(str(value), ACTIVATIONS)}"
         )
     return ACTIVATIONS[value]
-
-
-def preprocessing(path: Any, config: Mapping[str, Any]) -> dict[str, Any]:
-    """How images were prepared: "mean", "std", "interpolation", "crop_pct", as far as the files beside say so."""
-    cfg = {**config, **(config.get("pretrained_cfg") or {})} if "architecture" in config else {}
-    found = {name: cfg[name] for name in ("mean", "std", "interpolation", "crop_pct") if name in cfg}
-    theirs = beside(path, "preprocessor_config.json")
-    names = {"image_mean": "mean", "image_std": "std"}
-    return found | {
-        ours: theirs[name]
-        for name, ours in names.items()
-        if theirs.get("do_normalize", True) and name in theirs
-    }
