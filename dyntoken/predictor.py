@@ -23,7 +23,7 @@ from dyntoken.models import create_model
 from dyntoken.preprocessing import Preprocess
 from dyntoken.registry import load_plugins
 from dyntoken.types import Output
-from dyntoken.weights import fetch, load_pretrained, load_whole, prepared
+from dyntoken.weights import class_names, fetch, load_pretrained, load_whole, prepared
 
 Columns = dict[str, np.ndarray]
 ADDRESSES = ("hf:", "https:", "pretrained:")
@@ -129,7 +129,8 @@ class Predictor:
                 return run.model, run.variables, run.preprocess, run.class_names, origin
         options: dict[str, Any] = {"step": self.step, "prefer": self.prefer, "return_report": True}
         model, variables, report = load_pretrained(self.source, **options, **self.options)
-        return model, variables, None, (), report.origin
+        names = class_names(self.source)
+        return model, variables, None, names if len(names) == model.num_classes else (), report.origin
 
     def _read_export(self) -> tuple[Any, Any, Preprocess, Sequence[str], str]:
         if self.features or self.tokens or self.keep is not None or self.thresholds is not None:

@@ -21,6 +21,7 @@ import argparse
 import json
 import logging
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     if args.to == "ours":
         weights.save_weights(args.target, variables, model=model)
     elif args.to == "transformers":
-        _write_transformers(epath.Path(args.target), model, variables)
+        names = runs.class_names(runs.of_workdir(args.source)) or weights.class_names(args.source)
+        _write_transformers(epath.Path(args.target), model, variables, names)
     else:
         tensors = weights.with_buffers(model, weights.export_reference(model, variables))
         if suffix == ".npz":
@@ -95,11 +97,13 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     return {"read": str(loaded), "written": args.target}
 
 
-def _write_transformers(folder: Any, model: Any, variables: Any) -> None:
+def _write_transformers(folder: Any, model: Any, variables: Any, names: Sequence[str]) -> None:
     from dyntoken import preprocessing, weights
     from dyntoken.weights import configs, files, pixels
 
-    tensors, config = weights.to_transformers(model, variables)
+    tensors, config = weights.to_transformers(
+        model, variables, names if len(names) == model.num_classes else ()
+    )
     processor = pixels.processor_of(preprocessing.preprocess(model))
     folder.mkdir(parents=True, exist_ok=True)
     files.write_safetensors(folder / "model.safetensors", tensors, {"format": "pt"})

@@ -33,9 +33,11 @@ def add(parser: cli.Parser) -> None:
     parser.add_argument("--workdir", help="folder of a training run")
     parser.add_argument("--step", default="newest", help="checkpoint: newest, best or a number")
     cli.add_prefer(parser)
-    parser.add_argument("--model", metavar="NAME", help="in place of --workdir: model, with its --weights")
+    parser.add_argument("--model", metavar="NAME", help="model of --weights, where they do not tell it")
     parser.add_argument(
-        "--weights", help=".safetensors, .npz, .pth, pretrained:NAME, or hf:org/name", metavar="SOURCE"
+        "--weights",
+        help="in place of --workdir: .safetensors, .npz, .pth, a folder, pretrained:NAME, or hf:org/name",
+        metavar="SOURCE",
     )
     cli.add_model_options(parser)
     parser.add_argument("--batch", type=cli.positive, default=32, help="pictures at a time (default: 32)")

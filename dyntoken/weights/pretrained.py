@@ -136,6 +136,11 @@ def prepared(model: Any, source: Any) -> Any:
     return model.clone(prepared=tuple(sorted(fields.items()))) if fields else model
 
 
+def class_names(source: Any) -> tuple[str, ...]:
+    """Of a checkpoint's classes, as the `config.json` beside it has them, else ()."""
+    return configs.class_names(_opened(source, None)[1][0])
+
+
 def _opened(source: Any, sha256: str | None) -> tuple[Any, list[dict[str, Any]], Any]:
     """What `layouts.read` takes, the two JSON files beside it, and its place, None of a mapping."""
     if isinstance(source, Mapping):

@@ -91,6 +91,13 @@ def test_convert_writes_a_folder_and_reads_it(tmp_path, capsys):
     assert dense.method is None and dyntoken.preprocess(dense).mean == dyntoken.preprocess(model).mean
     one, other = weights.flat_variables(made.variables(model)), weights.flat_variables(read)
     assert all(np.array_equal(one[path], other[path]) for path in other) and one.keys() == other.keys()
+    config = json.loads((there / "config.json").read_text())
+    named = config | {"id2label": dict(zip(config["id2label"], "abcde", strict=True))}
+    (there / "config.json").write_text(json.dumps(named))
+    assert convert.main([str(there), str(tmp_path / "again"), "--to=transformers"]) == 0
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["label2id"] == dict(
+        zip("abcde", range(5), strict=True)
+    )
     assert convert.main([str(back), str(tmp_path / "x.npz"), "--to=transformers"]) == 1
     assert "--to=transformers writes a folder" in capsys.readouterr().err
 
