@@ -28,6 +28,7 @@ from typing import Any
 from dyntoken.tools import cli
 
 SUFFIXES = {"ours": (".safetensors",), "timm": (".safetensors", ".npz"), "transformers": ("",)}
+ADDRESSES = ("hf:", "pretrained:", "http")  # no paths
 WRITES = {"transformers": "a folder"}
 
 
@@ -59,7 +60,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     if suffix not in SUFFIXES[args.to]:
         writes = WRITES.get(args.to) or " or ".join(SUFFIXES[args.to])
         raise ValueError(f"{args.target}: --to={args.to} writes {writes}")
-    if not args.source.startswith(("hf:", "pretrained:", "http")) and not epath.Path(args.source).exists():
+    if not args.source.startswith(ADDRESSES) and not epath.Path(args.source).exists():
         raise ValueError(f"{args.source}: no such weight file or workdir")
     logging.getLogger("dyntoken.weights").addHandler(logging.NullHandler())  # its report is printed here
     options = {
@@ -86,7 +87,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     if args.to == "ours":
         weights.save_weights(args.target, variables, model=model)
     elif args.to == "transformers":
-        names = runs.class_names(runs.of_workdir(args.source)) or weights.class_names(args.source)
+        away = args.source.startswith(ADDRESSES)
+        names = () if away else runs.class_names(runs.of_workdir(args.source))
+        names = names or weights.class_names(args.source)
         _write_transformers(epath.Path(args.target), model, variables, names)
     else:
         tensors = weights.with_buffers(model, weights.export_reference(model, variables))
