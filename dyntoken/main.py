@@ -4,7 +4,8 @@
     python -m dyntoken.main --config=configs/tps_deit.py --config.optim.lr=5e-4 --dry_run
     python -m dyntoken.main --config=configs/tps_deit.py:demo --workdir=runs/demo --mode=eval --step=best
 
-Rerunning a command resumes it. What follows the colon are arguments of the recipe, which its
+Rerunning a command resumes it. An evaluation also writes predictions, accuracy by class and a confusion
+matrix into WORKDIR/eval, or where --out says. What follows the colon are arguments of the recipe, which its
 head describes. `--config.KEY=VALUE` sets any key of the config, whether the recipe names it or
 not: numbers, True, None, text, sequences as 3-6-9 or 3,6,9 or (3, 6, 9), sizes as 224x320.
 The keys: configs/common.py has them with their defaults, dyntoken/train/settings.py says what
@@ -47,6 +48,12 @@ flags.DEFINE_enum(
     "train",
     ["train", "eval"],
     "train, or evaluate the run in --workdir; without --workdir, whole weights given by --config.init.path",
+)
+flags.DEFINE_string(
+    "out",
+    None,
+    "of --mode=eval: folder for predictions, accuracy by class and confusion matrix; by default WORKDIR/eval, "
+    "without --workdir none",
 )
 flags.DEFINE_string("step", "newest", "of --mode=eval: newest, best (by the run's best_metric) or a number")
 flags.DEFINE_bool("restart", False, "start anew; what is in the workdir is moved to WORKDIR/old/N")
@@ -99,7 +106,14 @@ def start(config, what: str) -> None:
 
 
 def run(
-    config, workdir: str | None, mode: str, dry_run: bool, step: str = "newest", *, restart: bool = False
+    config,
+    workdir: str | None,
+    mode: str,
+    dry_run: bool,
+    step: str = "newest",
+    *,
+    restart: bool = False,
+    out: str | None = None,
 ) -> int:
     """Does what the flags ask for; returns the exit status; raises what goes wrong."""
     from dyntoken import train
@@ -108,6 +122,8 @@ def run(
     config = config.to_dict()
     if restart and (dry_run or mode == "eval"):
         raise ValueError("--restart starts a training run anew: leave it out of --mode=eval and --dry_run")
+    if out and (dry_run or mode != "eval"):
+        raise ValueError("--out is for --mode=eval: a training run writes into --workdir")
     if dry_run:
         facts = train.dry_run(config, log=say)
         gmacs = _gmacs(train.build(config).model)
@@ -115,7 +131,8 @@ def run(
         say(f"gmacs: {' / '.join(each)} up to each exit" if each else f"gmacs: {gmacs:.3f}")
         say(f"plan: {facts['steps']} steps of {config['batch']} images into {workdir}")
     elif mode == "eval":
-        metrics = train.evaluate(config, workdir, step=step)
+        out = out or (None if workdir is None else os.path.join(workdir, "eval"))
+        metrics = train.evaluate(config, workdir, step=step, out=out)
         gmacs = _gmacs(train.build(config, training=False).model)
         say(json.dumps({**metrics, "count": int(metrics["count"]), "gmacs": gmacs}))
     else:
@@ -148,7 +165,9 @@ def main(argv: list[str]) -> int:
         if FLAGS.mode == "eval" and FLAGS.workdir is None and names_weights:
             workdir = None  # these weights, not the run that may lie in the default folder
         start(FLAGS.config, describe(FLAGS.config, workdir))
-        return run(FLAGS.config, workdir, FLAGS.mode, FLAGS.dry_run, FLAGS.step, restart=FLAGS.restart)
+        return run(
+            FLAGS.config, workdir, FLAGS.mode, FLAGS.dry_run, FLAGS.step, restart=FLAGS.restart, out=FLAGS.out
+        )
     except USER_ERRORS as error:
         peers.blame(error)
         fail(error)

@@ -17,6 +17,7 @@ IMPORTS = {
     "interrupt": set(),
     "ops": set(),
     "paths": set(),
+    "progress": set(),
     "registry": set(),
     "workdirs": set(),
     "__init__": {"interrupt"},
@@ -92,6 +93,7 @@ IMPORTS = {
         "nn",
         "optim",
         "paths",
+        "progress",
         "reducers",
         "registry",
         "schedules",
@@ -128,6 +130,7 @@ IMPORTS = {
         "paths",
         "predictor",
         "preprocessing",
+        "progress",
         "reducers",
         "registry",
         "runs",
@@ -136,6 +139,7 @@ IMPORTS = {
         "weights",
     },
     "main": {"analysis", "compilation_cache", "config", "multihost", "peers", "schema", "tools", "train"},
+    "__main__": {"main", "schema"},
 }
 TENSORFLOW = {"tensorflow", "tensorflow_datasets"}
 FLAX = {"ops/sample.py"}  # of the operators: a record that passes through jit
