@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import jax
 import jax.numpy as jnp
@@ -170,6 +171,20 @@ def test_a_source_that_does_not_fit_is_refused(tmp_path, capsys, words, says):
     assert study.main(["tokens", source, *words, f"--out={tmp_path / 'new'}"]) == 1
     said = capsys.readouterr().err
     assert says in said and said.count("\n") == 1
+
+
+def test_a_signal_ends_the_command_and_not_the_results(out, capsys, monkeypatch):
+    words = ["tokens", *TINY, "--seeds=1", f"--out={out}"]
+    assert study.main([*words, "--only=attention-drop-0.5"]) == 0
+    before = (out / "tokens.csv").read_text()
+    stopped = types.SimpleNamespace(finished=False, signum=signal.SIGTERM)
+    monkeypatch.setattr(train, "run", lambda *args, **more: stopped)
+    with pytest.raises(SystemExit) as ended:
+        study.main([*words, "--only=attention-fuse-0.5"])
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert (
+        "the same command goes on" in capsys.readouterr().err and (out / "tokens.csv").read_text() == before
+    )
 
 
 def test_weights_of_another_architecture_are_refused(tmp_path, capsys):
