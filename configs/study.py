@@ -22,6 +22,7 @@ def get_config(arg=None):
     common.timm_cosine(c, common.per_batch(c, 2.5e-4, 1024))
     if arg.demo:
         toys.demo(c)
+        c.optim.clip = 1.0
         c.data.eval.crop_pct = 1.0  # of images of another size: trained on whole
     if arg.tiny:
         toys.tiny(c)

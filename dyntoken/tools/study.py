@@ -19,6 +19,8 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
+import os
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -138,7 +140,7 @@ def publish(args: argparse.Namespace, setting: Any, study: Any, pool: Any, trial
     config = setting.config
     training = f"{config['steps']} steps" if config["steps"] else f"{config['epochs']:g} epochs"
     facts = {
-        "command": f"`python -m dyntoken.tools.study {' '.join(word for word in args.argv if word != '--json')}`",
+        "command": f"`python -m dyntoken.tools.study {_portable(args.argv)}`",
         "data": f"{config['data']['name']}, {config['data']['split']} and {config['data']['eval_split']}",
         "training": f"{training} of {config['batch']} images",
         "dense": f"{setting.dense.arch} at {setting.dense.input_shape[0]} pixels, {setting.gmacs:.3f} GMACs, "
@@ -153,6 +155,15 @@ def publish(args: argparse.Namespace, setting: Any, study: Any, pool: Any, trial
     except ModuleNotFoundError as error:
         _say(f"no picture: {error}")
     return {"study": args.study, "dense": setting.top1, "rows": stored, "text": text}
+
+
+def _portable(words: list[str]) -> str:
+    """A command without what another machine has elsewhere."""
+    kept = [
+        word for word in words if word.partition("=")[0] not in ("--json", "--data_dir", "--out", "--report")
+    ]
+    names = [f"--source={os.path.basename(w)}" if w.startswith("--source=/") else w for w in kept]
+    return shlex.join(names)
 
 
 def _say(line: str) -> None:
