@@ -82,8 +82,8 @@ def exchange(found: Trained) -> list[Row]:
     def read(variables: Tree, images: jax.Array) -> tuple[jax.Array, ...]:
         kept = plain.apply(variables, images)
         dropped = 1.0 - kept.reductions[0].decision
-        draws = jax.random.uniform(jax.random.key(found.seed), (sites, dropped.shape[1]))
-        few = jnp.argsort(jnp.argsort(draws[0])) < dropped.sum(axis=1, keepdims=True)
+        draws = jax.random.uniform(jax.random.key(found.seed), dropped.shape[1:])
+        few = jnp.argsort(jnp.argsort(draws))[None] < dropped.sum(axis=1, keepdims=True)
         rest = [jnp.ones_like(dropped)] * (sites - 1)
         others = [
             masked.apply(variables, images, decisions=[first.astype(dropped.dtype), *rest]).logits
