@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from dyntoken.studies.setting import Setting
+from typing import Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,14 +43,14 @@ class Study:
     Attributes:
       title: of the table and the picture.
       expects: what was expected before the first run, in words.
-      trials: from the setting to the networks.
+      trials: from the `setting.Setting` to the networks.
       measure: row of `measures.MEASURES`.
       expected: row -> top-1 minus that of the dense model, in points, as guessed before the first run.
     """
 
     title: str
     expects: str
-    trials: Callable[[Setting], Sequence[Trial]]
+    trials: Callable[[Any], Sequence[Trial]]
     measure: str = "top1"
     expected: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
