@@ -37,7 +37,7 @@ FEW = {
     "reuse": "feature",
     "rivals": "tome",
 }
-FAKE = ["--data=fake", "--set=data.options={'num_classes': 4}"]
+FAKE = ["--data=fake", "--set=data.options={'num_classes': 4, 'channels': 1}"]
 SLOW = ("squeezes", "sites", "distillation", "reuse", "exits")
 ROWS = {
     "tokens": {"attention-drop-0.5", "predictor-drop-0.5"},
@@ -160,7 +160,7 @@ def test_a_folder_of_another_version_is_left_alone(out, tmp_path, capsys):
     ("words", "says"),
     [
         (
-            ["--data=fake", "--set=data.options={'num_classes': 4}", "--img_size=28"],
+            ["--data=fake", "--set=data.options={'num_classes': 4, 'channels': 1}", "--img_size=28"],
             "classifies 10 classes, fake has 4",
         ),
         (["--data=fashion_mnist_mini", "--img_size=30"], "not divisible by patch_size"),
