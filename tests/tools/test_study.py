@@ -37,7 +37,6 @@ FEW = {
     "reuse": "feature",
     "rivals": "tome",
 }
-FAKE = ["--data=fake", "--set=data.options={'num_classes': 4, 'channels': 1}"]
 SLOW = ("squeezes", "sites", "distillation", "reuse", "exits")
 ROWS = {
     "tokens": {"attention-drop-0.5", "predictor-drop-0.5"},
