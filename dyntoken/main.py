@@ -22,8 +22,8 @@ import sys
 
 from absl import app, flags, logging
 
+from dyntoken import compilation_cache, multihost, peers, schema
 from dyntoken import config as recipes
-from dyntoken import multihost, peers, schema
 
 FLAGS = flags.FLAGS
 USER_ERRORS = (ValueError, OSError, ImportError, RuntimeError)
@@ -58,6 +58,7 @@ flags.DEFINE_string(
 flags.DEFINE_string("step", "newest", "of --mode=eval: newest, best (by the run's best_metric) or a number")
 flags.DEFINE_bool("restart", False, "start anew; what is in the workdir is moved to WORKDIR/old/N")
 flags.DEFINE_bool("dry_run", False, "build, compile, print parameters, MACs, memory and plan; read no data")
+flags.DEFINE_string("compilation_cache", "", compilation_cache.HELP)
 flags.DEFINE_enum(
     "distributed", "auto", multihost.MODES, "join other processes (auto: if the environment says so)"
 )
@@ -96,6 +97,7 @@ def start(config, what: str) -> None:
     )
     if not cluster.process:
         print(f"{what}; starting takes some seconds", flush=True)
+    compilation_cache.use(FLAGS.compilation_cache)
     use_all_cores(config.batch // (cluster.processes or 1))
     try:
         multihost.initialize(cluster, timeout=FLAGS.cluster_timeout, lost_after=FLAGS.lost_after)

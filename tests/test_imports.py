@@ -12,6 +12,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent / "dyntoken"
 # What each package or single file imports today, from the bottom up: no less, no more.
 IMPORTS = {
     "architectures": set(),
+    "compilation_cache": set(),
     "config": set(),
     "interrupt": set(),
     "ops": set(),
@@ -49,6 +50,7 @@ IMPORTS = {
         "heads",
         "multiexit",
         "nn",
+        "ops",
         "reducers",
         "registry",
         "schema",
@@ -115,6 +117,8 @@ IMPORTS = {
     },
     "tools": {
         "analysis",
+        "backbones",
+        "compilation_cache",
         "config",
         "data",
         "device_augment",
@@ -134,7 +138,7 @@ IMPORTS = {
         "train",
         "weights",
     },
-    "main": {"analysis", "config", "multihost", "peers", "schema", "tools", "train"},
+    "main": {"analysis", "compilation_cache", "config", "multihost", "peers", "schema", "tools", "train"},
     "__main__": {"main", "schema"},
 }
 TENSORFLOW = {"tensorflow", "tensorflow_datasets"}
