@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 T = TypeVar("T")
-FORM = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {unit}  ETA {remaining}  {rate_fmt}{postfix}"
+FORM = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{unit}  ETA {remaining}  {rate_fmt}{postfix}"
 TICK_S = 0.5
 
 
@@ -26,7 +26,7 @@ def bar(what: str, total: int, *, unit: str = "", start: int = 0) -> Any:
     width = (
         {"dynamic_ncols": True} if shutil.get_terminal_size((0, 0)).columns else {"ncols": 80, "nrows": 24}
     )
-    options = {"unit": unit, "initial": start, "bar_format": FORM, "leave": False, **width}
+    options = {"unit": f" {unit}", "initial": start, "bar_format": FORM, "leave": False, **width}
     return tqdm.tqdm(desc=what, total=total, disable=None, file=sys.stderr, **options)
 
 

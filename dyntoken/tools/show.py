@@ -180,7 +180,8 @@ def save(figure: Any, path: Path, colours: int | None) -> None:
         from PIL import Image
 
         with Image.open(path) as image:
-            small = image.convert("RGB").quantize(colours)
+            full = image.convert("RGB")
+        small = full.quantize(palette=full.quantize(colours), dither=Image.Dither.FLOYDSTEINBERG)
         small.save(path, optimize=True)
 
 

@@ -7,8 +7,9 @@ import sys
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from dyntoken import train
+from dyntoken import data, train
 from tests.train.tiny import tiny_config
 
 
@@ -56,3 +57,25 @@ def test_what_cannot_be_written_is_said(workdir, tmp_path, monkeypatch):
     train.evaluate(tiny_config(steps=2, ema=0.5), workdir, out=tmp_path / "out", log=told.append)
     assert (tmp_path / "out" / "classes.csv").exists() and not (tmp_path / "out" / "confusion.png").exists()
     assert any("no confusion.png" in line for line in told)
+
+
+def test_images_keep_their_names(tmp_path):
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        for number in range(3):
+            Image.new("RGB", (8, 8), (90 * number, 0, 0)).save(tmp_path / name / f"{number}.png")
+    reading = {"split": "train", "batch": 4, "shards": 2, "size": 8}
+    seen = {}
+    for batch in data.eval_batches(f"folder:{tmp_path}", named=True, **reading):
+        for name, label, red, mask in zip(
+            batch["name"], batch["label"], batch["image"][:, 0, 0, 0], batch["mask"], strict=True
+        ):
+            if mask:
+                seen[name.decode()] = (int(label), int(red))
+    expected = {
+        str(tmp_path / name / f"{number}.png"): (label, 90 * number)
+        for label, name in enumerate(("cat", "dog"))
+        for number in range(3)
+    }
+    assert seen == expected
+    assert all("name" not in batch for batch in data.eval_batches(f"folder:{tmp_path}", **reading))
