@@ -320,7 +320,7 @@ def test_commands_run_on_a_folder_of_pictures(file, tmp_path, monkeypatch):
                     config.teacher.update(thin)
                 if config.data.size == 224:
                     config.data.size = 64
-                config.update({"batch": 8, "epochs": 1.0, "curves": False})
+                config.update({"batch": 16, "epochs": 1.0, "curves": False})
                 config.optim.warmup_epochs = 0
             assert main.run(config, given.workdir, given.mode, given.dry_run, given.step) == 0
         else:
