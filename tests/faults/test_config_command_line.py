@@ -66,8 +66,8 @@ def every_key():
     seen = set()
     for model in MODELS:
         for key, kind in schema.leaves(settings.Settings, recipe(model), "config"):
-            # A name or a plugin says what there is: no sample would be one.
-            if key not in seen and key.rpartition(".")[2] not in ("name", "plugins"):
+            # A name or a plugin says what there is, what is prepared how the files beside weights: no sample would do.
+            if key not in seen and key.rpartition(".")[2] not in ("name", "plugins", "prepared"):
                 seen.add(key)
                 yield pytest.param(model, key, kind, id=key)
 
