@@ -14,7 +14,7 @@ import safetensors.numpy
 from etils import epath
 
 from dyntoken import __version__, paths, preprocessing, registry
-from dyntoken.exporting import onnx_graph
+from dyntoken.exporting import onnx_graph, onnx_program
 from dyntoken.exporting.programs import IMAGES, KEEP, LOGITS, NEXT, Program, programs
 from dyntoken.models import Model
 from dyntoken.ops import backend
@@ -86,7 +86,7 @@ def export(
             files[row["jax"][platform]] = bytes(found.serialize())
         if "onnx" in formats:
             row["onnx"] = f"{part.name}.onnx"
-            files[row["onnx"]] = onnx_graph.to_onnx(part, weights)
+            files[row["onnx"]] = onnx_program.to_onnx(part, weights)
         described.append(row)
     about = {
         "model": "_".join(filter(None, (model.method, model.arch))),

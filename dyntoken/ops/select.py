@@ -24,11 +24,7 @@ def order(scores: Array) -> Array:
     equal scores as it likes, so there the rank is counted by comparison, which is
     exact too.
     """
-    if backend.platform() == "onnx":  # cannot read the bits of a float
-        keys = jax.lax.stop_gradient(scores.astype(jnp.float32))
-        keys = jnp.where(jnp.isnan(keys), jnp.inf, keys)
-    else:
-        keys = _keys(scores)
+    keys = _keys(scores)
     if backend.platform() not in ("tpu", "onnx"):
         return jnp.argsort(keys, axis=-1, descending=True, stable=True).astype(jnp.int32)
     rank, rows = _ranks(keys), jnp.arange(keys.shape[-1], dtype=jnp.int32)
@@ -49,8 +45,13 @@ def _ranks(keys: Array) -> Array:
 
 
 def _keys(scores: Array) -> Array:
-    """Integers that are ordered as the scores are, NaN above all: comparing floats, NaN has no rank."""
+    """Integers that are ordered as the scores are, NaN above all: comparing floats, NaN has no rank.
+
+    In ONNX, which cannot read the bits of a float, the scores themselves, NaN as infinity.
+    """
     scores = jax.lax.stop_gradient(scores.astype(jnp.float32))
+    if backend.platform() == "onnx":
+        return jnp.where(jnp.isnan(scores), jnp.inf, scores)
     bits = jax.lax.bitcast_convert_type(jnp.where(scores == 0, 0.0, scores), jnp.int32)
     bits = jnp.where(bits < 0, bits ^ _TOP, bits)  # the larger a negative number's bits, the smaller it is
     return jnp.where(jnp.isnan(scores), _TOP, bits)

@@ -135,17 +135,17 @@ class LTMP(Reducer):
         here = jnp.concatenate([alive[:, even], alive[:, odd]], axis=1) > 0.5
         stands = here & (jnp.take_along_axis(now, target, axis=1) > 0.5)
         patches = jnp.concatenate([x[:, even], merged], axis=1).astype(tokens.x.dtype)
-        mask, infinite = attend.with_prefix(now, prefix), jnp.full((len(now), prefix), jnp.inf)
-        best = jnp.concatenate([jnp.full((len(now), prefix), -jnp.inf), best], axis=1)
+        mask, infinite = attend.with_prefix(now, prefix), jnp.full((now.shape[0], prefix), jnp.inf)
+        best = jnp.concatenate([jnp.full((now.shape[0], prefix), -jnp.inf), best], axis=1)
         decided = Decided(
             mask, attend.with_prefix(left, prefix), jnp.concatenate([infinite, importance], axis=1), best
         )
         past = () if tokens.state is None else tokens.state.blocks
         place, size = tokens.place[:, order], jnp.concatenate([size[:, even], total], axis=1)
         if self.rows == "dropped":  # those alive first, as if the others were gone
-            moves = jnp.argsort(now <= 0.5, axis=1, stable=True)
+            moves = select.order((now > 0.5).astype(jnp.float32))
             patches, place, now, size = (select.take(each, moves) for each in (patches, place, now, size))
-            target = jnp.take_along_axis(jnp.argsort(moves, axis=1), target, axis=1)
+            target = jnp.take_along_axis(select.inverse(moves, moves.shape[1]), target, axis=1)
             mask = attend.with_prefix(now, prefix)
         remap = jnp.where(stands, target, -1)[:, jnp.argsort(order)].astype(jnp.int32)
         reduction = Reduction(

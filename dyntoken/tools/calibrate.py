@@ -189,21 +189,28 @@ class Judge:
         """Share of the pictures that get the dense model's class."""
         return float((answers == self.answers).mean())
 
+
+class Clock:
+    """Times reduced models beside the dense one, which is compiled once."""
+
+    def __init__(self, args: argparse.Namespace, dense: Model, variables: Any):
+        self.batch, self.dense, self.variables = args.batch, dense, variables
+
     def _run(self, model: Model) -> Any:
         import jax
 
         from dyntoken.analysis import timing
 
-        images = timing.random_images(model, self.args.batch)
+        images = timing.random_images(model, self.batch)
         return timing.evaluation(model, jax.device_put(self.variables), images)
 
     @functools.cached_property
     def _dense_run(self) -> Any:
-        return self._run(self.dense)  # compiled once for all comparisons
+        return self._run(self.dense)
 
     def speed(self, model: Model, pairs: int) -> tuple[float, float]:
         """Speed-up over the dense model, median of pairs, and images/s."""
         from dyntoken.analysis import timing
 
         timed = timing.compare(self._dense_run, self._run(model), pairs=pairs)
-        return timed.ratio, timed.second.images_per_s(self.args.batch)
+        return timed.ratio, timed.second.images_per_s(self.batch)

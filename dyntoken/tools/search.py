@@ -72,7 +72,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     blocks = [block for block in range(1, body.depth) if _takes(make, block, counts[-1])]
     if not blocks:
         raise ValueError(f"method {args.method!r} takes no single block of {dense.arch} as its site")
-    cost = Costs(judge, args)
+    cost = Costs(calibrate.Clock(args, dense, variables), args)
     totals = {count: cost(make((blocks[0],), (count,))) for count in counts}
     costs = schedules.block_costs(body.depth, blocks[0], inside, totals, patches)
     errors = {}
@@ -117,15 +117,15 @@ def _takes(make: Any, block: int, count: int) -> bool:
 class Costs:
     """Cost of a model as a share of the dense one's, by the clock or by multiply-adds."""
 
-    def __init__(self, judge: calibrate.Judge, args: argparse.Namespace):
-        self.judge, self.pairs, self.timed = judge, args.pairs, args.latency is not None
+    def __init__(self, clock: calibrate.Clock, args: argparse.Namespace):
+        self.clock, self.pairs, self.timed = clock, args.pairs, args.latency is not None
 
     def __call__(self, model: Model) -> float:
         from dyntoken.analysis import macs
 
         if self.timed:
-            return 1 / self.judge.speed(model, self.pairs)[0]
-        return macs.count(model).gmacs / macs.count(self.judge.dense).gmacs
+            return 1 / self.clock.speed(model, self.pairs)[0]
+        return macs.count(model).gmacs / macs.count(self.clock.dense).gmacs
 
 
 def _moved(

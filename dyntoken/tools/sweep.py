@@ -17,13 +17,17 @@ from __future__ import annotations
 
 import argparse
 import csv
+import itertools
 import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dyntoken.tools import calibrate, cli
+
+if TYPE_CHECKING:
+    from dyntoken.models import Model
 
 COLUMNS = ("method", "keep", "gmacs", "speed_up", "images_per_s", "accuracy", "agrees")
 
@@ -41,47 +45,30 @@ def arguments(parser: cli.Parser) -> None:
     )
     parser.add_argument("--at", type=cli.ints, help="blocks that reduce; by default the method's own")
     parser.add_argument("--pairs", type=cli.positive, default=7, help="timed pairs a row (default 7)")
+    parser.add_argument(
+        "--retime",
+        action="store_true",
+        help="time the rows of OUT again, as on a machine that is quiet now; answers are kept",
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="for sweep.csv and sweep.png")
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Measures the rows that are not there yet, and draws them all."""
-    from dyntoken.analysis import macs
-    from dyntoken.models import reduced
-
     if wrong := [rate for rate in args.keep if not 0 < rate <= 1]:
         raise ValueError(f"--keep={wrong[0]}: keep rates lie in (0, 1]")
     dense, variables = calibrate.load(args)
     calibrate.classes(args)  # what is refused is refused before anything is computed
-    methods = args.methods or calibrate.training_free(dense)
     table = Table(args.out, {key: str(value) for key, value in vars(args).items() if key in PLAN})
-    models = {}
-    for name, keep in ((name, keep) for name in methods for keep in args.keep):
-        method, options = calibrate.method_of(name)
-        at = {} if args.at is None else {"at": args.at}
-        try:
-            models[name, keep] = reduced(dense, method, keep=keep, **at, **options)
-        except ValueError as error:
-            if args.methods:
-                raise
-            print(f"left out: {name} at keep {keep}: {error}", file=sys.stderr, flush=True)
-            continue
-        if extra := calibrate.fresh(models[name, keep], dense):
-            raise ValueError(f"method {name!r} has parameters of its own ({extra[0]}, ...): train it first")
-    todo = [key for key in models if (key[0], str(key[1])) not in table.done]
-    if todo or ("dense", "1.0") not in table.done:
-        judge = calibrate.Judge(args, dense, variables)
-        if ("dense", "1.0") not in table.done:
-            speed = {"speed_up": 1.0, "images_per_s": judge.speed(dense, args.pairs)[1]}
-            scores = {"accuracy": judge.accuracy(judge.answers), "agrees": 1.0}
-            table.add({"method": "dense", "keep": 1.0, "gmacs": macs.count(dense).gmacs, **speed, **scores})
-        for key in todo:
-            model = models[key]
-            ratio, rate = judge.speed(model, args.pairs)
-            answers = judge.classes_of(model)
-            scores = {"accuracy": judge.accuracy(answers), "agrees": judge.agreement(answers)}
-            found = {"gmacs": macs.count(model).gmacs, "speed_up": ratio, "images_per_s": rate, **scores}
-            table.add({"method": key[0], "keep": key[1], **found})
+    clock = calibrate.Clock(args, dense, variables)
+    if args.retime:
+        found = table.rows()
+        for row in found:
+            model = dense if row["method"] == "dense" else _make(args, dense, row["method"], row["keep"])
+            row["speed_up"], row["images_per_s"] = clock.speed(model, args.pairs)
+        table.replace(found)
+    else:
+        _add(args, table, dense, variables, clock)
     rows = table.rows()
     draw(rows, args.out / "sweep.png", f"{dense.arch}, {args.data} {args.split}")
     return {
@@ -90,6 +77,48 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "judged_by": calibrate.judged_by(args, dense),
         "rows": rows,
     }
+
+
+def _make(args: argparse.Namespace, dense: Model, name: str, keep: float) -> Model:
+    from dyntoken.models import reduced
+
+    method, options = calibrate.method_of(name)
+    at = {} if args.at is None else {"at": args.at}
+    return reduced(dense, method, keep=keep, **at, **options)
+
+
+def _add(
+    args: argparse.Namespace, table: Table, dense: Model, variables: Any, clock: calibrate.Clock
+) -> None:
+    """Measures the rows that the table has not."""
+    from dyntoken.analysis import macs
+
+    models = {}
+    for name, keep in itertools.product(args.methods or calibrate.training_free(dense), args.keep):
+        try:
+            models[name, keep] = _make(args, dense, name, keep)
+        except ValueError as error:
+            if args.methods:
+                raise
+            print(f"left out: {name} at keep {keep}: {error}", file=sys.stderr, flush=True)
+            continue
+        if extra := calibrate.fresh(models[name, keep], dense):
+            raise ValueError(f"method {name!r} has parameters of its own ({extra[0]}, ...): train it first")
+    todo = [key for key in models if (key[0], str(key[1])) not in table.done]
+    missing = ("dense", "1.0") not in table.done
+    if not todo and not missing:
+        return
+    judge = calibrate.Judge(args, dense, variables)
+    if missing:
+        speed = {"speed_up": 1.0, "images_per_s": clock.speed(dense, args.pairs)[1]}
+        scores = {"accuracy": judge.accuracy(judge.answers), "agrees": 1.0}
+        table.add({"method": "dense", "keep": 1.0, "gmacs": macs.count(dense).gmacs, **speed, **scores})
+    for (name, keep), model in ((key, models[key]) for key in todo):
+        ratio, rate = clock.speed(model, args.pairs)
+        answers = judge.classes_of(model)
+        scores = {"accuracy": judge.accuracy(answers), "agrees": judge.agreement(answers)}
+        found = {"gmacs": macs.count(model).gmacs, "speed_up": ratio, "images_per_s": rate, **scores}
+        table.add({"method": name, "keep": keep, **found})
 
 
 # Options that decide what a row means.
@@ -116,10 +145,19 @@ class Table:
 
     def add(self, row: dict[str, Any]) -> None:
         """Appends a row and says so."""
-        text = {**row, **{key: f"{row[key]:.4f}" for key in COLUMNS[2:] if row[key] is not None}}
+        text = _text(row)
         with self.path.open("a", newline="") as file:
             csv.DictWriter(file, COLUMNS, lineterminator="\n").writerow(text)
         print(*(f"{key} {text[key]}" for key in COLUMNS if row[key] is not None), file=sys.stderr, flush=True)
+
+    def replace(self, rows: list[dict[str, Any]]) -> None:
+        """Writes other rows in place of all."""
+        new = self.path.with_suffix(".new")
+        with new.open("w", newline="") as file:
+            table = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+            table.writeheader()
+            table.writerows(map(_text, rows))
+        new.replace(self.path)
 
     def rows(self) -> list[dict[str, Any]]:
         """All rows, numbers as numbers; None where there are no labels."""
@@ -131,6 +169,11 @@ class Table:
     def _stored(self) -> Iterator[dict[str, str]]:
         with self.path.open(newline="") as file:
             yield from csv.DictReader(file)
+
+
+def _text(row: dict[str, Any]) -> dict[str, Any]:
+    """A row as it is written."""
+    return {**row, **{key: f"{row[key]:.4f}" for key in COLUMNS[2:] if row[key] is not None}}
 
 
 def draw(rows: list[dict[str, Any]], path: Path, title: str) -> None:

@@ -10,11 +10,12 @@ import pytest
 import dyntoken
 from dyntoken import exporting
 from dyntoken.exporting import checking as checks
-from dyntoken.exporting import onnx_graph
+from dyntoken.exporting import onnx_program
 from dyntoken.exporting.programs import Program
-from dyntoken.ops import backend, select
+from dyntoken.ops import backend, merge, select
+from dyntoken.reducers import METHODS
 from tests.backbones import small as backbones
-from tests.exporting.small import MODELS, model_of, variables_of
+from tests.exporting.small import MODELS, VIT, model_of, variables_of
 
 HERE = [name for name in checks.RUNTIMES if importlib.util.find_spec(name)]
 needs_onnx = pytest.mark.skipif(
@@ -41,6 +42,26 @@ def test_a_file_agrees_in_every_runtime(name, tmp_path):
     assert sum(one.ties for one in found) <= 4, found
 
 
+QUICK = ("tome", "kmedoids", "ltmp")
+
+
+@needs_onnx
+@pytest.mark.parametrize(
+    "method", [m if m in QUICK else pytest.param(m, marks=pytest.mark.slow) for m in METHODS]
+)
+def test_every_method_agrees_in_every_runtime(method, tmp_path):
+    sites = (1,) if method in QUICK else (1, 2)
+    model = dyntoken.create_model(
+        f"{method}_deit_tiny_patch16_224", **{**VIT, "depth": len(sites) + 1, "at": sites}
+    )
+    variables = variables_of(model)
+    dyntoken.export(model, variables, tmp_path, platforms=("cpu",), formats=("jax", "onnx"))
+    found = exporting.check(tmp_path, model, variables)
+    assert {one.how for one in found} == {"jax", *HERE}
+    assert not exporting.disagreements(found), found
+    assert sum(one.ties for one in found) <= 4, found
+
+
 def _file(function, **inputs):
     """`function` of arrays by name, each `[b, ...]`, as a program and its ONNX file."""
     (batch,) = jax.export.symbolic_shape("b")
@@ -48,20 +69,39 @@ def _file(function, **inputs):
     run = lambda weights, arrays: {"y": function(**arrays)}  # noqa: E731
     with backend.trace_for("onnx"):
         part = Program("part", run, shapes, jax.eval_shape(run, {}, shapes))
-    return onnx_graph.to_onnx(part, {})
+    return onnx_program.to_onnx(part, {})
+
+
+EVEN, ODD = np.arange(0, 40, 2), np.arange(1, 40, 2)
 
 
 @needs_onnx
 @pytest.mark.parametrize("runtime", HERE)
-def test_equal_scores_keep_their_order(runtime):
+@pytest.mark.parametrize(
+    ("function", "shape"),
+    [
+        (select.order, (40,)),
+        (select.ranks, (40,)),
+        (lambda scores: merge.one_way(scores, EVEN, ODD, 7).remap, (20, 20)),
+        (lambda scores: merge.both_ways(scores, EVEN, ODD, 7).remap, (20, 20)),
+        (lambda scores: scores.argmin(axis=1), (20, 20)),
+        (lambda scores: scores.argmax(axis=2), (20, 20)),
+    ],
+    ids=("order", "ranks", "one_way", "both_ways", "argmin", "argmax"),
+)
+def test_equal_scores_are_told_apart_alike(runtime, function, shape):
     """A runtime's own TopK need not: OpenVINO 2026.4 takes other rows than ONNX says."""
-    run = checks.opened(_file(select.order, scores=((40,), jnp.float32)), {"y"}, runtime)
+    run = checks.opened(_file(function, scores=(shape, jnp.float32)), {"y"}, runtime)
     for batch in (1, 7, 32):
-        rng = np.random.default_rng(batch)
-        some = rng.integers(0, 3, (batch, 40)).astype(np.float32)
-        for scores in (some, np.where(some > 1, 0.0, -0.0).astype(np.float32), np.ones_like(some)):
-            want = np.argsort(-scores, axis=1, kind="stable")
-            np.testing.assert_array_equal(run({"scores": scores})["y"], want)
+        some = np.random.default_rng(batch).integers(0, 3, (batch, *shape)).astype(np.float32)
+        zeros = np.where(some > 1, 0.0, -0.0).astype(np.float32)
+        for scores in (
+            some,
+            zeros,
+            np.ones_like(some),
+            np.where(some > 1, np.inf, -np.inf).astype(np.float32),
+        ):
+            np.testing.assert_array_equal(run({"scores": scores})["y"], function(jnp.asarray(scores)))
 
 
 @needs_onnx
@@ -86,6 +126,10 @@ def test_operators(runtime):
             lambda x: jnp.ones((x.shape[0], 3)) * x[:, 1:4] + x.argmax(axis=1)[:, None],
             {"x": ((6,), floats)},
         ),
+        "counts": (lambda rows: jnp.cumsum(rows > 7, axis=1, dtype=ints) - 1, {"rows": ((16,), ints)}),
+        "sums": (lambda x: jax.lax.cumsum(x, axis=1, reverse=True), {"x": ((6,), floats)}),
+        "finite": (lambda x: jnp.isfinite(jnp.log(x)), {"x": ((6,), floats)}),
+        "expm1": (lambda x: jnp.expm1(x * 1e-4) * 1e4, {"x": ((6,), floats)}),
     }
     for name, (function, inputs) in cases.items():
         run = checks.opened(_file(function, **inputs), {"y"}, runtime)
@@ -126,7 +170,12 @@ def test_what_has_no_node_is_named(tmp_path):
     half = dyntoken.create_model("deit_tiny_patch16_224", **MODELS["deit_tiny_patch16_224"], dtype="bfloat16")
     with pytest.raises(ValueError, match="float32 models, this one computes in bfloat16"):
         dyntoken.export(half, variables_of(model), tmp_path / "none", formats=("onnx",))
-    with pytest.raises(ValueError, match="no ONNX node for the operation 'sort'"):
+    drawn = dyntoken.create_model("topk_deit_tiny_patch16_224", **{**VIT, "at": (1,)}, score="random")
+    with pytest.raises(ValueError, match=r"ONNX cannot draw .* export it as jax"):
+        dyntoken.export(drawn, variables_of(drawn), tmp_path / "none", formats=("onnx",))
+    with pytest.raises(
+        ValueError, match="no ONNX node for the operation 'sort' of this model: export it as jax"
+    ):
         _file(lambda x: jnp.sort(x, axis=1), x=((4,), jnp.float32))
     assert not (tmp_path / "none").exists()
 
