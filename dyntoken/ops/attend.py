@@ -83,17 +83,16 @@ def policy_attention(
     if _PLAIN.get():
         p = policy_softmax(logits(q, k, scale=scale), policy, eps)
         return jnp.einsum("bhqk,bhkd->bhqd", p.astype(v.dtype), v)
-    return _policy_attention(*_alike(q, k, v, policy.astype(jnp.float32)), scale, eps)
+    return _policy_attention(q, k, v, _varying_as(policy.astype(jnp.float32), q), scale, eps)
 
 
-def _alike(*arrays: Array) -> list[Array]:
-    """All varying over the same mesh axes inside a `shard_map`: a backward pass must return what it was given."""
-    axes = [jax.typeof(x).vma for x in arrays]
-    every = frozenset().union(*axes)
-    return [
-        jax.lax.pcast(x, tuple(every - own), to="varying") if every - own else x
-        for x, own in zip(arrays, axes, strict=True)
-    ]
+def _varying_as(policy: Array, q: Array) -> Array:
+    """`policy` over the mesh axes of `q` inside a `shard_map`: a backward pass must return what it was given.
+
+    A selection that chooses nothing, as in `ops.depthwise`: the policy ahead of the first site is a constant.
+    """
+    either = q[:, 0, 0, :1] == 0
+    return jnp.where(either, policy, policy)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
