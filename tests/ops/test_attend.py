@@ -137,7 +137,7 @@ def test_policy_attention_under_transformations():
     check(jax.checkpoint(_operator))
     check(lambda *a: jax.vmap(lambda *one: _operator(*(x[None] for x in one))[0])(*a))
     check(lambda *a: jax.lax.scan(lambda c, one: (c, _operator(*(x[None] for x in one))[0]), 0, a)[1])
-    mesh = jax.make_mesh((1,), ("data",))
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     spec = jax.sharding.PartitionSpec("data")
     check(jax.shard_map(_operator, mesh=mesh, in_specs=spec, out_specs=spec))
     # A policy that is the same on all devices, as it is ahead of the first site.
