@@ -22,6 +22,7 @@ CORE = [
     "absl-py>=2.1",
     "tensorflow-datasets>=4.9.9",
     "flatbuffers>=24.3",  # jax.export reads and writes with it, without asking for it
+    "tqdm>=4.66",  # live lines; tensorflow-datasets brings it
     "importlib_resources>=6.0",  # tensorflow-datasets imports it without asking for it
 ]
 # A Colab or TPU image keeps its own TensorFlow; the CPU build is enough to read data.
@@ -37,6 +38,7 @@ EXTRAS = {
     "data": DATA,
     "viz": VIZ,
     "tensorboard": TENSORBOARD,
+    "wandb": ["wandb>=0.31"],
     "torch": ["torch>=2.6"],
     "export": EXPORT,
     "ray": ["ray[data]>=2.51", "pillow>=11.0"],
@@ -75,9 +77,10 @@ setup(
     packages=[*find_packages(include=["dyntoken", "dyntoken.*"]), "dyntoken.configs"],
     package_dir={"dyntoken.configs": "configs"},
     package_data={
-        "dyntoken": ["data/fashion_mnist_mini/*", "weights/pretrained/*"],
+        "dyntoken": ["data/fashion_mnist_mini/*", "weights/pretrained/*", "analysis/*.html"],
         "dyntoken.configs": ["*.py"],
     },
+    entry_points={"console_scripts": ["dyntoken = dyntoken.__main__:main"]},
     install_requires=CORE,
     extras_require=EXTRAS,
     classifiers=[

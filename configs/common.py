@@ -74,6 +74,7 @@ def base():
     c.resume = config_dict.placeholder(str)  # workdir of another run to go on from
     c.profile = {"start": 20, "steps": 0}  # steps > 0: jax.profiler traces them into WORKDIR/profile
     c.tensorboard = False  # also write WORKDIR/tensorboard (pip install tensorboardX)
+    c.wandb = ""  # project of Weights & Biases that the metrics also go to (pip install wandb)
     c.curves = True  # draw WORKDIR/curves.png at every evaluation, if matplotlib is there
     c.ema = 0.0  # decay of the weight average; 0 for none
     c.ema_warmup = (

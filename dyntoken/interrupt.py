@@ -25,9 +25,17 @@ _farewells: list[Callable[[str], None]] = []
 
 
 def is_program() -> bool:
-    """Whether this process is `python -m dyntoken.NAME`."""
+    """Whether this process is `python -m dyntoken.NAME`, `python -m dyntoken` or `dyntoken`."""
     words = sys.orig_argv
-    return any(a == "-m" and b.startswith("dyntoken.") for a, b in itertools.pairwise(words))
+    if any(
+        a == "-m" and (b == "dyntoken" or b.startswith("dyntoken.")) for a, b in itertools.pairwise(words)
+    ):
+        return True
+    return _is_script(words)
+
+
+def _is_script(words: list[str]) -> bool:
+    return len(words) > 1 and os.path.basename(words[1]) == "dyntoken" and not os.path.isdir(words[1])
 
 
 def install() -> None:
@@ -72,6 +80,7 @@ def _tell(signum: int) -> bool:
 def end(signum: int) -> None:
     """Ends this process at once, in one line."""
     line = f"{WORDS[signum]}{go_on()}"
+    line = f"\r\x1b[K{line}" if sys.stderr.isatty() else line  # in the place of a live line
     for farewell in _farewells:
         _try(farewell, WORDS[signum], within=PATIENCE_S)
     _try(sys.stdout.flush, within=1.0)
@@ -99,10 +108,12 @@ def before_end(farewell: Callable[[str], None]) -> None:
 def go_on() -> str:
     """How to go on with a training, `"; to go on: COMMAND"`; empty for what starts anew anyway."""
     words = sys.orig_argv
-    if not is_program() or "dyntoken.main" not in words:
+    if not is_program() or not ("dyntoken.main" in words or "train" in words):
         return ""
     if {"--mode=eval", "--dry_run", "--dry_run=true"} & set(words):
         return ""
+    if _is_script(words):
+        return f"; to go on: {shlex.join(['dyntoken', *words[2:]])}"
     return f"; to go on: python {shlex.join(words[1:])}"
 
 

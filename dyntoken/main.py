@@ -4,7 +4,8 @@
     python -m dyntoken.main --config=configs/tps_deit.py --config.optim.lr=5e-4 --dry_run
     python -m dyntoken.main --config=configs/tps_deit.py:demo --workdir=runs/demo --mode=eval --step=best
 
-Rerunning a command resumes it. What follows the colon are arguments of the recipe, which its
+Rerunning a command resumes it. An evaluation also writes predictions, accuracy by class and a confusion
+matrix into WORKDIR/eval, or where --out says. What follows the colon are arguments of the recipe, which its
 head describes. `--config.KEY=VALUE` sets any key of the config, whether the recipe names it or
 not: numbers, True, None, text, sequences as 3-6-9 or 3,6,9 or (3, 6, 9), sizes as 224x320.
 The keys: configs/common.py has them with their defaults, dyntoken/train/settings.py says what
@@ -21,8 +22,8 @@ import sys
 
 from absl import app, flags, logging
 
+from dyntoken import compilation_cache, multihost, peers, schema
 from dyntoken import config as recipes
-from dyntoken import multihost, peers, schema
 
 FLAGS = flags.FLAGS
 USER_ERRORS = (ValueError, OSError, ImportError, RuntimeError)
@@ -48,9 +49,16 @@ flags.DEFINE_enum(
     ["train", "eval"],
     "train, or evaluate the run in --workdir; without --workdir, whole weights given by --config.init.path",
 )
+flags.DEFINE_string(
+    "out",
+    None,
+    "of --mode=eval: folder for predictions, accuracy by class and confusion matrix; by default WORKDIR/eval, "
+    "without --workdir none",
+)
 flags.DEFINE_string("step", "newest", "of --mode=eval: newest, best (by the run's best_metric) or a number")
 flags.DEFINE_bool("restart", False, "start anew; what is in the workdir is moved to WORKDIR/old/N")
 flags.DEFINE_bool("dry_run", False, "build, compile, print parameters, MACs, memory and plan; read no data")
+flags.DEFINE_string("compilation_cache", "", compilation_cache.HELP)
 flags.DEFINE_enum(
     "distributed", "auto", multihost.MODES, "join other processes (auto: if the environment says so)"
 )
@@ -89,6 +97,7 @@ def start(config, what: str) -> None:
     )
     if not cluster.process:
         print(f"{what}; starting takes some seconds", flush=True)
+    compilation_cache.use(FLAGS.compilation_cache)
     use_all_cores(config.batch // (cluster.processes or 1))
     try:
         multihost.initialize(cluster, timeout=FLAGS.cluster_timeout, lost_after=FLAGS.lost_after)
@@ -97,7 +106,14 @@ def start(config, what: str) -> None:
 
 
 def run(
-    config, workdir: str | None, mode: str, dry_run: bool, step: str = "newest", *, restart: bool = False
+    config,
+    workdir: str | None,
+    mode: str,
+    dry_run: bool,
+    step: str = "newest",
+    *,
+    restart: bool = False,
+    out: str | None = None,
 ) -> int:
     """Does what the flags ask for; returns the exit status; raises what goes wrong."""
     from dyntoken import train
@@ -106,6 +122,8 @@ def run(
     config = config.to_dict()
     if restart and (dry_run or mode == "eval"):
         raise ValueError("--restart starts a training run anew: leave it out of --mode=eval and --dry_run")
+    if out and (dry_run or mode != "eval"):
+        raise ValueError("--out is for --mode=eval: a training run writes into --workdir")
     if dry_run:
         facts = train.dry_run(config, log=say)
         gmacs = _gmacs(train.build(config).model)
@@ -113,7 +131,8 @@ def run(
         say(f"gmacs: {' / '.join(each)} up to each exit" if each else f"gmacs: {gmacs:.3f}")
         say(f"plan: {facts['steps']} steps of {config['batch']} images into {workdir}")
     elif mode == "eval":
-        metrics = train.evaluate(config, workdir, step=step)
+        out = out or (None if workdir is None else os.path.join(workdir, "eval"))
+        metrics = train.evaluate(config, workdir, step=step, out=out)
         gmacs = _gmacs(train.build(config, training=False).model)
         say(json.dumps({**metrics, "count": int(metrics["count"]), "gmacs": gmacs}))
     else:
@@ -146,7 +165,9 @@ def main(argv: list[str]) -> int:
         if FLAGS.mode == "eval" and FLAGS.workdir is None and names_weights:
             workdir = None  # these weights, not the run that may lie in the default folder
         start(FLAGS.config, describe(FLAGS.config, workdir))
-        return run(FLAGS.config, workdir, FLAGS.mode, FLAGS.dry_run, FLAGS.step, restart=FLAGS.restart)
+        return run(
+            FLAGS.config, workdir, FLAGS.mode, FLAGS.dry_run, FLAGS.step, restart=FLAGS.restart, out=FLAGS.out
+        )
     except USER_ERRORS as error:
         peers.blame(error)
         fail(error)

@@ -18,9 +18,11 @@ from dyntoken.classifier import Classifier
 from dyntoken.features import Features
 from dyntoken.heads import AttentionPool, ClassHead, PatchRefinement, Representation, with_dense
 from dyntoken.multiexit import MultiExit, default_exits
+from dyntoken.nn import images as guard
 from dyntoken.nn import layers
 from dyntoken.nn.spec import Site, Spec
 from dyntoken.nn.trunk import Context
+from dyntoken.ops import slices
 from dyntoken.reducers.base import Form
 from dyntoken.reducers.methods import OF_SITE, make_sites
 from dyntoken.registry import UnknownNameError, suggest
@@ -150,6 +152,9 @@ class Model(Classifier):
         for what, given in (("noise", noise), ("decisions", decisions)):
             if given is not None and len(given) != len(self.at):
                 raise ValueError(f"{what} has {len(given)} entries for {len(self.at)} sites")
+        plain = not (train or record) and noise is None and decisions is None
+        if plain and (out := self._in_slices(images, ids)) is not None:
+            return out
         context = self._context(images, ids, train, noise=noise, decisions=decisions, record=tuple(record))
         tokens, reductions, records = self.body(images, context)
         logits, heads, dense = self._classify(tokens, context, "dense" in record)
@@ -163,6 +168,21 @@ class Model(Classifier):
             mixed=tokens.mixed,
             state=tokens.state,
         )
+
+    def _in_slices(self, images: Array, ids: Array | None) -> Output | None:
+        """A plain evaluation of a batch that is better run in slices, see `ops.slices`; None for another."""
+        size = slices.size(images.shape)
+        drawn = self.has_rng("policy") or self.is_mutable_collection("intermediates")
+        if not size or self.is_initializing() or drawn:
+            return None
+        guard.check(images)
+        ids = jnp.arange(images.shape[0], dtype=jnp.int32) if ids is None else ids
+        free, variables = self.clone(parent=None), self.variables
+        out = slices.run(lambda images, ids: free.apply(variables, images, ids=ids), images, ids, size)
+        if out.state is not None or any(site.learnt is not None for site in out.reductions):
+            return None  # not all of it is per image
+        heads = None if out.heads is None else slices.joined(out.heads, axis=1)
+        return jax.tree.map(slices.joined, out.replace(heads=None)).replace(heads=heads)
 
     def _classify(
         self, tokens: Tokens, context: Context, dense: bool = False

@@ -21,6 +21,7 @@ import dyntoken
 from dyntoken import config as recipes
 from dyntoken import main, multihost
 from dyntoken.eval.runner import Runner
+from dyntoken.reducers import METHODS
 from dyntoken.train import settings as train_settings
 from tests.train.tiny import tiny_config
 
@@ -59,6 +60,12 @@ SECTIONS.remove("features.md: Ray")  # tests/test_ray.py
 # A command of ours, to the end of its line or to a shell operator; a continued line is one.
 SHELL = "\n".join(block.text for block in BLOCKS if block.language == "bash").replace("\\\n", " ")
 COMMANDS = sorted(set(re.findall(r"python -m (dyntoken[\w.]*(?: [^\n\"&|]*)?)", SHELL)))
+# `dyntoken NAME ...` is the same program.
+OF_MAIN = {"train": "", "eval": " --mode=eval"}
+COMMANDS += [
+    f"dyntoken.main{words}{OF_MAIN[name]}" if name in OF_MAIN else f"dyntoken.tools.{name}{words}"
+    for name, words in sorted(set(re.findall(r"^dyntoken (\w+)( [^\n\"&|]*)", SHELL, re.M)))
+]
 COMMANDS = [command for command in COMMANDS if "plugins=my_" not in command]
 SCRIPTS = sorted(set(re.findall(r"python scripts/(\w+)\.py ([^\n\"&|]*)", SHELL)))
 
@@ -66,7 +73,9 @@ SCRIPTS = sorted(set(re.findall(r"python scripts/(\w+)\.py ([^\n\"&|]*)", SHELL)
 def test_every_block_is_of_a_language_that_is_tested():
     assert {block.language for block in BLOCKS} == {"", "bash", "python"}  # "" is what a command printed
     assert len(SECTIONS) >= 2 and len(COMMANDS) >= 25
-    known = re.compile(r"\s*(srun|gcloud|pip install|python (-m (dyntoken|pytest)|scripts/)|#|$)")
+    known = re.compile(
+        r"\s*(srun|gcloud|pip install|dyntoken \w+ |python (-m (dyntoken|pytest)|scripts/)|#|$)"
+    )
     lines = [line for line in SHELL.splitlines() if not known.match(line)]
     assert not lines, "nothing tests these"
 
@@ -207,10 +216,11 @@ def test_a_command_parses(command, only_parse):
         with pytest.raises(Parsed) as read:
             program.main(words)
         names = vars(read.value.args[0])
-        for name in {names.get("name"), names.get("vs")} - {None}:
-            if not names.get("workdir") and not name.startswith(
-                "runs/"
-            ):  # a run's workdir stands for its model
+        others = names.get("vs") or []
+        for name in {names.get("name"), *([others] if isinstance(others, str) else others)} - {None}:
+            # A run's workdir stands for its model, and a method alone takes that of the weights.
+            of_weights = name.partition(":")[0] in METHODS
+            if not (names.get("workdir") or name.startswith("runs/") or of_weights):
                 dyntoken.create_model(name)
         if names.get("config"):
             recipes.load(names["config"])
@@ -230,7 +240,7 @@ def test_a_command_parses(command, only_parse):
 
 
 def test_a_cheap_command_runs(capsys):
-    (command,) = [c for c in COMMANDS if c.startswith("dyntoken.tools.flops")]
+    command = next(c for c in COMMANDS if c.startswith("dyntoken.tools.flops"))
     module, *words = shlex.split(command, comments=True)
     assert importlib.import_module(module).main(words) == 0
     assert "2.99" in capsys.readouterr().out

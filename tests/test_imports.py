@@ -12,10 +12,12 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent / "dyntoken"
 # What each package or single file imports today, from the bottom up: no less, no more.
 IMPORTS = {
     "architectures": set(),
+    "compilation_cache": set(),
     "config": set(),
     "interrupt": set(),
     "ops": set(),
     "paths": set(),
+    "progress": set(),
     "registry": set(),
     "workdirs": set(),
     "__init__": {"interrupt"},
@@ -48,6 +50,7 @@ IMPORTS = {
         "heads",
         "multiexit",
         "nn",
+        "ops",
         "reducers",
         "registry",
         "schema",
@@ -90,6 +93,7 @@ IMPORTS = {
         "nn",
         "optim",
         "paths",
+        "progress",
         "reducers",
         "registry",
         "schedules",
@@ -113,6 +117,8 @@ IMPORTS = {
     },
     "tools": {
         "analysis",
+        "backbones",
+        "compilation_cache",
         "config",
         "data",
         "device_augment",
@@ -124,6 +130,7 @@ IMPORTS = {
         "paths",
         "predictor",
         "preprocessing",
+        "progress",
         "reducers",
         "registry",
         "runs",
@@ -131,7 +138,8 @@ IMPORTS = {
         "train",
         "weights",
     },
-    "main": {"analysis", "config", "multihost", "peers", "schema", "tools", "train"},
+    "main": {"analysis", "compilation_cache", "config", "multihost", "peers", "schema", "tools", "train"},
+    "__main__": {"main", "schema"},
 }
 TENSORFLOW = {"tensorflow", "tensorflow_datasets"}
 FLAX = {"ops/sample.py"}  # of the operators: a record that passes through jit

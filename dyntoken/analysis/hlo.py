@@ -132,8 +132,8 @@ def _estimate(found: Sequence[Operation]) -> list[dict[str, Any]]:
     return sorted(rows.values(), key=lambda row: (-row["cycles"], row["group"]))
 
 
-def _operations(text: str) -> list[Operation]:
-    """The instructions that run, in order; loops are entered, fusions are not."""
+def computations(text: str) -> tuple[Bodies, str]:
+    """The instructions of each computation by its name, and the name of the entry."""
     bodies: Bodies = {}
     entry, lines = "", []
     for line in text.splitlines():
@@ -144,6 +144,12 @@ def _operations(text: str) -> list[Operation]:
             lines.append(_Line(*match.groups()))
     if not entry:
         raise ValueError("no entry computation: this is not the text of a compiled program")
+    return bodies, entry
+
+
+def _operations(text: str) -> list[Operation]:
+    """The instructions that run, in order; loops are entered, fusions are not."""
+    bodies, entry = computations(text)
     return [*_walk(bodies, entry, 1)]
 
 

@@ -11,21 +11,34 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 Run = Callable[[], Any]
 
 
 @dataclasses.dataclass(frozen=True)
+class Program:
+    """A compiled function and what it is called with; a call starts the work and returns its arrays."""
+
+    fn: Any
+    args: tuple[Any, ...]
+
+    def __call__(self) -> Any:
+        return self.fn(*self.args)
+
+
+@dataclasses.dataclass(frozen=True)
 class Times:
-    """Seconds per call, one entry per measurement."""
+    """Seconds per call, one entry per measurement; each is the mean of `calls` calls."""
 
     seconds: tuple[float, ...]
+    calls: int = 1
 
     @property
     def latency(self) -> float:
@@ -44,6 +57,11 @@ class Comparison:
     first: Times
     second: Times
     ratios: tuple[float, ...]
+
+    @classmethod
+    def of(cls, first: Times, second: Times) -> Comparison:
+        """Of two of the programs that `in_turn` timed."""
+        return cls(first, second, tuple(a / b for a, b in zip(first.seconds, second.seconds, strict=True)))
 
     @property
     def ratio(self) -> float:
@@ -81,17 +99,37 @@ def compare(first: Run, second: Run, *, pairs: int = 20, warmup: int = 2, min_s:
     """
     if pairs < 1:
         raise ValueError(f"pairs must be at least 1, got {pairs}")
-    runs = (first, second)
+    return Comparison.of(*in_turn((first, second), rounds=pairs, warmup=warmup, min_s=min_s))
+
+
+def in_turn(
+    runs: Sequence[Run], *, rounds: int = 20, warmup: int = 2, min_s: float = 0.1, pause_s: float = 0.0
+) -> list[Times]:
+    """Times several programs in turn, every other round in reverse order; see `compare`.
+
+    Args:
+      pause_s: seconds to wait ahead of each measurement, after which threads of another
+        library that wait for work in a loop have gone to sleep.
+    """
     calls = []
     for run in runs:
         once = [measure(run) for _ in range(max(warmup, 1))][-1]
         calls.append(max(1, math.ceil(min_s / max(once, 1e-6))))
-    seconds: tuple[list[float], list[float]] = ([], [])
-    for pair in range(pairs):
-        for side in (0, 1) if pair % 2 == 0 else (1, 0):
-            seconds[side].append(measure(runs[side], calls[side]))
-    ratios = tuple(a / b for a, b in zip(*seconds, strict=True))
-    return Comparison(Times(tuple(seconds[0])), Times(tuple(seconds[1])), ratios)
+    seconds: list[list[float]] = [[] for _ in runs]
+    for number in range(rounds):
+        for index in range(len(runs)) if number % 2 == 0 else reversed(range(len(runs))):
+            time.sleep(pause_s) if pause_s else None
+            seconds[index].append(measure(runs[index], calls[index]))
+    return [Times(tuple(row), count) for row, count in zip(seconds, calls, strict=True)]
+
+
+def latencies(run: Run, times: Times, calls: int = 100) -> dict[str, float]:
+    """Seconds of single calls, each waited for: percentiles by name, "p50", "p90" and "p99".
+
+    Those of `times` where it has measured single calls, else so many new ones.
+    """
+    alone = times.seconds if times.calls == 1 else [measure(run) for _ in range(calls)]
+    return {f"p{q}": float(np.percentile(alone, q)) for q in (50, 90, 99)}
 
 
 def device() -> str:
@@ -119,17 +157,21 @@ def random_images(model: Any, batch: int, seed: int = 0) -> jax.Array:
     return jnp.asarray(rng.standard_normal((batch, *model.input_shape), np.float32))
 
 
-def evaluation(model: Any, variables: Any, images: jax.Array) -> Run:
-    """A compiled forward pass in evaluation, image tensor to logits."""
-    forward = jax.jit(lambda variables, images: model.apply(variables, images).logits)
-    return lambda: forward(variables, images)
+def evaluation(model: Any, variables: Any, images: Any) -> Program:
+    """A forward pass in evaluation, image tensor to logits; `images` may be a shape, to compile only."""
+    return Program(
+        jax.jit(lambda variables, images: model.apply(variables, images).logits), (variables, images)
+    )
 
 
-def training(model: Any, variables: Any, images: jax.Array) -> Run:
-    """A compiled training pass: forward in training mode, cross-entropy, gradient in every parameter.
+def training(model: Any, variables: Any, images: Any, optimizer: bool = False) -> Program:
+    """A training pass: forward in training mode, cross-entropy, gradient in every parameter.
 
     A method with a learnt policy runs its mask form here, so it is no faster than
     the dense model; the others train at the reduced shapes.
+
+    Args:
+      optimizer: also applies AdamW, and returns its state and the new parameters; nothing is donated.
     """
     constant = {name: value for name, value in variables.items() if name != "params"}
 
@@ -140,9 +182,18 @@ def training(model: Any, variables: Any, images: jax.Array) -> Run:
         out = out[0] if mutable else out
         return -jax.nn.log_softmax(out.logits.astype(jnp.float32))[:, 0].mean()
 
-    step = jax.jit(jax.grad(loss))
-    key = jax.random.key(0)
-    return lambda: step(variables["params"], images, key)
+    params, key = variables["params"], jax.random.key(0)
+    if not optimizer:
+        return Program(jax.jit(jax.grad(loss)), (params, images, key))
+    adamw = optax.adamw(1e-3)
+
+    def step(params: Any, state: Any, images: jax.Array, key: jax.Array) -> Any:
+        gradient = jax.grad(loss)(params, images, key)
+        with jax.named_scope("optimizer"):
+            updates, state = adamw.update(gradient, state, params)
+            return optax.apply_updates(params, updates), state
+
+    return Program(jax.jit(step), (params, jax.jit(adamw.init)(params), images, key))
 
 
 def exit_times(model: Any, variables: Any, images: jax.Array, *, calls: int = 5) -> np.ndarray:

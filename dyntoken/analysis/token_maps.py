@@ -33,13 +33,20 @@ class Fate:
       host: `[N0]` cell of the row that carries a patch, -1 if none does or if
         it is a fused row.
       fused: `[N0]` bool, patches carried by a row without a cell (EViT).
+      row: `[N0]` the row that carries a patch, -1 if none does: one number, one token.
       grid: (rows, columns) of the patches.
     """
 
     kept: np.ndarray
     host: np.ndarray
     fused: np.ndarray
+    row: np.ndarray
     grid: tuple[int, int]
+
+    @property
+    def tokens(self) -> int:
+        """How many rows stand for patches."""
+        return np.unique(self.row[self.row >= 0]).size
 
     @property
     def absorbed(self) -> np.ndarray:
@@ -77,7 +84,8 @@ def fate(reduction: Reduction, index: int = 0) -> Fate:
     carried = carrier >= 0
     host = np.where(carried, place[np.maximum(carrier, 0)], -1)
     kept = host == np.arange(host.size)
-    return Fate(kept=kept, host=host, fused=carried & (host < 0), grid=tuple(reduction.grid))
+    row = np.where(carried, carrier, -1)
+    return Fate(kept=kept, host=host, fused=carried & (host < 0), row=row, grid=tuple(reduction.grid))
 
 
 def picture(
@@ -126,7 +134,7 @@ def picture(
         where = f"stage {stage + 1}" if at is None else f"{noun} {at[stage]}"
         where += f", {f.grid[0]} x {f.grid[1]}" if f.grid != grid else ""
         _panel(axes[0, stage + 1], faded(rgb, f), f.grid, f"{where}: {f.kept.sum()} of {f.kept.size} kept")
-        _outline(axes[0, stage + 1], f.kept, f.grid, INK, 0.8)
+        outline(axes[0, stage + 1], f.kept, f.grid, INK, 0.8)
         if second:
             _groups(axes[1, stage + 1], rgb, f, palette)
     if second:
@@ -138,10 +146,10 @@ def picture(
 def faded(rgb: np.ndarray, f: Fate) -> np.ndarray:
     """`rgb [H, W, 3]` with the patches that are not kept faded to paper."""
     pale = (1 - FADE) * rgb.mean(axis=-1, keepdims=True) + FADE * PAPER
-    return np.where(_pixels(f.kept, f.grid, rgb)[..., None], rgb, pale)
+    return np.where(pixels(f.kept, f.grid, rgb)[..., None], rgb, pale)
 
 
-def _pixels(cells: np.ndarray, grid: tuple[int, int], rgb: np.ndarray) -> np.ndarray:
+def pixels(cells: np.ndarray, grid: tuple[int, int], rgb: np.ndarray) -> np.ndarray:
     """Values per cell `[N0, ...]` to values per pixel `[H, W, ...]`."""
     y, x = (np.arange(size) * n // size for size, n in zip(rgb.shape[:2], grid, strict=True))
     return cells.reshape(*grid, *cells.shape[1:])[y[:, None], x[None, :]]
@@ -153,7 +161,7 @@ def _panel(axis: Any, rgb: np.ndarray, grid: tuple[int, int], title: str) -> Non
     axis.set_title(title, fontsize=9, color=INK)
 
 
-def _outline(axis: Any, labels: np.ndarray, grid: tuple[int, int], colour: str, width: float) -> None:
+def outline(axis: Any, labels: np.ndarray, grid: tuple[int, int], colour: str, width: float) -> None:
     """Lines between neighbouring cells with different labels."""
     cells = labels.reshape(grid)
     below, right = np.argwhere(cells[1:] != cells[:-1]), np.argwhere(cells[:, 1:] != cells[:, :-1])
@@ -187,8 +195,8 @@ def _groups(axis: Any, rgb: np.ndarray, f: Fate, palette: Palette) -> None:
         tint[f.host == host] = palette[host]
     tint[f.fused] = FUSED_COLOUR
     shade = 0.62 + 0.38 * rgb.mean(axis=-1, keepdims=True)  # the image stays visible within a colour
-    _panel(axis, _pixels(tint, f.grid, rgb) * shade, f.grid, f.summary().partition("kept, ")[2])
-    _outline(axis, np.where(f.fused, -2, f.host), f.grid, "#ffffff", 0.7)
+    _panel(axis, pixels(tint, f.grid, rgb) * shade, f.grid, f.summary().partition("kept, ")[2])
+    outline(axis, np.where(f.fused, -2, f.host), f.grid, "#ffffff", 0.7)
     if not hosts:
         return
     y, x = np.divmod(np.arange(f.host.size), f.grid[1])

@@ -142,6 +142,7 @@ def eval_batches(
     data_dir: str | None = None,
     crop_pct: Annotated[float, within("[0.05, 1]")] = 0.875,
     interpolation: Interpolation = "bicubic",
+    named: bool = False,
     **options: Any,
 ) -> Iterator[Batch]:
     """One pass over a split, each example exactly once.
@@ -157,13 +158,15 @@ def eval_batches(
         need not divide by `shards`.
       crop_pct: share of the resized side that the crop keeps.
       interpolation: "bicubic" or "bilinear", antialiased.
+      named: batches also hold `name`, bytes `[b]`: an example's file or record, in memory its number.
       others: as in `train_batches`.
 
     Raises:
       DataError: see the message; raised by this call, not by the first `next`.
     """
     source = open_source(name, data_dir, **options)
-    rows, own = _rows(name, source.info, split, size), {"crop_pct": crop_pct, "interpolation": interpolation}
+    rows = _rows(name, source.info, split, size)
+    own = {"crop_pct": crop_pct, "interpolation": interpolation, "named": named}
     return source.evaluate(EvalRequest(**rows, batch=batch, shards=shards, process=process, **own))
 
 

@@ -153,4 +153,5 @@ class ArraySource:
             if images.shape[1:3] != request.size:
                 images = resize_centre(images, request.size, request.crop_pct, request.interpolation)
             images = images * mask[:, None, None, None].astype(np.uint8)
-            yield {"image": images, "label": labels, "mask": mask.astype(np.float32)}
+            names = {"name": ids.astype(np.bytes_)} if request.named else {}
+            yield {"image": images, "label": labels, "mask": mask.astype(np.float32), **names}

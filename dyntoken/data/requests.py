@@ -140,6 +140,7 @@ class EvalRequest(Request):
 
     crop_pct: float
     interpolation: str
+    named: bool = False
 
     def __post_init__(self):
         check_eval_batch(self.batch, self.process)

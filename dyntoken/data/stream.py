@@ -110,7 +110,8 @@ class StreamSource:
         )
 
     def evaluate(self, request: EvalRequest) -> Iterator[Batch]:
-        return close_at_exit(self._guarded(functools.partial(self._pass, request), 0, mask_bad))
+        mend = functools.partial(mask_bad, named=request.named)
+        return close_at_exit(self._guarded(functools.partial(self._pass, request), 0, mend))
 
     def _guarded(
         self,
@@ -278,12 +279,12 @@ def replace_bad(batch: Batch, per_shard: int, log: CorruptLog) -> Batch:
     return batch
 
 
-def mask_bad(batch: Batch, log: CorruptLog) -> Batch:
-    """Masks the rows that did not decode; see `replace_bad`."""
+def mask_bad(batch: Batch, log: CorruptLog, *, named: bool = False) -> Batch:
+    """Masks the rows that did not decode; see `replace_bad`. `named` leaves the names in."""
     bad, names = batch.pop("bad"), batch.pop("name")
     log.check(batch, ~bad & (batch["mask"] > 0), names)
     if bad.any():
         log.report(names[bad], "it is not evaluated")
         batch = {**batch, "label": np.where(bad, 0, batch["label"]).astype(np.int32)}
         batch["mask"] = np.where(bad, 0.0, batch["mask"]).astype(np.float32)
-    return batch
+    return {**batch, "name": names} if named else batch

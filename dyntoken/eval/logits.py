@@ -23,13 +23,20 @@ Batch = Mapping[str, Array]
 Step = Callable[[Tree, Batch], Mapping[str, Array]]
 
 
-def make_eval_step(model: nn.Module, *, prepare: Callable[[Array], Array], axis: str = "data") -> Step:
-    """Builds `(variables, batch) -> sums` for one device.
+def make_eval_step(
+    model: nn.Module,
+    *,
+    prepare: Callable[[Array], Array],
+    axis: str = "data",
+    rows: Callable[[Array, Batch], Any] | None = None,
+) -> Any:
+    """Builds `(variables, batch) -> sums` for one device, or with `rows` to `(sums, rows)`.
 
     Args:
       model: returns an `Output` with logits `[b, classes]`, or `[exits, b, classes]`.
       prepare: uint8 images -> normalised float images, both `[b, H, W, C]`.
       axis: name of the mapped axis over devices.
+      rows: from the model's logits and the batch to what is wanted of each image, see `eval.answers`.
 
     The batch holds `image`, `label` int32 `[b]` and `mask` `[b]` (0.0 for
     padding). With `labels` bool `[b, classes]` besides (`imagenet2012_real`) a
@@ -45,24 +52,25 @@ def make_eval_step(model: nn.Module, *, prepare: Callable[[Array], Array], axis:
         labels, mask = batch["label"], batch["mask"]
         loss = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), labels)
         sums = {
-            "top1": mask * _right(batch, jnp.argmax(logits, -1)),
+            "top1": mask * right(batch, jnp.argmax(logits, -1)),
             # where, not a product: a padding row may be anything, NaN included.
             "loss": jnp.where(mask > 0, mask * loss, 0.0),
             "count": mask,
         }
         if logits.shape[-1] > 5:
             best = jnp.moveaxis(jax.lax.top_k(logits, 5)[1], -1, 0)  # [5, b]
-            sums["top5"] = mask * jnp.any(_right(batch, best), 0)
+            sums["top5"] = mask * jnp.any(right(batch, best), 0)
         totals = {name: jnp.sum(value) for name, value in sums.items()}
         if every.ndim == 3:
-            hits = _right(batch, jnp.argmax(every, -1))  # [exits, b]
+            hits = right(batch, jnp.argmax(every, -1))  # [exits, b]
             totals["top1_per_exit"] = jnp.sum(mask[None] * hits, axis=1)
-        return jax.lax.psum(totals, axis)
+        totals = jax.lax.psum(totals, axis)
+        return totals if rows is None else (totals, rows(every, batch))
 
     return eval_step
 
 
-def _right(batch: Batch, guess: Array) -> Array:
+def right(batch: Batch, guess: Array) -> Array:
     """Whether guesses `[..., b]` are right, bool of the same shape."""
     if "labels" not in batch:
         return guess == batch["label"].reshape((1,) * (guess.ndim - 1) + (-1,))
@@ -79,16 +87,21 @@ def classify(step: Step, variables: Tree, batches: Iterable[Batch]) -> dict[str,
     Raises:
       ValueError: if there is no example.
     """
+    return means(one_behind(step(variables, batch) for batch in batches))
+
+
+def means(found: Iterable[Mapping[str, Array]]) -> dict[str, Any]:
+    """The means that the sums of some batches make; see `classify`."""
     totals: dict[str, Any] = {}
-    for sums in _one_behind(step(variables, batch) for batch in batches):
+    for sums in found:
         # Float64 on the host: counts stay whole however long the split is.
         for name, value in jax.device_get(dict(sums)).items():
             totals[name] = totals.get(name, 0.0) + np.asarray(value, np.float64)
     count = round(float(totals.pop("count", 0.0)))
     if count == 0:
         raise ValueError("no example to evaluate: the split is empty")
-    means = {name: (total / count).tolist() for name, total in sorted(totals.items())}
-    return means | {"count": count}
+    values = {name: (total / count).tolist() for name, total in sorted(totals.items())}
+    return values | {"count": count}
 
 
 def make_logits_step(
@@ -131,8 +144,8 @@ def collect(step: Step, variables: Tree, batches: Iterable[Batch]) -> tuple[np.n
       ValueError: no example, or logits that are not finite.
     """
     logits, labels = [], []
-    for outputs in _one_behind(step(variables, batch) for batch in batches):
-        whole = {name: _on_host(value) for name, value in outputs.items()}
+    for outputs in one_behind(step(variables, batch) for batch in batches):
+        whole = {name: on_host(value) for name, value in outputs.items()}
         real = whole["mask"] > 0
         logits.append(whole["logits"][:, real])
         labels.append(whole["label"][real])
@@ -147,14 +160,14 @@ def collect(step: Step, variables: Tree, batches: Iterable[Batch]) -> tuple[np.n
     return logits, np.concatenate(labels)
 
 
-def _on_host(value: Array) -> np.ndarray:
+def on_host(value: Array) -> np.ndarray:
     """A global array, whole, in every process."""
     if value.is_fully_addressable:
         return np.asarray(value)
     return np.asarray(multihost_utils.process_allgather(value, tiled=True))
 
 
-def _one_behind(outputs: Iterator[Any]) -> Iterator[Any]:
+def one_behind(outputs: Iterator[Any]) -> Iterator[Any]:
     """The same, each after the next was started: the device never waits for the host."""
     waiting = None
     for following in outputs:

@@ -285,7 +285,8 @@ class ScoreSelectFuse(Reducer):
     def _gather(self, tokens: Tokens, scores: Scores, decision: Array | None) -> tuple[Tokens, Reduction]:
         """Rows really shrink: top-k with a static count."""
         n = tokens.count
-        keep, dropped = select.split(scores.rank if decision is None else decision, self.keep)
+        with jax.named_scope("select"):
+            keep, dropped = select.split(scores.rank if decision is None else decision, self.keep)
         if (
             self.keep == n
         ):  # nothing to drop: every row stays where it is, and the result that of the dense model

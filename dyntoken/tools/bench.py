@@ -1,115 +1,295 @@
 """Speed of a model against its dense counterpart.
 
-Times two models in turn on the device at hand and takes their ratio pair by
-pair: model only (no data loading), random images and weights, after warm-up.
-"share of ideal" is the speed-up over the ratio of multiply-adds. Early exit is
-timed by bench_exits, the input of a recipe by bench_input.
+Times both in turn on the device at hand and takes their ratio pair by pair: model
+only (no data loading), random images and weights, after warm-up. "share of
+ideal" is the speed-up over the ratio of multiply-adds. --vs-torch times the
+dense architecture in PyTorch in the same turns, --vs-onnx and --vs-openvino both models,
+exported. --profile says where the time goes. --suite times what results/speed.csv
+holds. Early exit is timed by bench_exits, the input of a recipe by bench_input;
+docs/speed.md explains the columns.
 
 examples:
-  python -m dyntoken.tools.bench dtps_deit_small_patch16_224 --batch=32
+  python -m dyntoken.tools.bench dtps_deit_small_patch16_224 --batch=1,16,64 --vs-torch --vs-onnx
   python -m dyntoken.tools.bench dtps_deit_small_patch16_224 --vs dynamicvit_deit_small_patch16_224
   python -m dyntoken.tools.bench evit_deit_tiny_patch16_224 --train --dtype=bfloat16 --json
+  python -m dyntoken.tools.bench dtps_deit_small_patch16_224 --profile
+  python -m dyntoken.tools.bench --suite
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import dataclasses
+import functools
 import sys
+from collections.abc import Iterator
 from typing import Any
 
-from dyntoken.tools import cli
+from dyntoken.tools import bench_peers, bench_suite, cli
+
+PAUSE_S = 0.3  # ahead of a measurement beside others: onnxruntime's threads look for work after they had some
 
 
 def arguments(parser: cli.Parser) -> None:
     """The options."""
-    cli.add_model(parser)
+    parser.add_argument("name", metavar="NAME", nargs="?", help="model, e.g. dtps_deit_small_patch16_224")
+    cli.add_model_options(parser)
     parser.add_argument(
         "--vs", metavar="NAME", help="model to compare with; by default the dense counterpart"
     )
-    parser.add_argument("--batch", type=cli.positive, default=16, help="images at a time (default 16)")
+    parser.add_argument(
+        "--batch", type=batches, default=(16,), help="images at a time, one number or several (default 16)"
+    )
     parser.add_argument("--pairs", type=cli.positive, default=20, help="timed pairs (default 20)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="compute type")
     parser.add_argument(
         "--train",
-        action="store_true",
-        help="time a training pass (forward, cross-entropy, gradient; no optimizer) instead of evaluation",
+        nargs="?",
+        const="gradient",
+        choices=("gradient", "step"),
+        help="time training instead: forward, cross-entropy and gradient, or a whole step with AdamW",
     )
+    parser.add_argument(
+        "--compile", action="store_true", help="also time compiling, the first time and from jax's cache"
+    )
+    parser.add_argument("--profile", action="store_true", help="also say where the time goes")
+    parser.add_argument("--vs-torch", action="store_true", help="also time the dense model in PyTorch")
+    parser.add_argument("--vs-torch-compile", action="store_true", help="likewise through torch.compile")
+    parser.add_argument("--vs-onnx", action="store_true", help="also time the models in onnxruntime")
+    parser.add_argument("--vs-openvino", action="store_true", help="also time the models in OpenVINO")
+    bench_suite.arguments(parser.add_argument_group("the suite"))
 
 
-def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Times both; the first model is the baseline.
+def batches(text: str) -> tuple[int, ...]:
+    """`16` or `1,16,64`."""
+    found = cli.ints(text)
+    if min(found) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: give a whole number of at least 1, or several")
+    return found
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any] | list[dict[str, Any]]:
+    """One result, or one per batch, see `_measure`."""
+    if args.suite:
+        if args.name:
+            raise cli.UsageError("--suite has its own models: leave NAME out")
+        return bench_suite.run(args, functools.partial(_parsed, args), _measure)
+    if not args.name:
+        raise cli.UsageError("which model? give its NAME, or --suite")
+    found = [_measure(args, batch) for batch in args.batch]
+    return found[0] if len(found) == 1 else found
+
+
+def _parsed(args: argparse.Namespace, words: list[str]) -> argparse.Namespace:
+    """The options of a row of the suite, for as many pairs as the suite was asked for."""
+    parser = cli.Parser(__spec__.name, "")
+    arguments(parser)
+    return parser.parse_args([*words, f"--pairs={args.pairs}"])
+
+
+def _measure(args: argparse.Namespace, batch: int) -> dict[str, Any]:
+    """Times everything at one batch; the first model is the baseline.
 
     `share_of_ideal` is null where a model trains in mask form, which computes
     every token and only pretends to drop.
     """
     from dyntoken.analysis import macs, timing
 
-    models = _models(args)
-    make = timing.training if args.train else timing.evaluation
-    runs = [
-        make(model, timing.random_variables(model), timing.random_images(model, args.batch))
-        for model in models.values()
-    ]
-    gmacs = [macs.count(model).gmacs for model in models.values()]
-    timed = timing.compare(*runs, pairs=args.pairs)
-    masked = args.train and any(
-        site.reducer(stage=stage, parent=None).resolved(True) == "mask"
-        for model in models.values()
-        for stage, site in enumerate(model.sites())
-    )
+    if args.train and (args.vs_onnx or args.vs_openvino):
+        raise cli.UsageError("--vs-onnx and --vs-openvino have no training")
+    peers = bench_peers.check_all(args)
+    models = _models(args, peers)
+    rows: list[dict[str, Any]] = []
+    runs: list[Any] = []
+    with _told(batch):
+        for name, model in models.items():
+            runs.append(_program(args, model, batch, row := {"name": name, "runtime": "jax"}))
+            rows.append({**row, "gmacs": macs.count(model).gmacs})
+        for name in peers:
+            for row, run in _peers(args, name, models, batch):
+                rows.append({**row, "gmacs": rows[[*models].index(row["name"])]["gmacs"]})
+                runs.append(run)
+        times = timing.in_turn(runs, rounds=args.pairs, pause_s=PAUSE_S if peers else 0.0)
+        for row, run, one in zip(rows, runs, times, strict=True):
+            row["images_per_s"], row["latency_ms"] = one.images_per_s(batch), 1e3 * one.latency
+            row["latency_percentiles_ms"] = {k: 1e3 * v for k, v in timing.latencies(run, one).items()}
+            row["speed_up"] = timing.Comparison.of(times[0], one).ratio
+        if args.profile:
+            from dyntoken.analysis import op_classes
+
+            for row, run in zip(rows[: len(models)], runs, strict=False):
+                row["profile_ms"] = {k: 1e3 * v for k, v in op_classes.split(run).items()}
     return {
         "device": timing.device(),
         "mode": "train" if args.train else "eval",
+        "train": args.train,
         "dtype": args.dtype,
-        "batch": args.batch,
+        "batch": batch,
         "pairs": args.pairs,
-        "models": [
-            {
-                "name": name,
-                "images_per_s": times.images_per_s(args.batch),
-                "latency_ms": 1e3 * times.latency,
-                "gmacs": cost,
-            }
-            for name, cost, times in zip(models, gmacs, (timed.first, timed.second), strict=True)
-        ],
-        "ratio": timed.ratio,
-        "ratio_quartiles": list(timed.spread),
-        "gmac_ratio": gmacs[0] / gmacs[1],
-        "share_of_ideal": None if masked else timed.ratio * gmacs[1] / gmacs[0],
+        "models": rows,
+        **(_compared(args, list(models.values()), rows, times) if len(models) == 2 else {}),
     }
 
 
-def _models(args: argparse.Namespace) -> dict[str, Any]:
-    """The baseline and the model, by name, built for the same images."""
+def _compared(
+    args: argparse.Namespace, models: list[Any], rows: list[dict[str, Any]], times: list[Any]
+) -> dict[str, Any]:
+    """The second model against the first."""
+    from dyntoken.analysis import timing
+
+    masked = args.train and any(
+        site.reducer(stage=stage, parent=None).resolved(True) == "mask"
+        for model in models
+        for stage, site in enumerate(model.sites())
+    )
+    pairs = timing.Comparison.of(*times[:2])
+    ideal = rows[0]["gmacs"] / rows[1]["gmacs"]
+    return {
+        "ratio": pairs.ratio,
+        "ratio_quartiles": list(pairs.spread),
+        "gmac_ratio": ideal,
+        "share_of_ideal": None if masked else pairs.ratio / ideal,
+    }
+
+
+def _program(args: argparse.Namespace, model: Any, batch: int, row: dict[str, Any]) -> Any:
+    """The compiled program of a model; what compiling cost and the memory it plans go into `row`."""
+    import jax
+    import jax.numpy as jnp
+
+    from dyntoken.analysis import compiling, timing
+
+    make = (
+        functools.partial(timing.training, optimizer=args.train == "step")
+        if args.train
+        else timing.evaluation
+    )
+    program = make(
+        model,
+        timing.random_variables(model),
+        jax.ShapeDtypeStruct((batch, *model.input_shape), jnp.float32),
+    )
+    cost = compiling.compiled(program, timed=args.compile)
+    compiling.check_memory(cost.memory, f"batch {batch} of {row['name']}")
+    row |= {"first_compile_s": cost.first_s, "cached_compile_s": cost.cached_s, "planned_bytes": cost.memory}
+    images = timing.random_images(model, batch)
+    args_ = tuple(images if isinstance(one, jax.ShapeDtypeStruct) else one for one in program.args)
+    return dataclasses.replace(program, fn=cost.executable, args=args_)
+
+
+def _peers(
+    args: argparse.Namespace, peer: str, models: dict[str, Any], batch: int
+) -> Iterator[tuple[dict[str, Any], Any]]:
+    """What a peer can run of the models: (row, run)."""
+    from dyntoken.analysis import timing
+
+    runtime = bench_peers.PEERS[peer]
+    shown = f"{'torch.compile' if peer == 'vs_torch_compile' else runtime} {bench_peers.version(runtime)}"
+    for name, model in models.items():
+        if runtime != "torch":
+            run = bench_peers.exported(
+                model, timing.random_variables(model), timing.random_images(model, batch), runtime
+            )
+            yield {"name": name, "runtime": shown}, run
+        elif getattr(model, "method", None) is None:
+            options = {"train": bool(args.train), "dtype": args.dtype, "compile": peer == "vs_torch_compile"}
+            yield {"name": name, "runtime": shown}, bench_peers.torch_vit(model, batch, **options)
+
+
+@contextlib.contextmanager
+def _told(batch: int) -> Iterator[None]:
+    """Turns what a device or the machine says when its memory is full into one line."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        words = str(error).lower()
+        if isinstance(error, MemoryError) or "resource_exhausted" in words or "out of memory" in words:
+            raise ValueError(f"batch {batch} does not fit into memory: take a smaller one") from error
+        raise
+
+
+def _models(args: argparse.Namespace, peers: list[str]) -> dict[str, Any]:
+    """The baseline and the model, by name, built for the same images; a dense model may stand alone beside peers."""
     from dyntoken.models import OF_SITES, create_model, of_method, split_name
     from dyntoken.reducers import METHODS
 
     _, dense = split_name(args.name)
     other = args.vs or dense
-    if other == args.name:
-        raise ValueError(f"{args.name} is dense: name a second model with --vs")
     given = {**cli.overrides(args), "dtype": args.dtype}
+    if other == args.name:
+        if args.vs or not (peers or args.profile or args.compile):
+            raise ValueError(f"{args.name} is dense: name a second model with --vs")
+        return {args.name: create_model(args.name, **given)}
     of_methods = OF_SITES.union(*map(of_method, METHODS))
     shared = {key: value for key, value in given.items() if key not in of_methods}
     return {other: create_model(other, **shared), args.name: create_model(args.name, **given)}
 
 
-def report(found: dict[str, Any]) -> str:
-    """The comparison as text."""
-    what = "training pass (forward, loss, gradient)" if found["mode"] == "train" else "evaluation"
-    rows = [["model", "images/s", "ms per batch", "GMACs"]]
+def report(found: dict[str, Any] | list[dict[str, Any]]) -> str:
+    """The comparison as text, one after the other."""
+    if isinstance(found, list):
+        return "\n\n".join(map(report, found))
+    return bench_suite.report(found) if "suite" in found else _report(found)
+
+
+def _report(found: dict[str, Any]) -> str:
+    whole = "with AdamW" if found["train"] == "step" else "no optimizer"
+    what = f"training pass (forward, loss, gradient; {whole})" if found["train"] else "evaluation"
+    rows = [
+        [
+            "model",
+            "by",
+            "images/s",
+            "ms per batch",
+            "p90",
+            "p99",
+            "speed-up",
+            "GMACs",
+            "compiled in",
+            "cached",
+            "GiB",
+        ]
+    ]
     for row in found["models"]:
-        cells = f"{row['images_per_s']:.1f}", f"{row['latency_ms']:.2f}", f"{row['gmacs']:.3f}"
-        rows.append([row["name"], *cells])
-    low, high = found["ratio_quartiles"]
-    share = found["share_of_ideal"]
-    ideal = "training in mask form computes every token" if share is None else f"{100 * share:.0f} % of ideal"
-    return (
-        f"{what}, random weights, batch {found['batch']}, {found['dtype']}, {found['device']}\n\n"
-        f"{cli.table(rows)}\n\n"
-        f"speed-up {found['ratio']:.2f} (quartiles {low:.2f} to {high:.2f} of {found['pairs']} pairs), "
-        f"multiply-adds {found['gmac_ratio']:.2f} times fewer: {ideal}"
-    )
+        tail = row["latency_percentiles_ms"]
+        cells = [
+            f"{row['images_per_s']:.1f}",
+            f"{row['latency_ms']:.2f}",
+            f"{tail['p90']:.2f}",
+            f"{tail['p99']:.2f}",
+        ]
+        cells += [f"{row['speed_up']:.2f}", f"{row['gmacs']:.3f}"]
+        for key, scale, unit in (
+            ("first_compile_s", 1, " s"),
+            ("cached_compile_s", 1, " s"),
+            ("planned_bytes", 2**-30, ""),
+        ):
+            value = row.get(key)
+            cells.append("-" if value is None else f"{scale * value:.2f}{unit}")
+        rows.append([row["name"], row["runtime"], *cells])
+    parts = [
+        f"{what}, random weights, batch {found['batch']}, {found['dtype']}, {found['device']}",
+        cli.table(rows),
+    ]
+    profiled = [row for row in found["models"] if "profile_ms" in row]
+    if profiled:
+        classes = dict.fromkeys(name for row in profiled for name in row["profile_ms"])
+        table = [["ms of instructions, added up", *(row["name"] for row in profiled)]]
+        for name in classes:
+            table.append([name, *(f"{row['profile_ms'].get(name, 0.0):.2f}" for row in profiled)])
+        parts.append(cli.table(table))
+    if "ratio" in found:
+        low, high = found["ratio_quartiles"]
+        share = found["share_of_ideal"]
+        ideal = (
+            "training in mask form computes every token" if share is None else f"{100 * share:.0f} % of ideal"
+        )
+        parts.append(
+            f"speed-up {found['ratio']:.2f} (quartiles {low:.2f} to {high:.2f} of {found['pairs']} pairs), "
+            f"multiply-adds {found['gmac_ratio']:.2f} times fewer: {ideal}"
+        )
+    return "\n\n".join(parts)
 
 
 MOVED = {"--input": "bench_input", "--exits": "bench_exits"}

@@ -18,7 +18,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from dyntoken import interrupt, schema
+from dyntoken import compilation_cache, interrupt, schema
 from dyntoken.registry import load_plugins
 
 if TYPE_CHECKING:
@@ -83,6 +83,7 @@ def tool(
         parser = Parser(name, text)
         arguments(parser)
         parser.add_argument("--json", action="store_true", help="print the result as JSON")
+        parser.add_argument("--compilation_cache", default="", metavar="FOLDER", help=compilation_cache.HELP)
         for option in {word.partition("=")[0] for word in argv} & set(moved or ()):
             parser.error(f"{option} is a program of its own, python -m dyntoken.tools.{moved[option]}")
         args = parser.parse_intermixed_args(argv)
@@ -90,6 +91,8 @@ def tool(
         if interrupt.is_program() and sys.stderr.isatty():
             print("starting takes some seconds", file=sys.stderr, flush=True)
         try:
+            if interrupt.is_program() or args.compilation_cache:  # not of a function that someone calls
+                compilation_cache.use(args.compilation_cache)
             result = measure(args)
             if shown := json.dumps(result) if args.json else report(result):
                 print(shown)

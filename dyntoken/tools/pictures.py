@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import logging
 import os
@@ -12,6 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dyntoken import progress
 from dyntoken.tools import cli
 
 if TYPE_CHECKING:
@@ -122,16 +124,20 @@ def failed(part: dict[str, np.ndarray]) -> list[str]:
 
 
 def watched(found: Iterable[dict[str, np.ndarray]], count: int) -> Iterator[dict[str, np.ndarray]]:
-    """Passes parts on and says on stderr how far they are: a line that changes on a terminal, else now and then."""
+    """Passes parts on and says on stderr how far they are: a live line on a terminal, else a line now and then."""
     terminal, done = sys.stderr.isatty(), 0
     start = said = time.monotonic()
-    for part in found:
-        done += len(part["file"])
-        now = time.monotonic()
-        text = f"{done} of {count} pictures, {done / max(now - start, 1e-9):.0f} per second"
-        if terminal:
-            print(f"\r{text}", end="\n" if done == count else "", file=sys.stderr, flush=True)
-        elif now - said > SILENT:
-            said = now
-            print(text, file=sys.stderr, flush=True)
-        yield part
+    with contextlib.closing(progress.bar("reading", count, unit="pictures")) as line:
+        for part in found:
+            done += len(part["file"])
+            line.update(len(part["file"]))
+            now = time.monotonic()
+            if not terminal and now - said > SILENT:
+                said, speed = now, done / max(now - start, 1e-9)
+                left = (count - done) / speed
+                print(
+                    f"{done} of {count} pictures, {speed:.0f} per second, {left:.0f} s left",
+                    file=sys.stderr,
+                    flush=True,
+                )
+            yield part

@@ -1,8 +1,10 @@
 """Pictures of what a model keeps.
 
-Draws for each IMAGE which patches stay as tokens at every stage and, where the
-method fuses, which kept patch absorbed which. One PNG per image. In the place of
-NAME and --weights, the workdir of a run says both.
+A row per IMAGE: the image, what is left of it after each stage, which patch stands for which, and the
+scores that decided. NAME is a model, a run's workdir, which says its weights itself, or, where the
+weights say what model they are, a method alone (also with options, evit:fuse=drop). --vs puts other
+models or methods below. With --html, also a page with a slider over keep rates, on which the patches
+that a token stands for light up.
 
 IMAGE is a picture file, or data:INDEX for a picture of a data set's test split
 (fashion_mnist_mini:7).
@@ -12,14 +14,16 @@ sees under a recipe by show_augmentation.
 
 examples:
   python -m dyntoken.tools.show runs/mine cat.jpg
+  python -m dyntoken.tools.show etps --weights=dinov2_small --img_size=336 --vs=evit cat.jpg --html=cat.html
   python -m dyntoken.tools.show dtps_vit_mini_patch4_28 --weights=runs/demo fashion_mnist_mini:7
-  python -m dyntoken.tools.show evit_deit_small_patch16_224 --weights=evit.pth cat.jpg dog.jpg --out=kept
+  python -m dyntoken.tools.show evit_deit_small_patch16_224 --weights=evit.pth cat.jpg dog.jpg --out=both.png
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import re
 import sys
 from collections.abc import Sequence
@@ -31,9 +35,12 @@ from dyntoken.tools import cli
 if TYPE_CHECKING:
     import numpy as np
 
+    from dyntoken.analysis.token_strips import Row
     from dyntoken.models import Model
     from dyntoken.preprocessing import Preprocess
+    from dyntoken.tools.shown_models import Shown
 
+RATES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
 OF_DATA_SET = re.compile(r"([A-Za-z_][\w/]*):(\d+)")
 
 
@@ -55,14 +62,16 @@ class Picture:
     classes: Sequence[str]
     label: int | None = None
 
-    def title(self, name: str, logits: Any) -> str:
-        """What the model says of it, and what it is."""
+    def caption(self, logits: Any) -> str:
+        """What the model says of it, and what it is; empty for a model without classes."""
         import jax
 
+        if not len(self.classes):
+            return "" if self.label is None else self._class(self.label)
         shares = jax.nn.softmax(logits)
         best = int(shares.argmax())
-        title = f"{name}: {self._class(best)} ({100 * float(shares[best]):.0f} %)"
-        return title if self.label is None else f"{title}, labelled {self._class(self.label)}"
+        said = f"{self._class(best)}, {100 * float(shares[best]):.0f} %"
+        return said if self.label in (None, best) else f"{said}, labelled {self._class(self.label)}"
 
     def _class(self, number: int) -> str:
         return self.classes[number] if number < len(self.classes) else f"class {number}"
@@ -74,74 +83,127 @@ def arguments(parser: cli.Parser) -> None:
     parser.add_argument("image", metavar="IMAGE", nargs="+", help="picture file, or data set:index")
     parser.add_argument(
         "--weights",
-        help=".safetensors, .npz, .pth, a workdir, pretrained:NAME, or hf:org/name",
+        help=".safetensors, .npz, .pth, a folder with config.json, a workdir, pretrained:NAME, or hf:org/name",
+    )
+    parser.add_argument(
+        "--vs",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="another model, run or method, below the first; may be repeated",
     )
     parser.add_argument(
         "--out",
         type=Path,
         default=Path("shown"),
-        help="folder, or a .png file for one image (default: shown)",
+        help="folder for a file per image, or a .png file with a row per image (default: shown)",
     )
+    parser.add_argument("--html", type=Path, metavar="OUT.html", help="also write a page with a slider")
+    parser.add_argument(
+        "--rates",
+        type=cli.floats,
+        default=RATES,
+        help=f"keep rates of that page (default {','.join(map(str, RATES))})",
+    )
+    parser.add_argument("--colours", type=cli.positive, help="of the PNG, up to 256: a smaller file")
     parser.add_argument(
         "--data",
         metavar="DATA",
         help="data set the weights were trained on, for mean, deviation and class names of picture files; "
-        "by default the run's own where --weights is a workdir, else imagenet2012 in colour, "
-        "fashion_mnist_mini in grey",
+        "by default what the weights or the model's name say",
     )
 
 
 def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Writes one PNG per image and reduced exit: its file, and what becomes of the patches at each site."""
-    is_run = _is_run(args)
-    import jax
+    """Writes the pictures and the page: their files, and what becomes of the patches at each site."""
+    from dyntoken.analysis import token_strips
+    from dyntoken.tools import colour, shown_models
 
-    from dyntoken.analysis import figures, token_maps
-    from dyntoken.runs import load_run
-    from dyntoken.tools import colour
-    from dyntoken.weights import load_whole
-
-    run = load_run(args.name) if is_run else None
-    model = cli.build(args) if run is None else run.model
-    name = args.name if run is None else Path(args.name).resolve().name
-    if not model.sites():
-        raise ValueError(f"{name} is dense and keeps every token: name a method, e.g. dtps_{name}")
-    weights = args.weights if run is None else args.name
-    pictures = [read(text, model, args.data, None if args.data else weights) for text in args.image]
-    told = colour.remark([text for text in args.image if Path(text).is_file()], model.input_shape[2])
+    if args.html and any(not 0 < rate <= 1 for rate in args.rates):
+        raise ValueError(f"--rates={','.join(map(str, args.rates))}: keep rates lie in (0, 1]")
+    if args.colours and not 2 <= args.colours <= 256:
+        raise ValueError(f"--colours={args.colours}: a PNG with a palette has 2 to 256")
+    models = shown_models.of(args)
+    first = models[0]
+    pictures = [
+        read(text, first.model, args.data, None if args.data else first.trained) for text in args.image
+    ]
+    told = colour.remark([text for text in args.image if Path(text).is_file()], first.model.input_shape[2])
     if told:
         print(f"note: {told}", file=sys.stderr)
+    for model in models:
+        model.load()
+    found = [[rows(model, picture, len(models) > 1) for model in models] for picture in pictures]
+    title = " and ".join(model.title for model in models)
+    if first.model.arch not in title:
+        title += f" on {first.model.arch}"
+    results: list[dict[str, Any]] = []
     single = args.out.suffix.lower() == ".png"
-    if single and len(pictures) > 1:
-        raise ValueError(f"--out={args.out} is one file, but there are {len(pictures)} images: give a folder")
-    variables = load_whole(model, weights)[0] if run is None else run.variables
-    apply = jax.jit(lambda variables, images: model.apply(variables, images))
-    rows = []
-    for picture in pictures:
-        path = args.out if single else args.out / f"{picture.stem}.png"
-        out = apply(variables, picture.preprocess(picture.pixels)[None])
-        for suffix, logits, reductions, at in views(model, out):
-            target = path.with_stem(path.stem + suffix.replace(", ", "_").replace(" ", "_"))
-            about = {"noun": model.plain().site_noun, "title": picture.title(name + suffix, logits)}
-            figures.save(token_maps.picture(picture.pixels, reductions, at=at, **about), target)
-            fates = [token_maps.fate(reduction).summary() for reduction in reductions]
-            rows.append({"file": str(target), "patches": fates})
-    return rows
-
-
-def _is_run(args: argparse.Namespace) -> bool:
-    """Whether a run's workdir stands in the place of a model's name."""
-    if not Path(args.name).is_dir():
-        if args.weights is None:
-            raise cli.UsageError(
-                f"which weights of {args.name}? give --weights, or a run's workdir in place of NAME"
+    sheets = {args.out: list(range(len(pictures)))} if single else {}
+    if not single:
+        for number, picture in enumerate(pictures):
+            sheets.setdefault(args.out / f"{picture.stem}.png", []).append(number)
+    for path, numbers in sheets.items():
+        together = [row for number in numbers for row in itertools.chain(*found[number])]
+        save(token_strips.strip(together, title=title), path, args.colours)
+        for row in together:
+            patches = [fate.summary() for fate in row.fates]
+            results.append(
+                {"file": str(path), "image": row.name, "model": row.label or title, "says": row.caption}
+                | {"patches": patches}
             )
-        return False
-    if args.weights is not None or cli.overrides(args):
-        raise ValueError(
-            f"{args.name} is a run, which says what its model and weights are: leave the options out"
-        )
-    return True
+    if args.html:
+        results.append({"file": str(args.html), "patches": [write_page(args, models, pictures, title)]})
+    return results
+
+
+def rows(shown: Shown, picture: Picture, several: bool) -> list[Row]:
+    """A row per reduced exit of a model."""
+    from dyntoken.analysis import token_strips
+
+    out = shown(picture.preprocess(picture.pixels)[None])
+    model, found = shown.model, []
+    for suffix, logits, reductions, at in views(model, out):
+        stages = [f"{model.plain().site_noun} {number}" for number in at]
+        label = (shown.title if several else "") + suffix
+        words = {"label": label.removeprefix(", "), "name": picture.stem, "caption": picture.caption(logits)}
+        found.append(token_strips.row(picture.pixels, reductions, stages, **words))
+    return found
+
+
+def save(figure: Any, path: Path, colours: int | None) -> None:
+    """Writes a figure, with a palette of so many colours or all."""
+    from dyntoken.analysis import figures
+
+    figures.save(figure, path)
+    if colours:
+        from PIL import Image
+
+        with Image.open(path) as image:
+            small = image.convert("RGB").quantize(colours)
+        small.save(path, optimize=True)
+
+
+def write_page(
+    args: argparse.Namespace, models: Sequence[Shown], pictures: Sequence[Picture], title: str
+) -> str:
+    """Writes the page; returns what is on it."""
+    from dyntoken.analysis import token_page
+
+    rates = sorted(set(args.rates), reverse=True)
+    of_rates: list[list[list[Row]]] = [[] for _ in pictures]  # [picture][model and exit][rate]
+    for shown in models:
+        by_rate = []
+        for rate in rates:
+            at_rate = shown.at(rate)
+            by_rate.append([rows(at_rate, picture, True) for picture in pictures])
+        for number, views in enumerate(of_rates):
+            views += map(list, zip(*(found[number] for found in by_rate), strict=True))
+    start = min(range(len(rates)), key=lambda index: abs(rates[index] - 0.7))
+    args.html.parent.mkdir(parents=True, exist_ok=True)
+    text = token_page.page(of_rates, rates, start=start, title=f"What is left: {title}")
+    args.html.write_text(text)
+    return f"{len(pictures)} pictures, {len(rates)} keep rates, {len(text) / 1e3:.0f} kB"
 
 
 def read(text: str, model: Model, trained_on: str | None = None, weights: str | None = None) -> Picture:
@@ -165,8 +227,10 @@ def read(text: str, model: Model, trained_on: str | None = None, weights: str | 
     found = OF_DATA_SET.fullmatch(text)
     if found and not Path(text).exists():
         return _of_data_set(found[1], int(found[2]), model)
-    trained_on = trained_on or ("imagenet2012" if channels == 3 else "fashion_mnist_mini")
-    how, classes = preprocess(model, trained_on), data.info(trained_on).class_names
+    how = preprocess(model, trained_on)
+    known = data.info(trained_on or ("imagenet2012" if channels == 3 else "fashion_mnist_mini"))
+    classes = known.class_names or [f"class {number}" for number in range(known.num_classes)]
+    classes = classes if len(classes) == model.num_classes else ()
     about = runs.of_workdir(weights).get("run") if weights else None
     if about is not None:
         how = dataclasses.replace(how, mean=tuple(about["mean"]), std=tuple(about["std"]))
@@ -220,9 +284,13 @@ def views(model: Any, out: Any) -> list[tuple[str, Any, tuple[Any, ...], tuple[i
     return found
 
 
-def report(rows: list[dict[str, Any]]) -> str:
-    """A line per file."""
-    return "\n".join(f"{row['file']}: {'; '.join(row['patches'])}" for row in rows)
+def report(found: list[dict[str, Any]]) -> str:
+    """A line per file, image and model."""
+    lines = []
+    for row in found:
+        about = ", ".join(row[key] for key in ("image", "model", "says") if row.get(key))
+        lines.append(f"{row['file']}: {about + ': ' if about else ''}{'; '.join(row['patches'])}")
+    return "\n".join(lines)
 
 
 MOVED = {"--exits": "show_exits", "--augment": "show_augmentation"}

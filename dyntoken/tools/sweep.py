@@ -24,6 +24,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dyntoken import progress
 from dyntoken.tools import calibrate, cli
 
 if TYPE_CHECKING:
@@ -113,7 +114,8 @@ def _add(
         speed = {"speed_up": 1.0, "images_per_s": clock.speed(dense, args.pairs)[1]}
         scores = {"accuracy": judge.accuracy(judge.answers), "agrees": 1.0}
         table.add({"method": "dense", "keep": 1.0, "gmacs": macs.count(dense).gmacs, **speed, **scores})
-    for (name, keep), model in ((key, models[key]) for key in todo):
+    for name, keep in progress.over(todo, "sweep", len(todo), unit="rows"):
+        model = models[name, keep]
         ratio, rate = clock.speed(model, args.pairs)
         answers = judge.classes_of(model)
         scores = {"accuracy": judge.accuracy(answers), "agrees": judge.agreement(answers)}
@@ -148,7 +150,8 @@ class Table:
         text = _text(row)
         with self.path.open("a", newline="") as file:
             csv.DictWriter(file, COLUMNS, lineterminator="\n").writerow(text)
-        print(*(f"{key} {text[key]}" for key in COLUMNS if row[key] is not None), file=sys.stderr, flush=True)
+        line = " ".join(f"{key} {text[key]}" for key in COLUMNS if row[key] is not None)
+        progress.beside(lambda said: print(said, file=sys.stderr, flush=True))(line)
 
     def replace(self, rows: list[dict[str, Any]]) -> None:
         """Writes other rows in place of all."""

@@ -151,6 +151,7 @@ def devices(topology: str) -> Sequence[Any]:
     from jax.experimental import topologies
 
     jax.config.update("jax_platforms", "cpu")  # what runs here runs on the host
+    jax.config.update("jax_enable_compilation_cache", False)  # compiling is timed
     # One device per chip also where a chip has two cores, as jax runs them.
     options = {"chip_config_name": "megacore"} if name.startswith("v4") else {}
     try:

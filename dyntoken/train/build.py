@@ -22,6 +22,7 @@ from jax.sharding import Mesh
 
 from dyntoken import data, device_augment, losses, models, optim
 from dyntoken.data.requests import check_eval_batch, check_size, check_topology
+from dyntoken.eval import answers
 from dyntoken.eval.logits import make_eval_step
 from dyntoken.train import phases, sharding
 from dyntoken.train.eval_datasets import MAIN, EvalSet, check_metric, open_eval_sets
@@ -134,20 +135,24 @@ class Run:
         """The compiled evaluation step of the main set, `(variables, batch) -> sums`."""
         return self.eval_step_for(MAIN)
 
-    def eval_step_for(self, label: str) -> jax.stages.Compiled:
-        """The evaluation step of a set; sets whose batches look alike share one."""
+    def eval_step_for(self, label: str, *, rows: bool = False) -> jax.stages.Compiled:
+        """The evaluation step of a set; sets whose batches look alike share one.
+
+        Args:
+          rows: it also returns what it answers to each image, see `eval.answers`.
+        """
         labels = self.info.num_classes if self.eval_sets[label].info.several_labels else 0
-        if labels not in self._eval_steps:
-            step = make_eval_step(self.model, prepare=self.prepare)
-            step = sharding.data_parallel(step, self.mesh, replicated=1)
+        if (labels, rows) not in self._eval_steps:
+            step = make_eval_step(self.model, prepare=self.prepare, rows=answers.rows if rows else None)
+            step = sharding.data_parallel(step, self.mesh, replicated=1, rows=rows)
             batch = sharding.abstract_batch(self.mesh, self.eval_batch, self.shape, labels=labels)
             del batch["id"]
             variables = sharding.abstract(self.abstract_state.variables, self.mesh)
-            self._eval_steps[labels] = step.lower(variables, batch).compile()
-        return self._eval_steps[labels]
+            self._eval_steps[labels, rows] = step.lower(variables, batch).compile()
+        return self._eval_steps[labels, rows]
 
     @functools.cached_property
-    def _eval_steps(self) -> dict[int, jax.stages.Compiled]:
+    def _eval_steps(self) -> dict[tuple[int, bool], jax.stages.Compiled]:
         return {}
 
     @property
@@ -206,9 +211,10 @@ class Run:
         ids = np.arange(rows, dtype=np.int32) + np.int32(first)
         return ({**batch, "id": ids} for batch in batches)
 
-    def eval_batches(self, label: str = MAIN) -> Iterator[dict[str, np.ndarray]]:
-        """This process's part of one pass over an evaluation set."""
-        return data.eval_batches(batch=self.eval_batch, **self._reading(), **self.eval_sets[label].arguments)
+    def eval_batches(self, label: str = MAIN, *, named: bool = False) -> Iterator[dict[str, np.ndarray]]:
+        """This process's part of one pass over an evaluation set; `named`: see `data.eval_batches`."""
+        how = self._reading() | ({"named": True} if named else {})
+        return data.eval_batches(batch=self.eval_batch, **how, **self.eval_sets[label].arguments)
 
     def _reading(self) -> dict[str, Any]:
         return {
@@ -242,6 +248,17 @@ class Run:
             "the number of classes": self.info.num_classes,
             "the checksum of the class names": names,
         }
+
+    @property
+    def summary(self) -> str:
+        """One line: the model with its size and precision, and the data."""
+        count = sum(math.prod(x.shape) for x in jax.tree.leaves(self.abstract(self.model)["params"]))
+        size, info = " x ".join(map(str, self.shape)), self.info
+        given = self.settings.plain["model"]
+        return (
+            f"model: {given['name']}, {count / 1e6:.2f} M parameters, {given.get('dtype') or 'float32'}; "
+            f"data: {info.name}, {info.num_classes} classes, {size} pixels"
+        )
 
     @property
     def description(self) -> dict[str, Any]:

@@ -12,11 +12,13 @@ import jax
 import numpy as np
 from etils import epath
 
-from dyntoken import data, paths, schedules
+from dyntoken import data, paths, progress, schedules
 from dyntoken.checkpoints import Restored, restore_from
+from dyntoken.data.splits import count_rows, parse_split
+from dyntoken.eval.answers import Answers, collect
 from dyntoken.eval.logits import classify
 from dyntoken.multihost import all_or_none, only_first
-from dyntoken.train import sharding
+from dyntoken.train import results, sharding
 from dyntoken.train.build import Run, build, peak_bytes
 from dyntoken.train.eval_datasets import MAIN
 from dyntoken.train.logging import Value
@@ -33,6 +35,7 @@ def evaluate(
     workdir: str | epath.PathLike | None = None,
     *,
     step: int | str = "newest",
+    out: str | epath.PathLike | None = None,
     log: Log = print,
 ) -> dict[str, Value]:
     """Evaluates a checkpoint of a workdir or, without a workdir, the weights of `config.init`.
@@ -42,6 +45,8 @@ def evaluate(
       workdir: of the run; None evaluates the weights that `config.init` names,
         which must hold every array of the model.
       step: "newest", "best" (by the run's `best_metric`) or the number of a step.
+      out: folder for what is said of each image and class, see `train.results`; then there is also `ece`,
+        the calibration error of the confidence (with exits `ece_per_exit`).
 
     Returns:
       `top1`, `top5` (fractions), `loss`, `count`, `images_per_s`, of a model
@@ -56,9 +61,10 @@ def evaluate(
       WeightsError: if the weights leave anything to be initialised.
       CheckpointError: no such step, or it is damaged.
     """
-    log = only_first(log)
+    log = progress.beside(only_first(log))
     log(f"devices: {sharding.describe_devices(jax.devices())}")
     run = all_or_none(lambda: build(config, training=False), lambda made: made.facts)
+    log(run.summary)
     if workdir is not None:
         where = paths.resolve(workdir) / FOLDER
         if not (where.exists() and any(entry.name.isdigit() for entry in where.iterdir())):
@@ -82,16 +88,20 @@ def evaluate(
         variables = sharding.replicate(variables, run.mesh)
     all_or_none(lambda: check_sets(run))
     log("compiling the evaluation: seconds to a minute")
-    for label in run.eval_sets:
-        compiled = run.eval_step_for(label)  # before the clock starts
+    with progress.waiting("compiling the evaluation"):
+        for label in run.eval_sets:
+            compiled = run.eval_step_for(label, rows=out is not None)  # before the clock starts
     memory = peak_bytes(compiled.memory_analysis()) / 2**20
     log(f"evaluating batches of {run.eval_batch}, {memory:.0f} MiB a device")
     began = time.monotonic()
-    metrics = measure(run, variables, ema)
+    found: dict[str, Answers] | None = None if out is None else {}
+    metrics = measure(run, variables, ema, found)
     check_finite(metrics)
     images = sum(value for name, value in metrics.items() if name.rsplit("/", 1)[-1] == "count")
     passes = 1 if ema is None else 2
     metrics["images_per_s"] = passes * images / (time.monotonic() - began)
+    if out is not None:
+        results.write(out, run, found, log)
     return metrics | extra
 
 
@@ -152,18 +162,33 @@ def restore_weights(workdir: str | epath.PathLike, run: Run, step: int | str, lo
     return restore_from(workdir, like, step=step, log=log, leave_out="opt_state")
 
 
-def measure(run: Run, variables: Tree, ema: Tree | None = None) -> dict[str, Value]:
-    """Evaluates variables on every set of the run: `top1`, ..., `ema/top1`, ..., `LABEL/top1`, ... ."""
+def measure(
+    run: Run, variables: Tree, ema: Tree | None = None, answers: dict[str, Answers] | None = None
+) -> dict[str, Value]:
+    """Evaluates variables on every set of the run: `top1`, ..., `ema/top1`, ..., `LABEL/top1`, ... .
+
+    Args:
+      answers: is given what is answered to each image of a set, by its label: of the average where there is one.
+    """
     variables, ema = sharding.replicate_all((variables, ema))
     metrics = {}
     for label in run.eval_sets:
         prefix = f"{label}/" if label else ""
-        found = classify(run.eval_step_for(label), variables, _placed(run, label))
+        found = _measure_one(run, label, variables, answers)
         metrics |= {f"{prefix}{name}": value for name, value in found.items()}
         if ema is not None:
-            found = classify(run.eval_step_for(label), ema, _placed(run, label))
+            found = _measure_one(run, label, ema, answers)
             metrics |= {f"{prefix}ema/{name}": value for name, value in found.items() if name != "count"}
     return metrics
+
+
+def _measure_one(run: Run, label: str, variables: Tree, answers: dict[str, Answers] | None) -> dict[str, Any]:
+    if answers is None:
+        return classify(run.eval_step_for(label), variables, _placed(run, label))
+    names: list[np.ndarray] = []
+    step = run.eval_step_for(label, rows=True)
+    found, answers[label] = collect(step, variables, _placed(run, label, names), names)
+    return found
 
 
 def warn_of_average(run: Run, step: int, log: Log) -> None:
@@ -190,7 +215,17 @@ def check_sets(run: Run) -> None:
         run.eval_batches(label)
 
 
-def _placed(run: Run, label: str = MAIN) -> Iterator[dict[str, jax.Array]]:
-    with data.prefetch(run.eval_batches(label)) as batches:
-        for batch in batches:
+def _placed(
+    run: Run, label: str = MAIN, names: list[np.ndarray] | None = None
+) -> Iterator[dict[str, jax.Array]]:
+    """The batches of a pass on the devices; `names` is filled with those of their images."""
+    one = run.eval_sets[label]
+    images = count_rows(parse_split(one.info.name, one.arguments["split"], one.info.splits))
+    steps, what = -(-images // run.eval_batch), f"evaluating {label}".strip()
+    with data.prefetch(run.eval_batches(label, named=names is not None)) as batches:
+        shown = progress.over(batches, what, steps, unit="batches") if jax.process_index() == 0 else batches
+        for batch in shown:
+            if "name" in batch:
+                names.append(batch["name"])
+                batch = {key: value for key, value in batch.items() if key != "name"}
             yield sharding.place(batch, run.mesh)

@@ -1,11 +1,9 @@
-"""What watches a run: the guard of finite metrics, the record, TensorBoard, and which checkpoints stay."""
+"""What watches a run: the guard of finite metrics, the record, a live line, and which checkpoints stay."""
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -14,7 +12,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from dyntoken import data, multihost, paths, workdirs
+from dyntoken import data, multihost, paths, progress, workdirs
 from dyntoken.analysis import figures, learning_curves
 from dyntoken.train.state import TrainError
 
@@ -22,8 +20,6 @@ T = TypeVar("T")
 Log = Callable[[str], None]
 Value = float | list[float]  # a list has one entry per exit
 FLUSH_S = 30.0
-# TensorBoard reads files in the order of their names, which hold the second; two of one second differ in this.
-_NUMBERS = itertools.count()
 
 
 class NotFiniteError(TrainError):
@@ -284,49 +280,26 @@ class Report(Observer):
     close = flush
 
 
-class TensorBoard(Observer):
-    """Writes `<workdir>/tensorboard` (process 0 only) by tensorboardX: the rows of `metrics.jsonl`.
+class Progress(Observer):
+    """A live line on a terminal."""
 
-    Raises:
-      ImportError: tensorboardX is absent; the message says what to install.
-    """
+    def __init__(self, total: int, metrics: MetricBuffer):
+        self._total, self._metrics, self._bar = total, metrics, None
 
-    def __init__(self, workdir: epath.Path, metrics: MetricBuffer):
-        try:
-            import tensorboardX
-        except ImportError as error:
-            raise ImportError(
-                "config.tensorboard needs tensorboardX: install it with `pip install tensorboardX`, "
-                "or set config.tensorboard=False"
-            ) from error
-        self._make, self._folder, self._metrics = tensorboardX.SummaryWriter, workdir / "tensorboard", metrics
-        self._writer: Any = None
-
-    def resume(self, step: int, meta: Mapping[str, Any]) -> None:
-        """Starts a file that takes back what others say of later steps."""
+    def start(self, step: int) -> None:
+        """Begins anew: the time of a compilation says nothing of that of a step."""
         self.close()
-        suffix = f".{os.getpid()}.{next(_NUMBERS):06d}"
-        self._writer = self._make(str(self._folder), purge_step=step + 1, filename_suffix=suffix)
+        self._bar = progress.bar("training", self._total, unit="steps", start=step)
 
     def step(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """One point per value of the row, if there is one."""
-        self._add(step, "train", self._metrics.row or {})
-
-    def eval(self, step: int, metrics: Mapping[str, Value]) -> None:
-        self._add(step, "eval", metrics)
-        self._writer.flush()
-
-    def _add(self, step: int, kind: str, values: Mapping[str, Value]) -> None:
-        for name, value in values.items():
-            if isinstance(value, list):
-                for exit_, one in enumerate(value):
-                    self._writer.add_scalar(f"{kind}/{name}/{exit_}", one, step)
-            else:
-                self._writer.add_scalar(f"{kind}/{name}", value, step)
+        """Counts the step; between two reports it shows the loss of the last one."""
+        self._bar.update(1)
+        if (row := self._metrics.row) is not None and "loss" in row:
+            self._bar.set_postfix_str(f"loss {spell(row['loss'], '.4g')}", refresh=False)
 
     def close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
+        if self._bar is not None:
+            self._bar.close()
 
 
 class Retention(Observer):

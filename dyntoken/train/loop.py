@@ -18,7 +18,7 @@ import flax.linen as nn
 import jax
 from etils import epath
 
-from dyntoken import data, interrupt, paths
+from dyntoken import data, interrupt, paths, progress
 from dyntoken.checkpoints import Checkpoints
 from dyntoken.multihost import all_or_none, check_workdir, only_first
 from dyntoken.train import sharding
@@ -30,15 +30,16 @@ from dyntoken.train.logging import (
     MetricBuffer,
     NotFiniteError,
     Observer,
+    Progress,
     Report,
     Retention,
-    TensorBoard,
     Value,
     duration,
 )
 from dyntoken.train.profiler import Profiler
 from dyntoken.train.start import beginning, check_same_run, load_teacher, move_aside, start, write_config
 from dyntoken.train.state import TrainState
+from dyntoken.train.writers import TensorBoard, WeightsAndBiases
 
 Log = Callable[[str], None]
 
@@ -86,17 +87,18 @@ def run(
       LockedError: when another run writes to the workdir.
       StorageError: when nothing, or no checkpoint, can be written to the workdir, or a checkpoint cannot be read.
       HostError: when the processes differ in data, config, weights or workdir.
-      ImportError: when `config.tensorboard` lacks its library.
+      ImportError: when `config.tensorboard` or `config.wandb` lacks its library.
     """
     log = only_first(log)
     log(f"devices: {sharding.describe_devices(jax.devices())}")
     made = all_or_none(lambda: build(config), lambda made: made.facts)
+    log(made.summary)
     return train(made, workdir, restart=restart, log=log)
 
 
 def train(run: Run, workdir: str | epath.PathLike, *, restart: bool = False, log: Log = print) -> Result:
     """What `run` does with a config that was built."""
-    log, settings, total = only_first(log), run.settings, run.total_steps
+    log, settings, total = progress.beside(only_first(log)), run.settings, run.total_steps
     workdir = all_or_none(lambda: paths.resolve(workdir))
     check_workdir(workdir, need=run.state_bytes)
     with contextlib.ExitStack() as stack:
@@ -120,10 +122,11 @@ def train(run: Run, workdir: str | epath.PathLike, *, restart: bool = False, log
             periods=[settings.checkpoint_steps] + [run.eval_every] * (settings.keep_best > 0),
         )
         observers: list[Observer] = [metrics, report, retention]
-        if settings.tensorboard:
-            observers += all_or_none(
-                lambda: [TensorBoard(workdir, metrics)] if jax.process_index() == 0 else []
-            )
+        if jax.process_index() == 0:
+            observers.append(Progress(total, metrics))
+        observers += all_or_none(
+            lambda: writers_of(run, workdir, metrics) if jax.process_index() == 0 else []
+        )
         if settings.profile is not None and jax.process_index() == 0:
             observers.append(Profiler(settings.profile, workdir, total=total, log=log))
         for observer in observers:
@@ -221,6 +224,17 @@ def train(run: Run, workdir: str | epath.PathLike, *, restart: bool = False, log
         return Result(state, final, run.model, run, workdir, finished=True)
 
 
+def writers_of(run: Run, workdir: epath.Path, metrics: MetricBuffer) -> list[Observer]:
+    """Where the config wants its metrics besides."""
+    settings, found = run.settings, []
+    if settings.tensorboard:
+        found.append(TensorBoard(workdir, metrics))
+    if settings.wandb:
+        more = {"project": settings.wandb, "config": settings.plain}
+        found.append(WeightsAndBiases(workdir, metrics, **more))
+    return found
+
+
 class StepCache:
     """The train step of each phase of a run, compiled when it is first reached.
 
@@ -252,7 +266,8 @@ class StepCache:
     def _compile(self, model: nn.Module) -> jax.stages.Compiled:
         self._log("compiling the training step: seconds for a small model, minutes for others")
         began = time.monotonic()
-        compiled = self._run.train_step_for(model)
+        with progress.waiting("compiling the training step"):
+            compiled = self._run.train_step_for(model)
         memory = peak_bytes(compiled.memory_analysis()) / 2**20
         self._log(
             f"compiled in {duration(time.monotonic() - began)}: {self._run.total_steps} steps of "

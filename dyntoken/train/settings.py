@@ -191,6 +191,7 @@ class Settings:
         are `LABEL/top1`, ...
       profile: which steps are traced into `WORKDIR/profile`, see `ProfileConfig`.
       tensorboard: also write `WORKDIR/tensorboard`; needs the extra of that name.
+      wandb: project of Weights & Biases that the metrics also go to, "" for none; needs the extra of that name.
       curves: draw `WORKDIR/curves.png` at every evaluation, if matplotlib is there.
       compare: the command line ends a training run with `tools.demo_report`.
       plugins: modules that are imported first; they register what other keys name.
@@ -225,6 +226,7 @@ class Settings:
     evals: Mapping[str, EvalSettings] = dataclasses.field(default_factory=dict)
     profile: ProfileConfig | None = None
     tensorboard: bool = False
+    wandb: str = ""
     curves: bool = True
     compare: bool = False
     plugins: Sequence[str] = ()

@@ -65,7 +65,7 @@ def check_batch(batch: int, mesh: Mesh, *, multiple: int = 1, slices: int = 1, s
 
 
 def data_parallel(
-    fn: Callable[..., Tree], mesh: Mesh, *, replicated: int, donate: Sequence[int] = ()
+    fn: Callable[..., Tree], mesh: Mesh, *, replicated: int, donate: Sequence[int] = (), rows: bool = False
 ) -> Callable[..., Tree]:
     """Compiles a per-device function for a mesh.
 
@@ -75,9 +75,11 @@ def data_parallel(
         devices must have been reduced over the axis, which is checked).
       replicated: number of leading arguments that every device holds whole.
       donate: positions of arguments whose memory the results may reuse.
+      rows: `fn` returns a pair, of which the second is split by rows.
     """
     specs = (PartitionSpec(),) * replicated + (PartitionSpec(AXIS),)
-    mapped = jax.shard_map(fn, mesh=mesh, in_specs=specs, out_specs=PartitionSpec())
+    results = (PartitionSpec(), PartitionSpec(AXIS)) if rows else PartitionSpec()
+    mapped = jax.shard_map(fn, mesh=mesh, in_specs=specs, out_specs=results)
     return jax.jit(mapped, donate_argnums=tuple(donate))
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 import dyntoken
 from dyntoken import train, workdirs
-from dyntoken.analysis import figures, token_maps
+from dyntoken.analysis import figures, token_strips
 from dyntoken.registry import UnknownNameError
 from dyntoken.tools import colour, predict, show
 from dyntoken.weights import WeightsError
@@ -156,7 +156,9 @@ def test_show_says_the_runs_own_classes_and_a_picture_of_other_colours(
     paint(tmp_path / "red.png", COLOURS[0], 0)
     Image.new("L", (20, 20), 90).save(tmp_path / "grey.png")
     titles = []
-    monkeypatch.setattr(token_maps, "picture", lambda *args, title, **more: titles.append(title))
+    monkeypatch.setattr(
+        token_strips, "strip", lambda rows, **more: titles.extend(row.caption for row in rows)
+    )
     monkeypatch.setattr(figures, "save", lambda figure, path: None)
     shape = [
         "--img_size=16",
@@ -168,7 +170,7 @@ def test_show_says_the_runs_own_classes_and_a_picture_of_other_colours(
     ]
     words = [DTPS, f"--weights={trained[0]}", str(tmp_path / "red.png"), str(tmp_path / "grey.png"), *shape]
     assert show.main(words) == 0
-    assert all(any(name in title for name in CLASSES) for title in titles)
+    assert len(titles) == 2 and all(any(name in title for name in CLASSES) for title in titles)
     error = capsys.readouterr().err
     assert "grey.png" in error and "red.png" not in error
 

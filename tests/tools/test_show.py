@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import re
+
 import numpy as np
 import pytest
 
@@ -44,8 +47,7 @@ def test_pictures_of_a_data_set_depend_on_image_and_keep(weights, tmp_path, caps
     first, second = (pixels(tmp_path / "a" / f"fashion_mnist_mini_{i}.png") for i in (0, 3))
     other = pixels(tmp_path / "b" / "fashion_mnist_mini_0.png")
     assert first.shape == second.shape == other.shape
-    assert first.shape[1] == pytest.approx(3 * 2.6 * 110, abs=1)  # three panels
-    assert first.shape[0] > 500
+    assert first.shape[1] == pytest.approx((0.07 + 5 * 2.07) * 110, abs=1)  # five panels
     assert (first != second).mean() > 0.02 and (first != other).mean() > 0.02
 
 
@@ -53,14 +55,35 @@ def test_a_file_is_resized_and_written_where_told(weights, tmp_path):
     path = tmp_path / "colour.jpg"
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)).save(path)
     out = tmp_path / "deep" / "one.png"
-    assert show.main([NAME, f"--weights={weights}", *SMALL, str(path), f"--out={out}", "--fuse=drop"]) == 0
-    assert 250 < pixels(out).shape[0] < 500  # nothing is absorbed: one row of panels
+    words = [NAME, f"--weights={weights}", *SMALL, str(path), "fashion_mnist_mini:1", f"--out={out}"]
+    assert show.main([*words, "--fuse=drop"]) == 0
+    assert 450 < pixels(out).shape[0] < 600  # a row per image
+    assert show.main([*words, "--fuse=drop", "--colours=16"]) == 0
+    assert len(np.unique(pixels(out).reshape(-1, 3), axis=0)) <= 16
+    assert show.main([*words, "--colours=300"]) == 1
 
 
-def test_one_file_for_two_images_is_refused(weights, tmp_path, capsys):
-    argv = [NAME, f"--weights={weights}", *SMALL, "fashion_mnist_mini:0", "fashion_mnist_mini:1"]
-    assert show.main([*argv, f"--out={tmp_path / 'x.png'}"]) == 1
-    assert "is one file, but there are 2 images" in capsys.readouterr().err
+def test_methods_side_by_side_and_their_page(tmp_path, capsys):
+    """A method alone takes its model from the weights; the page has every keep rate."""
+    dense = dyntoken.create_model("vit_mini_patch4_28", width=24, depth=3, heads=2)
+    weights = tmp_path / "w.safetensors"
+    save_weights(weights, timing.random_variables(dense), model=dense)
+    page, out = tmp_path / "new" / "page.html", tmp_path / "both.png"
+    words = [f"--weights={weights}", "--at=1", "fashion_mnist_mini:2", f"--out={out}", f"--html={page}"]
+    assert show.main(["etps", "--vs=evit:fuse=drop", *words, "--rates=0.5,0.9,0.5"]) == 0
+    first, second, last = capsys.readouterr().out.splitlines()
+    assert "absorbed by" in first and "dropped" in second and "evit:fuse=drop" in second
+    assert last.startswith(f"{page}: 1 pictures, 2 keep rates")
+    packed = re.search(r'json">(.*?)</script>', page.read_text(), re.S)[1]
+    data = json.loads(packed)
+    assert data["rates"] == [0.9, 0.5] and data["models"] == ["etps", "evit:fuse=drop"]
+    kept = [[len({*view["stages"][0]["tokens"]} - {-1}) for view in rates] for rates in data["views"][0]]
+    assert kept == [[45, 25], [45, 25]]
+    assert show.main(["dtps", *words]) == 1
+    assert "parameters of its own" in capsys.readouterr().err
+    assert show.main(["etps", *words, "--rates=0.5,2"]) == 1
+    assert show.main(["etps", "--vs=vit_mini_patch4_28", *words]) == 1
+    assert "vit_mini_patch4_28 is dense" in capsys.readouterr().err
 
 
 def test_a_file_that_is_no_picture(tmp_path, capsys):
@@ -92,7 +115,7 @@ def test_colour_files_are_normalised_as_imagenet(tmp_path):
     np.testing.assert_allclose(seen[0, 0, 0], (1 - 0.4914) / 0.2470, rtol=1e-5)
 
 
-def test_a_cascade_gets_a_picture_per_reduced_exit(tmp_path, capsys):
+def test_a_cascade_gets_a_row_per_reduced_exit(tmp_path, capsys):
     options = {"width": 16, "depth": 2, "heads": 2, "exits": (2, 4), "at": ((), (1,))}
     model = dyntoken.create_model("dvt_dtps_vit_mini", keep=0.5, **options)
     weights = tmp_path / "w.safetensors"
@@ -100,5 +123,7 @@ def test_a_cascade_gets_a_picture_per_reduced_exit(tmp_path, capsys):
     more = [word for key, value in options.items() for word in ("--set", f"{key}={value}")]
     arguments = ["dvt_dtps_vit_mini", f"--weights={weights}", "--keep=0.5", *more, "fashion_mnist_mini:0"]
     assert show.main([*arguments, f"--out={tmp_path / 'a'}"]) == 0
-    assert [path.name for path in (tmp_path / "a").iterdir()] == ["fashion_mnist_mini_0_exit_1.png"]
-    assert "8 of 16 kept, 8 absorbed by" in capsys.readouterr().out
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["fashion_mnist_mini_0.png"]
+    told = capsys.readouterr().out
+    assert told.count("8 of 16 kept, 8 absorbed by") == 1
+    assert re.search(r"fashion_mnist_mini_0, exit 1, .* \d+ %", told)  # its class and confidence

@@ -12,7 +12,8 @@ from etils import epath
 
 from dyntoken.analysis import figures
 from dyntoken.train import logging
-from dyntoken.train.logging import Clock, MetricBuffer, NotFiniteError, Report, TensorBoard, duration
+from dyntoken.train.logging import Clock, MetricBuffer, NotFiniteError, Report, duration
+from dyntoken.train.writers import TensorBoard, WeightsAndBiases
 
 
 @pytest.fixture
@@ -233,3 +234,66 @@ def test_a_picture_at_every_evaluation_if_there_is_matplotlib(tmp_path, monkeypa
     assert [line for line in lines if "matplotlib" in line] == [
         "no curves.png: drawing needs matplotlib: pip install matplotlib"
     ]
+
+
+class Service:
+    """Stands for `wandb`: what it was asked for, and what was logged."""
+
+    def __init__(self):
+        self.asked, self.rows, self.finished = [], [], 0
+        self.Settings = dict
+
+    def init(self, **options):
+        self.asked.append(options)
+        return self
+
+    def define_metric(self, name, step_metric):
+        assert (name, step_metric) == ("*", "step")
+
+    def log(self, row):
+        self.rows.append(row)
+
+    def finish(self):
+        self.finished += 1
+
+
+def test_weights_and_biases_gets_points_with_their_step(tmp_path, now, monkeypatch):
+    service = Service()
+    monkeypatch.setitem(sys.modules, "wandb", service)
+    workdir, known = epath.Path(tmp_path / "mine"), {"project": "p", "config": {"batch": 4}}
+    clock = Clock()
+    metrics = metrics_of(clock, total=4, every=2)
+    writer = WeightsAndBiases(workdir, metrics, **known)
+    for observer in (metrics, writer):
+        observer.resume(0, {})
+    clock.start(0)
+    for number in (1, 2):
+        now[0] += 1.0
+        step(number, {"loss": float(number)}, metrics, writer)
+    writer.eval(2, {"top1": 0.25, "top1_per_exit": [0.2, 0.3]})
+    writer.close()
+    assert service.rows[0]["step"] == 2 and service.rows[0]["train/loss"] == 1.5
+    assert service.rows[1] == {
+        **{"step": 2, "eval/top1": 0.25, "eval/top1_per_exit/0": 0.2, "eval/top1_per_exit/1": 0.3}
+    }
+    WeightsAndBiases(workdir, metrics, **known)
+    first, again = service.asked
+    assert first["id"] == again["id"] and first["resume"] == "allow" and first["dir"] == str(workdir)
+    assert first["name"] == "mine" and first["config"] == {"batch": 4} and service.finished == 1
+    with pytest.raises(ValueError, match=r"config.wandb writes beside the run"):
+        WeightsAndBiases(epath.Path("gs://bucket/run"), metrics, **known)
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ImportError, match=r"needs wandb: install it with `pip install wandb`"):
+        WeightsAndBiases(workdir, metrics, **known)
+
+
+@pytest.mark.slow  # starts the service of wandb
+def test_weights_and_biases_itself_offline(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    metrics = metrics_of(Clock())
+    for session in range(2):
+        writer = WeightsAndBiases(epath.Path(tmp_path), metrics, project="p", config={"batch": 4})
+        writer.eval(2 - session, {"top1": 0.25})  # the step may fall
+        writer.close()
+    assert len(list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))) >= 1
