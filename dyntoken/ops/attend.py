@@ -120,7 +120,8 @@ def _attend_policy(
 def _attend_policy_back(
     scale: float, eps: float, kept: tuple[Array, ...], dy: Array
 ) -> tuple[Array, Array, Array, Array]:
-    q, k, v, policy, highest, total, y = kept
+    # The barrier keeps the compiler from finding the forward pass's arrays of queries by keys, and keeping them.
+    (q, k, v, policy, highest, total, y), dy = jax.lax.optimization_barrier((kept, dy))
     wide_q, wide_k, wide_v, y = (t.astype(jnp.float32) for t in (q, k, v, y))
     products = logits(q, k, scale=scale)
     e = jnp.exp(products - highest)
