@@ -140,8 +140,11 @@ def test_policy_attention_under_transformations():
     mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     spec = jax.sharding.PartitionSpec("data")
     check(jax.shard_map(_operator, mesh=mesh, in_specs=spec, out_specs=spec))
+
     # A policy that is the same on all devices, as it is ahead of the first site.
-    own = functools.partial(_operator, policy=jnp.ones((2, 6)))
+    def own(q, k, v):
+        return _operator(q, k, v, jnp.ones((len(q), 6)))
+
     sharded = jax.shard_map(own, mesh=mesh, in_specs=(spec,) * 3, out_specs=spec)
     found = _gradients(lambda q, k, v, _: sharded(q, k, v), weight)(*args)[1]
     plain = _gradients(lambda q, k, v, _: own(q, k, v), weight)(*args)[1]
