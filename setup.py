@@ -9,7 +9,7 @@ HERE = pathlib.Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+?)"', (HERE / "dyntoken" / "__init__.py").read_text()).group(1)
 
 CORE = [
-    "jax>=0.10.0",
+    "jax>=0.10.0,<0.12",  # 0.12.0 cannot differentiate erf inside shard_map: findings/
     "flax>=0.12.0",
     "optax>=0.2.8",
     "orbax-checkpoint>=0.12.0",
@@ -34,6 +34,11 @@ DATA = [
 TENSORBOARD = ["tensorboardX>=2.6"]
 VIZ = ["matplotlib>=3.9", "pillow>=11.0"]
 EXPORT = ["onnx>=1.17", "onnxruntime>=1.20"]  # jax2onnx asks for an older orbax-checkpoint: findings/
+DOCS = [
+    "mkdocs>=1.6,<2",
+    "mkdocs-material>=9.5,<10",
+    "mkdocstrings[python]>=1.0,<2",
+]  # majors that break sites
 EXTRAS = {
     "data": DATA,
     "viz": VIZ,
@@ -46,11 +51,13 @@ EXTRAS = {
     "cuda": ["jax[cuda12]"],
     "tpu": ["jax[tpu]"],
     "aot": ["libtpu"],
+    "docs": DOCS,
     "dev": [
         *DATA,
         *VIZ,
         *TENSORBOARD,
         *EXPORT,
+        *DOCS,
         "openvino>=2025.0",  # what ONNX files are run with besides
         "pytest>=8.3",
         "pytest-xdist>=3.6",
@@ -77,7 +84,7 @@ setup(
     packages=[*find_packages(include=["dyntoken", "dyntoken.*"]), "dyntoken.configs"],
     package_dir={"dyntoken.configs": "configs"},
     package_data={
-        "dyntoken": ["data/fashion_mnist_mini/*", "weights/pretrained/*", "analysis/*.html"],
+        "dyntoken": ["py.typed", "data/fashion_mnist_mini/*", "weights/pretrained/*", "analysis/*.html"],
         "dyntoken.configs": ["*.py"],
     },
     entry_points={"console_scripts": ["dyntoken = dyntoken.__main__:main"]},
@@ -85,6 +92,9 @@ setup(
     extras_require=EXTRAS,
     classifiers=[
         "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Typing :: Typed",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
 )

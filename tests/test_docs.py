@@ -1,16 +1,25 @@
-"""What README and the run books show works as it is written: every python block runs, every command parses."""
+"""What README and docs/ show works as it is written: every python block runs, every command parses, messages exist.
+
+The commands of how-tos, and README's, are also run, on a thin model and small pictures: `pytest -m slow`.
+"""
 
 from __future__ import annotations
 
 import argparse
+import ast
 import copy
 import dataclasses
 import importlib
 import json
+import os
 import pathlib
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 
+import jax
 import numpy as np
 import pytest
 from absl import flags
@@ -50,13 +59,13 @@ def _blocks(path):
             yield Block(path.name, part.partition("\n")[0].strip("# "), language, text)
 
 
-BLOCKS = [
-    block for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) for block in _blocks(path)
-]
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+BLOCKS = [block for path in PAGES for block in _blocks(path)]
 GUIDES = ("adding_a_method.md", "adding_a_backbone.md", "adding_data.md")  # they register rows: tests/plugins
 PYTHON = [block for block in BLOCKS if block.language == "python" and block.file not in GUIDES]
 SECTIONS = list(dict.fromkeys(map(str, PYTHON)))
 SECTIONS.remove("features.md: Ray")  # tests/test_ray.py
+LONG = ("howto.md: A notebook",)  # whole runs
 # A command of ours, to the end of its line or to a shell operator; a continued line is one.
 SHELL = "\n".join(block.text for block in BLOCKS if block.language == "bash").replace("\\\n", " ")
 COMMANDS = sorted(set(re.findall(r"python -m (dyntoken[\w.]*(?: [^\n\"&|]*)?)", SHELL)))
@@ -74,7 +83,7 @@ def test_every_block_is_of_a_language_that_is_tested():
     assert {block.language for block in BLOCKS} == {"", "bash", "python"}  # "" is what a command printed
     assert len(SECTIONS) >= 2 and len(COMMANDS) >= 25
     known = re.compile(
-        r"\s*(srun|gcloud|pip install|dyntoken \w+ |python (-m (dyntoken|pytest)|scripts/)|#|$)"
+        r"\s*(srun|gcloud|pip (install|wheel)|dyntoken \w+ |python (-m (dyntoken|pytest|tests.golden)|scripts/)|#|$)"
     )
     lines = [line for line in SHELL.splitlines() if not known.match(line)]
     assert not lines, "nothing tests these"
@@ -89,13 +98,21 @@ def run_section(section):
     return scope
 
 
-@pytest.fixture
-def at_home(tmp_path, monkeypatch):
-    """A folder with what the blocks take for granted: a run, a photograph, a checkpoint of Hugging Face's layout."""
+@pytest.fixture(scope="module")
+def a_run(tmp_path_factory):
+    """The workdir of one step."""
     from dyntoken import train
 
+    workdir = tmp_path_factory.mktemp("trained") / "mine"
+    train.run(tiny_config(steps=1), workdir, log=lambda line: None)
+    return workdir
+
+
+@pytest.fixture
+def at_home(a_run, tmp_path, monkeypatch):
+    """A folder with what the blocks take for granted: a run, a photograph, a checkpoint of Hugging Face's layout."""
     monkeypatch.chdir(tmp_path)
-    train.run(tiny_config(steps=1), "runs/mine", log=lambda line: None)
+    shutil.copytree(a_run, "runs/mine")
     Image.new("RGB", (40, 30), (200, 90, 30)).save("cat.jpg")
     made_dinov2(tmp_path / "dinov2_small")
 
@@ -139,7 +156,7 @@ def made_dinov2(folder, width=24, depth=4, grid=5):
     (folder / "config.json").write_text(json.dumps(config))
 
 
-@pytest.mark.parametrize("section", SECTIONS)
+@pytest.mark.parametrize("section", [section for section in SECTIONS if section not in LONG])
 def test_python_blocks_run(section, at_home, monkeypatch):
     real = dyntoken.create_model
 
@@ -165,12 +182,23 @@ def check(section, scope):
         assert scope["features"].pooled.shape == (1, 24) and scope["model"].method == "etps"
         assert scope["features"].tokens.count == 89  # of 256: 180, 126 and 89 stay
         assert dyntoken.unreduce(scope["features"]).shape == (1, 16, 16, 24)
-    if section == "README.md: Use it":
+    if section in ("README.md: Use it", "tutorial.md: A model"):
         assert scope["out"].logits.shape == (8, 1000)
         assert scope["out"].reductions[0].keep.shape == (8, 137)
         assert scope["out"].reductions[-1].carrier.shape == (8, 196)
+    if section == "tutorial.md: Exits":
         assert scope["found"].logits.shape == (8, 1000) and scope["found"].exit.shape == (8,)
+    if section == "tutorial.md: Weights":
         assert pathlib.Path("dtps.safetensors").exists() and "params" in scope["variables"]
+    if section == "howto.md: A notebook":
+        assert {"loss", "top1"} <= set(scope["result"].metrics)
+    if section == "equations.md: DynamicViT: which patches stay":
+        assert scope["decision"].tolist() == [[1.0, 0.0]]
+        np.testing.assert_allclose(scope["shares"][0, 0, 0], (0.5, 0.5, 0.0), atol=1e-5)
+        np.testing.assert_allclose(scope["shares"][0, 0, 2], (1 / 3, 1 / 3, 1 / 3), atol=1e-5)
+    if section == "equations.md: TPS: matching and squeezing":
+        assert scope["fused"].host.tolist() == [[0]]
+        np.testing.assert_allclose(scope["fused"].x[0], ((1.5, 0.0), (0.0, 1.0)), rtol=1e-5)
 
 
 def parse(words: list[str]) -> flags.FlagValues:
@@ -240,10 +268,121 @@ def test_a_command_parses(command, only_parse):
 
 
 def test_a_cheap_command_runs(capsys):
-    command = next(c for c in COMMANDS if c.startswith("dyntoken.tools.flops"))
+    command = next(c for c in COMMANDS if c.startswith("dyntoken.tools.flops") and "--keep=0.7" in c)
     module, *words = shlex.split(command, comments=True)
     assert importlib.import_module(module).main(words) == 0
     assert "2.99" in capsys.readouterr().out
+
+
+def commands_of(*files):
+    """The commands of these files, in order, of ours alone, without those that need what only a user has."""
+    lines = "\n".join(b.text for b in BLOCKS if b.language == "bash" and b.file in files).replace("\\\n", " ")
+    found = re.findall(r"python -m (dyntoken[\w.]*(?: [^\n\"&|]*)?)", lines)
+    return [shlex.split(command, comments=True) for command in found]
+
+
+@pytest.mark.slow
+def test_an_installed_copy_is_tried_out(tmp_path):
+    script = [sys.executable, str(ROOT / "scripts" / "check_install.py")]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(script, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0 and "exits: (2, 2, 1000)" in done.stdout, done.stderr
+
+
+@pytest.mark.slow  # a dozen runs
+@pytest.mark.parametrize("file", ["howto.md", "README.md"])
+def test_commands_run_on_a_folder_of_pictures(file, tmp_path, monkeypatch):
+    """As they stand, but for the model's size, the pictures' and the length of the run."""
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 8), ("val", 4)):
+        for name in ("cat", "dog"):
+            (tmp_path / "photos" / split / name).mkdir(parents=True)
+            for number in range(count):
+                pixels = rng.integers(0, 256, (40, 48, 3), np.uint8)
+                Image.fromarray(pixels).save(tmp_path / "photos" / split / name / f"{number}.png")
+    Image.new("RGB", (64, 48), (200, 90, 30)).save("cat.jpg")
+    thin = {"width": 16, "heads": 2, "depth": 4}
+    dense = dyntoken.create_model("deit_tiny_patch16_224", **thin)
+    start = dense.init(jax.random.key(0), np.zeros((1, 224, 224, 3), np.float32))
+    pathlib.Path("weights").mkdir()
+    dyntoken.save_weights("weights/deit_tiny_patch16_224.safetensors", start, model=dense)
+    ran = 0
+    for module, *words in commands_of(file):
+        if any(word.endswith((":demo", ".pth")) for word in words) or "dinov2_small" in words:
+            continue  # tests/test_demos.py, tests/tools
+        if module == "dyntoken.main":
+            given = parse([module, *words])
+            config = given.config
+            with config.unlocked():
+                config.model.update(thin)
+                if config.teacher.name:
+                    config.teacher.update(thin)
+                if config.data.size == 224:
+                    config.data.size = 64
+                config.update({"batch": 8, "epochs": 1.0, "curves": False})
+                config.optim.warmup_epochs = 0
+            assert main.run(config, given.workdir, given.mode, given.dry_run, given.step) == 0
+        else:
+            assert importlib.import_module(module).main(words) == 0, (module, words)
+        ran += 1
+    assert ran >= 4
+    if file == "howto.md":
+        assert dyntoken.load_run("runs/mine160").preprocess.size == (160, 160)
+        assert list(pathlib.Path("runs/watched/tensorboard").iterdir())
+        assert dyntoken.load_pretrained("mine.safetensors")[0].num_classes == 2
+
+
+LINK = re.compile(r"\]\(([\w./-]+)(?:#([\w-]+))?\)")
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_links_lead_somewhere(path):
+    for link, anchor in LINK.findall(path.read_text()):
+        target = path.parent / link
+        assert target.exists(), f"{path.name}: {link}"
+        heads = re.findall(r"^#+ (.*)$", target.read_text(), re.M) if anchor else []
+        names = {re.sub(r"[^\w -]", "", head.lower()).strip().replace(" ", "-") for head in heads}
+        assert not anchor or anchor in names, f"{path.name}: {link}#{anchor}"
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 180
+
+
+def test_every_message_that_is_explained_is_in_the_code():
+    """`...` stands for what is filled in."""
+    known = []
+    for path in (ROOT / "dyntoken").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                parts = (part.value if isinstance(part, ast.Constant) else "..." for part in node.values)
+                known.append("".join(parts))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                known.append(node.value)
+    messages = re.findall(r"^> (.*)$", (ROOT / "docs" / "troubleshooting.md").read_text(), re.M)
+    text = "\n".join(known)
+    assert len(messages) >= 20
+    assert not [message for message in messages if message not in text]
+
+
+def test_functions_beside_equations_exist():
+    named = re.findall(r"`([\w/]+\.py):([\w.]+)`", (ROOT / "docs" / "equations.md").read_text())
+    assert len(named) >= 20
+    for file, name in named:
+        found = importlib.import_module(f"dyntoken.{file.removesuffix('.py').replace('/', '.')}")
+        for part in name.split("."):
+            found = getattr(found, part)
+
+
+def test_the_site_has_every_page():
+    """None twice (what the menu forgets, the hook adds). What the API page shows exists."""
+    nav = re.findall(r"\w+\.md", (ROOT / "mkdocs.yml").read_text().partition("\nnav:")[2])
+    assert len(nav) == len(set(nav)) and len(nav) > 25
+    shown = re.findall(r"^::: (.*)\.(\w+)$", (ROOT / "docs" / "api.md").read_text(), re.M)
+    assert len(shown) >= 30
+    for module, name in shown:
+        assert hasattr(importlib.import_module(module), name), f"{module}.{name}"
 
 
 def test_the_run_books_have_every_case():

@@ -64,8 +64,12 @@ def _decode(data: Any, channels: int, box: Callable[[Any, Any], Any] | None = No
             if box is None:
                 with tf.control_dependencies([shape]):
                     return tf.image.decode_jpeg(data, channels=channels, dct_method=accurate)
-            crop = box(shape[0], shape[1])
-            return tf.image.decode_and_crop_jpeg(data, crop, channels=channels, dct_method=accurate)
+            top, left, height, width = tf.unstack(box(shape[0], shape[1]))
+            # One column more on either side: subsampled colours of the outermost come without their neighbours.
+            near, far = tf.maximum(left - 1, 0), tf.minimum(left + width + 1, shape[1])
+            window = tf.stack([top, near, height, far - near])
+            image = tf.image.decode_and_crop_jpeg(data, window, channels=channels, dct_method=accurate)
+            return image[:, left - near : left - near + width]
 
         return tf.cond(shape[2] == 4, other, plain)
 

@@ -256,7 +256,22 @@ def test_odd_files_decode_as_pillow_has_them(photo):
         assert made.shape == (90, 80, 3)
         assert np.abs(made - expected).mean() < 1.5, kind
         cropped = _decode(content, 3, lambda height, width: box).numpy()
-        assert np.abs(cropped - made[10:58, 20:60]).mean() < 0.5, kind  # chroma at the rim of the crop
+        np.testing.assert_array_equal(cropped, made[10:58, 20:60], kind)
+
+
+@pytest.mark.parametrize("box", [(0, 0, 90, 80), (3, 1, 20, 31), (11, 16, 16, 64), (40, 79, 5, 1)])
+@pytest.mark.parametrize("subsampling", (0, 1, 2))
+def test_a_crop_of_a_jpeg_is_cut_from_the_whole(photo, subsampling, box):
+    """TensorFlow's decode_and_crop_jpeg alone takes other colours for the outermost columns."""
+    import tensorflow as tf
+
+    from dyntoken.data.tf_image import _decode
+
+    content = encoded(photo.crop((60, 40, 140, 130)), "JPEG", quality=90, subsampling=subsampling)
+    top, left, height, width = box
+    cropped = _decode(content, 3, lambda *shape: tf.constant(box)).numpy()
+    whole = _decode(content, 3).numpy()
+    np.testing.assert_array_equal(cropped, whole[top : top + height, left : left + width])
 
 
 def store(tmp_path, name, features, rows):

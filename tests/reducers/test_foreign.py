@@ -1,4 +1,4 @@
-"""The README's reducer in a foreign ViT, taken from the README and run."""
+"""The tutorial's reducer in a foreign ViT, taken from there and run."""
 
 import pathlib
 import re
@@ -6,12 +6,12 @@ import re
 import jax
 import numpy as np
 
-README = pathlib.Path(__file__).resolve().parents[2] / "README.md"
+TUTORIAL = pathlib.Path(__file__).resolve().parents[2] / "docs" / "tutorial.md"
 
 
-def test_the_readme_example_runs():
+def test_the_tutorials_example_runs():
     code = re.search(
-        r"tests/reducers/test_foreign.py -->\n```python\n(.*?)```", README.read_text(), re.S
+        r"tests/reducers/test_foreign.py -->\n```python\n(.*?)```", TUTORIAL.read_text(), re.S
     ).group(1)
     assert len(code.partition("class ")[2].splitlines()) <= 20
     scope = {}
