@@ -112,7 +112,7 @@ class Attention(nn.Module):
         if policy is None and unseen:
             bias = bias if weight is None else weight if bias is None else bias + weight
             y, seen = attend.attention(q, k, v, scale=scale, bias=bias), Attended(keys=keys)
-        elif train and gate is None and bias is None and weight is None and unseen:
+        elif policy is not None and train and unseen and gate is bias is weight is None:
             y, seen = attend.policy_attention(q, k, v, policy, scale=scale), Attended(keys=keys)
         else:
             logits = attend.logits(q, k, scale=scale, bias=bias)
