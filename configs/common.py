@@ -148,7 +148,7 @@ def deit_augment(c, repeats=3, policy="rand-m9-mstd0.5-inc1"):
 SIZES = {"t": "tiny", "s": "small", "b": "base"}
 DEIT = {"size": "s", "pixels": 224, "inat": False}
 TOY = {"demo": False, "tiny": False}
-REDUCED = {"keep": 0.0, "at": (), **TOY}
+REDUCED = {"keep": 0.0, "at": (), "form": "auto", **TOY}
 TAUGHT = ("logit_kl", "token_distill", "dense_distill")  # losses that need a teacher
 
 
@@ -278,16 +278,22 @@ DVT = {"exits": (7, 10, 14), "feature_reuse": True, "relation_reuse": True, "dis
 T2T_FROZEN = ("pos_embed$", r"attention\d/w$")  # the sinusoid and the performer's random features
 
 
-def from_dense(c, method, keep, at):
+def from_dense(c, method, keep, at, form="auto"):
     """Fine-tunes a reduced model from a dense one, which is its teacher where a loss wants one.
 
-    Call it last: the teacher is built like the model is by then.
+    Call it last: the teacher is built like the model is by then. In gather form the
+    number of tokens is exact, and no loss has to hold it.
     """
+    one_of({"form": form}, form=("auto", "mask", "gather"))
     dense = c.model.to_dict()
     if any(loss in c.losses for loss in TAUGHT):
         c.teacher.update(dense)
         c.teacher.weights = c.init.get_oneway_ref("path")  # follows it, but not the other way round
     c.model.name = f"{method}_{dense['name']}"
     c.model.keep = keep
+    if form != "auto":
+        c.model.form = form
+    if form == "gather" and "keep_ratio" in c.losses:
+        del c.losses["keep_ratio"]
     if at:
         c.model.at = at

@@ -154,7 +154,7 @@ def finish(c, arg, method, *, keep=0.7, demo_keep=0.5, sites=DEMO_SITES, small=N
         keep, arg.at = demo_keep, arg.at or sites
     if arg.tiny:
         tiny(c, arg.at, **(toy or {}))
-    common.from_dense(c, method, arg.keep or keep, arg.at)
+    common.from_dense(c, method, arg.keep or keep, arg.at, arg.form)
     return c
 
 

@@ -51,6 +51,8 @@ recipe: this is dTPS's without the keep-ratio loss. DeiT-B, 384 pixels and iNatu
 2019 are trained alike, from a dense DeiT of that kind (`configs/deit.py:pixels=384`,
 `:inat`).
 
+`form=gather` trains dTPS on rows that really leave, without the keep-ratio loss (docs/training.md); not published.
+
 `cifar10` trains a small ViT for 32 x 32 pixels with the reduction from scratch on
 the real CIFAR-10, as TFDS prepares it under $TFDS_DATA_DIR (`tfds build cifar10`);
 nothing like it is published. 100 epochs: not yet run.
@@ -60,7 +62,7 @@ from configs import common, toys
 
 
 def get_config(arg=None):
-    """`variant=dtps|etps`, `size=t|s|b`, `pixels=`, `inat`, `keep=`, `at=`, `distill=`, `demo`, `cifar10`, `tiny`."""
+    """`variant=dtps|etps`, `size=t|s|b`, `pixels=`, `inat`, `keep=`, `at=`, `form=`, `distill=`, `cifar10`, a toy."""
     switches = {"variant": "dtps", "distill": "auto", "cifar10": False}
     arg = common.parse_arg(arg, **common.DEIT, **common.REDUCED, **switches)
     c = common.deit(arg)

@@ -35,12 +35,15 @@ class Classifier(nn.Module):
       backbone: its recipe, without its sites.
       num_classes: 0 returns pooled features.
       pool: see `heads.ClassHead`.
+      prepared: pairs of fields of `preprocessing.Preprocess`, as the files beside the weights have
+        them; `dyntoken.preprocess` does the rest as the public weights of the name want it.
     """
 
     arch: str
     backbone: Spec
     num_classes: Natural = 1000
     pool: Pool = "token"
+    prepared: tuple[tuple[str, Any], ...] = ()
 
     method = None
     exits = ()

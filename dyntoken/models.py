@@ -35,7 +35,7 @@ KINDS: dict[str, type[Cascade | MultiExit]] = {
     architectures.MULTIEXIT: MultiExit,
 }
 OF_NAME = ("arch", "backbone", "method", "reducer", "method_options", "parent", "name")  # no keywords
-OF_SITES = {"keep", "at", "form"}  # keywords that say where and how much a method reduces
+OF_SITES = {"keep", "at", "form", "keep_round_to"}  # keywords that say where and how much a method reduces
 OF_METHODS = OF_SITES | {"fuse", "score", "dropped"}  # what a dense model is often told by mistake
 OF_BACKBONE = ("sites", "context", "parent", "name")  # fields of a backbone that are no keywords
 
@@ -53,6 +53,8 @@ class Model(Classifier):
       keep: keep rate or counts, see `reducers.keep.keep_counts`.
       at: 0-based block indices of the sites.
       form: "auto", "mask" or "gather".
+      keep_round_to: rows behind every site, prefix included, are the nearest multiple of this
+        number (of 8 or 128 for hardware that computes in such lanes); None: counts as `keep` says.
       representation_size: see `heads.ClassHead`.
       fc_norm: a norm on the pooled features, with the backbone's epsilon.
       representation_act, pool_prefix, head_dropout, token_head: see `heads.ClassHead` (`prefix_too`, `dropout`).
@@ -63,6 +65,7 @@ class Model(Classifier):
     keep: Keep = 0.7
     at: tuple[int, ...] = ()
     form: Form = "auto"
+    keep_round_to: Count | None = None
     representation_size: Count | None = None
     fc_norm: bool = False
     representation_act: Representation = "tanh"
@@ -86,7 +89,14 @@ class Model(Classifier):
             return ()
         body, options = self.plain(), dict(self.method_options)
         return make_sites(
-            body, self.method, options, keep=self.keep, at=self.at, form=self.form, arch=self.arch
+            body,
+            self.method,
+            options,
+            keep=self.keep,
+            at=self.at,
+            form=self.form,
+            arch=self.arch,
+            keep_round_to=self.keep_round_to,
         )
 
     def setup(self) -> None:
@@ -295,7 +305,7 @@ def create_model(name: str, **overrides: Any) -> Model | Cascade | MultiExit:
 
     Args:
       name: for instance "dtps_deit_small_patch16_224"; see `list_models`.
-      **overrides: any field: of the model (`num_classes`, `keep`, `at`, `form`,
+      **overrides: any field: of the model (`num_classes`, `keep`, `at`, `form`, `keep_round_to`,
         `pool`, `representation_size`, `fc_norm`), of the backbone (`img_size`, `in_chans`,
         `drop_path`, `dtype`, ...), of the method (`fuse`, `score`, `shuffle`,
         `temperature`, `tau`) or of the cascade (`exits`, `feature_reuse`,

@@ -23,7 +23,7 @@ from dyntoken.models import create_model
 from dyntoken.preprocessing import Preprocess
 from dyntoken.registry import load_plugins
 from dyntoken.types import Output
-from dyntoken.weights import load_pretrained, load_whole
+from dyntoken.weights import class_names, fetch, load_pretrained, load_whole, prepared
 
 Columns = dict[str, np.ndarray]
 ADDRESSES = ("hf:", "https:", "pretrained:")
@@ -117,18 +117,20 @@ class Predictor:
         if self.model is not None:
             model: Any = create_model(self.model, **self.options)
             variables, report = load_whole(model, self.source, step=self.step, prefer=self.prefer)
-            return model, variables, None, (), report.origin
+            return prepared(model, self.source), variables, None, (), report.origin
         if not isinstance(self.source, Mapping):
             folder = paths.resolve(self.source)
             if (folder / exporting.folder.ABOUT).exists():
                 return self._read_export()
-            if folder.is_dir() or not _is_weights(self.source, folder):
+            weights = (folder.is_dir() and fetch.in_folder(folder)) or folder
+            if weights.is_dir() or not _is_weights(self.source, weights):
                 run = runs.load_run(self.source, step=self.step, prefer=self.prefer)
                 origin = f"{self.source}, step {run.step}"
                 return run.model, run.variables, run.preprocess, run.class_names, origin
         options: dict[str, Any] = {"step": self.step, "prefer": self.prefer, "return_report": True}
         model, variables, report = load_pretrained(self.source, **options, **self.options)
-        return model, variables, None, (), report.origin
+        names = class_names(self.source)
+        return model, variables, None, names if len(names) == model.num_classes else (), report.origin
 
     def _read_export(self) -> tuple[Any, Any, Preprocess, Sequence[str], str]:
         if self.features or self.tokens or self.keep is not None or self.thresholds is not None:

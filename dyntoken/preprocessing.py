@@ -22,7 +22,7 @@ class Preprocess:
       mean, std: per channel, of pixels in [0, 1].
       crop_pct: share of the resized shorter side that the crop keeps.
       interpolation: "bicubic" or "bilinear".
-      squash: stretches the whole image to `size`, whatever its aspect ratio; nothing is cropped.
+      squash: stretches the whole image, whatever its aspect ratio, before the crop.
     """
 
     size: tuple[int, int]
@@ -61,9 +61,10 @@ def preprocess(model: Model, dataset: str | None = None) -> Preprocess:
 
     Args:
       model: from `create_model`.
-      dataset: what the weights were trained on; by default what the public weights of the
-        model's name want, which is ImageNet's mean and standard deviation for most colour
-        images (0.5 for `vit_*`, AugReg's), Fashion-MNIST's for grey ones.
+      dataset: what the weights were trained on; by default what the files beside them say
+        (`load_pretrained` keeps it in the model), else what the public weights of the model's
+        name want, which is ImageNet's mean and standard deviation for most colour images (0.5
+        for `vit_*`, AugReg's), Fashion-MNIST's for grey ones.
 
     Raises:
       ValueError: a data set with another number of channels.
@@ -81,4 +82,8 @@ def preprocess(model: Model, dataset: str | None = None) -> Preprocess:
     if dataset is None and channels == 3 and arch.pixels is not None:
         mean, std = architectures.PIXELS[arch.pixels]
     squash = arch.squash and not exact
-    return Preprocess((height, width), channels, tuple(mean), tuple(std), crop_pct=crop, squash=squash)
+    how = Preprocess((height, width), channels, tuple(mean), tuple(std), crop_pct=crop, squash=squash)
+    told = {} if dataset else dict(model.prepared)
+    if len(told.get("mean", how.mean)) != channels:  # of weights that were adapted to other images
+        told = {name: value for name, value in told.items() if name not in ("mean", "std")}
+    return dataclasses.replace(how, **told)

@@ -51,7 +51,8 @@ class Tokens:
       prefix: number of leading rows that are no patches.
       grid: (rows, columns) of the first patch grid.
       weight: `[B, N]` float32, how often a row counts as a key where a method weighs keys
-        otherwise than by `size`; else None.
+        otherwise than by `size`; else None. In gather-form training of a learnt decision it is
+        ones, which carry its straight-through gradient.
       mixed: `[B, N0]` bool, cells whose content MixToken took from the row's
         partner (`ops.mixing`); None where nothing was mixed.
       last: `[B, N0, C]`, what a cell shows on a map once its row is dropped
@@ -216,7 +217,7 @@ class Attended:
       cls: `[B, N]` float32, mean over heads of the class token's attention to
         each patch row (softmax over all rows, prefix columns left out, not
         renormalised), or None without a class token.
-      keys, values: `[B, heads, prefix + N, head_dim]`.
+      keys, queries, values: `[B, heads, prefix + N, head_dim]`, ahead of any rotation.
       probs: `[B, heads, prefix + N, prefix + N]` float32 (query, key), softmax over
         the rows alive.
       logits: `[B, heads, prefix + N, prefix + N]` float32 (query, key), scaled,
@@ -232,6 +233,7 @@ class Attended:
     logits: Array | None = None
     normed: Array | None = None
     token: Array | None = None
+    queries: Array | None = None
 
 
 @flax.struct.dataclass

@@ -3,7 +3,7 @@
 #
 # Expected: the same pixels; its documentation calls it equivalent to the two together.
 # Seen: of a JPEG with subsampled colours (4:2:0 and 4:2:2, nearly all photographs; ImageNet is such) the outermost
-# columns of the crop differ, by up to some 30 grey levels: colours there are interpolated without their neighbour
+# columns of the crop differ, by some 20 grey levels: colours there are interpolated without their neighbour
 # outside. Without subsampling (4:4:4) it is the same. A pipeline that crops while decoding is so never bit-equal to one
 # that crops afterwards, or to Pillow. Remedy: ask for one column more on either side and cut it off.
 set -euo pipefail

@@ -171,16 +171,6 @@ def test_training_gradients_are_finite_and_reach_every_parameter(case):
         assert float(jnp.abs(leaf).max()) > 0, f"no gradient reaches {jax.tree_util.keystr(path)}"
 
 
-def test_explicit_gather_training_leaves_the_predictor_without_gradient():
-    # Known exception: a hard top-k has no gradient, so only the mask form trains a predictor.
-    model, variables = _model("dtps", "gather"), _variables("dtps")
-    grads = jax.jit(jax.grad(lambda v: model.apply(v, _images(), train=True, rngs=_rngs()).logits.sum()))(
-        variables
-    )
-    predictor = grads["params"]["backbone"]["trunk"]["reducer_0"]
-    assert all(float(jnp.abs(leaf).max()) == 0 for leaf in jax.tree.leaves(predictor))
-
-
 @pytest.mark.parametrize("case", _quick([*METHODS]))
 def test_one_compilation_per_shape_and_every_transform(case):
     model, variables = _model(case), _variables(case)

@@ -81,6 +81,30 @@ def test_one_picture_is_resized_as_a_batch_is(shape, interpolation):
     assert difference.max() <= 1
 
 
+@pytest.mark.parametrize(
+    ("shape", "size"), [((82, 74, 3), (70, 95)), ((100, 75, 3), (56, 56)), ((90, 40, 3), (80, 30))]
+)
+def test_one_picture_is_resized_columns_first(shape, size):
+    """Pillow 13 resizes rows first where they shrink more, and a part of a picture in another order than the whole."""
+    image = (
+        np.random.default_rng(0).integers(0, 2, shape, np.uint8) * 255
+    )  # bicubic overshoots, and is clipped
+    for squash in (False, True):
+        how = (size, 0.875, "bicubic")
+        one = resize_centre_one(image, *how, squash=squash).astype(int)
+        assert np.abs(one - resize_centre(image[None], *how, squash=squash)[0]).max() <= 2
+
+
+def test_stretched_pictures_are_cropped_at_the_centre():
+    image = np.random.default_rng(0).integers(0, 256, (30, 50, 3), np.uint8)
+    whole = resize_centre(image[None], (32, 32), 1.0, "bicubic", squash=True)[0]
+    for part in (
+        resize_centre(image[None], (24, 24), 0.75, "bicubic", squash=True)[0],
+        resize_centre_one(image, (24, 24), 0.75, "bicubic", squash=True),
+    ):
+        assert np.abs(part.astype(int) - whole[4:28, 4:28]).max() <= 1
+
+
 def test_what_cannot_be_read_is_a_row_of_its_own(found, predictor, pictures):
     assert [bool(text) for text in found["error"]] == [False, False, True, False, False, False, False, True]
     assert (

@@ -128,3 +128,11 @@ def test_what_distill_takes():
     assert recipes.load("configs/tps_deit.py:size=t,distill=true").teacher.name == "deit_tiny_patch16_224"
     with pytest.raises(ValueError, match="distill=yes is not one of auto, true, false"):
         recipes.load("configs/tps_deit.py:distill=yes")
+
+
+def test_gather_form_leaves_out_what_holds_the_keep_rate():
+    c = recipes.load("configs/tps_deit.py:form=gather")
+    assert c.model.form == "gather" and "keep_ratio" not in c.losses and "logit_kl" in c.losses
+    assert "form" not in c.teacher and "form" not in recipes.load("configs/tps_deit.py").model
+    with pytest.raises(ValueError, match="form=gathr is not one of auto, mask, gather"):
+        recipes.load("configs/tps_deit.py:form=gathr")

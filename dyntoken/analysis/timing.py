@@ -167,8 +167,8 @@ def evaluation(model: Any, variables: Any, images: Any) -> Program:
 def training(model: Any, variables: Any, images: Any, optimizer: bool = False) -> Program:
     """A training pass: forward in training mode, cross-entropy, gradient in every parameter.
 
-    A method with a learnt policy runs its mask form here, so it is no faster than
-    the dense model; the others train at the reduced shapes.
+    A method with a learnt policy runs its mask form here unless the model says
+    `form="gather"`, so it is no faster than the dense model; the others train at the reduced shapes.
 
     Args:
       optimizer: also applies AdamW, and returns its state and the new parameters; nothing is donated.

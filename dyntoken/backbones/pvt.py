@@ -59,13 +59,14 @@ class SpatialReductionAttention(nn.Module):
         prefix: int = 0,
         train: bool = False,
         return_scores: bool = False,
+        size: Array | None = None,
         draws: sample.Draws | None = None,
         path: tuple[int, ...] = (),
     ) -> tuple[Array, Attended | None]:
         """Attends `x [B, T, C]`.
 
         Args (the others, and the result, are those of `Attention`):
-          spatial_map: the patches as a map, if ratio > 1; `policy` only if it is 1.
+          spatial_map: the patches as a map, if ratio > 1; `policy` and `size` only if it is 1.
         """
         batch, rows, width = x.shape
         options = {"dtype": self.dtype, "use_bias": self.qkv_bias}
@@ -82,10 +83,11 @@ class SpatialReductionAttention(nn.Module):
         k, v = jnp.moveaxis(kv, (2, 3), (0, 2))  # each [B, heads, keys, head_dim]
         scale = self.qk_scale if self.qk_scale is not None else (width // self.heads) ** -0.5
         seen = None
+        bias = None if size is None else attend.log_size(size)
         if policy is None and not return_scores and (draws is None or self.attn_dropout == 0.0):
-            y = attend.attention(q, k, v, scale=scale)
+            y = attend.attention(q, k, v, scale=scale, bias=bias)
         else:
-            p = attend.normalise(attend.logits(q, k, scale=scale), policy=policy, train=train)
+            p = attend.normalise(attend.logits(q, k, scale=scale, bias=bias), policy=policy, train=train)
             p = layers.drop(p, self.attn_dropout, draws, *path, 0)
             y = jnp.einsum("bhqk,bhkd->bhqd", p.astype(v.dtype), v)
             cls = attend.class_attention(p, prefix) if prefix else None

@@ -160,6 +160,10 @@ class DualPathStages(Backbone):
         """(rows, columns) of the third stage."""
         return self.grid_of(SPARSE_STAGE)
 
+    def site_prefix(self, at: int) -> int:
+        """None: the pooled row comes after the stages."""
+        return 0
+
     def shows(self, at: int) -> frozenset[str]:
         """Nothing: the sites lie before the blocks."""
         return frozenset()

@@ -107,6 +107,10 @@ class RegrownStages(Backbone):
         """(rows, columns) of a stage."""
         return self.grids[at]
 
+    def site_prefix(self, at: int) -> int:
+        """Class tokens of a stage."""
+        return self.prefixes[at]
+
     def shows(self, at: int) -> frozenset[str]:
         """Class attention where a stage has a class token; keys come from a map and are no tokens'."""
         return frozenset({"cls"} if self.prefixes[at] else ())
@@ -120,6 +124,8 @@ class RegrownStages(Backbone):
         """Also refuses a fused token, or rows of mixtures, in a stage that needs a map, and what wants every block."""
         if reducer.from_block is not None:
             return "it takes a few tokens at every block, and only the first one of a stage has a site"
+        if reducer.pools:
+            return "it pools the grid, and every stage pools its own already"
         reason = super().refuse(reducer, at)
         if reason is None and (reducer.adds_row or reducer.mixes):
             free = [s for s in range(self.depth) if s == self.depth - 1 and not self.convolves(s)]

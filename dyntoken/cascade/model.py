@@ -108,7 +108,7 @@ class Cascade(Classifier):
       context_width, context_hidden: channels of a context embedding and of the
         MLP that makes it.
       reducer: row of `reducers.METHODS` that each exit runs, or None.
-      method_options, form: as in `Model`.
+      method_options, form, keep_round_to: as in `Model`.
       keep: as in `Model` for every exit, or one such value per exit as a tuple
         with a tuple in it: `((0.9, 0.8), (0.7, 0.5), (0.7, 0.5))`.
       at: block indices for every exit, or a tuple of them per exit; an empty one
@@ -136,6 +136,7 @@ class Cascade(Classifier):
     keep: Keep | tuple[Keep, ...] = 0.7
     at: tuple[int | tuple[int, ...], ...] = ()
     form: Form = "auto"
+    keep_round_to: Count | None = None
     dropped: Literal["host", "zero"] = "host"
 
     # Of `patch_drop`: an exit reuses features and relations of the whole grid.
@@ -176,6 +177,7 @@ class Cascade(Classifier):
             return ()
         at = (at,) if isinstance(at, int) else at
         options = {"keep": keep, "at": at, "form": self.form, "arch": self.arch}
+        options |= {"keep_round_to": self.keep_round_to}
         try:
             return make_sites(self.plain(index), self.reducer, dict(self.method_options), **options)
         except ValueError as error:

@@ -164,8 +164,20 @@ class Exported:
         return preprocess_of(self.about)
 
     def step(self, inputs: Mapping[str, Any], index: int = 0) -> dict[str, jax.Array]:
-        """Runs one program on its inputs."""
-        return self.programs[index].call(self.weights, dict(inputs))
+        """Runs one program on its inputs.
+
+        Raises:
+          ValueError: this jax is too old for the file.
+        """
+        try:
+            return self.programs[index].call(self.weights, dict(inputs))
+        except jax.errors.JaxRuntimeError as error:
+            if "deserialize StableHLO" not in str(error):
+                raise
+            raise ValueError(
+                f"written by jax {self.about['versions']['jax']}, which this jax {jax.__version__} cannot read: "
+                "run it with that one or a newer one, or export it again"
+            ) from error
 
     def __call__(self, images: Any, upto: int | None = None) -> dict[str, jax.Array]:
         """`logits [B, classes]`, of exits 0 .. `upto` (None: all) `[exits, B, classes]`, and `keep_0`, ..."""

@@ -46,3 +46,24 @@ def ce(output: Output, batch: Mapping[str, Any]) -> Pair:
     stack = logits.reshape(-1, *target.shape)  # [S, B, K]: one classifier, two heads or all exits
     sums = jnp.stack([cross_entropy(each, target, mask) for each in stack])  # [S]
     return (sums if output.logits.ndim == 3 else jnp.mean(sums)), jnp.sum(mask)
+
+
+@loss("teacher", exits="none")
+def teacher_ce(output: Output, batch: Mapping[str, Any]) -> Pair:
+    """`ce` of the teacher's output, by which a teacher that shares the student's weights learns.
+
+    Lee et al., CVPR 2024, section 3.4 (mlvlab/MCTF). Of a frozen teacher it is a constant.
+
+    Args:
+      output: of the student, not read.
+      batch: as of `ce`, and `"teacher"`.
+
+    Returns:
+      (sum over rows, number of rows).
+
+    Raises:
+      ValueError: without a teacher, or targets that do not fit its logits.
+    """
+    if batch.get("teacher") is None:
+        raise ValueError("loss 'teacher_ce' needs a teacher and the batch has none: set a teacher or drop it")
+    return ce(batch["teacher"], batch)

@@ -18,8 +18,9 @@ def consistency(output: Output, batch: Mapping[str, Any], *, confidence: Share =
     """Squared distance of the final class token from the teacher's, where the student is sure enough.
 
     Lee et al., CVPR 2024, section 3.4 (mlvlab/MCTF, `engine.py`): the teacher is
-    the same network with fewer fused tokens (`model.clone`); its features
-    are detached here, and its own cross-entropy is a loss of its own.
+    the same network with fewer fused tokens (`config.teacher.weights="self"`, or
+    `model.clone`); its features are detached here, and its own cross-entropy is
+    the loss `teacher_ce`.
 
     Args:
       output: student, with a class token, recorded with `record=("features",)`.

@@ -19,6 +19,7 @@ LOSSES = Table(
     "loss",
     {
         "ce": "dyntoken.losses.classify:ce",
+        "teacher_ce": "dyntoken.losses.classify:teacher_ce",
         "ponder": "dyntoken.losses.halting:ponder",
         "halting_prior": "dyntoken.losses.halting:halting_prior",
         "multiply_adds": "dyntoken.losses.budget:multiply_adds",

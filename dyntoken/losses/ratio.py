@@ -20,7 +20,9 @@ def keep_ratio(
 
     `sum_s mean_b (mean_n decision_s[b, n] - ratio_s)^2 / divisor` over the
     reduction sites s (raoyongming/DynamicViT, `DistillDiffPruningLoss_dynamic`;
-    megvii-research/TPS-CVPR2023, `KeepRatioLoss`).
+    megvii-research/TPS-CVPR2023, `KeepRatioLoss`). It is for training in mask
+    form: in gather form the count is exact, so that the loss is what rounding leaves of it
+    and teaches nothing; leave it out there.
 
     Args:
       output: `reductions` of a method that samples its decisions, `decision`

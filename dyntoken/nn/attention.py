@@ -17,6 +17,7 @@ from dyntoken.ops.rope import Rotation
 from dyntoken.types import Attended, Gate
 
 Array = jax.Array
+CHEAP = ("keys", "queries", "values")  # what any attention has at hand, its map included or not
 
 
 class Attention(nn.Module):
@@ -97,7 +98,7 @@ class Attention(nn.Module):
             q, k = norm(name="q_norm")(q), norm(name="k_norm")(k)
         if mix is not None:
             return self._output(mix(v), width, draws, path), None
-        keys = k
+        keys, queries = k, q
         if rotation is not None:
             q, k = rotation(q), rotation(k)
         if gate is not None:
@@ -108,12 +109,14 @@ class Attention(nn.Module):
         if only_map:
             return_scores = True
         weight = None if size is None else attend.log_size(size)
-        unseen = return_scores in (False, ("keys",)) and not return_logits and not thinned
+        cheap = not return_scores or (return_scores is not True and set(return_scores) <= set(CHEAP))
+        unseen = cheap and not return_logits and not thinned
+        seen = Attended(keys=keys, queries=queries, values=v)
         if policy is None and unseen:
             bias = bias if weight is None else weight if bias is None else bias + weight
-            y, seen = attend.attention(q, k, v, scale=scale, bias=bias), Attended(keys=keys)
+            y = attend.attention(q, k, v, scale=scale, bias=bias)
         elif policy is not None and train and unseen and gate is bias is weight is None:
-            y, seen = attend.policy_attention(q, k, v, policy, scale=scale), Attended(keys=keys)
+            y = attend.policy_attention(q, k, v, policy, scale=scale)
         else:
             logits = attend.logits(q, k, scale=scale, bias=bias)
             weighed = logits if weight is None else logits + weight
@@ -129,8 +132,8 @@ class Attention(nn.Module):
             else:
                 y = jnp.einsum("bhqk,bhkd->bhqd", p.astype(v.dtype), v)
             cls = attend.class_attention(p, prefix) if prefix and return_scores else None
-            shown = {"cls": cls, "keys": keys, "values": v, "probs": p} if return_scores else {}
-            seen = Attended(**shown, logits=logits if return_logits else None)
+            shown = {"keys": keys, "queries": queries, "values": v, "probs": p} if return_scores else {}
+            seen = Attended(cls, **shown, logits=logits if return_logits else None)
         shown = seen if return_scores or return_logits else None
         if only_map:
             return None, shown

@@ -151,7 +151,8 @@ class Block(nn.Module):
         policy = None if tokens.alive is None else attend.with_prefix(tokens.alive, tokens.prefix)
         gate = tokens.gate
         gated = {} if gate is None else {"gate": gate}
-        more = {"size": attend.with_prefix(tokens.key_weight, tokens.prefix)} if self.proportional else {}
+        counted = self.proportional or tokens.weight is not None
+        more = {"size": attend.with_prefix(tokens.key_weight, tokens.prefix)} if counted else {}
         if more and gate is not None and gate.size is not None:
             more = {"size": gate.size}
         y, seen = self.attn(

@@ -47,6 +47,8 @@ class Route:
       mask: `[B, N]` 1.0 for those; in training with straight-through gradient.
       order, back: `[B, N]` cells, those of the slow path first, and where each cell
         is in that order; None in mask form.
+      gates: `[B, N]` ones in that order, which carry the gradient of the decision, in training in
+        gather form; else None.
       slow: static number of cells on the slow path (gather form).
       streams: both paths go on side by side (`Streams`), as the official training does.
     """
@@ -54,6 +56,7 @@ class Route:
     mask: Array
     order: Array | None = None
     back: Array | None = None
+    gates: Array | None = None
     slow: int = flax.struct.field(pytree_node=False, default=0)
     streams: bool = flax.struct.field(pytree_node=False, default=False)
 
@@ -63,13 +66,19 @@ class Route:
         if form == "mask":
             return cls(reduction.decision, streams=train)
         order = jnp.concatenate(select.split(reduction.decision, reduction.count), axis=1)
-        return cls(reduction.decision, order, select.order(-order), reduction.count)
+        gates = None
+        if train:
+            mask = jnp.take_along_axis(reduction.decision, order, axis=1)
+            gates = jnp.where(jnp.arange(mask.shape[1])[None] < reduction.count, mask, 1.0 - mask)
+        return cls(reduction.decision, order, select.order(-order), gates, reduction.count)
 
 
 def branch(route: Route, x: Array, slow: Layers, fast: Layers) -> Array:
     """`slow` on the cells of the slow path, `fast` on the others: `[B, N, C]` in and out.
 
-    The gather form runs each on its own cells, the mask form both on all.
+    The gather form runs each on its own cells, the mask form both on all. In training the
+    gather form's results are scaled by `Route.gates`, as a router scales its expert's
+    (Fedus et al. 2022, "Switch Transformers", section 2.1): a decision learns from the path that ran.
 
     Args:
       slow, fast: `[B, n, C]` -> `[B, n, C]`, each cell by itself.
@@ -78,4 +87,6 @@ def branch(route: Route, x: Array, slow: Layers, fast: Layers) -> Array:
         return jnp.where(route.mask[..., None] > 0.5, slow(x), fast(x))
     moved = select.take(x, route.order)
     paths = [slow(moved[:, : route.slow]), fast(moved[:, route.slow :])]
-    return select.take(jnp.concatenate(paths, axis=1), route.back)
+    y = jnp.concatenate(paths, axis=1)
+    y = y if route.gates is None else y * route.gates[..., None].astype(y.dtype)
+    return select.take(y, route.back)

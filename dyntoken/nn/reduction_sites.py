@@ -9,6 +9,7 @@ from typing import Any
 NEEDS = {
     "cls": ("the class token", "there is none", "that joins at"),
     "keys": ("their attention keys", "no key there is that of one patch", "they have some only at"),
+    "queries": ("their attention queries", "no query there is that of one patch", "they have some only at"),
     "values": ("their attention values", "no value there is that of one patch", "they have some only at"),
     "probs": ("the attention between them", "none is shown there", "it is shown only at"),
     "token": ("the class token", "there is none", "that joins at"),
@@ -49,6 +50,8 @@ class ReductionSites:
     def sites_of(self, reducer: Any) -> tuple[int, ...]:
         """The default sites of a method: those that show what it needs."""
         usual = self.default_sites
+        if reducer.pools:
+            usual = (self.depth // 2,)
         if self.nested and reducer.from_block is not None:
             usual = tuple(range(min(reducer.from_block, self.depth - 1), self.depth))
         able = tuple(
@@ -62,13 +65,17 @@ class ReductionSites:
         """(rows, columns) of the patches that the keep rate of a site refers to."""
         return self.grid
 
+    def site_prefix(self, at: int) -> int:
+        """Rows at a site that are no patches."""
+        return self.prefix
+
     def site_rates(self, rate: float, sites: int) -> tuple[float, ...] | float:
         """One keep rate as one per site, or as it is: then the method's rule expands it."""
         return rate
 
     def shows(self, at: int) -> frozenset[str]:
         """Fields of `Attended` that a site inside a block sees."""
-        shown = {"keys", "values", "probs", "normed"}
+        shown = {"keys", "queries", "values", "probs", "normed"}
         return frozenset(shown | {"cls", "token"} if self.prefix else shown)
 
     def shows_ahead(self, at: int) -> frozenset[str]:

@@ -41,14 +41,18 @@ def to_map(tokens: Tokens, rows: Array, empty: Array | None = None) -> Array:
       empty: `[B, N0, C]`, shown where a row was dropped; None is zeros.
 
     Returns:
-      `[B, H, W, C]`. In the mask form it is what the gather form scatters, and
-      passes a gradient on to the decisions.
+      `[B, H, W, C]`. In the mask form it is what the gather form scatters. Decisions that are
+      learnt get a gradient: of all cells in the mask form, of the rows kept in the gather form.
     """
     if tokens.alive is not None:
         alive = tokens.alive[..., None].astype(rows.dtype)
         cells = rows * alive if empty is None else rows * alive + empty * (1 - alive)
     else:
         at = select.survivors(tokens.carrier, tokens.place)
+        if tokens.weight is not None:  # ones, see `Tokens.weight`
+            weight = tokens.weight[..., None].astype(rows.dtype)
+            below = 0.0 if empty is None else select.take(empty, tokens.place) * (1 - weight)
+            rows = rows * weight + below
         cells = select.gather_or_zero(rows, at)
         cells = cells if empty is None else jnp.where(at[..., None] >= 0, cells, empty)
     return cells.reshape(rows.shape[0], *tokens.grid, rows.shape[-1])
@@ -99,6 +103,8 @@ class SpatialBlock(Block):
             options["spatial_map"] = self._spatial_map(tokens, x[:, tokens.prefix :])
         elif tokens.alive is not None:
             options["policy"] = attend.with_prefix(tokens.alive, tokens.prefix)
+        elif tokens.weight is not None:
+            options["size"] = attend.with_prefix(tokens.weight, tokens.prefix)
         y, seen = self.attn(x, **options, draws=draws, path=(layer.number, ATTENTION))
         tokens = tokens.replace(x=tokens.x + self._path(y, draws, ATTENTION_PATH, layer))
         if return_scores and self.dropped == "last":

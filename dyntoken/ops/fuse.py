@@ -49,6 +49,24 @@ def _unit(x: Array) -> Array:
     return x / (norm + NORM_EPS)
 
 
+def dot(a: Array, b: Array) -> Array:
+    """Inner product of all pairs, float32."""
+    pair = (a.astype(jnp.float32), b.astype(jnp.float32))
+    return jnp.einsum("bsc,btc->bst", *pair, precision=HIGHEST)
+
+
+def l2(a: Array, b: Array) -> Array:
+    """Minus the root mean square difference of all pairs, over channels: as near as by L2, of the size of 1."""
+    ours, theirs = (jnp.square(x.astype(jnp.float32)).mean(axis=-1) for x in (a, b))
+    square = ours[:, :, None] + theirs[:, None, :] - 2.0 * dot(a, b) / a.shape[-1]
+    return -jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1.0)), 0.0)
+
+
+# By which a host is chosen. Of a random one the similarity is its cosine.
+MEASURES = {"cosine": cosine, "dot": dot, "l2": l2, "random": cosine}
+LARGEST = {"dot": 60.0}  # of similarities that have no bound: exp of more than 88 is infinite
+
+
 def match(
     targets: Array,
     sources: Array,
@@ -56,7 +74,9 @@ def match(
     allowed: Array | None = None,
     same: bool = False,
     temperature: float = 1.0,
-    normalize: bool = True,
+    measure: str = "cosine",
+    compared: tuple[Array, Array] | None = None,
+    luck: Array | None = None,
 ) -> tuple[Array, Array]:
     """The most similar allowed target of each source (TPS, section 3.2).
 
@@ -65,36 +85,44 @@ def match(
       allowed: `[B, T]`, > 0.5 for rows that may be a host; None allows all.
       same: sources and targets are the same rows, so none matches itself.
       temperature: divides the similarity.
-      normalize: cosine similarity; False takes the plain inner product.
+      measure: row of `MEASURES`.
+      compared: `[B, T, D]`, `[B, S, D]` features of targets and sources that are compared in place of the rows.
+      luck: `[B, S, T]`, random numbers; with "random" the allowed target of the largest is the host.
 
     Returns:
       `(host [B, S] int32, similarity [B, S] float32)`. Of equally similar
       targets the first one is the host (the reference counts the source in each
       of them).
     """
-    if normalize:
-        sim = cosine(sources, targets)
-    else:
-        pair = (sources.astype(jnp.float32), targets.astype(jnp.float32))
-        sim = jnp.einsum("bsc,btc->bst", *pair, precision=HIGHEST)
-    if same:
-        sim = jnp.where(jnp.eye(sim.shape[-1], dtype=bool)[None], MASKED, sim)
+    hosts, guests = (targets, sources) if compared is None else compared
+    sim = MEASURES[measure](guests, hosts)
+    others = ~jnp.eye(sim.shape[-1], dtype=bool)[None] if same else None
+    if others is not None:
+        sim = jnp.where(others, sim, MASKED)
     sim = sim / temperature
     if allowed is not None:
         sim = jnp.where(allowed[:, None, :] > 0.5, sim, MASKED)
-    host = jax.lax.stop_gradient(sim).argmax(axis=-1).astype(jnp.int32)
+    rank = jax.lax.stop_gradient(sim if luck is None else luck)
+    # What may be no host loses to any similarity, also to one below MASKED.
+    rank = rank if others is None else jnp.where(others, rank, -jnp.inf)
+    rank = rank if allowed is None else jnp.where(allowed[:, None, :] > 0.5, rank, -jnp.inf)
+    host = rank.argmax(axis=-1).astype(jnp.int32)
     # A select rather than a gather: the gather's gradient is a scatter, serial on a CPU.
     chosen = host[..., None] == jnp.arange(sim.shape[-1])[None, None, :]
     return host, jnp.where(chosen, sim, 0.0).sum(axis=-1)
 
 
-def _absorb(targets: Array, sources: Array, host: Array, weight: Array, own: float) -> Array:
-    """Weighted mean of each target (weight `own`) and its sources, one product."""
+def _absorb(targets: Array, sources: Array, host: Array, weight: Array, own: float | Array) -> Array:
+    """Weighted mean of each target (weight `own`, or `[B, T]` of them) and its sources, one product."""
     at = jax.nn.one_hot(host, targets.shape[1], dtype=jnp.float32) * weight[..., None]  # [B, S, T]
-    total = own * targets.astype(jnp.float32) + jnp.einsum(
+    mine = own if isinstance(own, float) else own[..., None]
+    total = mine * targets.astype(jnp.float32) + jnp.einsum(
         "bst,bsc->btc", at, sources.astype(jnp.float32), precision=HIGHEST
     )
-    return (total / (own + at.sum(axis=1))[..., None]).astype(targets.dtype)
+    share = (own + at.sum(axis=1))[..., None]
+    if not isinstance(own, float):  # a row long dead may weigh nothing: it stays as it is
+        total, share = jnp.where(share > 0, total, targets), jnp.where(share > 0, share, 1.0)
+    return (total / share).astype(targets.dtype)
 
 
 def drop(targets: Array, sources: Array, **_: object) -> Fused:
@@ -139,11 +167,14 @@ def mean(
     allowed: Array | None = None,
     weight: Array | None = None,
     same: bool = False,
-    temperature: float = 1.0,
+    measure: str = "cosine",
+    compared: tuple[Array, Array] | None = None,
+    luck: Array | None = None,
     **_: object,
 ) -> Fused:
     """Each host becomes the plain mean of itself and the rows it absorbs."""
-    host, _similarity = match(targets, sources, allowed=allowed, same=same, temperature=temperature)
+    by = {"measure": measure, "compared": compared, "luck": luck}
+    host, _similarity = match(targets, sources, allowed=allowed, same=same, **by)
     weight = jnp.ones(host.shape, jnp.float32) if weight is None else weight
     if allowed is not None:  # a sample that drops every row has no host
         weight = weight * (allowed > 0.5).any(axis=1, keepdims=True)
@@ -158,7 +189,10 @@ def squeeze(
     weight: Array | None = None,
     same: bool = False,
     temperature: float = 1.0,
-    normalize: bool = True,
+    measure: str = "cosine",
+    compared: tuple[Array, Array] | None = None,
+    luck: Array | None = None,
+    mass: tuple[float | Array, Array] | None = None,
     **_: object,
 ) -> Fused:
     """Each dropped row is squeezed into its most similar kept row (TPS, section 3.2).
@@ -166,10 +200,21 @@ def squeeze(
     `y = (e * x + sum exp(s) * x_dropped) / (e + sum exp(s))` with s the
     similarity over the temperature: one argmax and one one-hot product,
     O(S * T), no loop. With no host allowed a row stays as it is.
+
+    Args:
+      measure, compared, luck: see `match`.
+      mass: `[B, T]` (or a number) and `[B, S]` positive weights of targets and sources in
+        that mean, in place of e and exp(s).
     """
-    host, similarity = match(
-        targets, sources, allowed=allowed, same=same, temperature=temperature, normalize=normalize
-    )
+    by = {"measure": measure, "compared": compared, "luck": luck}
+    host, similarity = match(targets, sources, allowed=allowed, same=same, temperature=temperature, **by)
+    similarity = jnp.minimum(similarity, LARGEST[measure]) if measure in LARGEST else similarity
+    if mass is not None:
+        own, share = mass
+        share = share if weight is None else share * weight
+        if allowed is not None:  # a sample that drops every row has no host
+            share = share * (allowed > 0.5).any(axis=1, keepdims=True)
+        return Fused(_absorb(targets, sources, host, share, own), host=host)
     if weight is None:
         share = jnp.exp(similarity)
     else:  # the reference multiplies inside and outside: same value, another gradient of the decision

@@ -65,6 +65,31 @@ def gumbel_softmax(logits: Array, noise: Array, *, temperature: float = 1.0, har
     return one_hot + (soft - jax.lax.stop_gradient(soft))
 
 
+def top_k_mask(logits: Array, kept: Array, dropped: Array, *, temperature: float = 1.0) -> Array:
+    """1.0 for the rows that top-k keeps and 0.0 for the others, with the gradient of a soft choice.
+
+    The soft choice is `sigmoid((logits - t) / temperature)`, t halfway between the
+    worst row kept and the best one dropped and without gradient (straight-through).
+    Its slope is largest at the cut, wherever that lies: a number added to all
+    logits changes nothing, so no loss has to hold their level.
+
+    Args:
+      logits: `[B, n]`.
+      kept, dropped: `[B, k]` and `[B, n - k]` rows, best first, see `ops.select.split`.
+      temperature: > 0.
+
+    Returns:
+      `[B, n]` float32; constant ones where nothing is dropped.
+    """
+    if not dropped.shape[1]:
+        return jnp.ones(logits.shape, jnp.float32)
+    worst, best = (jnp.take_along_axis(logits, rows, axis=1) for rows in (kept[:, -1:], dropped[:, :1]))
+    cut = jax.lax.stop_gradient((worst + best) / 2)
+    soft = jax.nn.sigmoid((logits - cut) / temperature)
+    hard = (kept[:, :, None] == jnp.arange(logits.shape[1])[None, None, :]).any(axis=1)
+    return hard.astype(jnp.float32) + (soft - jax.lax.stop_gradient(soft))
+
+
 def permutation(alive: Array, draws: Draws, *path: int) -> Array:
     """A random order of the rows alive in each example; dead rows stay in place.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import typing
-from typing import Literal
+from typing import Any, Literal
 
 import chex
 import flax.linen as nn
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from dyntoken.ops import fuse as fusing
 from dyntoken.ops import sample, select
 from dyntoken.reducers.fuse import FUSERS
-from dyntoken.reducers.score import SCORERS, Scores, shares, shuffled
+from dyntoken.reducers.score import SCORERS, Scores, fixed, shares, shuffled
 from dyntoken.schema import Count, Keep, Positive
 from dyntoken.types import Attended, Reduction, Tokens
 
@@ -71,6 +71,8 @@ class Reducer(nn.Module):
       from_block: by default there is a site at every block from this number on;
         None: where the backbone's sites lie.
       drops: although it merges, some patches are left without a row.
+      pools: by how much a site shrinks the grid along each axis, whatever `keep` says; by default it has one
+        site then, in the middle of the stack. 0: it does not go by the grid.
 
     Parameters need no declaration: what a reducer makes is trained by its gradient,
     in the form that is in force. `learns` says that training must sample a decision.
@@ -82,7 +84,8 @@ class Reducer(nn.Module):
         keep / first patch count.
       form: "mask" (rows stay, `alive` says who is in play), "gather" (rows
         shrink to `keep`), or "auto": gather in evaluation; in training mask for
-        methods that learn their decision, gather for the others.
+        methods that learn their decision, gather for the others. Both forms train
+        a learnt decision, see `ScoreSelectFuse`.
       stage: number of the site, which keys its random draws.
       block, depth: number of the block it stands at, and how many there are.
       predictor_eps: LayerNorm epsilon of what it learns, which the backbone says.
@@ -116,6 +119,7 @@ class Reducer(nn.Module):
     ahead = None
     from_block = None
     drops = False
+    pools = 0
     follows = False
     watches = ()
     gates = False
@@ -137,6 +141,14 @@ class Reducer(nn.Module):
         if self.form != "auto":
             return self.form
         return "mask" if (train and self.learns) or "gather" not in self.forms else "gather"
+
+    def refusal(self) -> str | None:
+        """Why its options do not go together, as the end of a sentence; None if they do."""
+        return None
+
+    def learns_share(self) -> bool:
+        """Whether training decides how many rows stay: what the loss `keep_ratio` holds to its target."""
+        return self.learns and self.resolved(True) == "mask"
 
     def site_keep(self, keep: Keep, sites: int, patches: int, prefix: int) -> Keep:
         """`keep` as the rule for counts takes it, see `reducers.keep.keep_counts`.
@@ -214,28 +226,58 @@ class Reducer(nn.Module):
 class ScoreSelectFuse(Reducer):
     """Scores the patches, keeps the best, and fuses the rest by rule.
 
+    A learnt decision trains in either form, straight-through. With l = (keep, drop)
+    the log-probabilities of a row, g Gumbel noise and m = (l_keep + g_keep) - (l_drop +
+    g_drop) its margin:
+
+      mask: rows with m > 0 stay (DynamicViT, section 3.3). The decision's gradient is
+        that of sigmoid(m / tau), and reaches l through every later attention, of whose
+        keys it is the weight, and through what the fusing rule makes of dropped rows.
+        How many stay is left to the loss `keep_ratio`. Every row is computed.
+      gather: the `keep` rows of largest margin stay, as m is in the sampled mask of
+        that size, and the others leave. The gradient is that of sigmoid((m - t) / tau), t
+        the margin at the cut (`sample.top_k_mask`), and reaches l by the same
+        ways as far as they are computed: of rows kept through their weight w = 1 as
+        keys, `dL/dw_j = sum_i p_ij <dL/dy_i, v_j - y_i>` over queries i and heads, of
+        dropped rows through the fusing rule. What later blocks would have made of a
+        dropped row is not known, so that dropping (DynamicViT's rule) learns from the rows
+        kept alone, as routers of experts do (Fedus et al. 2022, "Switch Transformers", section
+        2.1; Raposo et al. 2024, "Mixture-of-Depths", section 3.4). The count is exact and the
+        cut moves with the margins: no loss is needed in place of `keep_ratio`.
+
     Attributes:
       score: row of `SCORERS`.
       fuse: row of `FUSERS`.
       shuffle: permutes the scores within each image (robustness study of TPS).
-      temperature: of the similarity by which rules that merge choose a host.
+      similarity: what rules that merge compare: the tokens, or the keys, queries or values of the
+        attention (averaged over heads, as ToMe does), of this block where the site lies inside it
+        and of the block before where it lies before one.
+      measure: of that similarity: "cosine"; "dot", the plain inner product; "l2", minus the root mean
+        square difference; "random", any host that stays (and its cosine).
+      temperature: divides it.
+      weight: of the rows in a host's mean: "similarity", e and exp(similarity) as in TPS; "mean", 1;
+        "size", the patches a row stands for; "score", the scorer's importance.
+      score_head: what a learnt scorer sees: "local+global", or "local", one row.
       tau: temperature of the Gumbel-softmax.
-      similarity: "cosine", or "dot" for the plain inner product.
       heads: attention heads, for a scorer that looks at each; None: those of the backbone.
     """
 
     score: str = "predictor"
     fuse: str = "drop"
     shuffle: bool = False
+    similarity: Literal["tokens", "keys", "queries", "values"] = "tokens"
+    measure: Literal["cosine", "dot", "l2", "random"] = "cosine"
     temperature: Positive = 1.0
+    weight: Literal["similarity", "mean", "size", "score"] = "similarity"
+    score_head: Literal["local+global", "local"] = "local+global"
     tau: Positive = 1.0
-    similarity: Literal["cosine", "dot"] = "cosine"
     heads: Count | None = None
 
     scorer = property(lambda self: SCORERS[self.score])
     fuser = property(lambda self: FUSERS[self.fuse])
     learns = property(lambda self: self.scorer.learns)
-    needs = property(lambda self: self.scorer.needs)
+    needs = property(lambda self: self.scorer.needs + self._compared(self.where == "inside"))
+    recalls = property(lambda self: self._compared(self.where == "before"))
     where = property(lambda self: self.scorer.where)
     adds_row = property(lambda self: self.fuser.adds_row)
     protects = property(lambda self: self.fuser.protects)
@@ -245,7 +287,8 @@ class ScoreSelectFuse(Reducer):
 
     @nn.compact
     def reduce(self, tokens, seen, train, *, draws, noise, decision) -> tuple[Tokens, Reduction]:
-        options = {"heads": self.heads} if self.per_head else {}
+        options: dict[str, Any] = {"heads": self.heads} if self.per_head else {}
+        options |= {"score_head": self.score_head} if self.scorer.has_head else {}
         scores = self.scorer.fn(tokens, seen, draws, self.stage, eps=self.predictor_eps, **options)
         self._check(scores)
         if scores.importance is None:
@@ -258,8 +301,26 @@ class ScoreSelectFuse(Reducer):
         if self.protects:
             scores = scores.replace(rank=jnp.where(tokens.place < 0, jnp.inf, scores.rank))
         if self.resolved(train) == "gather":
-            return self._gather(tokens, scores, decision)
-        return self._mask(tokens, scores, train, draws, noise, decision)
+            sampled = self.learns and train and decision is None
+            margin = self._margin(scores, tokens, draws, noise) if sampled else None
+            return self._gather(tokens, seen, scores, draws, decision, margin)
+        return self._mask(tokens, seen, scores, train, draws, noise, decision)
+
+    def _compared(self, there: bool) -> tuple[str, ...]:
+        """The field of `Attended` that rows are compared by, if there is one and it is to be seen `there`."""
+        return (self.similarity,) if there and self.similarity != "tokens" else ()
+
+    def refusal(self) -> str | None:
+        for name in ("similarity", "measure", "temperature", "weight"):
+            if getattr(self, name) != getattr(type(self), name) and name not in self.fuser.reads:
+                able = [rule for rule, row in FUSERS.items() if name in row.reads]
+                return f"{name}={getattr(self, name)!r} is of a rule that merges: fuse={' or '.join(able)}"
+        if self.measure not in ("cosine", "dot") and "similarity" not in self.fuser.reads:
+            return f"fuse={self.fuse!r} is told of measure='cosine' or 'dot' alone"
+        if self.score_head != "local+global" and not self.scorer.has_head:
+            able = [rule for rule, row in SCORERS.items() if row.has_head]
+            return f"score_head={self.score_head!r} is of a learnt scorer: score={' or '.join(able)}"
+        return None
 
     def _check(self, scores: Scores) -> None:
         """Raises ValueError where a scorer does not do what it declares: nothing would train it."""
@@ -271,22 +332,54 @@ class ScoreSelectFuse(Reducer):
                 "learns=True, which samples its log_probs in training"
             )
 
-    def _absorb(self, targets: Array, sources: Array, **roles: Array | bool | None) -> fusing.Fused:
-        if self.similarity not in ("cosine", "dot"):
-            raise ValueError(f"similarity must be cosine or dot, got {self.similarity!r}")
-        options = {"temperature": self.temperature, "normalize": self.similarity == "cosine"}
-        options |= {"allowed": None, "weight": None, "same": False, **roles}
+    def _matching(
+        self, tokens: Tokens, seen: Any, scores: Scores, draws: sample.Draws | None, *rows: Array | None
+    ) -> dict[str, Any]:
+        """What the rule compares and weighs by, of hosts and guests: `rows` of both, None for all."""
+        options = {"temperature": self.temperature, "normalize": self.measure != "dot"}
+        if "similarity" not in self.fuser.reads:
+            return options
+        options |= {"measure": self.measure}
+
+        def of_both(values: Array) -> tuple[Array, ...]:
+            return tuple(values if at is None else select.take(values, at) for at in rows)
+
+        if self.similarity != "tokens":
+            features = getattr(seen, self.similarity)[:, :, tokens.prefix :]
+            options["compared"] = of_both(features.astype(jnp.float32).mean(axis=1))
+        if self.measure == "random":  # a number per pair of cells, so that both forms draw the same
+            draws = fixed(tokens) if draws is None else draws
+            table = draws.uniform((tokens.initial, tokens.initial), self.stage, 3)
+            hosts, guests = of_both(jnp.maximum(tokens.place, 0))
+            table = jnp.take_along_axis(table, guests[:, :, None], axis=1)
+            options["luck"] = jnp.take_along_axis(table, hosts[:, None, :], axis=2)
+        masses = {"mean": jnp.ones_like(tokens.size), "size": tokens.size, "score": scores.importance}
+        if self.weight in masses:
+            options["mass"] = of_both(masses[self.weight])
+        return options
+
+    def _absorb(self, targets: Array, sources: Array, **roles: Any) -> fusing.Fused:
+        options = {"allowed": None, "weight": None, "same": False, **roles}
         fused = self.fuser.fn(targets, sources, **options)
         for what, result in (("adds_row", fused.extra), ("merges", fused.host)):
             if getattr(self, what) == (result is None):
                 raise ValueError(f"fuse={self.fuse!r} declares {what}={result is None}, and does otherwise")
         return fused
 
-    def _gather(self, tokens: Tokens, scores: Scores, decision: Array | None) -> tuple[Tokens, Reduction]:
-        """Rows really shrink: top-k with a static count."""
+    def _gather(
+        self,
+        tokens: Tokens,
+        seen: Any,
+        scores: Scores,
+        draws: sample.Draws | None,
+        decision: Array | None,
+        margin: Array | None,
+    ) -> tuple[Tokens, Reduction]:
+        """Rows really shrink: top-k with a static count, of `margin [B, n]` where the decision is sampled."""
         n = tokens.count
         with jax.named_scope("select"):
-            keep, dropped = select.split(scores.rank if decision is None else decision, self.keep)
+            rank = scores.rank if margin is None else margin
+            keep, dropped = select.split(rank if decision is None else decision, self.keep)
         if (
             self.keep == n
         ):  # nothing to drop: every row stays where it is, and the result that of the dense model
@@ -294,10 +387,17 @@ class ScoreSelectFuse(Reducer):
         x = tokens.patches
         inverse = select.inverse(keep, n)
         place, remap = select.lookup(tokens.place, keep), inverse
-        kept, extra = select.take(x, keep), None
+        kept, extra, gone, weight = select.take(x, keep), None, None, tokens.weight
+        now = (inverse >= 0).astype(jnp.float32)
+        if margin is not None:
+            now = sample.top_k_mask(margin, keep, dropped, temperature=self.tau)
+            gone = 1.0 - jnp.take_along_axis(now, dropped, axis=1)
+            # What a row kept counts as a key of later attention: 1, with the gradient of its decisions.
+            weight = jnp.take_along_axis(now if weight is None else now * weight, keep, axis=1)
         if self.keep < n:
             importance = select.take(scores.importance[..., None], dropped)[..., 0]
-            fused = self._absorb(kept, select.take(x, dropped), importance=importance)
+            by = self._matching(tokens, seen, scores, draws, keep, dropped)
+            fused = self._absorb(kept, select.take(x, dropped), importance=importance, weight=gone, **by)
             kept, extra = fused.x, fused.extra
             if fused.host is not None:
                 remap = _place_at(remap, dropped, fused.host)
@@ -306,14 +406,15 @@ class ScoreSelectFuse(Reducer):
             kept = jnp.concatenate([kept, extra], axis=1)
             place = jnp.concatenate([place, jnp.full_like(place[:, :1], -1)], axis=1)
             remap = jnp.where(remap < 0, self.keep, remap)
-        now = (inverse >= 0).astype(jnp.float32)
+            weight = None if weight is None else jnp.pad(weight, [(0, 0), (0, 1)], constant_values=1.0)
         reduction = Reduction(scores.rank, now, place, host, remap, scores.log_probs, keep)
         x = jnp.concatenate([tokens.x[:, : tokens.prefix], kept], axis=1)
-        return tokens.replace(x=x, place=place), reduction
+        return tokens.replace(x=x, place=place, weight=weight), reduction
 
     def _mask(
         self,
         tokens: Tokens,
+        seen: Any,
         scores: Scores,
         train: bool,
         draws: sample.Draws | None,
@@ -335,7 +436,8 @@ class ScoreSelectFuse(Reducer):
         # Dropped at exactly this site; equal values whose gradients in earlier decisions are SPViT's and TPS's.
         gone = alive - now if self.protects else (1.0 - now) * alive
         x, place = tokens.patches, tokens.place
-        fused = self._absorb(x, x, importance=scores.importance, allowed=now, weight=gone, same=True)
+        roles = {"importance": scores.importance, "allowed": now, "weight": gone, "same": True}
+        fused = self._absorb(x, x, **roles, **self._matching(tokens, seen, scores, draws, None, None))
         rows = jnp.arange(tokens.count, dtype=jnp.int32)[None, :]
         stays = now > 0.5
         remap = jnp.where(stays, rows, -1)
@@ -354,6 +456,18 @@ class ScoreSelectFuse(Reducer):
 
     def _sampled(self, scores: Scores, draws: sample.Draws | None, noise: Array | None) -> Array:
         """Gumbel straight-through keep decision, DynamicViT section 3.3."""
+        noise = self._noise(scores, draws, noise)
+        return sample.gumbel_softmax(scores.log_probs, noise, temperature=self.tau)[..., 0]
+
+    def _margin(
+        self, scores: Scores, tokens: Tokens, draws: sample.Draws | None, noise: Array | None
+    ) -> Array:
+        """By how much "keep" exceeds "drop", both with their noise: where it is positive, `_sampled` keeps."""
+        noisy = scores.log_probs + self._noise(scores, draws, noise)
+        margin = noisy[..., 0] - noisy[..., 1]
+        return jnp.where(tokens.place < 0, jnp.inf, margin) if self.protects else margin
+
+    def _noise(self, scores: Scores, draws: sample.Draws | None, noise: Array | None) -> Array:
         if noise is None:
             if draws is None:
                 raise ValueError(
@@ -361,7 +475,7 @@ class ScoreSelectFuse(Reducer):
                 )
             noise = draws.gumbel(scores.log_probs.shape[1:], self.stage, 0)
         chex.assert_shape(noise, scores.log_probs.shape)
-        return sample.gumbel_softmax(scores.log_probs, noise, temperature=self.tau)[..., 0]
+        return noise
 
 
 def _place_at(base: Array, rows: Array, values: Array) -> Array:

@@ -18,12 +18,14 @@ class Fuser:
       adds_row: it returns one more row (`Fused.extra`), which later sites count.
       merges: it puts dropped rows into kept ones (`Fused.host`).
       protects: no later site drops the rows that it added.
+      reads: options of a method that it understands, of those of the squeeze.
     """
 
     fn: Callable[..., fuse.Fused]
     adds_row: bool = False
     merges: bool = False
     protects: bool = False
+    reads: tuple[str, ...] = ()
 
 
 FUSERS = Table(
@@ -33,8 +35,8 @@ FUSERS = Table(
         "one_token": Fuser(fuse.one_token, adds_row=True),
         "package": Fuser(fuse.package, adds_row=True, protects=True),
         "package_sum": Fuser(fuse.package_sum, adds_row=True, protects=True),
-        "mean": Fuser(fuse.mean, merges=True),
-        "squeeze": Fuser(fuse.squeeze, merges=True),
+        "mean": Fuser(fuse.mean, merges=True, reads=("similarity", "measure")),
+        "squeeze": Fuser(fuse.squeeze, merges=True, reads=("similarity", "measure", "temperature", "weight")),
     },
 )
 
@@ -53,7 +55,7 @@ def register_fuser(
       name: of the rule.
       fn: `fn(targets [B, T, C], sources [B, S, C], *, importance [B, S], allowed,
         weight, same, temperature, normalize) -> dyntoken.Fused`, see `ops.fuse`; a
-        rule takes what it does not read as `**_`.
+        rule takes what it does not read as `**_`. `normalize` is False with `measure="dot"`.
       adds_row: it returns `extra`, one row for all that is dropped.
       merges: it returns `host`, the kept row that absorbs each dropped one.
       protects: later sites keep the rows that it added.
@@ -63,4 +65,4 @@ def register_fuser(
     """
     roles = ("importance", "allowed", "weight", "same", "temperature", "normalize")
     check_call(f"fuse {name!r}", fn, "targets", "sources", **dict.fromkeys(roles))
-    FUSERS.register(name, Fuser(fn, adds_row, merges, protects))
+    FUSERS.register(name, Fuser(fn, adds_row, merges, protects, ("temperature", "measure")))

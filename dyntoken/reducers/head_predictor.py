@@ -21,10 +21,12 @@ class HeadPredictor(nn.Module):
     Attributes:
       heads: number of slices, which divides the channels.
       eps: LayerNorm epsilon.
+      head: as of `score.Predictor`.
     """
 
     heads: int
     eps: float = 1e-5
+    head: str = "local+global"
 
     @nn.compact
     def __call__(self, x: Array, alive: Array | None = None) -> tuple[Array, Array]:
@@ -45,7 +47,8 @@ class HeadPredictor(nn.Module):
         here = jnp.ones((batch, rows)) if alive is None else alive.astype(jnp.float32)
         total = here.sum(axis=1)[:, None, None, None]
         pooled = (shared * here[:, :, None, None]).sum(axis=1, keepdims=True) / jnp.where(total > 0, total, 1)
-        x = jnp.concatenate([local, jnp.broadcast_to(pooled, shared.shape)], axis=-1)
+        pooled = shared if self.head == "local" else jnp.broadcast_to(pooled, shared.shape)
+        x = jnp.concatenate([local, pooled], axis=-1)
         x = layers.gelu(layers.dense(size // 2, name="out_conv_0")(x))
         x = layers.gelu(layers.dense(max(1, size // 4), name="out_conv_2")(x))
         logits = layers.dense(2, name="out_conv_4")(x)

@@ -10,32 +10,45 @@ from typing import Any
 
 
 def site_counts(
-    body: Any, reducer: Any, keep: Any, at: tuple[int, ...], *, relative: bool
+    body: Any, reducer: Any, keep: Any, at: tuple[int, ...], *, relative: bool, round_to: int | None = None
 ) -> tuple[tuple[int, int, float], ...]:
     """Per site of a backbone: rows before it, rows that stay, target ratio.
 
     Args:
       body: the backbone, see `nn.reduction_sites.ReductionSites`.
       reducer: what the method declares.
-      keep, relative: see `keep_counts`.
+      keep, relative, round_to: see `keep_counts`.
       at: positions of the sites.
     """
+    options = {"relative": relative, "round_to": round_to}
     fused = reducer.adds_row
     keep = body.site_rates(keep, len(at)) if isinstance(keep, float) else keep
     cells = [rows * columns for rows, columns in map(body.site_grid, at)]
     if reducer.returns or not body.nested:
         rates = per_site(keep, len(at), relative=True)
         return tuple(
-            (n, *keep_counts((rate,), 1, n, relative=relative, fused=fused)[0])
-            for rate, n in zip(rates, cells, strict=True)
+            (n, *keep_counts((rate,), 1, n, fused=fused, prefix=body.site_prefix(site), **options)[0])
+            for rate, n, site in zip(rates, cells, at, strict=True)
         )
+    if reducer.pools:
+        keep = pooled_counts(body.site_grid(at[0]), len(at), reducer.pools)
     keep = reducer.site_keep(keep, len(at), cells[0], body.prefix)
     protects = reducer.protects
     counts, current, extra = [], cells[0], 0
-    for kept, ratio in keep_counts(keep, len(at), cells[0], relative=relative, fused=fused and not protects):
+    options |= {"fused": fused, "protects": protects, "prefix": body.prefix}
+    for kept, ratio in keep_counts(keep, len(at), cells[0], **options):
         counts.append((current + extra, kept + extra, ratio))
         added = int(fused and kept < current)
         current, extra = (kept, extra + added) if protects else (kept + added, 0)
+    return tuple(counts)
+
+
+def pooled_counts(grid: tuple[int, int], sites: int, pools: int) -> tuple[int, ...]:
+    """Rows that each of so many sites leaves of a grid."""
+    counts = []
+    for _ in range(sites):
+        grid = (-(-grid[0] // pools), -(-grid[1] // pools))
+        counts.append(grid[0] * grid[1])
     return tuple(counts)
 
 
@@ -46,6 +59,9 @@ def keep_counts(
     *,
     relative: bool,
     fused: bool = False,
+    protects: bool = False,
+    round_to: int | None = None,
+    prefix: int = 0,
 ) -> tuple[tuple[int, float], ...]:
     """Expands a keep rate into a static (count, target ratio) per site.
 
@@ -57,14 +73,19 @@ def keep_counts(
       relative: False reads rates against the first patch count and rounds down,
         `int(N0 * r)`, r expanding to r, r^2, r^3 (DynamicViT, TPS); True
         against the current tokens and rounds up, `ceil(r * n)` (EViT, eTPS).
-      fused: each site adds one fused token, which later counts include.
+      fused: each site that drops adds one fused token, which later counts include.
+      protects: later sites keep it besides their count.
+      round_to: of a site that drops, all rows behind it (prefix, kept and fused) are the nearest
+        multiple of this number that keeps at least one token, the larger of two equally near; the
+        target ratio is that of the rounded count. None: counts stay as they are.
+      prefix: rows that are no patches, for `round_to`.
 
     Raises:
       ValueError: no entry per site, a rate outside (0, 1], a count outside
-        1..current.
+        1..current, or no multiple of `round_to` there.
     """
     rates = per_site(keep, sites, relative=relative)
-    counts, current = [], initial
+    counts, current, beside = [], initial, prefix
     for site, rate in enumerate(rates):
         if isinstance(rate, int):
             count, ratio = rate, rate / initial
@@ -75,14 +96,32 @@ def keep_counts(
                 )
             count = math.ceil(rate * current) if relative else int(initial * rate)
             ratio = count / initial if relative else rate
+        count = min(count, current) if round_to else count
         if not 1 <= count <= current:
             raise ValueError(
                 f"keep={keep} leaves {count} of {current} tokens at site {site} (first patch count "
                 f"{initial}); choose between 1 and {current}"
             )
+        if round_to and count < current:
+            count = _rounded(count, current, round_to, beside, int(fused))
+            ratio = count / initial
         counts.append((count, ratio))
-        current = count + int(fused and count < current)
+        added = int(fused and count < current)
+        current, beside = (count, beside + added) if protects else (count + added, beside)
     return tuple(counts)
+
+
+def _rounded(count: int, current: int, multiple: int, beside: int, added: int) -> int:
+    """The count near `count` with which all rows (`beside` and `added` included) are a multiple."""
+    able = [total - beside - added for total in range(multiple, beside + current + added, multiple)]
+    able = [n for n in able if 1 <= n < current]
+    able += [current] if (beside + current) % multiple == 0 else []  # nothing leaves, nothing is added
+    if not able:
+        raise ValueError(
+            f"keep_round_to={multiple}: no multiple of it keeps between 1 and {current} tokens beside "
+            f"{beside + added} others; choose a smaller one"
+        )
+    return min(able, key=lambda n: (abs(n - count), -n))
 
 
 def per_site(

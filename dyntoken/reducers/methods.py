@@ -23,6 +23,7 @@ from dyntoken.reducers.ltmp import LTMP
 from dyntoken.reducers.mctf import MCTF
 from dyntoken.reducers.patchmerger import PatchMerger
 from dyntoken.reducers.pitome import PiToMe
+from dyntoken.reducers.pooling import Pooling
 from dyntoken.reducers.score import SCORERS, VARIANTS, check_declared
 from dyntoken.reducers.sinkhorn import Sinkhorn
 from dyntoken.reducers.sit import SelfSlimming
@@ -103,6 +104,8 @@ METHODS = Table(
         "kmedoids": Method.new(KMedoids, "K-medoids, WACV 2023; JoakimHaurum/TokenReduction"),
         "sinkhorn": Method.new(Sinkhorn, "Sinkhorn tokenizer, 2022; JoakimHaurum/TokenReduction"),
         "patchmerger": Method.new(PatchMerger, "PatchMerger, 2022; JoakimHaurum/TokenReduction"),
+        "pooling": Method.new(Pooling, "the structural baseline of DynamicViT, NeurIPS 2021"),
+        "static": _row("static", "drop", "the static baseline of DynamicViT, NeurIPS 2021"),
         "sit": Method.new(SelfSlimming, "SiT, ECCV 2022; JoakimHaurum/TokenReduction"),
     },
 )
@@ -126,7 +129,10 @@ def method(name: str, /, **options: Any) -> Method:
             wrong = options.get(kind)
             if kind in options and wrong not in known:
                 raise UnknownNameError(f"unknown {kind} {wrong!r}: {suggest(str(wrong), known)}")
-    return dataclasses.replace(row, options=row.with_(**options).options)
+    made = dataclasses.replace(row, options=row.with_(**options).options)
+    if reason := made.plain.refusal():
+        raise ValueError(f"method {name!r}: {reason}")
+    return made
 
 
 def register_method(
@@ -152,6 +158,8 @@ def register_method(
         raise ValueError(f"method {name!r}: names of models with exits begin like this, choose another name")
     row = Method.new(make, source, **options)
     check_declared(f"method {name!r}", row.plain.needs, row.published)
+    if reason := row.plain.refusal():
+        raise ValueError(f"method {name!r}: {reason}")
     METHODS.register(name, row)
 
 
@@ -180,14 +188,22 @@ def make_reducer(preset: str, /, *, keep: int, form: str = "auto", **options: An
 
 
 def make_sites(
-    body: Any, name: str, options: Mapping[str, Any], *, keep: Any, at: Sequence[int], form: str, arch: str
+    body: Any,
+    name: str,
+    options: Mapping[str, Any],
+    *,
+    keep: Any,
+    at: Sequence[int],
+    form: str,
+    arch: str,
+    keep_round_to: int | None = None,
 ) -> tuple[Site, ...]:
     """The sites of a method in a backbone, with their static counts.
 
     Args:
       body: the backbone, see `nn.reduction_sites.ReductionSites`.
       name, options: row of `METHODS`, replacements of its own fields.
-      keep, at, form: see `models.Model`.
+      keep, at, form, keep_round_to: see `models.Model`.
       arch: what messages call the backbone.
 
     Raises:
@@ -206,7 +222,7 @@ def make_sites(
         instead = f"{', '.join(working)} {verb} there" if working else "no method works there"
         raise ValueError(f"method {name!r} at {at} makes no sense in {arch}: {reason}; {instead}")
     plain = row.plain
-    counts = site_counts(body, plain, keep, at, relative=row.relative)
+    counts = site_counts(body, plain, keep, at, relative=row.relative, round_to=keep_round_to)
     of_body = {field: getattr(body, field) for field in plain.of_body}
     of_body |= {"form": form, "depth": body.depth}
     if plain.per_head and plain.heads is None and isinstance(heads := getattr(body, "heads", None), int):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from dyntoken.nn import layers
 from dyntoken.nn.reduction_sites import NEEDS
-from dyntoken.ops import sample
+from dyntoken.ops import sample, select
 from dyntoken.reducers.head_predictor import HeadPredictor
 from dyntoken.registry import Table, UnknownNameError, check_call, suggest
 from dyntoken.types import Attended, Tokens
@@ -45,9 +45,11 @@ class Predictor(nn.Module):
 
     Attributes:
       eps: LayerNorm epsilon.
+      head: "local+global", or "local": every channel stays that of its row (same parameters).
     """
 
     eps: float = 1e-5
+    head: str = "local+global"
 
     @nn.compact
     def __call__(self, x: Array, alive: Array | None = None) -> Array:
@@ -57,7 +59,9 @@ class Predictor(nn.Module):
         x = nn.LayerNorm(epsilon=self.eps, name="in_conv_0")(x)
         x = layers.gelu(layers.dense(width, name="in_conv_1")(x))
         local, shared = x[..., : width // 2], x[..., width // 2 :]
-        if alive is None:
+        if self.head == "local":
+            pooled = shared
+        elif alive is None:
             pooled = shared.mean(axis=1, keepdims=True)
         else:
             weight = alive.astype(jnp.float32)[..., None]
@@ -71,10 +75,37 @@ class Predictor(nn.Module):
 
 
 def predictor(
-    tokens: Tokens, seen: Attended | None, draws: sample.Draws | None, stage: int, eps: float = 1e-5
+    tokens: Tokens,
+    seen: Attended | None,
+    draws: sample.Draws | None,
+    stage: int,
+    eps: float = 1e-5,
+    score_head: str = "local+global",
 ) -> Scores:
     """DynamicViT and dTPS: a small network on the residual stream. Has parameters."""
-    log_probs = Predictor(eps, name="predictor")(tokens.patches, tokens.alive)
+    log_probs = Predictor(eps, score_head, name="predictor")(tokens.patches, tokens.alive)
+    keep = jnp.exp(log_probs[..., 0])
+    return Scores(rank=log_probs[..., 0], importance=shares(keep, tokens), log_probs=log_probs)
+
+
+class CellScores(nn.Module):
+    """A learnt score for each cell of the first grid, whatever the image shows: `[B, n, 2]`.
+
+    The start is of little size, so that no two cells are equal.
+    """
+
+    @nn.compact
+    def __call__(self, tokens: Tokens) -> Array:
+        logits = self.param("logits", nn.initializers.normal(0.02), (tokens.initial, 2))
+        logits = jnp.broadcast_to(logits[None], (tokens.x.shape[0], *logits.shape))
+        return nn.log_softmax(select.take(logits, jnp.maximum(tokens.place, 0)), axis=-1)
+
+
+def static(
+    tokens: Tokens, seen: Attended | None, draws: sample.Draws | None, stage: int, **_: object
+) -> Scores:
+    """The baseline of one learnt mask (DynamicViT, section 4.3): the same patches of every image. Has parameters."""
+    log_probs = CellScores(name="cells")(tokens)
     keep = jnp.exp(log_probs[..., 0])
     return Scores(rank=log_probs[..., 0], importance=shares(keep, tokens), log_probs=log_probs)
 
@@ -86,11 +117,12 @@ def head_predictor(
     stage: int,
     eps: float = 1e-5,
     heads: int | None = None,
+    score_head: str = "local+global",
 ) -> Scores:
     """SPViT: a small network on each attention head's channels. Has parameters."""
     if heads is None:
         raise ValueError("score='head_predictor' cuts the channels into heads: give their number as heads=")
-    score, keep = HeadPredictor(heads, eps, name="head_predictor")(tokens.patches, tokens.alive)
+    score, keep = HeadPredictor(heads, eps, score_head, name="head_predictor")(tokens.patches, tokens.alive)
     return Scores(rank=score[..., 0], importance=keep, log_probs=score)
 
 
@@ -105,14 +137,14 @@ def random(
     tokens: Tokens, seen: Attended | None, draws: sample.Draws | None, stage: int, **_: object
 ) -> Scores:
     """Uniform scores: the control of every robustness study."""
-    draws = draws if draws is not None else _fixed(tokens)
+    draws = draws if draws is not None else fixed(tokens)
     scores = draws.uniform((tokens.count,), stage, 1)
     return Scores(rank=scores, importance=shares(scores, tokens))
 
 
 def shuffled(scores: Scores, tokens: Tokens, draws: sample.Draws | None, stage: int) -> Scores:
     """The same scores on other patches: permuted among the rows alive of an image."""
-    draws = draws if draws is not None else _fixed(tokens)
+    draws = draws if draws is not None else fixed(tokens)
     alive = jnp.ones(scores.rank.shape) if tokens.alive is None else tokens.alive
     rows = sample.permutation(alive, draws, stage, 2)
 
@@ -130,7 +162,7 @@ def shares(weight: Array, tokens: Tokens) -> Array:
     return weight / jnp.where(total > 0, total, 1.0)
 
 
-def _fixed(tokens: Tokens) -> sample.Draws:
+def fixed(tokens: Tokens) -> sample.Draws:
     """Without an rng the draw is a fixed one, so that evaluation is deterministic."""
     return sample.Draws(jax.random.key(0), jnp.arange(tokens.x.shape[0], dtype=jnp.int32))
 
@@ -146,6 +178,7 @@ class Scorer:
       where: "before" a block (the rows are enough for it, so it works in one as
         well) or "inside", between attention and MLP.
       per_head: it is told the number of attention heads.
+      has_head: it has a score head, which can see one row or all (`score_head`).
     """
 
     fn: Callable[..., Scores]
@@ -153,15 +186,17 @@ class Scorer:
     needs: tuple[str, ...] = ()
     where: str = "before"
     per_head: bool = False
+    has_head: bool = False
 
 
 SCORERS = Table(
     "score",
     {
-        "predictor": Scorer(predictor, learns=True),
-        "head_predictor": Scorer(head_predictor, learns=True, per_head=True),
+        "predictor": Scorer(predictor, learns=True, has_head=True),
+        "head_predictor": Scorer(head_predictor, learns=True, per_head=True, has_head=True),
         "class_attention": Scorer(class_attention, needs=("cls",), where="inside"),
         "random": Scorer(random),
+        "static": Scorer(static, learns=True),
     },
 )
 # Values of `score=` that are no row: they keep the method's own scorer and set these options.

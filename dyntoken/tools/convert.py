@@ -3,27 +3,33 @@
 Converts a weight file. IN may be in timm's keys, in those of transformers,
 DINOv2, DynamicViT, TPS or EViT, or in ours: .safetensors, .npz, .pth (with
 torch), a folder, a workdir, hf:org/name or https://...#sha256=.... Without
---model the architecture is read off IN. OUT is .safetensors in our own keys,
-or with --to=timm .safetensors or .npz in the keys and layouts of the public
-checkpoints.
+--model the architecture is read off IN. OUT is .safetensors in our own keys;
+with --to=timm .safetensors or .npz in the keys and layouts of the public
+checkpoints; with --to=transformers a folder that its from_pretrained opens
+(ViT, DeiT, DINOv2, DINOv3; without what a reduction method adds).
 
 examples:
   python -m dyntoken.tools.convert deit.pth deit.safetensors --model=deit_small_patch16_224
   python -m dyntoken.tools.convert hf:facebook/dinov2-small dinov2.safetensors
   python -m dyntoken.tools.convert runs/dtps timm.npz --model=dtps_deit_small_patch16_224 --to=timm
+  python -m dyntoken.tools.convert deit.safetensors deit_folder --to=transformers
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from dyntoken.tools import cli
 
-SUFFIXES = {"ours": (".safetensors",), "timm": (".safetensors", ".npz")}
+SUFFIXES = {"ours": (".safetensors",), "timm": (".safetensors", ".npz"), "transformers": ("",)}
+ADDRESSES = ("hf:", "pretrained:", "http")  # no paths
+WRITES = {"transformers": "a folder"}
 
 
 def arguments(parser: cli.Parser) -> None:
@@ -52,8 +58,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
     suffix = Path(args.target).suffix.lower()
     if suffix not in SUFFIXES[args.to]:
-        raise ValueError(f"{args.target}: --to={args.to} writes {' or '.join(SUFFIXES[args.to])}")
-    if not args.source.startswith(("hf:", "pretrained:", "http")) and not epath.Path(args.source).exists():
+        writes = WRITES.get(args.to) or " or ".join(SUFFIXES[args.to])
+        raise ValueError(f"{args.target}: --to={args.to} writes {writes}")
+    if not args.source.startswith(ADDRESSES) and not epath.Path(args.source).exists():
         raise ValueError(f"{args.source}: no such weight file or workdir")
     logging.getLogger("dyntoken.weights").addHandler(logging.NullHandler())  # its report is printed here
     options = {
@@ -66,6 +73,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     else:
         model = cli.build(args)
         variables, loaded = weights.load_weights(model, args.source, **options)
+        model = weights.prepared(model, args.source)
     misfits = [
         f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
         for what in ("missing", "unexpected")
@@ -78,6 +86,11 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         )
     if args.to == "ours":
         weights.save_weights(args.target, variables, model=model)
+    elif args.to == "transformers":
+        away = args.source.startswith(ADDRESSES)
+        names = () if away else runs.class_names(runs.of_workdir(args.source))
+        names = names or weights.class_names(args.source)
+        _write_transformers(epath.Path(args.target), model, variables, names)
     else:
         tensors = weights.with_buffers(model, weights.export_reference(model, variables))
         if suffix == ".npz":
@@ -85,6 +98,20 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         else:
             files.write_safetensors(args.target, tensors, {"format": "pt", **runs.grids(model)})
     return {"read": str(loaded), "written": args.target}
+
+
+def _write_transformers(folder: Any, model: Any, variables: Any, names: Sequence[str]) -> None:
+    from dyntoken import preprocessing, weights
+    from dyntoken.weights import configs, files, pixels
+
+    tensors, config = weights.to_transformers(
+        model, variables, names if len(names) == model.num_classes else ()
+    )
+    processor = pixels.processor_of(preprocessing.preprocess(model))
+    folder.mkdir(parents=True, exist_ok=True)
+    files.write_safetensors(folder / "model.safetensors", tensors, {"format": "pt"})
+    for name, content in ((configs.FILE, config), (pixels.FILE, processor)):
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n")
 
 
 def report(found: dict[str, Any]) -> str:

@@ -109,10 +109,11 @@ def _opened(args: argparse.Namespace) -> tuple[Model, Any, dict[str, Any]]:
         return run.model, run.variables, {"preprocess": run.preprocess, "class_names": run.class_names}
     if args.weights is None:
         raise cli.UsageError("give --weights, or a run's workdir in the place of NAME")
-    from dyntoken.weights import load_whole
+    from dyntoken.weights import load_whole, prepared
 
     model = cli.build(args)
     variables, _ = load_whole(model, args.weights, prefer=args.prefer)
+    model = prepared(model, args.weights)
     if not os.path.isdir(args.weights):
         return model, variables, {}
     from dyntoken.runs import load_run

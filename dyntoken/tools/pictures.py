@@ -33,9 +33,11 @@ def add(parser: cli.Parser) -> None:
     parser.add_argument("--workdir", help="folder of a training run")
     parser.add_argument("--step", default="newest", help="checkpoint: newest, best or a number")
     cli.add_prefer(parser)
-    parser.add_argument("--model", metavar="NAME", help="in place of --workdir: model, with its --weights")
+    parser.add_argument("--model", metavar="NAME", help="model of --weights, where they do not tell it")
     parser.add_argument(
-        "--weights", help=".safetensors, .npz, .pth, pretrained:NAME, or hf:org/name", metavar="SOURCE"
+        "--weights",
+        help="in place of --workdir: .safetensors, .npz, .pth, a folder, pretrained:NAME, or hf:org/name",
+        metavar="SOURCE",
     )
     cli.add_model_options(parser)
     parser.add_argument("--batch", type=cli.positive, default=32, help="pictures at a time (default: 32)")
@@ -51,9 +53,9 @@ def predictor(args: argparse.Namespace, **options: Any) -> Predictor:
 
     options |= {"step": args.step, "prefer": args.prefer, "batch": args.batch}
     changed = cli.overrides(args)
-    if (args.workdir is None) == (args.model is None) or (args.weights is None) != (args.model is None):
-        raise cli.UsageError("give --workdir, or --model and its --weights")
-    if args.model is not None:
+    if (args.workdir is None) == (args.weights is None) or (args.model and args.workdir):
+        raise cli.UsageError("give --workdir, or --weights, with --model where they do not tell it")
+    if args.weights is not None:
         return Predictor(args.weights, model=args.model, options=changed, **options)
     if set(changed) - {"keep"}:
         raise cli.UsageError(f"--workdir knows its model: {', '.join(changed)} cannot be changed, --keep can")

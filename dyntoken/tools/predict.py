@@ -1,8 +1,9 @@
 """Class names and probabilities of pictures.
 
 Predicts the classes of pictures with a trained run: its model, its image size
-and normalisation, its class names; or with a model and its weights. Prints a
-table; --out writes it as CSV.
+and normalisation, its class names; or with weights (--model where these do not
+tell it), prepared as the files beside them say. Prints a table; --out writes it
+as CSV.
 
 FOLDER stands for all pictures in it and in its sub-folders. A file that is no
 picture is named and left out, and the exit status is then 1. With --out, what was
@@ -11,6 +12,7 @@ killed goes on where it was when the same command is given again.
 examples:
   python -m dyntoken.tools.predict --workdir=runs/mine photos
   python -m dyntoken.tools.predict --workdir=runs/mine --top=3 --out=guesses.csv cat.jpg dog.png
+  python -m dyntoken.tools.predict --weights=hf:facebook/deit-tiny-patch16-224 photos
 """
 
 from __future__ import annotations

@@ -207,7 +207,7 @@ def _of_name(args: argparse.Namespace, given: dict[str, Any]) -> dict[str, Any]:
         "optim": {"lr": 1e-3, "weight_decay": 0.05},
         "mix": {"mixup": 0.8, "cutmix": 1.0},
     }
-    if any(site.reducer(parent=None).learns for site in model.sites()):
+    if any(site.reducer(parent=None).learns_share() for site in model.sites()):
         config["losses"]["keep_ratio"] = {"weight": 2.0}
     if args.teacher:
         config["teacher"] = {"name": split_name(args.name)[1], "weights": "unread", **given}

@@ -82,8 +82,9 @@ class Run:
 
     @property
     def abstract_teacher(self) -> Tree:
-        """Shapes and types of the teacher's variables, `{}` without a teacher."""
-        return sharding.abstract({} if self.teacher is None else self.abstract(self.teacher), self.mesh)
+        """Shapes and types of the teacher's variables, `{}` where there are none of its own."""
+        without = self.teacher is None or self.settings.self_teaching
+        return sharding.abstract({} if without else self.abstract(self.teacher), self.mesh)
 
     def abstract(self, model: nn.Module) -> Tree:
         """Shapes and types of a model's variables."""
@@ -113,6 +114,7 @@ class Run:
             "augment": self.augment,
             "seed": settings.seed,
             "teacher": self.teacher,
+            "self_teaching": settings.self_teaching,
             "accumulate": settings.accumulate,
         }
         second = {"objective": self.objective, "tx": self.tx}
@@ -344,6 +346,13 @@ def build(
     objective.check(len(model.exits))
     teacher = _make_teacher(settings, objective, info, shape)
     variables = jax.eval_shape(lambda: init_variables(model, shape, settings.seed))
+    if settings.self_teaching and teacher is not None:
+        theirs = jax.eval_shape(lambda: init_variables(teacher, shape, settings.seed))
+        if jax.tree.map(_shape, theirs) != jax.tree.map(_shape, variables):
+            raise ValueError(
+                "config.teacher.weights is 'self', but the teacher's parameters are not those of config.model: "
+                "name the same model, with other options of its method alone"
+            )
     refuse_batch_norm(model, variables, settings.accumulate)
     tx, lr_fn = optim.make(
         variables["params"], total_steps=total, steps_per_epoch=per_epoch, **settings.optim
@@ -364,6 +373,10 @@ def build(
         tx=tx,
         lr_fn=lr_fn,
     )
+
+
+def _shape(leaf: Any) -> tuple[Any, ...]:
+    return leaf.shape, leaf.dtype
 
 
 def _make_model(
@@ -410,7 +423,10 @@ def _make_teacher(
     if not wanted:
         raise ValueError("config.teacher is set but no loss reads it: add logit_kl, or clear teacher.name")
     if not source:
-        raise ValueError("config.teacher.weights is empty: name a weight file (or a workdir) for the teacher")
+        raise ValueError(
+            "config.teacher.weights is empty: name a weight file (or a workdir) for the teacher, or 'self' for "
+            "the model's own"
+        )
     teacher = _make_model(section, info, shape, "config.teacher")
     if teacher.exits:
         raise ValueError(

@@ -64,11 +64,12 @@ def falling(
             "config.keep_schedule needs a model that drops tokens at one depth-wise set of sites, as "
             f"evit_deit_small_patch16_224; {getattr(model, 'arch', type(model).__name__)} has no keep rate of its own"
         )
-    if any(site.reducer(parent=None).learns for site in model.sites()):
+    if any(site.reducer(parent=None).learns_share() for site in model.sites()):
         others = [other for other, row in METHODS.items() if not (row.plain.learns or row.plain.sized)]
         raise ValueError(
             f"config.keep_schedule does not fit {name}: its predictor learns which share to keep (loss "
-            f"keep_ratio). Choose a method without one ({', '.join(others)}), or clear keep_schedule.end_epoch"
+            f"keep_ratio). Choose a method without one ({', '.join(others)}), train it with "
+            "model.form='gather' if it has that form, or clear keep_schedule.end_epoch"
         )
     if any(site.reducer(parent=None).sized for site in model.sites()):
         raise ValueError(

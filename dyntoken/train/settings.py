@@ -174,7 +174,8 @@ class Settings:
       ema: decay of the weight average, 0 for none.
       ema_warmup: the decay rises to `ema` with the steps, so that the average
         forgets the start of the run soon; False: `ema` from the first step on.
-      teacher: `name`, `weights` and keywords of `create_model`; no name, no teacher.
+      teacher: `name`, `weights` and keywords of `create_model`; no name, no teacher. Weights
+        "self": the model's own, as they are at each step.
       init: `path` and keywords of `load_weights`; no path, a fresh start.
       resume: workdir of another run to go on from.
       log_steps: steps between two reports.
@@ -230,6 +231,11 @@ class Settings:
     curves: bool = True
     compare: bool = False
     plugins: Sequence[str] = ()
+
+    @property
+    def self_teaching(self) -> bool:
+        """Whether the teacher runs on the model's own weights."""
+        return (self.teacher or {}).get("weights") == "self"
 
     @functools.cached_property
     def plain(self) -> dict[str, Any]:

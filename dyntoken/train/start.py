@@ -173,8 +173,8 @@ def load_init(run: Run, log: Log, load: Callable[..., Any] = load_for_training) 
 
 
 def load_teacher(run: Run, log: Log) -> Tree:
-    """The teacher's variables on every device, `{}` without a teacher."""
-    if run.teacher is None:
+    """The teacher's variables on every device, `{}` where there are none of its own."""
+    if run.teacher is None or run.settings.self_teaching:
         return {}
     path = run.settings.teacher["weights"]
     check_classes(runs.of_workdir(path), run, f"the teacher in {path}", "name another teacher")

@@ -80,6 +80,7 @@ def gradient(
     augment: Augment,
     seed: int,
     teacher: nn.Module | None = None,
+    self_teaching: bool = False,
     accumulate: int = 1,
     axis: str = "data",
 ) -> GradientResult:
@@ -97,6 +98,8 @@ def gradient(
         normalised and mixed out; its draws may depend on the key and the global positions only.
       seed: of every draw, together with the step.
       teacher: a frozen model that sees the same images, or None.
+      self_teaching: the teacher runs on the parameters of `model`, in training like it, and learns by
+        what losses say of it itself; those that compare with it stop its gradient.
       accumulate: slices of the rows that run one after the other, each forward
         and backward; one all-reduce for all of them, and the same result from
         less memory. Rows that are mixed together must be in one slice.
@@ -126,22 +129,28 @@ def gradient(
         images, target = augment(mixing, rows["image"], rows["label"], rows["id"])
         data = {"image": images, "target": target, "mask": rows["mask"], "id": rows["id"]}
         data |= {"dense": rows["dense"]} if "dense" in rows else {}
-        if teacher is not None:
+        if teacher is not None and not self_teaching:
             seen = teacher.apply(teacher_variables, images, train=False, record=record)
             data["teacher"] = jax.lax.stop_gradient(seen)
         return data
 
     def evaluate(params, data):
         """Sum and count of each loss over some rows of this device; `extra` after them."""
-        output, after = model.apply(
-            {"params": params, **extra},
-            data["image"],
-            train=True,
-            ids=data["id"],
-            rngs={"policy": policy, "dropout": dropout},
-            record=record,
-            mutable=["batch_stats"],
-        )
+
+        def train(which):
+            return which.apply(
+                {"params": params, **extra},
+                data["image"],
+                train=True,
+                ids=data["id"],
+                rngs={"policy": policy, "dropout": dropout},
+                record=record,
+                mutable=["batch_stats"],
+            )
+
+        output, after = train(model)
+        if self_teaching:
+            data = {**data, "teacher": train(teacher)[0]}
         parts = objective.evaluate(output, data)
         sums, counts = ({name: pair[i] for name, pair in parts.items()} for i in (0, 1))
         return sums, counts, after

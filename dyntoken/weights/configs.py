@@ -152,6 +152,15 @@ def _of_timm(config: Mapping[str, Any], origin: str) -> dict[str, Any]:
     return fields
 
 
+def class_names(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """One per class, as transformers' or timm's file has them; () where it has none or only "LABEL_0", ..."""
+    named = config.get("id2label") or {}
+    if not isinstance(named, Mapping) or {str(key) for key in named} != {str(n) for n in range(len(named))}:
+        return ()
+    names = tuple(str(named[key]) for key in sorted(named, key=int)) or tuple(config.get("label_names") or ())
+    return () if names == tuple(f"LABEL_{number}" for number in range(len(names))) else names
+
+
 def _size(value: Any) -> Any:
     sides = (value, value) if isinstance(value, int) else tuple(int(side) for side in value)
     return sides[0] if sides[0] == sides[1] else sides
@@ -163,16 +172,3 @@ def _activation(value: Any, origin: str) -> str:
             f"{origin}: its config.json has the activation {value!r}: {suggest(str(value), ACTIVATIONS)}"
         )
     return ACTIVATIONS[value]
-
-
-def preprocessing(path: Any, config: Mapping[str, Any]) -> dict[str, Any]:
-    """How images were prepared: "mean", "std", "interpolation", "crop_pct", as far as the files beside say so."""
-    cfg = {**config, **(config.get("pretrained_cfg") or {})} if "architecture" in config else {}
-    found = {name: cfg[name] for name in ("mean", "std", "interpolation", "crop_pct") if name in cfg}
-    theirs = beside(path, "preprocessor_config.json")
-    names = {"image_mean": "mean", "image_std": "std"}
-    return found | {
-        ours: theirs[name]
-        for name, ours in names.items()
-        if theirs.get("do_normalize", True) and name in theirs
-    }

@@ -104,8 +104,8 @@ def read_tree(source: Any, step: int | str = "newest") -> tuple[Any, dict[str, s
     path = local(name)
     if not path.exists():
         raise WeightsError(
-            f"{name}: no such weight file or directory; put the weights there, or name others (a public "
-            "checkpoint becomes ours by `python -m dyntoken.tools.convert IN OUT --model=NAME`)"
+            f"{name}: no such weight file or directory; public checkpoints are read as they are, from disk or the hub: "
+            "dyntoken.load_pretrained('hf:org/name') also builds their model"
         )
     if path.is_dir():
         from dyntoken.weights import orbax

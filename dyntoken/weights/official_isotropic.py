@@ -191,8 +191,8 @@ def tps_options(module: Any) -> dict[str, Any] | None:
     given = {"l2_norm": True, "temperature": 1, **common.called(module, "TPSModule")}
     if unknown := given.keys() - {"l2_norm", "temperature"}:
         raise ValueError(f"TPSModule has no argument {min(unknown)!r}")
-    similarity = "cosine" if flag(given["l2_norm"]) else "dot"
-    return {"temperature": float(given["temperature"]), "similarity": similarity}
+    measure = "cosine" if flag(given["l2_norm"]) else "dot"
+    return {"temperature": float(given["temperature"]), "measure": measure}
 
 
 TPS = {

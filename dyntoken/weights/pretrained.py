@@ -13,7 +13,7 @@ import numpy as np
 from dyntoken import architectures
 from dyntoken.models import create_model, keywords, split_name
 from dyntoken.nn.reduction_sites import added
-from dyntoken.weights import configs, files, foreign, layouts, placing, runs, shapes
+from dyntoken.weights import configs, files, foreign, layouts, pixels, placing, runs, shapes
 from dyntoken.weights.errors import WeightsError
 from dyntoken.weights.load import Report, load_weights
 
@@ -57,6 +57,7 @@ def load_pretrained(
     unexpected: str = "error",
     source_grid: tuple[int, int] | None = None,
     sha256: str | None = None,
+    config: Mapping[str, Any] | None = None,
     seed: int = 0,
     return_report: bool = False,
     **overrides: Any,
@@ -78,6 +79,7 @@ def load_pretrained(
       resize: how position embeddings are resized, by default as the checkpoint's own library does; see `load_weights`.
       prefer, step, unexpected, source_grid, seed: see `load_weights`.
       sha256: checksum of an https source.
+      config: what `config.json` says, in place of the one beside the weights.
       return_report: also return the `Report`.
       **overrides: any keyword of `create_model`; `in_chans` adapts the patch embedding.
 
@@ -88,7 +90,9 @@ def load_pretrained(
       WeightsError: unreadable or unknown source, or one that lacks arrays of the model.
       ValueError: keywords that do not fit the model or each other.
     """
-    source, config, path = _opened(source, sha256)
+    source, beside, path = _opened(source, sha256)
+    config = beside[0] if config is None else config
+    told = pixels.told(config, beside[1])
     given = {"keep": keep, "at": at, "img_size": img_size, "num_classes": num_classes}
     given = {**{key: value for key, value in given.items() if value is not None}, **overrides}
     section = runs.section_of(runs.of_workdir(source, step)) if path is not None and path.is_dir() else None
@@ -97,6 +101,7 @@ def load_pretrained(
     else:
         bundle = layouts.read(source, prefer, step)
         found = _found(bundle, config, source_grid, prefer)
+    given = {**({"prepared": tuple(sorted(told.fields.items()))} if told.fields else {}), **given}
     model = _model(found, name, method, given, str(source) if path is not None else "the given mapping")
     head = "keep" if found.fields.get("num_classes", model.num_classes) == model.num_classes else "reset"
     variables, report = load_weights(
@@ -116,7 +121,6 @@ def load_pretrained(
     assumed = (
         {} if name or found.name else {key: value for key, value in found.assumed.items() if key not in given}
     )
-    told = configs.preprocessing(path, config) if config else {}
     report = dataclasses.replace(
         report, notes=(*_lines(model, found.words, assumed, told, head), *report.notes)
     )
@@ -125,12 +129,26 @@ def load_pretrained(
     return (model, variables, report) if return_report else (model, variables)
 
 
-def _opened(source: Any, sha256: str | None) -> tuple[Any, dict[str, Any], Any]:
-    """What `layouts.read` takes, the `config.json` beside it, and its place, None of a mapping."""
+def prepared(model: Any, source: Any) -> Any:
+    """The model, with what the files beside weights say of images, for those who load them by `load_weights`."""
+    config, processor = _opened(source, None)[1]
+    fields = pixels.told(config, processor).fields
+    return model.clone(prepared=tuple(sorted(fields.items()))) if fields else model
+
+
+def class_names(source: Any) -> tuple[str, ...]:
+    """Of a checkpoint's classes, as the `config.json` beside it has them, else ()."""
+    return configs.class_names(_opened(source, None)[1][0])
+
+
+def _opened(source: Any, sha256: str | None) -> tuple[Any, list[dict[str, Any]], Any]:
+    """What `layouts.read` takes, the two JSON files beside it, and its place, None of a mapping."""
     if isinstance(source, Mapping):
-        return source, {}, None
-    path = files.local(str(source), sha256, (configs.FILE, "preprocessor_config.json"))
-    return path, configs.beside(path) if not path.is_dir() and path.exists() else {}, path
+        return source, [{}, {}], None
+    names = (configs.FILE, pixels.FILE)
+    path = files.local(str(source), sha256, names)
+    there = not path.is_dir() and path.exists()
+    return path, [configs.beside(path, name) if there else {} for name in names], path
 
 
 def _found(
@@ -245,10 +263,8 @@ def _check_whole(report: Report, head: str) -> None:
         )
 
 
-def _lines(
-    model: Any, words: str, assumed: Mapping[str, Any], told: Mapping[str, Any], head: str
-) -> list[str]:
-    """What was found, assumed and told of the preprocessing, one line each."""
+def _lines(model: Any, words: str, assumed: Mapping[str, Any], told: pixels.Pixels, head: str) -> list[str]:
+    """What was found, assumed and told of images, one line each."""
     body = model.plain()
     height, width, _ = model.input_shape
     facts = [
@@ -273,10 +289,7 @@ def _lines(
         lines.append(
             f"assumed {listed}, which the file does not tell: pass them, or name=, if it is otherwise"
         )
-    if told:
-        lines.append(
-            "images were prepared with " + ", ".join(f"{key}={value}" for key, value in told.items())
-        )
+    lines += told.lines((height, width))
     if head == "reset" and model.num_classes:
         lines.append(f"the classifier of {model.num_classes} classes starts fresh")
     return lines

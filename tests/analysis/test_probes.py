@@ -27,3 +27,17 @@ def test_separable_classes_are_told_apart(probe):
     gallery = centres[labels] + rng.normal(size=(60, 8))
     queries = centres[asked] + rng.normal(size=(30, 8))
     assert (probes.PROBES[probe](gallery, labels, queries, 3) == asked).all()
+
+
+def test_a_logistic_classifier_separates_and_reads_features_as_they_are():
+    rng = np.random.default_rng(0)
+    labels = np.arange(300) % 3
+    centres = np.array([[50.0, 0.0], [0.0, 0.1], [-50.0, 0.0]])
+    features = centres[labels] + rng.normal(size=(300, 2)) * [5.0, 0.01]
+    kernel, bias = probes.logistic(features, labels, 3)
+    assert kernel.shape == (2, 3) and bias.shape == (3,) and kernel.dtype == np.float32
+    logits = features @ kernel + bias
+    assert (logits.argmax(axis=1) == labels).mean() > 0.99
+    np.testing.assert_allclose(
+        bias.sum() + (features.mean(axis=0) @ kernel).sum(), 0.0, atol=1e-3
+    )  # shift-free

@@ -175,9 +175,9 @@ def test_noise_decides_in_training():
 @pytest.mark.parametrize("arch", NAMES)
 def test_only_what_drops_fits(arch):
     found = pairings(arch)
-    assert [name for name in METHODS if found[name] is None] == ["dynamicvit"]
+    assert [name for name in METHODS if found[name] is None] == ["dynamicvit", "static"]
     assert "stay on the grid" in found["dtps"] and "class token" in found["evit"]
-    with pytest.raises(ValueError, match="nothing to fuse or merge; dynamicvit works there"):
+    with pytest.raises(ValueError, match="nothing to fuse or merge; dynamicvit, static work there"):
         dyntoken.create_model(f"dtps_{arch}")
     with pytest.raises(ValueError, match="stay on the grid"):
         _model(arch, fuse="squeeze")

@@ -211,3 +211,20 @@ def test_bad_input_is_named(tmp_path):
     assert not (tmp_path / "none").exists()
     with pytest.raises(ValueError, match=r"holds no export \(no model.json\)"):
         dyntoken.load_export(tmp_path)
+
+
+def test_an_older_jax_says_which_one_wrote_the_file():
+    """The very words of jax 0.9.0 on a file of 0.10.2; any other error stays as it is."""
+
+    class Program:
+        words = "INVALID_ARGUMENT: Failed to deserialize StableHLO"
+
+        def call(self, weights, inputs):
+            raise jax.errors.JaxRuntimeError(self.words)
+
+    found = folders.Exported({"versions": {"jax": "0.10.2"}}, (Program(),), {})
+    with pytest.raises(ValueError, match=r"written by jax 0\.10\.2, which this jax .* cannot read"):
+        found.step({})
+    Program.words = "INTERNAL"
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+        found.step({})

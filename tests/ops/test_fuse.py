@@ -11,7 +11,7 @@ import pytest
 from dyntoken.ops import fuse
 
 E = math.e
-STATIC = ("same", "temperature", "normalize")
+STATIC = ("same", "temperature", "measure")
 squeeze = jax.jit(fuse.squeeze, static_argnames=STATIC)
 mean = jax.jit(fuse.mean, static_argnames=STATIC)
 one_token = jax.jit(fuse.one_token)
@@ -36,8 +36,39 @@ def test_temperature_and_inner_product():
     cold = squeeze(targets, sources, temperature=2.0)
     share = math.exp(0.5)
     np.testing.assert_allclose(cold.x[0, 0, 0], (2 * E + share) / (E + share), rtol=1e-5)
-    dot = squeeze(targets, sources, temperature=4.0, normalize=False)
+    dot = squeeze(targets, sources, temperature=4.0, measure="dot")
     np.testing.assert_allclose(dot.x[0, 0, 0], (2 * E + share) / (E + share), rtol=1e-5)
+
+
+def test_measures_literal():
+    a, b = jnp.array([[[3.0, 4.0]]]), jnp.array([[[0.0, 5.0], [3.0, 0.0], [3.0, 4.0]]])
+    np.testing.assert_allclose(fuse.MEASURES["cosine"](a, b)[0, 0], [0.8, 0.6, 1.0], rtol=1e-5)
+    np.testing.assert_allclose(fuse.MEASURES["dot"](a, b)[0, 0], [20.0, 9.0, 25.0], rtol=1e-6)
+    # root mean squares of (3, -1), (0, 4), (0, 0)
+    np.testing.assert_allclose(fuse.MEASURES["l2"](a, b)[0, 0], [-(5**0.5), -(8**0.5), 0.0], atol=1e-6)
+    grad = jax.jit(jax.grad(lambda a: fuse.MEASURES["l2"](a, b).sum()))(a)
+    assert np.isfinite(grad).all()  # at distance 0, too
+
+
+def test_a_large_inner_product_stays_finite_and_finds_allowed_hosts_alone():
+    x = jnp.array([[[-30.0], [20.0], [25.0], [0.5]]])
+    allowed = jnp.array([[1.0, 0.0, 0.0, 0.0]])
+    out = squeeze(x, x, allowed=allowed, weight=1 - allowed, same=True, measure="dot")
+    np.testing.assert_array_equal(out.host[0, 1:], [0, 0, 0])  # also at -750, far below what is masked
+    high = squeeze(jnp.array([[[30.0]]]), jnp.array([[[20.0]]]), measure="dot")
+    np.testing.assert_allclose(high.x, [[[20.0]]], rtol=1e-6)  # e^600 would be infinite
+
+
+def test_features_luck_and_masses():
+    targets, sources = jnp.array([[[1.0, 0.0], [0.0, 2.0]]]), jnp.array([[[3.0, 0.0]]])
+    swapped = (jnp.array([[[0.0, 1.0], [1.0, 0.0]]]), jnp.array([[[1.0, 0.0]]]))
+    assert squeeze(targets, sources, compared=swapped).host[0, 0] == 1
+    assert mean(targets, sources, compared=swapped).host[0, 0] == 1
+    drawn = squeeze(targets, sources, measure="random", luck=jnp.array([[[0.1, 0.9]]]))
+    assert drawn.host[0, 0] == 1
+    np.testing.assert_allclose(drawn.x[0, 1], [3 / (E + 1), 2 * E / (E + 1)], rtol=1e-5)  # cosine 0
+    weighed = squeeze(targets, sources, mass=(jnp.array([[3.0, 1.0]]), jnp.array([[2.0]])))
+    np.testing.assert_allclose(weighed.x[0, 0], [(3 * 1 + 2 * 3) / 5, 0.0], rtol=1e-6)
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -70,7 +101,11 @@ def test_equal_similarity_takes_the_first_host():
     np.testing.assert_allclose(out.x[0, 1], 1.0, rtol=1e-6)
 
 
-@pytest.mark.parametrize("rule", [squeeze, mean], ids=["squeeze", "mean"])
+def _by_mass(x, y, **roles):
+    return squeeze(x, y, mass=(jnp.ones(x.shape[:2]), jnp.ones(y.shape[:2])), **roles)
+
+
+@pytest.mark.parametrize("rule", [squeeze, mean, _by_mass], ids=["squeeze", "mean", "mass"])
 def test_without_a_host_nothing_changes(rule):
     x = _rows(2, 2, 4, 3)
     nobody = jnp.zeros((2, 4))

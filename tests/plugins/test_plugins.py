@@ -145,7 +145,7 @@ def test_both_forms_are_equal(case):
 @pytest.mark.parametrize(
     ("name", "options", "why", "works"),
     [
-        ("keynorm_swin_tiny_patch4_window7_224", {}, "keys", "dynamicvit, longrows"),
+        ("keynorm_swin_tiny_patch4_window7_224", {}, "keys", "dynamicvit, static, longrows"),
         ("keynorm_cvt_13", {}, "keys", "learnt_linear"),
         ("keynorm_pvt_tiny", {"at": (0,)}, "only at stage 3", "longrows"),
         ("attended_tiled_tiny", {}, "class token", "keynorm"),
@@ -154,7 +154,7 @@ def test_both_forms_are_equal(case):
         ("dynamicvit_swin_tiny_patch4_window7_224", {"fuse": "pooled"}, "nothing to fuse", "longrows"),
         ("dynamicvit_convnext_tiny", {"score": "received"}, "attention between", "dynamicvit"),
         ("dynamicvit_convnext_tiny", {"score": "late"}, "inside a block", "dynamicvit"),
-        ("learnt_linear_convnext_tiny", {}, "nothing to fuse", "dynamicvit, longrows"),
+        ("learnt_linear_convnext_tiny", {}, "nothing to fuse", "dynamicvit, static, longrows"),
     ],
 )
 def test_pairings_that_cannot_work_are_refused_by_name(name, options, why, works):

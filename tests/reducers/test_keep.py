@@ -1,5 +1,7 @@
 import pytest
 
+import dyntoken
+from dyntoken.reducers import METHODS
 from dyntoken.reducers.keep import keep_counts, keep_rate_schedule, quantize_keep_rates
 
 
@@ -46,6 +48,38 @@ def test_target_ratios():
 def test_bad_keep(keep, message):
     with pytest.raises(ValueError, match=message):
         keep_counts(keep, 3, 16, relative=False)
+
+
+@pytest.mark.parametrize(
+    ("relative", "fused", "multiple", "counts"),
+    [
+        (False, False, 8, (135, 95, 71)),  # with the class token 136, 96, and 72 of 64 and 72
+        (True, True, 8, (142, 102, 70)),  # with class and fused token 144, 104, 72
+    ],
+)
+def test_rounded_counts_of_196(relative, fused, multiple, counts):
+    got = keep_counts(0.7, 3, 196, relative=relative, fused=fused, round_to=multiple, prefix=1)
+    assert tuple(count for count, _ in got) == counts
+    assert [ratio for _, ratio in got] == [count / 196 for count in counts]
+
+
+def test_what_rounding_leaves_alone():
+    assert keep_counts(1.0, 1, 196, relative=False, round_to=8) == ((196, 1.0),)  # nothing is dropped
+    assert keep_counts(0.99, 1, 31, relative=False, round_to=32, prefix=1)[0][0] == 31  # all are a multiple
+    assert (
+        keep_counts((1, 1), 2, 15, relative=False, round_to=8, prefix=1)[0][0] == 7
+    )  # not 0: none would stay
+    with pytest.raises(ValueError, match="keep_round_to=32: no multiple of it keeps between 1 and 15"):
+        keep_counts(0.5, 1, 15, relative=False, round_to=32, prefix=1)
+
+
+@pytest.mark.parametrize("method", ["dtps", "evit", "spvit", "tome"])
+def test_all_rows_behind_a_site_are_a_multiple(method):
+    arch = f"{method}_deit_tiny_distilled_patch16_224"
+    for site in dyntoken.create_model(arch, keep_round_to=8).sites():
+        assert (2 + site.reducer["keep"] + METHODS[method].plain.adds_row) % 8 == 0
+    model = dyntoken.create_model("dtps_pvt_tiny", keep_round_to=8)  # only its last stage has a class token
+    assert [(site.at == 3) + site.reducer["keep"] for site in model.sites()] == [2192, 552, 136, 32]
 
 
 EVIT = {"base": 0.7, "steps_per_epoch": 5, "warmup_epochs": 2, "total_epochs": 8}

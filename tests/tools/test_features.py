@@ -114,7 +114,10 @@ def test_parts_of_something_else_are_refused(folder, tmp_path, monkeypatch, caps
     ("more", "said"),
     [
         (["--out=features.csv"], "give a file that ends in .npz or .parquet"),
-        (["--out=f.npz", "--workdir=runs/mine"], "give --workdir, or --model and its --weights"),
+        (
+            ["--out=f.npz", "--workdir=runs/mine"],
+            "give --workdir, or --weights, with --model where",
+        ),
     ],
 )
 def test_options_that_do_not_go_together(folder, capsys, more, said):

@@ -8,9 +8,10 @@ import types
 import jax.numpy as jnp
 import pytest
 
-from dyntoken import runs
+from dyntoken import runs, weights
 from dyntoken.preprocessing import Preprocess
 from dyntoken.tools import predict
+from tests.weights import made
 
 Image = pytest.importorskip("PIL.Image")
 
@@ -55,3 +56,19 @@ def test_of_some_the_others_are_predicted_by_one_program(compilations, tmp_path,
     assert classes == {"c.png": "light", "e.png": "dark", "f.png": "light"}
     assert len(found["failed"]) == captured.err.count("\n") == 3
     assert compilations == [(2, 8, 8, 3)]
+
+
+def test_of_a_folder_of_transformers(tmp_path, capsys):
+    """Model, pixels and class names by the files in it."""
+    model = made.model(norm_eps=1e-12)
+    tensors, config = weights.to_transformers(model, made.variables(model), class_names="abcde")
+    weights.files.write_safetensors(tmp_path / "model.safetensors", tensors, {"format": "pt"})
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    Image.new("RGB", (20, 30), (200, 30, 60)).save(tmp_path / "c.png")
+    words = [f"--weights={tmp_path}", str(tmp_path / "c.png"), "--top=5", "--batch=1", "--json"]
+    assert predict.main(words) == 0
+    (row,) = json.loads(capsys.readouterr().out)["predictions"]
+    assert sorted(one["class"] for one in row["classes"]) == list("abcde")
+    with pytest.raises(SystemExit):
+        predict.main([*words, "--workdir=runs/mine"])
+    assert "give --workdir, or --weights, with --model where they do not tell it" in capsys.readouterr().err

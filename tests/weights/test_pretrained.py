@@ -257,7 +257,7 @@ def test_timm_configuration(tmp_path):
     found, read, report = dyntoken.load_pretrained(tmp_path, return_report=True)
     same(read, variables)
     assert (found.arch, found.pool, found.plain().heads) == ("vit_tiny_patch16_224", "mean", 3)
-    assert "mean=[0.5, 0.5, 0.5], std=[0.5, 0.5, 0.5], crop_pct=0.9" in str(report)
+    assert "mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), crop_pct=0.9" in str(report)
     about["model_args"] = {"num_heads": 2, "act_layer": "quick_gelu", "unknown": 3}
     (tmp_path / "config.json").write_text(json.dumps(about))
     found, _ = dyntoken.load_pretrained(tmp_path)

@@ -102,10 +102,10 @@ def test_tps_defaults_are_the_class_own():
     ("module", "options"),
     [
         (None, None),
-        ("TPSModule", {"temperature": 1.0, "similarity": "cosine"}),
-        ("TPSModule(temperature=2)", {"temperature": 2.0, "similarity": "cosine"}),
-        ("TPSModule(l2_norm=False, temperature=4)", {"temperature": 4.0, "similarity": "dot"}),
-        ({"temperature": 0.5}, {"temperature": 0.5, "similarity": "cosine"}),
+        ("TPSModule", {"temperature": 1.0, "measure": "cosine"}),
+        ("TPSModule(temperature=2)", {"temperature": 2.0, "measure": "cosine"}),
+        ("TPSModule(l2_norm=False, temperature=4)", {"temperature": 4.0, "measure": "dot"}),
+        ({"temperature": 0.5}, {"temperature": 0.5, "measure": "cosine"}),
     ],
 )
 def test_squeezing_module(module, options):

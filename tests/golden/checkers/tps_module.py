@@ -34,7 +34,8 @@ def _options(case: Case, name: str) -> dict[str, Any]:
     found = re.search(r"temperature\s*=?\s*([0-9.]+)", what)
     if not found:
         raise ValueError(f"{name}: no temperature in its description {what!r}")
-    return {"temperature": float(found.group(1).rstrip(".")), "normalize": "l2_norm=False" not in what}
+    measure = "dot" if "l2_norm=False" in what else "cosine"
+    return {"temperature": float(found.group(1).rstrip(".")), "measure": measure}
 
 
 def _check_eval(ledger: Ledger, stem: str, options: dict[str, Any]) -> None:

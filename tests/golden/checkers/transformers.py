@@ -38,6 +38,7 @@ def check(case: Case, ledger: Ledger) -> None:
             if out.heads is not None:
                 ledger.offer(f"{run}.eval.logits_cls", out.heads[0])
                 ledger.offer(f"{run}.eval.logits_dist", out.heads[1])
+        _written(ledger, case, tensors)
         renamed = in_memory(tensors, case.info.get("in_memory_keys", {}))
         save_file(renamed, place / "model.safetensors", {"format": "pt"})
         again = dyntoken.load_pretrained(folder, img_size=size, rest="drop")[1]
@@ -45,6 +46,20 @@ def check(case: Case, ledger: Ledger) -> None:
         ledger.same("arrays under the names in memory", sorted(other), sorted(one))
         for path in one.keys() & other.keys():
             ledger.equal(f"in memory: {path}", other[path], one[path])
+
+
+def _written(ledger: Ledger, case: Case, tensors: dict[str, np.ndarray]) -> None:
+    """The file written again: the same names, and the same bits where reading adds nothing together."""
+    config = case.info["config_json"]
+    written, about = weights.to_transformers(*dyntoken.load_pretrained(tensors, config=config, rest="drop"))
+    ledger.same("written: keys", sorted(written), sorted(tensors))
+    gated = bool(config.get("use_swiglu_ffn"))  # hidden_act is not read then
+    wrong = {k: v for k, v in about.items() if config.get(k) != v and not (gated and k == "hidden_act")}
+    ledger.same("written: settings", wrong, {})
+    summed = ("cls_token", "position_embeddings") if any("register_tokens" in key for key in tensors) else ()
+    for key in written.keys() & tensors.keys():
+        if not key.endswith((*summed, "mask_token")):
+            ledger.equal(f"written: {key}", written[key], tensors[key])
 
 
 def _positions(variables: Any, tensors: dict[str, np.ndarray]) -> np.ndarray | None:

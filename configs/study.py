@@ -1,0 +1,32 @@
+"""What `tools.study` fine-tunes every network of a study with, from one dense model, which also teaches.
+
+    python -m dyntoken.tools.study tokens --scale=imagenet
+    python -m dyntoken.tools.study tokens --scale=laptop
+    python -m dyntoken.tools.study tokens --config=configs/study.py:size=t,distill=false
+
+The fine-tuning of configs/tps_deit.py with one teacher's loss, KL of the class logits, which every method can have.
+A study adds the method, and to methods that learn their decision the loss that holds their keep rate. On ImageNet:
+not yet run.
+"""
+
+from configs import common, toys
+
+
+def get_config(arg=None):
+    """`size=t|s|b`, `pixels=224|384`, `inat`, `distill=true|false`, `demo`, `tiny`."""
+    arg = common.parse_arg(arg, **common.DEIT, **common.TOY, distill=True)
+    c = common.deit(arg)
+    common.deit_augment(c)
+    c.ema = 0.99996
+    c.losses = {"ce": {"weight": 1.0}}
+    common.timm_cosine(c, common.per_batch(c, 2.5e-4, 1024))
+    if arg.demo:
+        toys.demo(c)
+        c.optim.clip = 1.0
+        c.data.eval.crop_pct = 1.0  # of images of another size: trained on whole
+    if arg.tiny:
+        toys.tiny(c)
+    if arg.distill and not arg.tiny:  # the toy starts from no weights
+        c.losses.logit_kl = {"weight": 0.5}
+        c.teacher.update({**c.model.to_dict(), "weights": c.init.path})
+    return c
