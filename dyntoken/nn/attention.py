@@ -91,20 +91,8 @@ class Attention(nn.Module):
         batch, rows, width = x.shape
         each = self.head_dim or width // self.heads
         chex.assert_shape(policy, (batch, rows)) if policy is not None else None
-        whole = self.qkv_bias is True
-        part = slice(2, 3) if mix else slice(0, 2) if only_map else slice(0, 3)
-        dense = layers.dense(3 * self.heads * each, name="qkv", dtype=self.dtype, use_bias=whole)
-        if part == slice(0, 3) or self.is_initializing():
-            qkv = dense(x)
-        else:
-            qkv = _columns(dense.variables["params"], x, part, self.heads * each, self.dtype)
-        if self.qkv_bias == "qv":
-            q, v = (
-                self.param(name, nn.initializers.zeros, (self.heads * each,)) for name in ("q_bias", "v_bias")
-            )
-            qkv = qkv + jnp.concatenate([q, jnp.zeros_like(q), v]).astype(qkv.dtype)[None, None]
-        qkv = qkv.reshape(batch, rows, 3, self.heads, each)
-        q, k, v = jnp.moveaxis(qkv, (2, 3), (0, 2))  # each [B, heads, T, head_dim]
+        parts = (2,) if mix else (0, 1) if only_map else (0, 1, 2)
+        q, k, v = self._projected(x, parts, each)
         if self.qk_norm_eps is not None:
             norm = functools.partial(nn.LayerNorm, epsilon=self.qk_norm_eps, dtype=self.dtype)
             q, k = norm(name="q_norm")(q), norm(name="k_norm")(k)
@@ -123,10 +111,12 @@ class Attention(nn.Module):
         weight = None if size is None else attend.log_size(size)
         cheap = not return_scores or (return_scores is not True and set(return_scores) <= set(CHEAP))
         unseen = cheap and not return_logits and not thinned
+        seen = Attended(keys=keys, queries=queries, values=v)
         if policy is None and unseen:
             bias = bias if weight is None else weight if bias is None else bias + weight
             y = attend.attention(q, k, v, scale=scale, bias=bias)
-            seen = Attended(keys=keys, queries=queries, values=v)
+        elif policy is not None and train and unseen and gate is bias is weight is None:
+            y = attend.policy_attention(q, k, v, policy, scale=scale)
         else:
             logits = attend.logits(q, k, scale=scale, bias=bias)
             weighed = logits if weight is None else logits + weight
@@ -149,6 +139,29 @@ class Attention(nn.Module):
             return None, shown
         return self._output(y if gate is None else _of_heads(y, gate), width, draws, path), shown
 
+    def _projected(self, x: Array, parts: tuple[int, ...], each: int) -> Array | list[Array]:
+        """Queries, keys and values `[B, heads, T, head_dim]` of one fused layer; zeros for those not in `parts`."""
+        width = self.heads * each
+        dense = layers.dense(3 * width, name="qkv", dtype=self.dtype, use_bias=self.qkv_bias is True)
+        bias = None
+        if self.qkv_bias == "qv":
+            q, v = (self.param(name, nn.initializers.zeros, (width,)) for name in ("q_bias", "v_bias"))
+            bias = jnp.concatenate([q, jnp.zeros_like(q), v])
+        # A TPU would copy the result of one product twice to part it, which takes longer than the product.
+        if self.is_initializing() or (len(parts) == 3 and backend.platform() != "tpu"):
+            y = dense(x)
+            y = y if bias is None else y + bias.astype(y.dtype)[None, None]
+            return jnp.moveaxis(y.reshape(*x.shape[:2], 3, self.heads, each), (2, 3), (0, 2))
+        params = dense.variables["params"]
+        bias = params.get("bias", bias)
+        heads = [jnp.zeros((len(x), self.heads, x.shape[1], each), self.dtype)] * 3
+        for part in parts:
+            columns = slice(part * width, (part + 1) * width)
+            y = x.astype(self.dtype) @ params["kernel"][:, columns].astype(self.dtype)
+            y = y if bias is None else y + bias[None, None, columns].astype(y.dtype)
+            heads[part] = jnp.swapaxes(y.reshape(*x.shape[:2], self.heads, each), 1, 2)
+        return heads
+
     def _output(self, y: Array, width: int, draws: sample.Draws | None, path: tuple[int, ...]) -> Array:
         """Heads `[B, heads, T, head_dim]` joined and projected."""
         y = jnp.swapaxes(y, 1, 2)
@@ -157,14 +170,6 @@ class Attention(nn.Module):
             y = nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype, name="norm")(y)
         y = layers.dense(width, name="proj", dtype=self.dtype, use_bias=self.proj_bias)(y)
         return layers.drop(y, self.dropout, draws, *path)
-
-
-def _columns(params: Any, x: Array, part: slice, width: int, dtype: Any) -> Array:
-    """Some of the three products of a fused qkv layer; the others are zeros, which cost nothing."""
-    columns = slice(part.start * width, part.stop * width)
-    y = x.astype(dtype) @ params["kernel"][:, columns].astype(dtype)
-    y = y + params["bias"][None, None, columns].astype(dtype) if "bias" in params else y
-    return jnp.pad(y, [(0, 0), (0, 0), (columns.start, 3 * width - columns.stop)])
 
 
 def _of_heads(rows: Array, gate: Gate) -> Array:

@@ -5,6 +5,11 @@ Shapes: B batch, H heads, T rows (prefix + patches), D head dimension.
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
+import functools
+from collections.abc import Iterator
+
 import jax
 import jax.numpy as jnp
 
@@ -12,6 +17,7 @@ from dyntoken.ops import backend
 
 Array = jax.Array
 POLICY_EPS = 1e-6  # raoyongming/DynamicViT, softmax_with_policy
+_PLAIN: contextvars.ContextVar[bool] = contextvars.ContextVar("dyntoken_plain_attention", default=False)
 
 
 def with_prefix(alive: Array, prefix: int) -> Array:
@@ -41,6 +47,117 @@ def policy_softmax(logits: Array, policy: Array, eps: float = POLICY_EPS) -> Arr
     weight = keys + (1.0 - keys) * own
     p = jnp.exp(logits - logits.max(axis=-1, keepdims=True)) * weight
     return (p + eps / rows) / (p.sum(axis=-1, keepdims=True) + eps)
+
+
+@contextlib.contextmanager
+def plain() -> Iterator[None]:
+    """Traces `policy_attention` from its definition, for pure forward-mode derivatives (`jax.jvp`, `jax.jacfwd`).
+
+    Its own backward pass serves `jax.grad` and what is built on it (`jax.hessian`, `jax.jvp` of a
+    gradient). Trace a fresh function inside: what `jit` has cached outside is not traced again.
+    """
+    token = _PLAIN.set(True)
+    try:
+        yield
+    finally:
+        _PLAIN.reset(token)
+
+
+def policy_attention(
+    q: Array, k: Array, v: Array, policy: Array, *, scale: float, eps: float = POLICY_EPS
+) -> Array:
+    """`policy_softmax` of the scaled products, times the values, with a backward pass of its own.
+
+    It keeps no array of queries by keys: the weights are computed again from the
+    maximum and the sum of each row. The policy is a factor of rows `[T, D]`, a
+    row's own key is added apart, and the sums over keys that the gradients of
+    the policy and of the maximum hold are products of such rows, too.
+
+    Args:
+      q, k, v: `[B, H, T, D]`.
+      policy: `[B, T]`, 1.0 keeps a key, 0.0 hides it; its gradient is that of `policy_softmax`.
+
+    Returns:
+      `[B, H, T, D]` in the type of `v`.
+    """
+    if _PLAIN.get():
+        p = policy_softmax(logits(q, k, scale=scale), policy, eps)
+        return jnp.einsum("bhqk,bhkd->bhqd", p.astype(v.dtype), v)
+    return _policy_attention(q, k, v, _varying_as(policy.astype(jnp.float32), q), scale, eps)
+
+
+def _varying_as(policy: Array, q: Array) -> Array:
+    """`policy` over the mesh axes of `q` inside a `shard_map`: a backward pass must return what it was given.
+
+    A selection that chooses nothing, as in `ops.depthwise`: the policy ahead of the first site is a constant.
+    """
+    either = q[:, 0, 0, :1] == 0
+    return jnp.where(either, policy, policy)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _policy_attention(q: Array, k: Array, v: Array, policy: Array, scale: float, eps: float) -> Array:
+    return _attend_policy(q, k, v, policy, scale, eps)[0]
+
+
+def _attend_policy(
+    q: Array, k: Array, v: Array, policy: Array, scale: float, eps: float
+) -> tuple[Array, tuple[Array, ...]]:
+    """The result, and what the backward pass keeps."""
+    products = logits(q, k, scale=scale)
+    highest = products.max(axis=-1, keepdims=True)
+    e = jnp.exp(products - highest)
+    keys = policy[:, None, :, None]
+    own = _own(q, k, highest, scale) * (1.0 - keys)
+    total = (e * policy[:, None, None, :]).sum(axis=-1, keepdims=True) + own + eps
+    wide = v.astype(jnp.float32)
+    y = _product("bhqk,bhkd->bhqd", e, wide * keys, v.dtype)
+    y = (y + own * wide + eps * wide.mean(axis=2, keepdims=True)) / total
+    y = y.astype(v.dtype)
+    return y, (q, k, v, policy, highest, total, y)
+
+
+def _attend_policy_back(
+    scale: float, eps: float, kept: tuple[Array, ...], dy: Array
+) -> tuple[Array, Array, Array, Array]:
+    # The barrier keeps the compiler from finding the forward pass's arrays of queries by keys, and keeping them.
+    (q, k, v, policy, highest, total, y), dy = jax.lax.optimization_barrier((kept, dy))
+    wide_q, wide_k, wide_v, y = (t.astype(jnp.float32) for t in (q, k, v, y))
+    products = logits(q, k, scale=scale)
+    e = jnp.exp(products - highest)
+    keys = policy[:, None, :, None]
+    g = dy.astype(jnp.float32) / total
+    mean = (g * y).sum(axis=-1, keepdims=True)
+    # Of the logits: through the weights of all keys, through that of the own one, and through the maximum,
+    # which only moves the share of eps.
+    uniform = (g * wide_v.mean(axis=2, keepdims=True)).sum(axis=-1, keepdims=True)
+    moved = eps * (mean - uniform)
+    dp = _product("bhqd,bhkd->bhqk", g, v, v.dtype) - mean
+    dl = e * dp * policy[:, None, None, :] - moved * (products == highest)
+    own = _own(q, k, highest, scale)
+    own_dp = own * ((g * wide_v).sum(axis=-1, keepdims=True) - mean)
+    own_dl = own_dp * (1.0 - keys)
+    dq = _product("bhqk,bhkd->bhqd", dl, k, q.dtype) + own_dl * wide_k
+    dk = _product("bhqk,bhqd->bhkd", dl, q, q.dtype) + own_dl * wide_q
+    seen = _product("bhqk,bhqd->bhkd", e, g, v.dtype)
+    dv = seen * keys + own * (1.0 - keys) * g + eps / v.shape[2] * g.sum(axis=2, keepdims=True)
+    others = (e * mean).sum(axis=2)[..., None] + own_dp
+    dpolicy = ((seen * wide_v).sum(axis=-1, keepdims=True) - others).sum(axis=(1, 3))
+    return (dq * scale).astype(q.dtype), (dk * scale).astype(k.dtype), dv.astype(v.dtype), dpolicy
+
+
+_policy_attention.defvjp(_attend_policy, _attend_policy_back)
+
+
+def _own(q: Array, k: Array, highest: Array, scale: float) -> Array:
+    """The weight of each row's own key before it is normalised, `[B, H, T, 1]` float32."""
+    product = (q.astype(jnp.float32) * k.astype(jnp.float32)).sum(axis=-1, keepdims=True)
+    return jnp.exp(product * scale - highest)
+
+
+def _product(spec: str, a: Array, b: Array, dtype: jnp.dtype) -> Array:
+    """Of factors in `dtype`, summed in float32."""
+    return jnp.einsum(spec, a.astype(dtype), b.astype(dtype), preferred_element_type=jnp.float32)
 
 
 def masked_softmax(logits: Array, policy: Array) -> Array:

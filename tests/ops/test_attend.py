@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -74,3 +76,108 @@ def test_with_prefix():
 def test_unknown_platform():
     with pytest.raises(ValueError, match="choose cpu, gpu, tpu or onnx"), backend.trace_for("abacus"):
         pass
+
+
+def _by_policy(seed=0, spread=1.0, dtype=jnp.float32):
+    """Queries, keys, values and a policy with a softly kept and two hidden keys, and a cotangent."""
+    q, k, v = _qkv(seed, rows=6) * spread
+    policy = jnp.array([[1.0, 0.0, 1.0, 0.3, 1.0, 0.0], [1.0, 1.0, 0.0, 0.0, 0.0, 1.0]])
+    weight = jax.random.normal(jax.random.key(seed + 1), q.shape)
+    return (q.astype(dtype), k.astype(dtype), v.astype(dtype), policy), weight
+
+
+def _definition(q, k, v, policy, eps=attend.POLICY_EPS):
+    """In the precision of its inputs."""
+    logits = jnp.einsum("bhqd,bhkd->bhqk", q, k) * 0.5
+    keys = policy[:, None, None, :]
+    p = jnp.exp(logits - logits.max(axis=-1, keepdims=True)) * (
+        keys + (1 - keys) * jnp.eye(logits.shape[-1])[None, None]
+    )
+    p = (p + eps / logits.shape[-1]) / (p.sum(axis=-1, keepdims=True) + eps)
+    return jnp.einsum("bhqk,bhkd->bhqd", p, v)
+
+
+def _gradients(f, weight):
+    return jax.jit(jax.value_and_grad(lambda *a: (f(*a) * weight).sum(), (0, 1, 2, 3)))
+
+
+_operator = functools.partial(attend.policy_attention, scale=0.5)
+
+
+@pytest.mark.parametrize(
+    "spread", [1.0, 4.0]
+)  # with 4 a hidden key exceeds some rows' others by far more than eps
+def test_policy_attention_and_every_gradient_are_those_of_its_definition(spread):
+    args, weight = _by_policy(spread=spread)
+    with jax.enable_x64(True):
+        wide = [jnp.asarray(np.asarray(a, np.float64)) for a in (*args, weight)]
+        assert wide[0].dtype == jnp.float64
+        expected, gradients = _gradients(_definition, wide[-1])(*wide[:-1])
+        least = np.asarray(jax.nn.softmax(jnp.einsum("bhqd,bhkd->bhqk", *wide[:2]) * 0.5)).min()
+    assert spread == 1.0 or least < attend.POLICY_EPS
+    value, found = _gradients(_operator, weight)(*args)
+    np.testing.assert_allclose(value, expected, rtol=1e-6, atol=1e-6)
+    for mine, theirs in zip(found, gradients, strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=0, atol=1e-6 * float(np.abs(theirs).max()))
+    with attend.plain():
+        value, found = _gradients(lambda *a: _operator(*a), weight)(*args)
+    np.testing.assert_allclose(value, expected, rtol=1e-6, atol=1e-6)
+    for mine, theirs in zip(found, gradients, strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=0, atol=1e-6 * float(np.abs(theirs).max()))
+
+
+def test_policy_attention_under_transformations():
+    args, weight = _by_policy(2)
+    _, expected = _gradients(_operator, weight)(*args)
+
+    def check(f):
+        for mine, theirs in zip(_gradients(f, weight)(*args)[1], expected, strict=True):
+            np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=1e-6)
+
+    check(jax.checkpoint(_operator))
+    check(lambda *a: jax.vmap(lambda *one: _operator(*(x[None] for x in one))[0])(*a))
+    check(lambda *a: jax.lax.scan(lambda c, one: (c, _operator(*(x[None] for x in one))[0]), 0, a)[1])
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec("data")
+    check(jax.shard_map(_operator, mesh=mesh, in_specs=spec, out_specs=spec))
+
+    # A policy that is the same on all devices, as it is ahead of the first site.
+    def own(q, k, v):
+        return _operator(q, k, v, jnp.ones((len(q), 6)))
+
+    sharded = jax.shard_map(own, mesh=mesh, in_specs=(spec,) * 3, out_specs=spec)
+    found = _gradients(lambda q, k, v, _: sharded(q, k, v), weight)(*args)[1]
+    plain = _gradients(lambda q, k, v, _: own(q, k, v), weight)(*args)[1]
+    np.testing.assert_allclose(found[0], plain[0], rtol=1e-5, atol=1e-6)
+
+
+def test_policy_attention_in_bfloat16_is_as_near_as_the_plain_form():
+    args, weight = _by_policy(4, dtype=jnp.bfloat16)
+    wide = [a.astype(jnp.float32) for a in args]
+    value, found = _gradients(_operator, weight)(*args)
+    assert [g.dtype for g in found] == [jnp.bfloat16] * 3 + [jnp.float32]
+    expected, gradients = _gradients(_operator, weight)(*wide)
+    np.testing.assert_allclose(value, expected, rtol=0.02)
+    for mine, theirs in zip(found, gradients, strict=True):
+        mine = np.asarray(mine, np.float32)
+        np.testing.assert_allclose(mine, theirs, rtol=0, atol=0.02 * float(np.abs(theirs).max()))
+
+
+def test_forward_mode_of_policy_attention_takes_the_plain_form():
+    args, _ = _by_policy(5)
+    tangents = tuple(jnp.ones_like(a) for a in args)
+    with pytest.raises(TypeError, match="forward-mode"):
+        jax.jvp(_operator, args, tangents)
+    with attend.plain():
+        value, moved = jax.jvp(_operator, args, tangents)
+    np.testing.assert_allclose(value, _operator(*args), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(moved, jax.jvp(_definition, args, tangents)[1], rtol=1e-4, atol=1e-5)
+
+
+def test_second_derivatives_of_policy_attention():
+    (q, k, v, policy), _ = _by_policy(6)
+
+    def hessian(f):
+        return jax.hessian(lambda p: (f(q, k, v, p) ** 2).sum())(policy)
+
+    np.testing.assert_allclose(hessian(_operator), hessian(_definition), rtol=1e-4, atol=1e-5)
