@@ -154,7 +154,7 @@ class Attention(nn.Module):
             return jnp.moveaxis(y.reshape(*x.shape[:2], 3, self.heads, each), (2, 3), (0, 2))
         params = dense.variables["params"]
         bias = params.get("bias", bias)
-        heads = [jnp.zeros((len(x), self.heads, x.shape[1], each), self.dtype)] * 3
+        heads = [jnp.zeros((x.shape[0], self.heads, x.shape[1], each), self.dtype)] * 3
         for part in parts:
             columns = slice(part * width, (part + 1) * width)
             y = x.astype(self.dtype) @ params["kernel"][:, columns].astype(self.dtype)
