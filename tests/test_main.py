@@ -59,7 +59,7 @@ def test_absent_weights_are_named_in_one_line(tmp_path):
     assert (
         done.stderr.strip().splitlines()[-1].startswith("error: weights/deit_small_patch16_224.safetensors")
     )
-    assert "dyntoken.tools.convert" in done.stderr and "Traceback" not in done.stderr
+    assert "hf:org/name" in done.stderr and "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(
