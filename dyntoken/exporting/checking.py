@@ -7,6 +7,7 @@ import functools
 import importlib.util
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent import futures
 from typing import Any, cast
 
 import jax
@@ -244,9 +245,15 @@ def _openvino(content: bytes, wanted: set[str]) -> Callable[[dict[str, Any]], di
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
     import openvino
 
-    core = openvino.Core()
-    # float32, also where the processor has shorter types: kept sets are compared.
-    model = core.compile_model(core.read_model(content), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    def compiled() -> Any:
+        core = openvino.Core()
+        # float32, also where the processor has shorter types: kept sets are compared.
+        return core.compile_model(core.read_model(content), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+
+    # The thread that compiles several models ends up with a signal stack that was freed, and with the
+    # next signal the process (findings/openvino_signal_stack.sh): so not this one, which Ctrl-C goes to.
+    with futures.ThreadPoolExecutor(1) as own:
+        model = own.submit(compiled).result()
     # An output also bears the names of the nodes that were merged into it.
     names = [next(iter(output.names & wanted)) for output in model.outputs]
     # Its own copies: the next call writes into the same memory.

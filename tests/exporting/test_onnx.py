@@ -1,6 +1,9 @@
 """ONNX files answer as the models do, in every runtime there is, for any batch."""
 
+import ctypes
+import gc
 import importlib.util
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -102,6 +105,36 @@ def test_equal_scores_are_told_apart_alike(runtime, function, shape):
             np.where(some > 1, np.inf, -np.inf).astype(np.float32),
         ):
             np.testing.assert_array_equal(run({"scores": scores})["y"], function(jnp.asarray(scores)))
+
+
+class SignalStack(ctypes.Structure):
+    """`stack_t` of signal.h."""
+
+    _fields_ = (("address", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t))
+
+    @classmethod
+    def of_this_thread(cls):
+        found = cls()
+        assert ctypes.CDLL(None).sigaltstack(None, ctypes.byref(found)) == 0
+        return found.address, found.flags, found.size
+
+
+@needs_onnx
+@pytest.mark.skipif(sys.platform != "linux", reason="stack_t is that of Linux")
+@pytest.mark.parametrize("runtime", HERE)
+def test_the_stack_for_signals_stays(runtime):
+    """Several models at once took it from this thread, in OpenVINO 2026.4, and gave a freed one back."""
+    file = _file(lambda x: jnp.tanh(x), x=((3,), jnp.float32))
+    before = SignalStack.of_this_thread()
+    first = checks.opened(file, {"y"}, runtime)
+    second = checks.opened(file, {"y"}, runtime)
+    ones = {"x": np.ones((2, 3), np.float32)}
+    np.testing.assert_allclose(first(ones)["y"], second(ones)["y"])
+    del first
+    gc.collect()
+    del second
+    gc.collect()
+    assert SignalStack.of_this_thread() == before
 
 
 @needs_onnx
