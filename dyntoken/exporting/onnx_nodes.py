@@ -160,6 +160,7 @@ def _max_pool(graph: Graph, eqn: Any, args: list[Value]) -> str:
 
 
 def stack(graph: Graph, axis: int, args: list[Value]) -> str:
+    """Arrays of one shape along a new axis; the name of the result."""
     parts = [graph.add("Unsqueeze", [arg, size_list([axis])]) for arg in args]
     return graph.add("Concat", parts, axis=axis)
 

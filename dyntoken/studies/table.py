@@ -11,8 +11,12 @@ from dyntoken.studies.setting import Setting
 from dyntoken.studies.trial import Study, Trial
 
 KEEPS = (0.9, 0.7, 0.5, 0.3)
-FUSES = {"drop": "drop", "fuse": "one_token", "squeeze": "squeeze"}
-SCORES = {"predictor": "dynamicvit", "attention": "topk"}  # the method whose rest is dropped
+SCORES = {"predictor": "dynamicvit", "attention": "topk"}  # methods that drop the rest
+FUSES = {
+    "drop": {},
+    "fuse": {"fuse": "one_token"},
+    "squeeze": {"fuse": "squeeze"},
+}  # what they do in its place
 MIDDLE = 0.5
 
 Trials = list[Trial]
@@ -21,31 +25,33 @@ Trials = list[Trial]
 def _fused(score: str, rest: str, keep: float, **more: Any) -> Trial:
     """A network of the first study, which others share."""
     name = f"{score}-{rest}-{keep:g}"
-    options = {"fuse": FUSES[rest]} if rest != "drop" else {}
     place = {"series": f"{score} {rest}", "group": f"keep {keep:g}", **more}
-    return Trial(name, SCORES[score], keep, model=options, **place)
+    return Trial(name, SCORES[score], keep, model=FUSES[rest], **place)
 
 
 def tokens(setting: Setting) -> Trials:
+    """Study (a): dense, and every score with everything that can become of the rest, at every keep rate."""
     made = [_fused(score, rest, keep) for keep in KEEPS for score in SCORES for rest in FUSES]
     return [Trial("dense", group="dense"), *made]
 
 
 def exchange(setting: Setting) -> Trials:
+    """Study (b): the networks of `tokens` that drop."""
     return [_fused(score, "drop", keep) for keep in KEEPS[1:] for score in SCORES]
 
 
 def robustness(setting: Setting) -> Trials:
+    """Study (c): those of the middle keep rate, and as many that were trained with random scores."""
     own = [_fused(score, rest, MIDDLE, group=score) for score in SCORES for rest in FUSES]
     return own + [
         Trial(
             f"random-{rest}-{MIDDLE:g}",
             "topk",
             MIDDLE,
-            model={"score": "random", "fuse": fuse},
+            model={"score": "random", **options},
             group="random",
         )
-        for rest, fuse in FUSES.items()
+        for rest, options in FUSES.items()
     ]
 
 
@@ -67,17 +73,12 @@ SQUEEZES: dict[str, Mapping[str, Any]] = {
 
 
 def squeezes(setting: Setting) -> Trials:
-    made = []
-    for name, options in SQUEEZES.items():
-        try:
-            setting.reduced("etps", MIDDLE, None, **options)
-        except ValueError:  # a switch that this backbone or this version has not
-            continue
-        made.append(Trial(name, "etps", MIDDLE, model=options, group="squeeze"))
-    return made
+    """Study (d): eTPS with one option after the other; what the backbone refuses is said when it is built."""
+    return [Trial(name, "etps", MIDDLE, model=options, group="squeeze") for name, options in SQUEEZES.items()]
 
 
 def sites(setting: Setting) -> Trials:
+    """Study (e): one to all blocks reduce, at the cost of the middle keep rate."""
     depth = setting.dense.plain().depth
     quarter = max(1, depth // 4)
     places = {
@@ -95,6 +96,7 @@ def sites(setting: Setting) -> Trials:
 
 
 def epochs(setting: Setting) -> Trials:
+    """Study (f): from no fine-tuning to twice that of the recipe."""
     rows = {"attention-drop": "topk", "attention-squeeze": "etps", "predictor-squeeze": "dtps"}
     return [
         Trial(f"{name}-x{length:g}", method, MIDDLE, length=length, series=name, group=f"x{length:g}")
@@ -105,6 +107,7 @@ def epochs(setting: Setting) -> Trials:
 
 
 def distillation(setting: Setting) -> Trials:
+    """Study (g): without a teacher, by its logits, by its tokens too; three temperatures of the Gumbel noise."""
     logits, tokens_too = {"weight": 0.5}, {"weight": 0.5, "variant": "mse"}
     taught: dict[str, Mapping[str, Any]] = {
         "alone": {"logit_kl": None},
@@ -123,15 +126,18 @@ def distillation(setting: Setting) -> Trials:
 
 
 def grids(setting: Setting) -> Trials:
+    """Study (h): trained at one grid, measured at others."""
     return [Trial("dense", length=0.0), *(Trial(method, method, 0.7) for method in ("topk", "etps"))]
 
 
 def exits(setting: Setting) -> Trials:
+    """Study (i): exits at several depths, and a cascade."""
     multiexit = setting.with_exits(architectures.MULTIEXIT)
     return [_with_exits("multiexit", multiexit), _with_exits("cascade", setting.cascade())]
 
 
 def reuse(setting: Setting) -> Trials:
+    """Study (j): a cascade with each of its ablations."""
     switches: dict[str, Mapping[str, Any]] = {
         "none": {"feature_reuse": False, "relation_reuse": False},
         "feature": {"relation_reuse": False},
@@ -155,7 +161,7 @@ def _with_exits(name: str, model: Mapping[str, Any]) -> Trial:
 
 
 def rivals(setting: Setting) -> Trials:
-    """Every method that the backbone takes, at the cost of dTPS's middle keep rate; and the random baseline."""
+    """Study (k): every method that the backbone takes at the cost of dTPS's middle keep rate, and random dropping."""
     able = [name for name, refused in models.pairings(setting.dense.arch).items() if refused is None]
     made = [Trial(name, name, cost_of=MIDDLE, group="rivals") for name in reducers.METHODS if name in able]
     random = Trial("random", "topk", cost_of=MIDDLE, model={"score": "random"}, group="rivals")

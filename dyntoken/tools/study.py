@@ -173,7 +173,8 @@ def _say(line: str) -> None:
 def report(found: dict[str, Any]) -> str:
     """The table."""
     if "studies" in found:
-        return cli.table([[name, title] for name, title in found["studies"].items()])
+        width = max(map(len, found["studies"]))
+        return "\n".join(f"{name:{width}}  {title}" for name, title in found["studies"].items())
     return found["text"]
 
 

@@ -36,7 +36,9 @@ def write(out: Any, run: Run, found: Mapping[str, Answers], log: Callable[[str],
             names, classes = info.class_names, info.num_classes
             paths.atomic_write(folder / f"{prefix}predictions.csv", predictions_csv(answers, names))
             paths.atomic_write(folder / f"{prefix}classes.csv", classes_csv(answers, names, classes))
-            title = f"{run.model.arch}, {info.name}: {100 * answers.right[:, -1].mean():.2f} % right"
+            title = (
+                f"{run.settings.model['name']}, {info.name}: {100 * answers.right[:, -1].mean():.2f} % right"
+            )
             title += f", calibration error {100 * answers.calibration()['ece']:.2f} %"
             sure, right = answers.confidence[:, -1], answers.right[:, -1]
             try:
