@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import sys
 import time
 import zlib
@@ -385,11 +386,15 @@ def first_line(error: Exception) -> str:
 
 
 def ignore_late_callbacks() -> None:
-    """After a read that failed, TensorStore's threads answer to an event loop that Orbax has closed:
-    dozens of lines of stack trace around our one."""
+    """After a read that failed, TensorStore's threads answer to an event loop that Orbax has closed, and
+    the other arrays' tasks are collected with their errors unread: dozens of lines of stack trace around
+    our one."""
     before = sys.unraisablehook
     if getattr(before, "quiet", False):
         return
+    logging.getLogger("asyncio").addFilter(
+        lambda record: not (record.getMessage().startswith("Task exception") and "orbax" in record.getMessage())
+    )
 
     def hook(event: Any) -> None:
         if str(event.exc_value) != "Event loop is closed":
