@@ -294,6 +294,7 @@ def _restore(
 
 
 def _read(manager: ocp.CheckpointManager, step: int, like: Tree, leave_out: str | None) -> Restored:
+    """One checkpoint, verified: its description, then each array, against their checksums."""
     where = f"{manager.directory}/{step}"
     meta = dict(manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta)
     written = meta.pop("checksum")
@@ -393,7 +394,9 @@ def ignore_late_callbacks() -> None:
     if getattr(before, "quiet", False):
         return
     logging.getLogger("asyncio").addFilter(
-        lambda record: not (record.getMessage().startswith("Task exception") and "orbax" in record.getMessage())
+        lambda record: (
+            not (record.getMessage().startswith("Task exception") and "orbax" in record.getMessage())
+        )
     )
 
     def hook(event: Any) -> None:

@@ -59,7 +59,7 @@ def mix(
     smoothing: Rate = 0.1,
     erase: Share = 0.0,
 ) -> tuple[Array, Array]:
-    """Random erasing, then mixup or CutMix of neighbours, one draw for the whole global batch.
+    """Random erasing, a draw per image, then mixup or CutMix of neighbours, one draw for the global batch.
 
     timm's `Mixup` in batch mode: one method, one lambda and one box, drawn from
     `key` alone. Unlike there, the partner of row 2i is row 2i + 1 and the other

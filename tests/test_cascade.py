@@ -64,6 +64,7 @@ def test_maps_are_resized_on_both_axes_beside_the_class_token():
     np.testing.assert_allclose(found, e @ maps @ e.T, atol=1e-5)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("case", ["deit", "t2t", "two_exits", "relations"])
 def test_gradients_reach_all_that_is_used(case):
     model, variables = _model(case), _variables(case)
@@ -129,6 +130,7 @@ def test_records_have_one_entry_per_exit():
     assert [r[0].shape for r in out.records["relations"]] == [(3, 2, n, n) for n in (5, 10, 17)]
 
 
+@pytest.mark.thorough
 def test_parameters_and_multiply_adds_of_the_paper():
     """blackfeather-wang/Dynamic-Vision-Transformer, both reuses, resizing left out."""
     model = dyntoken.create_model("dvt_t2t_vit_12")

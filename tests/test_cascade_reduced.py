@@ -49,6 +49,7 @@ def _forms(method):
     return jax.jit(both)(_variables(method), IMAGES)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("method", METHOD_CASES)
 def test_both_forms_agree(method):
     gather, mask = _forms(method)
@@ -148,6 +149,7 @@ def test_dropped_zero_hands_on_only_patches_that_survived():
     assert [r.shape for r in relation_rows] == [(2, 9), (2, 9)]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("method", ONE_QUICK)
 def test_training_form_trains(method):
     model, params = _model(method), _variables(method)["params"]

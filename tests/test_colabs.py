@@ -18,7 +18,7 @@ SAYS = {
     "finetune": ("top-1", "10 classes: Ankle boot"),
     "export": ("read back: 0.0 apart", "jax.export: logits (8, 10)", "model.tpu.jax"),
 }
-BY_DEFAULT = ("quickstart", "own_method")
+QUICK = ("quickstart", "own_method")
 FOLDER = pathlib.Path(__file__).parent.parent / "colabs"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 
@@ -40,7 +40,9 @@ def test_outputs_are_stripped(path):
 @pytest.mark.parametrize(
     "path",
     [
-        pytest.param(path, id=path.stem, marks=() if path.stem in BY_DEFAULT else pytest.mark.slow)
+        pytest.param(
+            path, id=path.stem, marks=pytest.mark.thorough if path.stem in QUICK else pytest.mark.slow
+        )
         for path in NOTEBOOKS
     ],
 )

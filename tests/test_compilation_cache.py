@@ -68,6 +68,7 @@ def test_what_was_not_read_for_longest_goes_first(tmp_path):
     assert len(list(tmp_path.iterdir())) == 2
 
 
+@pytest.mark.thorough
 def test_a_program_fills_it_and_the_next_one_reads(tmp_path):
     env = {k: v for k, v in os.environ.items() if k != compilation_cache.VARIABLE}
     env |= {"XDG_CACHE_HOME": str(tmp_path), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}

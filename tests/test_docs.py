@@ -156,7 +156,14 @@ def made_dinov2(folder, width=24, depth=4, grid=5):
     (folder / "config.json").write_text(json.dumps(config))
 
 
-@pytest.mark.parametrize("section", [section for section in SECTIONS if section not in LONG])
+@pytest.mark.parametrize(
+    "section",
+    [
+        section if section.startswith("README") else pytest.param(section, marks=pytest.mark.thorough)
+        for section in SECTIONS
+        if section not in LONG
+    ],
+)
 def test_python_blocks_run(section, at_home, monkeypatch):
     real = dyntoken.create_model
 

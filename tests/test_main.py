@@ -62,6 +62,7 @@ def test_absent_weights_are_named_in_one_line(tmp_path):
     assert "hf:org/name" in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("args", "message"),
     [
@@ -128,6 +129,7 @@ def test_the_recipe_of_cifar10_builds():
     assert set(plan.settings.losses) == {"ce", "keep_ratio"} and plan.teacher is None
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("argument", ["", ":demo", ":tiny"])
 def test_every_recipe_builds(recipe, argument):
@@ -149,6 +151,7 @@ def test_the_recipe_of_adaptive_depth_builds(argument):
     assert plan.model.exits == {"": (3, 7, 11), "demo": (1, 3, 5), "tiny": (0, 1, 3)}.get(argument, (5, 11))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "recipe", [*CASCADES, "dvt_deit:demo", "dvt_t2t:demo", "dvt_deit:exits=7-14", "dvt_t2t:depth=14"]
 )
@@ -260,6 +263,7 @@ def test_a_cascade_ends_with_a_table_of_its_exits(cascade):
     assert (workdir / "exits.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.thorough
 def test_eval_and_rerun_of_a_cascade(cascade, capsys):
     from dyntoken import train
 
@@ -275,6 +279,7 @@ def test_eval_and_rerun_of_a_cascade(cascade, capsys):
     _check_moves("dvt_deit", result)
 
 
+@pytest.mark.thorough
 def test_dry_run_of_a_cascade_prints_every_exit(cascade, tmp_path, capsys):
     main.run(cascade[0], str(tmp_path), "train", True)
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("gmacs: "))

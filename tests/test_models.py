@@ -77,6 +77,7 @@ def _shapes(model):
     return jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 16, 16, 3))))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("case", COMBINATIONS)
 def test_both_forms_have_one_tree(case):
     trees = [_shapes(_model(case, form)) for form in ("auto", *_declared(_model(case)).forms)]
@@ -128,12 +129,14 @@ def test_mask_form_with_gathers_kept_set_equals_gather(case):
         assert (g.count, g.ratio) == (m.count, m.ratio)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("case", _quick(TWO_FORMS))
 def test_mask_form_chooses_what_gather_chooses(case):
     gathered, masked = _evaluated(case, "gather"), _evaluated(case, "mask")
     np.testing.assert_allclose(masked.logits, gathered.logits, atol=1e-5)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("case", _quick(COMBINATIONS))
 def test_tokens_keep_their_address(case):
     out = _evaluated(case, "auto")
@@ -153,6 +156,7 @@ def test_tokens_keep_their_address(case):
         assert r.keep is None or r.keep.shape[1] == r.count - int(declared.adds_row)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("case", _quick(COMBINATIONS))
 def test_training_gradients_are_finite_and_reach_every_parameter(case):
     model, variables = _model(case), _variables(case)
@@ -171,6 +175,7 @@ def test_training_gradients_are_finite_and_reach_every_parameter(case):
         assert float(jnp.abs(leaf).max()) > 0, f"no gradient reaches {jax.tree_util.keystr(path)}"
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("case", _quick([*METHODS]))
 def test_one_compilation_per_shape_and_every_transform(case):
     model, variables = _model(case), _variables(case)
@@ -188,6 +193,7 @@ def test_one_compilation_per_shape_and_every_transform(case):
     np.testing.assert_allclose(jax.jit(sharded)(_images()), expected, atol=1e-5)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("case", ["dtps", "evit"])
 def test_bfloat16_and_remat(case):
     method = f"{case}_deit_tiny_patch16_224"
@@ -323,6 +329,7 @@ def test_bad_requests_say_what_to_do(name, options, message):
         model.init(jax.random.key(0), jnp.zeros((1, 225, 225, 3)))
 
 
+@pytest.mark.thorough
 def test_bad_calls_say_what_to_do():
     model, variables = _model("dynamicvit"), _variables("dynamicvit")
     with pytest.raises(ValueError, match=r"takes images \[B, 16, 16, 3\]"):

@@ -278,10 +278,10 @@ class Runner:
         index: int,
         rows: int,
     ) -> tuple[Result, Rows | None]:
-        """One exit (static `index`) on one device, for a bucket of static `rows`.
+        """One exit (static `index`) on one device, for a bucket of static `rows`: decides which of them leave.
 
         It reads from `source`, the batch itself (exit 0) or the ring buffer of rows that wait, and writes
-        into `target`, that of the next exit. `cursor` int32 `[1, 3]` holds the first slot of the source,
+        the others into `target`, that of the next exit. `cursor` int32 `[1, 3]` holds the first slot of the source,
         its valid rows, and the first free slot of the target.
         """
         head, valid, tail = cursor[0]

@@ -13,13 +13,14 @@ exit, `[E]`, with a common count: the loss is then the sum over the exits of
 
 `batch` is a dict: `"target"` `[B, K]` soft targets, `"mask"` `[B]` weight of
 each row (0 for padding; all ones if absent), for distillation `"teacher"`,
-the `Output` of the frozen teacher on the same images, and optionally `"dense"`
+the `Output` of the teacher (frozen, or the model itself) on the same images, and optionally `"dense"`
 `[B, N, K]`, labels of the patches (`token_label`).
 
 A list of losses is written as `(name, options)` pairs, or as a mapping, where
 `options` may hold `weight` (default 1) and, of a model with exits, `weights` (one
 number per exit). `"ce#small"` is the loss `ce` under another name, so that one
-loss can be used twice. To add a loss: one function, one line in `LOSSES`.
+loss can be used twice. To add a loss: one function, one line in `LOSSES`, or `register_loss`
+from a module of yours.
 """
 
 from dyntoken.losses.objective import LOSSES, Objective, Specs, Term, average, keywords, register_loss

@@ -1,4 +1,4 @@
-"""Distillation: from a frozen dense teacher (logits, final tokens) or from the last exit."""
+"""Distillation: from a dense teacher (logits, final tokens) or from the last exit."""
 
 from __future__ import annotations
 

@@ -28,9 +28,12 @@ OF_RECIPE = ("dtype", "scan", "remat")  # of the model: how it runs, which no ch
 LEAST = 0.3  # keep rate that the sites of a study must bear
 Log = Callable[[str], None]
 
-# What a method is trained with beside the recipe's losses, as its paper weighs it.
-LOSSES: dict[str, dict[str, dict[str, Any]]] = {
-    "avit": {"ponder": {"weight": 5e-4}, "halting_prior": {"weight": 1e-3}},
+# What a method is trained with beside the recipe's losses, as its paper weighs it, from its keep rate and from
+# its cost as a share of the dense model's. Other methods that learn their decision get `keep_ratio`.
+LOSSES: dict[str, Callable[[float, float], dict[str, dict[str, Any]]]] = {
+    "adavit": lambda keep, cost: {"usage": {"weight": 2.0, "target": keep}},
+    "avit": lambda keep, cost: {"ponder": {"weight": 5e-4}, "halting_prior": {"weight": 1e-3}},
+    "ltmp": lambda keep, cost: {"flops_share": {"weight": 10.0, "target": cost}},
 }
 
 
@@ -142,9 +145,11 @@ class Setting:
             section |= {} if keep is None else {"keep": keep}
         terms = {**config["losses"]}
         if trial.method is not None:
-            terms |= LOSSES.get(trial.method, {})
             own = {k: v for k, v in trial.model.items() if k in models.of_method(trial.method)}
-            if reducers.method(trial.method, **own).plain.learns:
+            if trial.method in LOSSES:
+                goal = self.cost(made) if trial.cost_of is None else self.target(trial.cost_of)
+                terms |= LOSSES[trial.method](keep, goal / self.gmacs)
+            elif reducers.method(trial.method, **own).plain.learns:
                 terms["keep_ratio"] = {"weight": 2.0}
         terms |= trial.losses
         config["losses"] = {name: options for name, options in terms.items() if options is not None}

@@ -160,10 +160,24 @@ def _with_exits(name: str, model: Mapping[str, Any]) -> Trial:
     return Trial(name, model=model, group=name)
 
 
+RIVALS: dict[
+    str, Mapping[str, Any]
+] = {  # heads and sub-layers that an image leaves out save nothing in a fixed shape
+    "adavit": {"choose_heads": False, "choose_layers": False},
+}
+
+
 def rivals(setting: Setting) -> Trials:
-    """Study (k): every method that the backbone takes at the cost of dTPS's middle keep rate, and random dropping."""
+    """Study (k): every method that the backbone takes at the cost of dTPS's middle keep rate, and random dropping.
+
+    LTMP computes every row, whatever it keeps: its loss holds the rows alive to that cost.
+    """
     able = [name for name, refused in models.pairings(setting.dense.arch).items() if refused is None]
-    made = [Trial(name, name, cost_of=MIDDLE, group="rivals") for name in reducers.METHODS if name in able]
+    made = [
+        Trial(name, name, cost_of=MIDDLE, model=RIVALS.get(name, {}), group="rivals")
+        for name in reducers.METHODS
+        if name in able
+    ]
     random = Trial("random", "topk", cost_of=MIDDLE, model={"score": "random"}, group="rivals")
     return [Trial("dense", group="dense"), *made, random]
 

@@ -3,7 +3,7 @@
 The topology may not change the result. Random draws are keyed by the step and
 the global position of a row; a loss is a sum over a count of the *global*
 batch, never a mean of means. It has two halves: `gradient`, which ends in the
-all-reduce, and `update`, which is the same arithmetic on whole or on sharded
+gradient's all-reduce, and `update`, which is the same arithmetic on whole or on sharded
 arrays and knows no axis.
 """
 
@@ -101,8 +101,8 @@ def gradient(
       self_teaching: the teacher runs on the parameters of `model`, in training like it, and learns by
         what losses say of it itself; those that compare with it stop its gradient.
       accumulate: slices of the rows that run one after the other, each forward
-        and backward; one all-reduce for all of them, and the same result from
-        less memory. Rows that are mixed together must be in one slice.
+        and backward; one all-reduce of the gradient for all of them, and the same
+        result from less memory. Rows that are mixed together must be in one slice.
       axis: name of the mapped axis over devices; where it is not mapped, the rows at hand are the batch.
 
     Raises (while tracing):
@@ -110,7 +110,7 @@ def gradient(
     """
     refuse_batch_norm(model, variables, accumulate)
     mapped = axis_size(axis) > 0
-    mixing, policy, dropout = jax.random.split(jax.random.fold_in(jax.random.key(seed), step), 3)
+    mix_key, policy_key, dropout_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), step), 3)
     extra = {name: tree for name, tree in variables.items() if name != "params"}
     record = tuple(what for what in ("features", "dense") if what in objective.needs)
 
@@ -126,7 +126,7 @@ def gradient(
         return dict(zip(names, over_devices(jnp.stack([counts[name] for name in names])), strict=True))
 
     def prepare(rows):
-        images, target = augment(mixing, rows["image"], rows["label"], rows["id"])
+        images, target = augment(mix_key, rows["image"], rows["label"], rows["id"])
         data = {"image": images, "target": target, "mask": rows["mask"], "id": rows["id"]}
         data |= {"dense": rows["dense"]} if "dense" in rows else {}
         if teacher is not None and not self_teaching:
@@ -143,7 +143,7 @@ def gradient(
                 data["image"],
                 train=True,
                 ids=data["id"],
-                rngs={"policy": policy, "dropout": dropout},
+                rngs={"policy": policy_key, "dropout": dropout_key},
                 record=record,
                 mutable=["batch_stats"],
             )

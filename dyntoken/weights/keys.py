@@ -2,9 +2,9 @@
 
 A map is mechanical and invertible. Rules turn a path such as
 "backbone/trunk/blocks_0/attn/qkv/kernel" into the reference's key
-("blocks.0.attn.qkv.weight"); the leaf's name and rank fix the layout. So the
+("blocks.0.attn.qkv.weight"); the leaf's name and rank fix the order of axes. So the
 same map reads a checkpoint, writes one, and exports gradients in the
-reference's own names and layouts.
+reference's own names and order.
 """
 
 from __future__ import annotations
@@ -256,12 +256,12 @@ RULES = Table(
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One parameter: our path, the reference's key, and how layouts differ.
+    """One parameter: our path, the reference's key, and how the order of their axes differs.
 
     Attributes:
       path: "/"-joined path of our tree ("batch_stats/..." for statistics).
       key: the reference's key.
-      layout: "same", "linear" ([in, out] <-> [out, in]), "pointwise" ([in, out]
+      axes: "same", "linear" ([in, out] <-> [out, in]), "pointwise" ([in, out]
         <-> [out, in, 1, 1]), "conv" (HWIO <-> OIHW), or "grid_only" (a position
         embedding without the prefix rows).
       prefix: number of prefix rows, for "grid_only".
@@ -269,33 +269,33 @@ class Entry:
 
     path: str
     key: str
-    layout: str = "same"
+    axes: str = "same"
     prefix: int = 0
 
     def to_reference(self, value: Any) -> np.ndarray:
-        """Our array in the reference's layout (also right for its gradient)."""
+        """Our array in the reference's axis order (also right for its gradient)."""
         value = np.asarray(value)
-        if self.layout == "linear":
+        if self.axes == "linear":
             return np.ascontiguousarray(value.T)
-        if self.layout == "pointwise":
+        if self.axes == "pointwise":
             return np.ascontiguousarray(value.T[:, :, None, None])
-        if self.layout == "conv":
+        if self.axes == "conv":
             return np.ascontiguousarray(value.transpose(3, 2, 0, 1))
-        if self.layout == "grid_only":
+        if self.axes == "grid_only":
             return np.ascontiguousarray(value[:, self.prefix :])
         return value
 
     def from_reference(self, value: np.ndarray) -> np.ndarray:
-        """The reference's array in our layout."""
-        if self.layout == "linear" and (
+        """The reference's array in our axis order."""
+        if self.axes == "linear" and (
             value.ndim == 2 or value.shape[2:] == (1, 1)
         ):  # also as a 1x1 convolution
             return np.ascontiguousarray(value.reshape(value.shape[:2]).T)
-        if self.layout == "pointwise" and value.ndim == 4:
+        if self.axes == "pointwise" and value.ndim == 4:
             return np.ascontiguousarray(value[:, :, 0, 0].T)
-        if self.layout == "conv" and value.ndim == 4:
+        if self.axes == "conv" and value.ndim == 4:
             return np.ascontiguousarray(value.transpose(2, 3, 1, 0))
-        if self.layout == "grid_only":
+        if self.axes == "grid_only":
             # Rows added before the prefix is concatenated: the same sum, with zeros at the prefix.
             rows = np.zeros((1, self.prefix, value.shape[-1]), value.dtype)
             return np.concatenate([rows, value], axis=1)
@@ -330,7 +330,7 @@ class KeyMap:
         return self.dialect.read(respelled, self.by_key)
 
     def export(self, flat: Mapping[str, Any]) -> dict[str, np.ndarray]:
-        """Our flat tree (parameters or gradients) under the reference's keys and layouts."""
+        """Our flat tree (parameters or gradients) under the reference's keys, its axes in their order."""
         found = {
             self.by_path[path].key: self.by_path[path].to_reference(value) for path, value in flat.items()
         }
@@ -371,7 +371,7 @@ def key_map(
         if grid_only and key == "pos_embed":
             entries.append(Entry(path, key, "grid_only", grid_only))
         else:
-            entries.append(Entry(path, key, layout(path, shape, naming.pointwise)))
+            entries.append(Entry(path, key, axis_order(path, shape, naming.pointwise)))
     return KeyMap(entries, naming, dialect)
 
 
@@ -393,7 +393,7 @@ def reference_key(path: str, rules: Iterable[tuple[str, str]]) -> str:
     )
 
 
-def layout(path: str, shape: tuple[int, ...], pointwise: str) -> str:
+def axis_order(path: str, shape: tuple[int, ...], pointwise: str) -> str:
     """Layout of a leaf: kernels are transposed, everything else is the same."""
     if path.rsplit("/", 1)[-1] != "kernel":
         return "same"

@@ -35,7 +35,7 @@ OTHERS = (
     (r"(^|\.)backbone/trunk/|^backbone/stage_", "this library's own layout"),
     (r"(^|\.)blocks\.\d+\.attn\.qkv\.", "timm's ViT layout"),
 )
-UNFUSED = re.compile(r"(.*\battn)\.([qkv])_proj\.(weight|bias)")
+QKV_PARTS = re.compile(r"(.*\battn)\.([qkv])_proj\.(weight|bias)")
 FLAX_NOTE = "Google's flax ViT: trained on pixels in [-1, 1] (mean = std = 0.5) and with tanh GELU"
 ENCODER = re.compile(r"(.*?)Transformer/encoderblock(?:_(\d+))?/(.*)")
 NORMS, MLPS = {"0": "norm1", "1": "norm2", "2": "norm2"}, {"0": "fc1", "1": "fc2"}
@@ -46,8 +46,8 @@ def read(source: Any, prefer: str = "ema", step: int | str = "newest") -> Bundle
     return fused(foreign.translated(from_flax_vit(files.read(source, prefer, step))))
 
 
-def recognised(bundle: Bundle) -> str | None:
-    """The layout that some of a source's keys belong to, in words; None if unknown."""
+def described(bundle: Bundle) -> str | None:
+    """For messages: the layout that some of a source's keys belong to, in words; None if unknown."""
     if bundle.layout is not None:
         return bundle.layout.words
     names = list(bundle.tensors)
@@ -115,7 +115,7 @@ def fused(bundle: Bundle) -> Bundle:
     """
     if bundle.own:
         return bundle
-    hits = {key: hit for key in bundle.tensors if (hit := UNFUSED.fullmatch(key))}
+    hits = {key: hit for key in bundle.tensors if (hit := QKV_PARTS.fullmatch(key))}
     if not hits:
         return bundle
     found = {key: value for key, value in bundle.tensors.items() if key not in hits}

@@ -215,7 +215,7 @@ def _check_kinship(
     own = [path for path in shapes if not added(path) and not placing.of_head(path)]
     matched = sum(path in found for path in own)
     if matched * 2 < len(own):
-        layout = layouts.recognised(bundle)
+        layout = layouts.described(bundle)
         raise WeightsError(
             f"{bundle.origin}: weights of another model: they hold {matched} of its {len(own)} backbone arrays; "
             + (f"their keys are in {layout}; " if layout else "")

@@ -166,7 +166,7 @@ def _found(
     words = (
         bundle.layout.words
         if bundle.layout
-        else layouts.recognised(bundle) or "names of an official repository"
+        else layouts.described(bundle) or "names of an official repository"
     )
     if not tensors:
         shown = ", ".join(list(bundle.tensors)[:3])

@@ -47,7 +47,9 @@ def _from_own(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
             key = keys.reference_key(path, keys.VIT_RULES)
         except ValueError:
             return {}
-        found[key] = keys.Entry(path, key, keys.layout(path, value.shape, "/relation/")).to_reference(value)
+        found[key] = keys.Entry(path, key, keys.axis_order(path, value.shape, "/relation/")).to_reference(
+            value
+        )
     return found if PATCHES in found and any(key.startswith(BLOCK) for key in found) else {}
 
 

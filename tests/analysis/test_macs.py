@@ -33,11 +33,13 @@ def counted(name, keep=None, at=None):
     return macs.count(dyntoken.create_model(name, **options))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("size", "gmacs"), [("tiny", 1.254), ("small", 4.599), ("base", 17.564)])
 def test_dense_models_match_the_papers(size, gmacs):
     assert counted(f"deit_{size}_patch16_224").gmacs == pytest.approx(gmacs, abs=6e-4)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("method", "keep", "at", "gmacs"), ROWS)
 def test_reduced_models_match_the_table(method, keep, at, gmacs):
     assert counted(f"{method}_deit_small_patch16_224", keep, at).gmacs == pytest.approx(gmacs, abs=6e-4)
@@ -59,6 +61,7 @@ OFFICIAL = [  # conv and linear + matmul + bmm of fvcore on the official PyTorch
 ]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("name", "keep", "conv", "dot"), OFFICIAL)
 def test_official_counters_agree_exactly(name, keep, conv, dot):
     count = counted(f"{name}_patch16_224", keep, None if keep is None else (3, 6, 9))

@@ -55,6 +55,7 @@ def test_mask_form_chooses_what_gather_chooses(name):
     )
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", _cases("dtps"))
 def test_training_reaches_every_parameter_and_every_statistic(name):
     record = ("dense", "features") if "lvvit" in name else ("features",)

@@ -70,6 +70,7 @@ def test_info(tree):
     assert len(data.info(f"folder:{tree}", channels=1).mean) == 1
 
 
+@pytest.mark.thorough
 def test_training_and_evaluation(tree):
     name = f"folder:{tree}"
     whole = take(data.train_batches(name, **REQUEST, augment={}), 5)  # 2 steps per epoch
@@ -120,6 +121,7 @@ def test_bad_trees(make, message, tmp_path):
         data.info("folder:")
 
 
+@pytest.mark.thorough
 def test_repeated_augmentation_of_a_stream(tree):
     name, request = f"folder:{tree}", {**REQUEST, "augment": {"repeats": 3}}
     whole = take(data.train_batches(name, **request), 4)
@@ -152,6 +154,7 @@ def test_views_take_turns():
 DEIT = {"rand_augment": "rand-m9-mstd0.5-inc1"}
 
 
+@pytest.mark.thorough
 def test_randaugment_of_a_stream_and_of_arrays(tree):
     for name in (f"folder:{tree}", "fashion_mnist_mini"):
         plain, drawn = (next(data.train_batches(name, **REQUEST, augment=augment)) for augment in ({}, DEIT))
@@ -178,6 +181,7 @@ def damaged(tmp_path_factory, photo):
     return f"folder:{root}"
 
 
+@pytest.mark.thorough
 def test_corrupt_images_are_replaced_named_and_counted(damaged, caplog):
     with caplog.at_level(logging.WARNING, "dyntoken.data"):
         whole = take(data.train_batches(damaged, **REQUEST, augment={}), 4)

@@ -83,6 +83,7 @@ def difference(ours, pillow):
     return np.abs(ours.astype(int) - pillow.astype(int))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 @pytest.mark.parametrize("name", randaugment.OPERATIONS)
 def test_operation_equals_pillows(photo, name, mode):

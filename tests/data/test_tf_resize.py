@@ -40,6 +40,7 @@ def assert_close(made, expected):
     assert difference.mean() < 0.5 and np.quantile(difference, 0.999) <= 3
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
 def test_boxes_as_pillow_resizes_them(photo, interpolation, channels):

@@ -112,6 +112,7 @@ def test_info_comes_from_the_folder(fashion):
         data.train_batches("fashion_mnist:1.0.0", batch=8, seed=0, data_dir=fashion[0])
 
 
+@pytest.mark.thorough
 def test_evaluation_is_exact(fashion, way):
     images, labels = fashion[1]["test"]
     expected = sorted((int(y), x.tobytes()) for x, y in zip(images, labels, strict=True))
@@ -136,6 +137,7 @@ def test_memory_equals_the_embedded_pipeline(fashion):
     assert sorted(i.tobytes() for i in batch) == sorted(i.tobytes() for i in images)
 
 
+@pytest.mark.thorough
 def test_streamed_epochs_see_every_image_once(photos):
     request = {"batch": 8, "shards": 2, "seed": 0, "size": 16, "data_dir": photos}
     batches = take(data.train_batches("photos", **request), 22)
@@ -145,6 +147,7 @@ def test_streamed_epochs_see_every_image_once(photos):
     assert (one != two).any() and (one != np.sort(one)).any()
 
 
+@pytest.mark.thorough
 def test_streamed_resume_and_processes(photos):
     request = {"batch": 32, "shards": 2, "seed": 5, "size": (20, 24), "data_dir": photos, "augment": {}}
     whole = take(data.train_batches("photos", **request), 4)  # 2 steps per epoch
@@ -181,6 +184,7 @@ def test_streamed_evaluation_pads_empty_shards(photos):
     assert len(labels) == 47 == len(set(labels.tolist()))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("encode", ["png", "jpeg"])
 def test_tf_images_agree_with_numpy(encode):
     # The same resize, centre crop and rounding in both pipelines, up to one grey level.

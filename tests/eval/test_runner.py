@@ -88,6 +88,7 @@ def check(results, case, thresholds, rule="confidence"):
 SETUPS = [("both", 8, 1), ("both", 8, 4), ("none", 5, 1)]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("mode", ["calls", "stream"])
 @pytest.mark.parametrize(("case", "batch", "devices"), SETUPS)
 def test_the_runner_equals_all_exits_image_by_image(case, batch, devices, mode):

@@ -64,6 +64,7 @@ def test_optimal_is_never_below_the_others(calibration, seed):
         assert solution.cost <= budget * (1 + EPS)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("count", [2, 3, 4, 6])
 def test_optimal_is_never_below_the_others_on_a_cascade(count):
     correct, scores, costs = cascade(count, 600)

@@ -22,6 +22,7 @@ def made():
     return model, variables, images, jax.jit(model.apply)(variables, images).logits
 
 
+@pytest.mark.thorough
 def test_variables_are_plain_nested_dicts(made, tmp_path):
     _, variables, *_ = made
     kinds = {type(node) for node in _nodes(variables)}
@@ -56,6 +57,7 @@ def _same(got, want):
     jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
+@pytest.mark.thorough
 def test_a_model_is_an_nnx_module_by_its_bridge(made):
     model, variables, images, want = made
     module = nnx.bridge.ToNNX(model, rngs=nnx.Rngs(0)).lazy_init(images)

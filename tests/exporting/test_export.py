@@ -155,6 +155,7 @@ def test_pixels_are_normalised_inside(tmp_path):
     np.testing.assert_allclose(got, jax.jit(model.apply)(variables, how(pixels)).logits, atol=1e-5)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["dvt_dtps_deit_small", "multiexit_deit_tiny_patch16_224"])
 def test_exits_hand_on(name, tmp_path):
     model = model_of(name)
@@ -175,6 +176,7 @@ def test_exits_hand_on(name, tmp_path):
     assert loaded(images, upto=0)["logits"].shape == (1, 3, 5)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("platform", ["cpu", "tpu"])
 @pytest.mark.parametrize("name", backbones.names(object))
 def test_every_backbone_takes_a_symbolic_batch(name, platform):

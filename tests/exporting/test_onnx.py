@@ -78,6 +78,7 @@ def _file(function, **inputs):
 EVEN, ODD = np.arange(0, 40, 2), np.arange(1, 40, 2)
 
 
+@pytest.mark.thorough
 @needs_onnx
 @pytest.mark.parametrize("runtime", HERE)
 @pytest.mark.parametrize(

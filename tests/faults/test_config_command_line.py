@@ -263,6 +263,7 @@ def test_a_recipe_that_does_not_run_ends_in_one_line(name, tmp_path):
     assert "mine.py" in message or name == "empty"
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("words", "says"),
     [

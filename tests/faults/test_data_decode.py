@@ -75,6 +75,7 @@ FILES = {
 }
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("channels", [3, 1])
 def test_training_evaluation_and_pictures_see_the_same(channels, tmp_path):
     """Of every kind, a class each."""
@@ -139,6 +140,7 @@ def test_what_does_not_decode_is_one_line_that_names_the_file(kind, tmp_path):
     assert str(path) in str(error.value) and words in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.thorough
 def test_the_run_goes_on_without_them(tmp_path, caplog):
     """In evaluation and training, at a small and a common size; memory stays bounded."""
     for label in range(2):
@@ -160,6 +162,7 @@ def test_the_run_goes_on_without_them(tmp_path, caplog):
         assert all(b["image"][b["mask"] > 0].any((1, 2, 3)).all() for b in steps)
 
 
+@pytest.mark.thorough
 def test_what_is_just_within_the_bounds_is_resized(tmp_path):
     long = np.zeros((20, 20 * decode.MAX_ASPECT), np.uint8)
     long[:, 2300:2800] = 200

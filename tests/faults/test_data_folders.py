@@ -45,6 +45,7 @@ def sorted_folder(tmp_path_factory):
     return f"folder:{root}"
 
 
+@pytest.mark.thorough
 def test_a_slice_holds_its_share_of_every_class(sorted_folder):
     np.testing.assert_array_equal(np.bincount(labels(sorted_folder, "train")), [40, 40, 20, 10])
     np.testing.assert_array_equal(np.bincount(labels(sorted_folder, "train[:75%]")), [30, 30, 15, 7])
@@ -81,6 +82,7 @@ def test_stratified_order_by_hand():
     np.testing.assert_array_equal(np.bincount(rows[order[:7]]), [2, 4, 1])
 
 
+@pytest.mark.thorough
 def test_the_users_folder(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "dyntoken.data"):
         name = f"folder:{make_folder(tmp_path / 'own')}"
@@ -208,6 +210,7 @@ ODD_NAMES = [
 ]
 
 
+@pytest.mark.thorough
 def test_damaged_images_are_named_whatever_their_names(tmp_path, caplog):
     name = put(tmp_path, *(f"{c}/{i}.jpg" for c in "ab" for i in range(4)))
     paths = {}
@@ -231,6 +234,7 @@ def test_damaged_images_are_named_whatever_their_names(tmp_path, caplog):
         shutil.copy(tmp_path / "a" / "0.jpg", paths.pop(spelt))  # repaired
 
 
+@pytest.mark.thorough
 def test_unreadable_files_are_named_and_the_run_goes_on(tmp_path, caplog):
     name = put(tmp_path, *(f"{c}/{i}.jpg" for c in "ab" for i in range(8)))
     data.info(name)
@@ -268,6 +272,7 @@ def test_balanced_order_by_hand():
     assert sorted(np.bincount(order, minlength=24)[20:]) == [2, 3, 3, 8]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("batch", [1, 3, 4, 12])
 def test_evaluation_batches_of_any_size(batch, tmp_path):
     name = put(tmp_path, *(f"{c}/{i}.bmp" for c in "abc" for i in range(5)))

@@ -55,6 +55,7 @@ def evaluated(name, folder, split, **request):
     return np.concatenate([b["label"][b["mask"] > 0] for b in batches])
 
 
+@pytest.mark.thorough
 def test_tfds_shuffles_what_it_writes(tmp_path):
     for shape in (SMALL, STREAMED):
         store(tmp_path, f"set{len(str(shape))}", shape, BY_CLASS)
@@ -76,6 +77,7 @@ def as_written_by_hugging_face(path):
     info.write_text(content.replace('"disableShuffling": true', '"disableShuffling": false'))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("said", [True, False])
 def test_a_streamed_set_that_is_stored_in_order_is_refused(said, tmp_path):
     path = store(tmp_path, "ordered", STREAMED, BY_CLASS, disable_shuffling=True)
@@ -90,6 +92,7 @@ def test_a_streamed_set_that_is_stored_in_order_is_refused(said, tmp_path):
         data.eval_batches("ordered", split="train[50%:]", **request)
 
 
+@pytest.mark.thorough
 def test_a_set_of_nearly_one_class_is_no_ordered_one(tmp_path):
     store(tmp_path, "skewed", STREAMED, [0] * 159 + [1])
     next(data.train_batches("skewed", batch=16, size=8, seed=0, data_dir=str(tmp_path)))
@@ -126,6 +129,7 @@ def whole_sets(tmp_path_factory):
     return folder
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["set_memory", "set_streamed"])
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_sets_end_in_one_line(damage, name, whole_sets, tmp_path):
@@ -226,6 +230,7 @@ print("done")
 """
 
 
+@pytest.mark.thorough
 def test_open_iterators_end_in_silence(tmp_path):
     """And damaged images take one line each."""
     for kind in ("trained", "prefetched", "evaluated"):

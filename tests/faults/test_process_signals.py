@@ -66,6 +66,7 @@ def training(tmp_path, *more: str) -> Program:
     return Program(tmp_path, "dyntoken.main", "--config=recipe.py", "--workdir=run", *more)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_while_training_it_saves_and_says_how_to_go_on(tmp_path, signum):
     program = training(tmp_path)
@@ -79,6 +80,7 @@ def test_while_training_it_saves_and_says_how_to_go_on(tmp_path, signum):
     assert f"step {last}" in said
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("moment", ["import", "compile"])
 def test_before_the_first_step_it_ends_at_once(tmp_path, moment, signum):
@@ -103,6 +105,7 @@ def test_the_second_one_ends_at_once(tmp_path):
     assert code == 130 and len(errors) == 1 and time.monotonic() - began < 10
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(not pathlib.Path("/proc/self/status").exists(), reason="reads Linux's /proc")
 @pytest.mark.parametrize("delay", [0.0, 0.5, 1.5, 6.0])  # imports first, then compilation and the work itself
 def test_a_tool_ends_in_one_line(tmp_path, delay):

@@ -209,6 +209,7 @@ def assert_as_alone(workdir, straight):
     assert again.metrics == straight.metrics
 
 
+@pytest.mark.thorough
 def test_the_second_of_two_runs_is_refused(tmp_path, straight):
     run_two(tmp_path, 0.0)
     assert_as_alone(tmp_path / "run", straight)
@@ -223,6 +224,7 @@ def test_twenty_of_twenty(tmp_path, straight):
         assert_as_alone(tmp_path / str(number) / "run", straight)
 
 
+@pytest.mark.thorough
 def test_a_killed_run_is_resumed_without_waiting_and_readers_write_nothing(tmp_path, straight):
     workdir = tmp_path / "run"
     kill_after(start(workdir, str(STEPS)), workdir, 30, delay=0.0)

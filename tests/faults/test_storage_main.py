@@ -11,6 +11,7 @@ from dyntoken.weights import files, orbax
 from tests.test_main import _program
 from tests.train.test_checkpoint import damage
 
+pytestmark = pytest.mark.thorough  # whole programs
 RECIPE = "--config=configs/tps_deit.py:tiny"
 
 

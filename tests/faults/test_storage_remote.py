@@ -180,6 +180,7 @@ def finish(server, what: str, cwd: pathlib.Path) -> str:
     return out
 
 
+@pytest.mark.thorough
 def test_its_parts_on_a_storage_service(server, tmp_path):
     """Old checkpoints are deleted, a damaged one and an old run are moved, the lock is released."""
     cwd = tmp_path / "here"

@@ -56,6 +56,7 @@ def straight(tmp_path_factory):
     return train.run(ROWS, workdir, log=Log()), workdir
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("line", "kill"), [("step 5/12", True), ("step 10/12", True), ("step 5/12", False)])
 def test_the_first_row_after_a_kill_is_of_all_its_steps(straight, tmp_path, line, kill):
     if kill:  # goes on from 3, from 9: between two rows

@@ -16,6 +16,7 @@ from dyntoken.tools import colour, predict, show
 from dyntoken.weights import WeightsError
 from tests.train.tiny import DTPS, tiny_config
 
+pytestmark = pytest.mark.thorough  # whole programs
 CLASSES = ("cherry", "leaf", "sky")
 COLOURS = ((200, 30, 40), (40, 180, 50), (40, 60, 210))
 

@@ -9,6 +9,7 @@ from dyntoken.train import sharding as mesh
 from tests.eval.test_runner import ALL, IMAGES, all_exits, between, cascade, exits, shared
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("mode", ["call", "stream"])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_a_bad_image_is_marked_and_the_rest_goes_on(value, mode):

@@ -165,6 +165,7 @@ def test_code_is_never_run(tmp_path, capsys, function):
     assert "code" in text and capsys.readouterr().out == ""
 
 
+@pytest.mark.thorough
 @pytest.mark.filterwarnings("ignore")  # TorchScript's deprecation
 def test_programs_are_called_that(tmp_path):
     torch.jit.script(torch.nn.Linear(2, 2)).save(str(tmp_path / "script.pt"))

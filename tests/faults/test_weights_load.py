@@ -267,6 +267,7 @@ def test_channels_and_classes_at_once():
     assert "1 or 3" in refusal(model, exported(make(in_chans=7)), in_chans="adapt")
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("old", "new"), [((4, 4), (6, 9)), ((14, 14), (24, 24)), ((8, 8), (5, 3)), ((3, 3), (2, 4))]
 )
@@ -352,6 +353,7 @@ class FlaxViT(nn.Module):
         return nn.Dense(5, name="head", kernel_init=nn.initializers.normal(1.0))(x)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("big", "scan", "root"), [(False, False, ""), (True, False, "params/"), (True, True, "params/")]
 )

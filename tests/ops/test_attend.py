@@ -174,6 +174,7 @@ def test_forward_mode_of_policy_attention_takes_the_plain_form():
     np.testing.assert_allclose(moved, jax.jvp(_definition, args, tangents)[1], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.thorough
 def test_second_derivatives_of_policy_attention():
     (q, k, v, policy), _ = _by_policy(6)
 

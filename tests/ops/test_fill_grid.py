@@ -5,6 +5,7 @@ import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from dyntoken.ops import backend, fill_grid
 
@@ -47,6 +48,7 @@ def test_it_is_its_definition_on_every_platform(known, seed):
         assert (found >= cells[known].min(axis=0) - 1e-5).all()
 
 
+@pytest.mark.thorough
 @hypothesis.given(KNOWN)
 def test_a_ramp_is_exact_where_a_line_is_known_on_both_sides(known):
     grid = known[0].reshape(GRID)

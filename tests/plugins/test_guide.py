@@ -54,6 +54,7 @@ def _check_forms(model, variables):
     np.testing.assert_allclose(gathered, masked, atol=2e-5)
 
 
+@pytest.mark.thorough
 def test_it_trains(module, tmp_path):
     config = tiny_config(steps=2, plugins=(module,))
     config.model = {"name": "twolayers_deit_tiny_patch16_224", **SMALL, "at": (1,), "keep": 0.6}

@@ -48,6 +48,7 @@ def test_the_commands_know_a_backbone(capsys):
         assert json.loads(capsys.readouterr().out)["tokens"][0] == 17  # 4 x 4 patches and the class token
 
 
+@pytest.mark.thorough
 def test_a_backbone_trains_and_has_two_forms(tmp_path):
     config = tiny_config(steps=2, plugins=("my_backbones",))
     config.model = {"name": "dtps_convstem_tiny", **SMALL, "at": (1,), "keep": 0.6}

@@ -76,6 +76,7 @@ def _moved(result, config):
     return {path: float(np.abs(np.asarray(a) - np.asarray(b)).max()) for (path, a), b in pairs}
 
 
+@pytest.mark.thorough
 def test_a_learnt_scorer_trains_at_the_rate_of_new_parameters(tmp_path):
     losses = {"ce": {}, "keep_ratio": {"weight": 2.0}, "sharpness": {"weight": 0.1, "power": 2.0}}
     config = _config(f"learnt_linear_{DEIT}", losses=losses)
@@ -109,6 +110,7 @@ def test_the_others_train_too(name, options, tmp_path):
     assert name.startswith(found.method) and found.sites()[0].reducer.make is METHODS[found.method].make
 
 
+@pytest.mark.thorough
 def test_the_gradient_of_a_learnt_scorer_is_not_zero():
     model = _model("learnt_linear")
     rngs = {"policy": jax.random.key(1)}
@@ -118,6 +120,7 @@ def test_the_gradient_of_a_learnt_scorer_is_not_zero():
         assert float(jnp.abs(leaf).max()) > 0, path
 
 
+@pytest.mark.thorough
 def test_evits_arithmetic_under_other_names_is_evit():
     own, evit = _model("attended"), _model("evit")
     variables = _variables(evit)
@@ -129,6 +132,7 @@ def test_evits_arithmetic_under_other_names_is_evit():
     assert macs.count(own).tokens == macs.count(evit).tokens
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("case", [*NEW, "etps+received"])
 def test_both_forms_are_equal(case):
     method, _, score = case.partition("+")
@@ -231,6 +235,7 @@ def _layer(tokens, seen, draws, stage, **_):
     return dyntoken.Scores(rank=nn.Dense(1)(tokens.patches)[..., 0])
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("register", "error"),
     [
@@ -321,6 +326,7 @@ def test_what_a_rule_does_must_be_what_it_declares(rules, error):
         jax.eval_shape(lambda: model.init(jax.random.key(0), _images()))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("word", "says"),
     [

@@ -27,6 +27,7 @@ def test_pooling_takes_the_mean_of_squares():
     np.testing.assert_array_equal(reduction.carrier, [[0, 0, 1, 0, 0, 1, 2, 2, 3, 2, 2, 3]])
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("grid", [(4, 4), (3, 5)])
 def test_pooling_twice_is_the_same_in_both_forms(grid):
     kept = masked = _tokens(grid)

@@ -75,6 +75,7 @@ def _cases():
     return [n if n in quick else pytest.param(n, marks=pytest.mark.slow) for n in names]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", _cases())
 def test_training_reaches_the_decision(name):
     out, grads = _trained(name)
@@ -86,6 +87,7 @@ def test_training_reaches_the_decision(name):
             assert float(jnp.abs(leaf).max()) > 0, path
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("method", SAMPLED)
 def test_without_noise_it_computes_what_evaluation_does(method):
     name = f"{method}_deit_tiny_patch16_224"

@@ -57,6 +57,7 @@ def _logits(method, form, options):
     return jax.jit(lambda v: model.apply(v, IMAGES).logits)(_variables(method))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("method", "options"), CASES)
 def test_both_forms_are_one_function_and_no_option_is_idle(method, options):
     key = tuple(options.items())

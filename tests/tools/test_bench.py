@@ -136,6 +136,7 @@ def test_a_plan_beyond_the_memory_is_refused():
         compiling.check_memory(2**50, "batch 2")
 
 
+@pytest.mark.thorough
 def test_the_real_thing_prints_a_table(capsys):
     assert bench.main(["dtps_vit_mini_patch4_28", "--keep=5", "--at=1", *TINY, "--profile", "--compile"]) == 0
     text = capsys.readouterr().out

@@ -63,6 +63,7 @@ def test_a_file_is_resized_and_written_where_told(weights, tmp_path):
     assert show.main([*words, "--colours=300"]) == 1
 
 
+@pytest.mark.thorough
 def test_methods_side_by_side_and_their_page(tmp_path, capsys):
     """A method alone takes its model from the weights; the page has every keep rate."""
     dense = dyntoken.create_model("vit_mini_patch4_28", width=24, depth=3, heads=2)

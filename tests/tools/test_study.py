@@ -64,7 +64,8 @@ def test_every_study_has_a_case():
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in FEW]
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow if name in SLOW else pytest.mark.thorough) for name in FEW],
 )
 def test_a_study_runs_end_to_end(out, name, capsys):
     assert study.main([name, *TINY, "--seeds=1", f"--only={FEW[name]}", f"--out={out}"]) == 0
@@ -99,7 +100,9 @@ def test_the_dropped_tokens_are_those_that_were_not_kept(out):
         assert (row["corrected"] == "") == row["row"].endswith("kept")
 
 
-@pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "whole", [pytest.param(False, marks=pytest.mark.thorough), pytest.param(True, marks=pytest.mark.slow)]
+)
 def test_killed_in_the_middle_it_goes_on_inside_its_run(tmp_path, capsys, whole):
     words = ["tokens", *TINY, "--seeds=1", "--only=attention-drop-0.5", "--set=checkpoint_steps=5"]
     words += ["--set=steps=100"]
@@ -186,6 +189,7 @@ def test_a_signal_ends_the_command_and_not_the_results(out, capsys, monkeypatch)
     )
 
 
+@pytest.mark.thorough
 def test_weights_of_another_architecture_are_refused(tmp_path, capsys):
     model = dyntoken.create_model("etps_deit_tiny_patch8_16", width=8, depth=4, heads=2, num_classes=4)
     variables = model.init(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))

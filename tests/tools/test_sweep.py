@@ -16,6 +16,7 @@ WORDS = [
 ]
 
 
+@pytest.mark.thorough
 def test_rows_are_measured_kept_and_drawn(tmp_path, capsys):
     out = tmp_path / "out"
     words = [*WORDS, "--methods=etps", "--keep=0.5", f"--out={out}"]

@@ -61,6 +61,7 @@ def swept(workdir):
         return json.loads(out.getvalue()), list(csv.DictReader(file)), err.getvalue()
 
 
+@pytest.mark.thorough
 def test_json_and_calibration_file_say_the_same(swept, workdir, gmacs):
     printed, _, told = swept
     stored = json.loads((workdir / "budget" / "calibration.json").read_text())

@@ -65,6 +65,7 @@ def open_several(name, data_dir=None, *, num_classes, train, test, image_size):
     return Several(open_fake(name, data_dir, **options))
 
 
+@pytest.mark.thorough
 def test_sets_trace_picture_and_events(tmp_path, monkeypatch):
     monkeypatch.setitem(sources.SOURCES._rows, "several", open_several)
     own = config(

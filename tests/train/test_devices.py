@@ -66,6 +66,7 @@ SLOW = pytest.mark.slow
 FAMILIES = ["dtps", *(pytest.param(family, marks=SLOW) for family in MODELS if family != "dtps")]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("devices", [1, 4])
 def test_the_same_devices_give_the_same_bits(family, devices):

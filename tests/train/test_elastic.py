@@ -16,6 +16,7 @@ def elastic(**overrides):
     return tiny_config(model=ETPS, elastic=(0.5, 1.0, 0.75), **overrides)
 
 
+@pytest.mark.thorough
 def test_largest_and_smallest_take_their_turns_and_the_rest_is_drawn():
     run = build(elastic())
     assert [phase.counts for phase in run.phases] == [(4,), (3,), (2,)]

@@ -42,6 +42,7 @@ def trained(devices: int):
     return jax.device_get(state), history, found
 
 
+@pytest.mark.thorough
 def test_four_devices_do_what_one_does():
     (one, history_one, found_one), (four, history_four, found_four) = trained(1), trained(4)
     for a, b in zip(history_one, history_four, strict=True):
@@ -69,6 +70,7 @@ def test_the_loss_is_the_weighted_sum_over_losses_and_exits():
         assert means["loss"] == pytest.approx(means["ce"] + 0.3 * means["exit_kl"], rel=1e-5)
 
 
+@pytest.mark.thorough
 def test_crash_and_rerun_equal_no_crash(tmp_path):
     log = Log()
     straight = train.run(CONFIG, tmp_path / "straight", log=log)

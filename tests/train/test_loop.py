@@ -68,6 +68,7 @@ def straight(tmp_path_factory):
     return train.run(CONFIG, workdir, log=log), workdir, log
 
 
+@pytest.mark.thorough
 def test_what_a_run_leaves_behind(straight):
     result, workdir, log = straight
     assert log[0] == "devices: 4 x cpu, virtual devices that share this machine's cores"
@@ -131,6 +132,7 @@ def test_killed_during_the_last_evaluation(straight, tmp_path, monkeypatch):
     assert again.finished and again.metrics == straight[0].metrics
 
 
+@pytest.mark.thorough
 def test_sigterm_saves_and_stops(straight, tmp_path):
     def ask():
         os.kill(os.getpid(), signal.SIGTERM)
@@ -144,6 +146,7 @@ def test_sigterm_saves_and_stops(straight, tmp_path):
     assert_identical(train.run(CONFIG, tmp_path, log=Log()).state, straight[0].state)
 
 
+@pytest.mark.thorough
 def test_a_damaged_newest_checkpoint_costs_two_steps(straight, tmp_path):
     with pytest.raises(CrashError):
         train.run(CONFIG, tmp_path, log=Log("step 5/6", crash))
@@ -159,6 +162,7 @@ def test_a_damaged_newest_checkpoint_costs_two_steps(straight, tmp_path):
     assert rows(tmp_path) == rows(straight[1])
 
 
+@pytest.mark.thorough
 def test_not_finite_names_step_and_norm_and_saves_nothing(tmp_path):
     config = tiny_config(checkpoint_steps=1, optim={"lr": 1e12, "warmup_steps": 3})
     with pytest.raises(
@@ -186,6 +190,7 @@ def test_going_on_from_another_run(straight, tmp_path):
         train.run(tiny_config(resume=str(tmp_path / "nowhere")), tmp_path / "new", log=Log())
 
 
+@pytest.mark.thorough
 def test_fine_tuning_with_a_teacher(straight, tmp_path):
     """The paper's main path: a dense run gives the initial weights and the teacher."""
     result, source, _ = straight

@@ -25,6 +25,7 @@ def read(path):
         return list(csv.DictReader(file))
 
 
+@pytest.mark.thorough
 def test_predictions_agree_with_the_metrics(workdir, tmp_path):
     told = []
     plain = train.evaluate(tiny_config(steps=2, ema=0.5), workdir, log=told.append)
@@ -59,6 +60,7 @@ def test_what_cannot_be_written_is_said(workdir, tmp_path, monkeypatch):
     assert any("no confusion.png" in line for line in told)
 
 
+@pytest.mark.thorough
 def test_images_keep_their_names(tmp_path):
     for name in ("cat", "dog"):
         (tmp_path / name).mkdir()

@@ -71,6 +71,7 @@ def trained(case):
     return state, history
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("case", CASES)
 def test_one_result_from_slices_and_pieces(case):
     """Against one device, one slice, everything whole: all noise, both mixings, sampled masks."""

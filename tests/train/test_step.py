@@ -133,6 +133,7 @@ def test_the_same_gradient_on_one_and_four_devices():
     assert float(optax.tree.norm(one)) == pytest.approx(1.0, rel=1e-4)  # clipped
 
 
+@pytest.mark.thorough
 def test_pmap_runs_the_same_function():
     _, _, variables, teacher = parts()
     step = jax.pmap(make_step(), axis_name="data", in_axes=(None, None, 0), devices=jax.devices()[:4])

@@ -16,6 +16,7 @@ MCTF = {"name": "mctf_deit_tiny_patch4_16", **SMALL, "depth": 2}  # 16 patches; 
 PAPER = {"ce": {}, "teacher_ce": {}, "consistency": {"weight": 3.0, "confidence": 0.0}}
 
 
+@pytest.mark.thorough
 def test_a_run_in_gather_form_trains_its_predictor(tmp_path):
     config = tiny_config(model={**MODEL, "patch_size": 4}, steps=2, mix={})
     start = train.build(config).model
@@ -68,6 +69,7 @@ def test_a_teacher_in_half_precision_teaches_the_same():
         np.testing.assert_allclose(half.sums[name], whole.sums[name], rtol=0.03)
 
 
+@pytest.mark.thorough
 def test_a_teacher_on_the_same_weights_learns_by_its_own_loss():
     size = {"num_classes": 7, "img_size": 16}
     model, teacher = (dyntoken.create_model(**MCTF, **size, r=r) for r in (4, 1))

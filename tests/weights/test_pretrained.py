@@ -100,6 +100,7 @@ def same(one, other):
         np.testing.assert_array_equal(value, other[path], path)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("case", LAYOUTS)
 def test_every_layout_is_read(case):
     model, variables, tensors = checkpoint(case)
@@ -328,6 +329,7 @@ def test_the_weights_that_ship():
     assert model == dyntoken.create_model("vit_mini_patch4_28")
 
 
+@pytest.mark.thorough
 def test_a_run(tmp_path):
     from dyntoken import train
     from tests.train.tiny import tiny_config
