@@ -13,7 +13,7 @@ import optax
 
 from dyntoken import data, train
 from dyntoken.analysis import exit_plots, figures, macs, timing, token_maps
-from dyntoken.models import create_model, split_name
+from dyntoken.models import create_model, of_method, split_name
 from dyntoken.reducers import ScoreSelectFuse
 from dyntoken.tools import cli, thresholds
 
@@ -88,15 +88,14 @@ def _measure_exits(config: Config, result: train.Result, log: Log) -> list[Row]:
 def _measure(config: Config, result: train.Result, log: Log) -> list[Row]:
     name = result.run.settings.model["name"]
     log("evaluating the dense model and the drop in place of the fusion")
-    dense = {**config, **PLAIN, "model": {"name": split_name(name)[1]}}
-    drop = train.build({**config, "model": {**config["model"], "fuse": ScoreSelectFuse.fuse}})  # its default
-    models = [train.build(dense).model, drop.model, result.model]
-    names = [f"dense {dense['model']['name']}", f"{name}, dropping instead", name]
-    top1 = [
-        train.evaluate(dense, log=lambda line: None)["top1"],
-        train.measure(drop, result.state.variables)["top1"],
-        result.metrics["top1"],
-    ]
+    dense, drop = dense_of(config), dropping(config)
+    models, names = [train.build(dense, training=False).model], [f"dense {dense['model']['name']}"]
+    top1 = [train.evaluate(dense, log=lambda line: None)["top1"]]
+    if drop is not None:
+        models.append(drop.model)
+        names.append(f"{name}, dropping instead")
+        top1.append(train.measure(drop, result.state.variables)["top1"])
+    models, names, top1 = [*models, result.model], [*names, name], [*top1, result.metrics["top1"]]
     log("timing, each in turn with the dense model")
     rows = [
         {"model": label, "top1": share, "gmacs": macs.count(model).gmacs}
@@ -105,6 +104,19 @@ def _measure(config: Config, result: train.Result, log: Log) -> list[Row]:
     for row, model in zip(rows[1:], models[1:], strict=True):
         rows[0]["images_per_s"], row["images_per_s"], row["speedup"] = _speed(models[0], model)
     return rows
+
+
+def dense_of(config: Config) -> Config:
+    """The config of the backbone alone."""
+    return {**config, **PLAIN, "model": {"name": split_name(config["model"]["name"])[1]}}
+
+
+def dropping(config: Config) -> train.Run | None:
+    """The same method without its fuser, opened for evaluation; None where a method has none."""
+    method = split_name(config["model"]["name"])[0]
+    if method is None or "fuse" not in of_method(method):
+        return None
+    return train.build({**config, "model": {**config["model"], "fuse": ScoreSelectFuse.fuse}}, training=False)
 
 
 def _speed(dense: Any, model: Any, batch: int = 200) -> tuple[float, float, float]:
