@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -183,19 +183,26 @@ def load_whole(model: Model, source: Any, **options: Any) -> tuple[Any, Report]:
 
 
 def save_weights(
-    path: Any, variables: Mapping[str, Any], *, model: Model | None = None, **metadata: str
+    path: Any,
+    variables: Mapping[str, Any],
+    *,
+    model: Model | None = None,
+    class_names: Sequence[str] = (),
+    **metadata: str,
 ) -> None:
     """Writes variables as `.safetensors` under our own keys.
 
     Args:
       path: target file; its folder is made.
       variables: `{"params": ...}`, with "batch_stats" where there are any.
-      model: adds its name, keywords and patch grid to the metadata, so that `load_pretrained`
-        rebuilds it and a non-square position embedding can be resized later.
+      model: adds its name, keywords, patch grid and what it says of images (`model.prepared`) to the
+        metadata, so that `load_pretrained` rebuilds it and a non-square position embedding can be
+        resized later.
+      class_names: one per class, kept in the metadata; `weights.class_names(path)` reads them.
       **metadata: further strings for the file's header.
     """
     tensors = {key: np.asarray(value) for key, value in trees.flat_variables(variables).items()}
-    about = {"format": FORMAT, **metadata}
+    about = {"format": FORMAT, **metadata, **runs.images_said(model, class_names)}
     if model is not None:
         about = {
             "model": "_".join(filter(None, (model.method, model.arch))),
