@@ -163,7 +163,9 @@ def train(run: Run, workdir: str | epath.PathLike, *, restart: bool = False, log
             return values
 
         # Loop.
-        stop, stopping = interrupt.Stop(several=jax.process_count() > 1), False
+        stop = interrupt.Stop(several=jax.process_count() > 1)
+        # A notice names a step after those asked for: of a run that goes on that is one still to come.
+        stopping = checkpoints.preempted(step) and step < total
 
         def try_evaluate(state: TrainState) -> bool:
             """False if a stop was asked for before it was done."""
@@ -173,7 +175,7 @@ def train(run: Run, workdir: str | epath.PathLike, *, restart: bool = False, log
                 return False
             return True
 
-        if owed and of_first(report.evaluated(step) is None):
+        if owed and not stopping and of_first(report.evaluated(step) is None):
             log(f"evaluating step {step}, where the run was stopped before it could")
             all_or_none(lambda: check_sets(run))
             with stop:
