@@ -73,7 +73,7 @@ def export(
         raise ValueError(f"{len(class_names)} class names for {model.num_classes} classes")
     folder = paths.resolve(path)
     earlier = present(folder)
-    known = [] if earlier is None else _files(earlier)
+    replaced = [] if earlier is None else _files(earlier)
     how = preprocess or preprocessing.preprocess(model)
     weights = flat_variables(variables)
     parts = programs(model, weights, how if normalise else None)
@@ -104,7 +104,7 @@ def export(
         "versions": versions,
     }
     for name in (*files, *([WEIGHTS] if "jax" in formats else [])):
-        if name not in known and (folder / name).exists():
+        if name not in replaced and (folder / name).exists():
             raise ValueError(f"{folder / name} is there and of no export: give another folder, or move it")
     remove(folder)
     folder.mkdir(parents=True, exist_ok=True)
