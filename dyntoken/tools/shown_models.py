@@ -114,7 +114,7 @@ def _of(name: str, weights: str | None, args: argparse.Namespace) -> Shown:
     from dyntoken.models import create_model
     from dyntoken.reducers import METHODS
     from dyntoken.runs import load_run
-    from dyntoken.weights import fetch, load_pretrained, runs
+    from dyntoken.weights import fetch, load_pretrained, prepared, runs
 
     if _whole(name):
         path = Path(name).expanduser().resolve()
@@ -132,7 +132,7 @@ def _of(name: str, weights: str | None, args: argparse.Namespace) -> Shown:
         section = runs.section_of(runs.of_workdir(weights)) or {}
         if section.pop("name", None) == name:  # the run's own model: also its keep rate and blocks
             changed = {**section, **changed}
-        return Shown(name, create_model(name, **changed), weights, weights)
+        return Shown(name, prepared(create_model(name, **changed), weights), weights, weights)
     model, variables, report = load_pretrained(weights, method=method, return_report=True, **changed)
     if report.missing:
         raise ValueError(
