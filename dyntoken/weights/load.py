@@ -32,6 +32,7 @@ class Report:
       resized: position embeddings brought to another grid, "path: old -> new".
       notes: further things to know.
       origin: the source.
+      reset: of the missing ones those of the classifier, which `head="reset"` asked for.
     """
 
     loaded: tuple[str, ...]
@@ -40,15 +41,17 @@ class Report:
     resized: tuple[str, ...]
     notes: tuple[str, ...] = ()
     origin: str = ""
+    reset: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         lines = [f"{self.origin}: {len(self.loaded)} arrays loaded"]
-        new = [path for path in self.missing if added(path)]
+        new = [path for path in self.missing if added(path) and path not in self.reset]
         reuse = [path for path in self.missing if path not in new and "/reuse_" in f"/{path}"]
         parts = {
             "arrays of the reduction method start fresh, as when fine-tuning from a dense model": new,
             "arrays of the reuse between exits start fresh": reuse,
-            "missing": [path for path in self.missing if path not in (*new, *reuse)],
+            "arrays of the classifier start fresh on purpose (head=reset)": self.reset,
+            "missing": [path for path in self.missing if path not in (*new, *reuse, *self.reset)],
         }
         for what, names in {**parts, "unexpected": self.unexpected, "resized": self.resized}.items():
             if names:
@@ -147,6 +150,7 @@ def load_weights(
         tuple(resized),
         tuple(notes),
         bundle.origin,
+        tuple(filter(placing.of_head, missing)) if head == "reset" else (),
     )
     if strict and (missing or left):
         raise WeightsError(f"strict: the weights do not fit exactly: {'; '.join(str(report).splitlines())}")
