@@ -150,6 +150,7 @@ IMPORTS = {
         "studies",
         "train",
         "weights",
+        "workdirs",
     },
     "main": {"analysis", "compilation_cache", "config", "multihost", "peers", "schema", "tools", "train"},
     "__main__": {"main", "schema"},
