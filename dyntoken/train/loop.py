@@ -156,7 +156,7 @@ def train(run: Run, workdir: str | epath.PathLike, *, restart: bool = False, log
             checkpoints.save(int(state.step), state, **meta)
 
         def evaluate(state: TrainState, check: Callable[[], None] = lambda: None) -> dict[str, Value]:
-            values = measure(run, state.variables, state.ema, check=check)
+            values = measure(run, state.variables, state.ema, None, check)
             for observer in observers:
                 observer.eval(step, values)
             warn_of_average(run, step, log)
