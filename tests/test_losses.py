@@ -232,7 +232,7 @@ def test_weights_and_one_loss_twice():
 
 
 def test_what_losses_need():
-    assert losses.Objective([("ce", {}), ("keep_ratio", {})]).needs == frozenset()
+    assert losses.Objective([("ce", {}), ("keep_ratio", {})]).needs == {"decision"}
     assert losses.Objective([("ce", {}), ("logit_kl", {})]).needs == {"teacher"}
     assert losses.Objective({"token_distill#a": {"variant": "kl"}}).needs == {"teacher", "features"}
 
