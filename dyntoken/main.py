@@ -215,7 +215,7 @@ def parse(argv: list[str], changes: list[tuple[str, str]]) -> list[str]:
     try:
         rest = FLAGS(argv)
         if FLAGS.config is None:
-            FLAGS.config = stored_config() if FLAGS.mode == "eval" and FLAGS.workdir else None
+            FLAGS.config = stored_config(FLAGS.workdir) if FLAGS.mode == "eval" and FLAGS.workdir else None
         if FLAGS.config is None:
             more = ", or the --workdir of a run" if FLAGS.mode == "eval" else ""
             raise ValueError(
@@ -233,12 +233,12 @@ def parse(argv: list[str], changes: list[tuple[str, str]]) -> list[str]:
         fail(error)
 
 
-def stored_config() -> config_dict.ConfigDict:
-    """The config that the run in --workdir was trained with, which an evaluation needs no recipe for."""
-    path = paths.resolve(FLAGS.workdir) / workdirs.CONFIG
+def stored_config(workdir: str) -> config_dict.ConfigDict:
+    """The config that a run was trained with: an evaluation needs no recipe."""
+    path = paths.resolve(workdir) / workdirs.CONFIG
     if not path.exists():
         raise ValueError(
-            f"no run in {FLAGS.workdir} (it has no {workdirs.CONFIG}): give the --workdir of a run, or "
+            f"no run in {workdir} (it has no {workdirs.CONFIG}): give the --workdir of a run, or "
             "--config=FILE[:args]"
         )
     try:

@@ -92,6 +92,23 @@ def test_an_average_that_is_mostly_the_start_is_said(tmp_path):
     assert any("prefer='params'" in line for line in lines)
 
 
+def test_a_run_too_short_to_learn_is_said():
+    def said(**changes):
+        return train.build(tiny_config(**changes)).warning
+
+    short = {"epochs": 5.0, "steps": 0, "optim__lr": 1.6e-5, "optim__warmup_epochs": 1.25}  # 4 steps an epoch
+    assert said(**short).startswith(
+        "20 steps, 5 of them warm-up, rate at most 1.6e-05: little will be learnt ("
+    )
+    assert said(**short, optim__warmup_steps=2).startswith("20 steps, 2 of them")
+    assert said(**{**short, "optim__lr": 1e-3}) is None
+    assert said(**{**short, "epochs": 5000.0}) is None  # as slow, but long
+    assert said(**short, optim__name="sgd") is None  # moves by the gradient
+    lines = []
+    train.dry_run(tiny_config(**short), log=lines.append)
+    assert "little will be learnt" in lines[0]
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_no_rate_of_a_recipe_rises_at_a_small_batch(recipe):
     """`decay` runs down to `min_lr`; the warm-up rises to `lr`."""

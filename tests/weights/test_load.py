@@ -232,6 +232,34 @@ def test_weights_of_another_width():
         weights.load_weights(make(), init(make(width=32)))
 
 
+@pytest.fixture(scope="module")
+def published():
+    """Arrays with the sizes of DeiT-S and DINOv2 ViT-S/14, as timm has them."""
+    sizes = ("deit_small_patch16_32", {}), ("vit_small_patch14_dinov2", {"img_size": 28})
+    made = {name: dyntoken.create_model(name, num_classes=0, **more) for name, more in sizes}
+    return {name: weights.export_reference(model, init(model)) for name, model in made.items()}
+
+
+def test_weights_of_another_published_architecture_are_named(published):
+    model = dyntoken.create_model("dtps_deit_tiny_patch16_32", num_classes=3)
+    for theirs, arrays in published.items():
+        with pytest.raises(
+            WeightsError,
+            match=rf"these are {theirs}'s weights, .*deit_tiny_patch16_32: name it dtps_{theirs} .*=",
+        ):
+            weights.load_weights(model, arrays)
+    alike = dyntoken.create_model("vit_small_patch16_32", num_classes=0, layer_scale=1e-5)
+    _, report = weights.load_weights(alike, published["deit_small_patch16_32"], return_report=True)
+    assert any(path.endswith("ls1/gamma") for path in report.missing)  # the same sizes: nothing to name
+
+
+def test_shapes_come_before_arrays_without_a_place():
+    other = make(width=32, layer_scale=0.1)
+    wide = weights.export_reference(other, init(other))
+    with pytest.raises(WeightsError, match="weights of another shape"):
+        weights.load_weights(make(), wide)
+
+
 def test_weights_of_another_patch_size():
     with pytest.raises(WeightsError, match=r"patch_embed/proj/kernel \[8, 8, 3, 16\].*patch_size"):
         weights.load_weights(make(), init(make(patch_size=8)))
