@@ -12,7 +12,8 @@ and afterwards, for each rate that is wanted (no other training, no other weight
 
 Of three steps one has the largest rate, one the smallest, one any of them (`config.elastic`), each compiled
 once. No published recipe: the fine-tuning of configs/evit_deit.py, the rates instead of one. What evaluations
-during training keep is `config.model.keep`, the middle rate. On ImageNet: not yet run.
+during training keep is `config.model.keep`, the middle rate. On the embedded images it does at each of its
+rates what models for one rate do (docs/training.md). On ImageNet: not yet run.
 """
 
 from configs import common, toys

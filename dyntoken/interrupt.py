@@ -154,10 +154,14 @@ def listening(asked: Callable[[int], None]) -> Iterator[None]:
 
 
 def _reassure() -> None:
-    line = "stopping after this step, then saving (a second Ctrl-C ends at once)"
+    line = "saving, then stopping (a second Ctrl-C ends at once)"
     timer = threading.Timer(PATIENCE_S, lambda: print(line, file=sys.stderr, flush=True))
     timer.daemon = True
     timer.start()
+
+
+class StopAskedError(Exception):
+    """Work that can be done again was left, because this process is to stop."""
 
 
 class Stop:
@@ -179,6 +183,11 @@ class Stop:
     def asked(self) -> bool:
         """Whether this process alone decides to stop."""
         return self.signum != 0 and not self._several
+
+    def check(self) -> None:
+        """Raises `StopAskedError` if `asked`."""
+        if self.asked:
+            raise StopAskedError
 
     def __enter__(self) -> Stop:
         if not self.signum:

@@ -184,6 +184,11 @@ def describe(config, workdir: str | None) -> str:
         return f"evaluating {name} on {source}, {workdir or config.init.path}"
     length = f"{config.steps} steps" if config.get("steps", 0) > 0 else f"{config.epochs:g} epochs"
     doing = "planning" if FLAGS.dry_run else "training"
+    begun = os.path.join(workdir, "checkpoints")
+    if doing == "training" and not FLAGS.restart and os.path.isdir(begun) and os.listdir(begun):
+        return (
+            f"opening {workdir}, which holds a run: {name} on {source}, {length}, batches of {config.batch}"
+        )
     return f"{doing} {name} on {source}: {length}, batches of {config.batch}, into {workdir}"
 
 

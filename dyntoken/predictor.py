@@ -117,7 +117,13 @@ class Predictor:
         if self.model is not None:
             model: Any = create_model(self.model, **self.options)
             variables, report = load_whole(model, self.source, step=self.step, prefer=self.prefer)
-            return prepared(model, self.source), variables, None, (), report.origin
+            return (
+                prepared(model, self.source, self.step),
+                variables,
+                None,
+                self._names(model),
+                report.origin,
+            )
         if not isinstance(self.source, Mapping):
             folder = paths.resolve(self.source)
             if (folder / exporting.folder.ABOUT).exists():
@@ -129,8 +135,12 @@ class Predictor:
                 return run.model, run.variables, run.preprocess, run.class_names, origin
         options: dict[str, Any] = {"step": self.step, "prefer": self.prefer, "return_report": True}
         model, variables, report = load_pretrained(self.source, **options, **self.options)
+        return model, variables, None, self._names(model), report.origin
+
+    def _names(self, model: Any) -> Sequence[str]:
+        """The class names that weights tell, if the model has these classes."""
         names = class_names(self.source)
-        return model, variables, None, names if len(names) == model.num_classes else (), report.origin
+        return names if len(names) == model.num_classes else ()
 
     def _read_export(self) -> tuple[Any, Any, Preprocess, Sequence[str], str]:
         if self.features or self.tokens or self.keep is not None or self.thresholds is not None:

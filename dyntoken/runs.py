@@ -73,7 +73,6 @@ def load_run(workdir: str | epath.PathLike, *, step: int | str = "newest", prefe
     about = meta["run"]
     model = runs.model_of(meta)
     height, width, channels = about["image_shape"]
-    reading = {key: about[key] for key in ("crop_pct", "interpolation") if key in about}
-    preprocess = Preprocess((height, width), channels, tuple(about["mean"]), tuple(about["std"]), **reading)
+    preprocess = Preprocess((height, width), channels, **dict(model.prepared))
     variables = load_weights(model, directory, prefer=prefer, strict=True)
     return Run(model, variables, preprocess, tuple(about["class_names"]), int(meta["step"]))

@@ -47,6 +47,7 @@ def test_train_then_rerun_then_eval(trained):
     assert "step 2/2" in done.stdout and "eval at step 2/2" in done.stdout
     again = _program("--config=configs/tps_deit.py:tiny", "--workdir=run", cwd=cwd)
     assert again.returncode == 0 and "nothing to do" in again.stdout
+    assert "training" not in again.stdout and again.stdout.startswith("opening run, which holds a run: ")
     evaluated = _program("--config=configs/tps_deit.py:tiny", "--workdir=run", "--mode=eval", cwd=cwd)
     facts = json.loads(evaluated.stdout.strip().splitlines()[-1])
     assert {"top1", "count", "gmacs", "images_per_s"} <= set(facts)

@@ -42,6 +42,18 @@ def test_a_bar_has_an_eta_and_leaves_no_line(capfd, monkeypatch):
     assert "\n" not in told and told.endswith("\r") and "\x1b[3" not in told  # no colour
 
 
+def test_a_pace_is_told_per_second_or_per_item(monkeypatch):
+    assert progress.speed(4.216, "steps") == "4.22 steps/s" and progress.speed(130.0, "rows") == "130 rows/s"
+    assert progress.speed(1 / 24.53, "steps") == "24.5 s/step"
+    assert progress.speed(0.5, "batches") == "2.0 s/batch"
+    terminal = on_terminal(monkeypatch)
+    line = progress.bar("training", 10, unit="steps", start=4)
+    line.set_postfix_str("loss 2")
+    told = terminal()
+    line.close()
+    assert "4/10 steps, loss 2" in told and "?" not in told and "ETA" not in told
+
+
 def test_seconds_of_what_tells_nothing(monkeypatch):
     terminal = on_terminal(monkeypatch)
     with progress.waiting("compiling"):

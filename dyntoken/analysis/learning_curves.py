@@ -39,7 +39,9 @@ def learning_curves(rows: Rows, *, title: str) -> Any:
         names = ["loss"]
     for colour, name in zip(COLOURS, sorted(names, key=lambda name: name != "loss"), strict=False):
         wide = 1.6 if name == "loss" else 1.0
-        left.plot(*_points(train, name), color=colour, linewidth=wide, label=f"{name}, training")
+        found = _points(train, name)
+        alone = "." if len(found[0]) == 1 else ""  # a line of one point would not be seen
+        left.plot(*found, color=colour, linewidth=wide, marker=alone, label=f"{name}, training")
     for name, _, style in _evaluated(held_out, "loss"):
         style |= {"color": INK, "linewidth": 1.0, "label": f"{name}, evaluation"}
         left.plot(*_points(held_out, name), **style)

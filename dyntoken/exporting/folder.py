@@ -19,6 +19,7 @@ from dyntoken.exporting.programs import IMAGES, KEEP, LOGITS, NEXT, Program, pro
 from dyntoken.models import Model
 from dyntoken.ops import backend
 from dyntoken.weights import flat_variables, save_weights
+from dyntoken.weights.pixels import FIELDS
 
 PLATFORMS = {"cpu": "cpu", "cuda": "gpu", "rocm": "gpu", "tpu": "tpu"}  # jax.export's names and ours
 ABOUT, WEIGHTS = "model.json", "weights.safetensors"
@@ -103,7 +104,8 @@ def export(
     remove(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if "jax" in formats:
-        save_weights(folder / WEIGHTS, variables, model=model)
+        told = model.clone(prepared=tuple((name, getattr(how, name)) for name in sorted(FIELDS)))
+        save_weights(folder / WEIGHTS, variables, model=told, class_names=class_names)
     for name, content in files.items():
         (folder / name).write_bytes(content)
     (folder / ABOUT).write_text(json.dumps(about, indent=2) + "\n")  # last: what it names is there

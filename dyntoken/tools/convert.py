@@ -84,19 +84,19 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             f"{args.source} does not fit {args.name} exactly: {', '.join(misfits)}; "
             "name another --model, or add --partial"
         )
+    names = weights.class_names(args.source)
+    names = names if len(names) == model.num_classes else ()
     if args.to == "ours":
-        weights.save_weights(args.target, variables, model=model)
+        weights.save_weights(args.target, variables, model=model, class_names=names)
     elif args.to == "transformers":
-        away = args.source.startswith(ADDRESSES)
-        names = () if away else runs.class_names(runs.of_workdir(args.source))
-        names = names or weights.class_names(args.source)
         _write_transformers(epath.Path(args.target), model, variables, names)
     else:
         tensors = weights.with_buffers(model, weights.export_reference(model, variables))
         if suffix == ".npz":
             files.write_npz(args.target, tensors)
         else:
-            files.write_safetensors(args.target, tensors, {"format": "pt", **runs.grids(model)})
+            about = {**runs.grids(model), **runs.images_said(model, names)}
+            files.write_safetensors(args.target, tensors, {"format": "pt", **about})
     return {"read": str(loaded), "written": args.target}
 
 
@@ -104,9 +104,7 @@ def _write_transformers(folder: Any, model: Any, variables: Any, names: Sequence
     from dyntoken import preprocessing, weights
     from dyntoken.weights import configs, files, pixels
 
-    tensors, config = weights.to_transformers(
-        model, variables, names if len(names) == model.num_classes else ()
-    )
+    tensors, config = weights.to_transformers(model, variables, names)
     processor = pixels.processor_of(preprocessing.preprocess(model))
     folder.mkdir(parents=True, exist_ok=True)
     files.write_safetensors(folder / "model.safetensors", tensors, {"format": "pt"})

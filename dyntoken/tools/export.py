@@ -109,18 +109,13 @@ def _opened(args: argparse.Namespace) -> tuple[Model, Any, dict[str, Any]]:
         return run.model, run.variables, {"preprocess": run.preprocess, "class_names": run.class_names}
     if args.weights is None:
         raise cli.UsageError("give --weights, or a run's workdir in the place of NAME")
-    from dyntoken.weights import load_whole, prepared
+    from dyntoken.weights import class_names, load_whole, prepared
 
     model = cli.build(args)
     variables, _ = load_whole(model, args.weights, prefer=args.prefer)
     model = prepared(model, args.weights)
-    if not os.path.isdir(args.weights):
-        return model, variables, {}
-    from dyntoken.runs import load_run
-
-    run = load_run(args.weights, prefer=args.prefer)
-    alike = run.model.input_shape == model.input_shape and run.model.num_classes == model.num_classes
-    return model, variables, {"preprocess": run.preprocess, "class_names": run.class_names} if alike else {}
+    names = class_names(args.weights)
+    return model, variables, {"class_names": names} if len(names) == model.num_classes else {}
 
 
 def _times(args: argparse.Namespace, model: Model, variables: Any, batch: int) -> list[dict[str, Any]]:

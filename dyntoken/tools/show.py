@@ -213,7 +213,7 @@ def read(text: str, model: Model, trained_on: str | None = None, weights: str | 
     Args:
       text: a path, or a data set's name and a number within its test split.
       trained_on: data set whose mean, deviation and class names a file gets.
-      weights: where they are a run's workdir, it says these itself.
+      weights: the class names that these tell come first.
 
     Raises:
       ValueError: no such file or index, or a file that is no picture.
@@ -222,7 +222,7 @@ def read(text: str, model: Model, trained_on: str | None = None, weights: str | 
     from dyntoken.data.decode import read_image
     from dyntoken.data.resample import resize_centre
     from dyntoken.preprocessing import preprocess
-    from dyntoken.weights import runs
+    from dyntoken.weights import class_names
 
     height, width, channels = model.input_shape
     found = OF_DATA_SET.fullmatch(text)
@@ -230,12 +230,11 @@ def read(text: str, model: Model, trained_on: str | None = None, weights: str | 
         return _of_data_set(found[1], int(found[2]), model)
     how = preprocess(model, trained_on)
     known = data.info(trained_on or ("imagenet2012" if channels == 3 else "fashion_mnist_mini"))
-    classes = known.class_names or [f"class {number}" for number in range(known.num_classes)]
-    classes = classes if len(classes) == model.num_classes else ()
-    about = runs.of_workdir(weights).get("run") if weights else None
-    if about is not None:
-        how = dataclasses.replace(how, mean=tuple(about["mean"]), std=tuple(about["std"]))
-        classes = about["class_names"]
+    classes = class_names(weights) if weights else ()
+    if not classes and (trained_on or not model.prepared):  # else these are other classes than the known ones
+        classes = known.class_names
+    if len(classes) != model.num_classes:
+        classes = [f"class {number}" for number in range(model.num_classes)]
     if Path(text).is_dir():
         raise ValueError(f"{text} is a folder: name the pictures in it, as in {Path(text) / '*.jpg'}")
     try:
@@ -263,10 +262,12 @@ def _of_data_set(name: str, index: int, model: Model) -> Picture:
     if index >= facts.splits[split]:
         last = facts.splits[split] - 1
         raise ValueError(f"{name}:{index} does not exist: split {split!r} has images 0 to {last}")
-    one = f"{split}[{index}:{index + 1}]"
-    batch = next(iter(data.eval_batches(name, split=one, batch=1, shards=1, size=(height, width))))
+    how = preprocess(model, None if model.prepared else name)
+    one = {"split": f"{split}[{index}:{index + 1}]", "batch": 1, "shards": 1, "size": (height, width)}
+    reading = {"crop_pct": how.crop_pct, "interpolation": how.interpolation}
+    batch = next(iter(data.eval_batches(name, **one, **reading)))
     stem, label = f"{name.replace('/', '_')}_{index}", int(batch["label"][0])
-    return Picture(stem, batch["image"][0], preprocess(model, name), facts.class_names, label)
+    return Picture(stem, batch["image"][0], how, facts.class_names, label)
 
 
 def views(model: Any, out: Any) -> list[tuple[str, Any, tuple[Any, ...], tuple[int, ...]]]:

@@ -36,10 +36,11 @@ from dyntoken.analysis import contact_sheet, exit_plots, figures
 from dyntoken.device_augment import normalize
 from dyntoken.eval import exits
 from dyntoken.eval.logits import collect, make_logits_step
+from dyntoken.preprocessing import preprocess
 from dyntoken.tools import cli
 from dyntoken.tools.thresholds import UNITS, read
 from dyntoken.train import sharding as meshes
-from dyntoken.weights import load_whole
+from dyntoken.weights import load_whole, prepared
 
 CLASSES = 12  # of more classes, columns are just examples
 COLUMNS = 10
@@ -178,7 +179,7 @@ def _of_weights(args: argparse.Namespace) -> Split:
     if len(args.words) != 2 or not args.weights:
         raise ValueError("give --workdir=DIR, or NAME --weights=FILE DATA[:SPLIT]")
     args.name, text = args.words
-    model = cli.build(args)
+    model = prepared(cli.build(args), args.weights)
     name, _, split = text.partition(":")
     facts = data.info(name)
     height, width, channels = model.input_shape
@@ -188,9 +189,11 @@ def _of_weights(args: argparse.Namespace) -> Split:
     mesh = meshes.data_mesh(jax.devices()[:1])
 
     def batches():
-        return data.eval_batches(name, split=split, batch=BATCH, shards=1, size=(height, width))
+        return data.eval_batches(name, split=split, batch=BATCH, shards=1, size=(height, width), **reading)
 
-    step = make_logits_step(model, mesh, prepare=lambda images: normalize(images, facts.mean, facts.std))
+    how = preprocess(model, None if model.prepared else name)
+    reading = {"crop_pct": how.crop_pct, "interpolation": how.interpolation}
+    step = make_logits_step(model, mesh, prepare=lambda images: normalize(images, how.mean, how.std))
     variables, _ = load_whole(model, args.weights)
     logits, labels = collect(step, variables, (meshes.place(batch, mesh) for batch in batches()))
     return Split(f"{args.name}, {name}/{split}", labels, logits, facts.class_names, batches)

@@ -88,7 +88,7 @@ def _of(name: str, weights: str | None, args: argparse.Namespace) -> Shown:
     from dyntoken.models import create_model
     from dyntoken.reducers import METHODS
     from dyntoken.runs import load_run
-    from dyntoken.weights import load_pretrained
+    from dyntoken.weights import load_pretrained, prepared
 
     if Path(name).is_dir():
         run = load_run(name)
@@ -98,7 +98,7 @@ def _of(name: str, weights: str | None, args: argparse.Namespace) -> Shown:
     method, options = calibrate.method_of(name)
     changed = {**cli.overrides(args), **options}
     if method not in METHODS:
-        return Shown(name, create_model(name, **changed), weights, weights)
+        return Shown(name, prepared(create_model(name, **changed), weights), weights, weights)
     model, variables, report = load_pretrained(weights, method=method, return_report=True, **changed)
     if report.missing:
         raise ValueError(

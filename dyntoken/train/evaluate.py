@@ -163,31 +163,38 @@ def restore_weights(workdir: str | epath.PathLike, run: Run, step: int | str, lo
 
 
 def measure(
-    run: Run, variables: Tree, ema: Tree | None = None, answers: dict[str, Answers] | None = None
+    run: Run,
+    variables: Tree,
+    ema: Tree | None = None,
+    answers: dict[str, Answers] | None = None,
+    check: Callable[[], None] = lambda: None,
 ) -> dict[str, Value]:
     """Evaluates variables on every set of the run: `top1`, ..., `ema/top1`, ..., `LABEL/top1`, ... .
 
     Args:
       answers: is given what is answered to each image of a set, by its label: of the average where there is one.
+      check: called before each batch; what it raises ends the evaluation.
     """
     variables, ema = sharding.replicate_all((variables, ema))
     metrics = {}
     for label in run.eval_sets:
         prefix = f"{label}/" if label else ""
-        found = _measure_one(run, label, variables, answers)
+        found = _measure_one(run, label, variables, answers, check)
         metrics |= {f"{prefix}{name}": value for name, value in found.items()}
         if ema is not None:
-            found = _measure_one(run, label, ema, answers)
+            found = _measure_one(run, label, ema, answers, check)
             metrics |= {f"{prefix}ema/{name}": value for name, value in found.items() if name != "count"}
     return metrics
 
 
-def _measure_one(run: Run, label: str, variables: Tree, answers: dict[str, Answers] | None) -> dict[str, Any]:
+def _measure_one(
+    run: Run, label: str, variables: Tree, answers: dict[str, Answers] | None, check: Callable[[], None]
+) -> dict[str, Any]:
     if answers is None:
-        return classify(run.eval_step_for(label), variables, _placed(run, label))
+        return classify(run.eval_step_for(label), variables, _placed(run, label, check=check))
     names: list[np.ndarray] = []
     step = run.eval_step_for(label, rows=True)
-    found, answers[label] = collect(step, variables, _placed(run, label, names), names)
+    found, answers[label] = collect(step, variables, _placed(run, label, names, check), names)
     return found
 
 
@@ -216,7 +223,10 @@ def check_sets(run: Run) -> None:
 
 
 def _placed(
-    run: Run, label: str = MAIN, names: list[np.ndarray] | None = None
+    run: Run,
+    label: str = MAIN,
+    names: list[np.ndarray] | None = None,
+    check: Callable[[], None] = lambda: None,
 ) -> Iterator[dict[str, jax.Array]]:
     """The batches of a pass on the devices; `names` is filled with those of their images."""
     one = run.eval_sets[label]
@@ -225,6 +235,7 @@ def _placed(
     with data.prefetch(run.eval_batches(label, named=names is not None)) as batches:
         shown = progress.over(batches, what, steps, unit="batches") if jax.process_index() == 0 else batches
         for batch in shown:
+            check()
             if "name" in batch:
                 names.append(batch["name"])
                 batch = {key: value for key, value in batch.items() if key != "name"}

@@ -20,6 +20,7 @@ T = TypeVar("T")
 Log = Callable[[str], None]
 Value = float | list[float]  # a list has one entry per exit
 FLUSH_S = 30.0
+SIDE = ("lr", "images_per_s", "data_wait", "seconds", "grad_norm", "update_norm")  # of a row: no losses
 
 
 class NotFiniteError(TrainError):
@@ -215,16 +216,21 @@ class Report(Observer):
         paths.atomic_write(self._path, "".join(map(_line, rows)))
 
     def step(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Reports the means since the last report; `data` is the share of time without a batch."""
+        """Reports the means since the last report; `data` is the share of time without a batch.
+
+        In brackets the unweighted losses that `loss` is the weighted sum of: `keep_ratio` is one of them.
+        """
         if (row := self._metrics.row) is None:
             return
         self.write(step, "train", row)
-        facts = ("lr", "images_per_s", "data_wait", "seconds")
-        losses = "  ".join(f"{k} {spell(v, '.4g')}" for k, v in row.items() if k not in facts)
+        shown = {name: f"{name} {spell(value, '.4g')}" for name, value in row.items()}
+        parts = ", ".join(text for name, text in shown.items() if name not in ("loss", *SIDE))
+        norms = "".join(f"  {shown[name]}" for name in SIDE[-2:] if name in shown)
         left = (self._total - step) / (row["images_per_s"] / self._metrics.batch)
         self._log(
             f"step {step}/{self._total}  {100 * step / self._total:.1f}%  {row['images_per_s']:.4g} img/s  "
-            f"data {100 * row['data_wait']:.0f}%  ETA {duration(left)}  lr {row['lr']:.3g}  {losses}"
+            f"data {100 * row['data_wait']:.0f}%  ETA {duration(left)}  lr {row['lr']:.3g}  "
+            f"{shown['loss']} ({parts}){norms}"
         )
 
     def eval(self, step: int, metrics: Mapping[str, Value]) -> None:

@@ -20,7 +20,7 @@ from etils import epath
 
 from dyntoken import data, interrupt, paths, progress
 from dyntoken.checkpoints import Checkpoints
-from dyntoken.multihost import all_or_none, check_workdir, only_first
+from dyntoken.multihost import all_or_none, check_workdir, of_first, only_first
 from dyntoken.train import sharding
 from dyntoken.train.build import Run, build, peak_bytes
 from dyntoken.train.evaluate import check_finite, check_sets, measure, warn_of_average
@@ -42,6 +42,7 @@ from dyntoken.train.state import TrainState
 from dyntoken.train.writers import TensorBoard, WeightsAndBiases
 
 Log = Callable[[str], None]
+OWED = "owes_evaluation"  # in a checkpoint: a stop came first; the session that goes on makes up for it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,22 +142,23 @@ def train(run: Run, workdir: str | epath.PathLike, *, restart: bool = False, log
         begun = start(run, checkpoints, log)
         state, rewinds, step = begun.state, begun.rewinds, int(begun.state.step)
         evaluated = begun.same and step >= total  # perhaps, by an earlier session
+        owed = begun.meta.get(OWED, False) and step < total
         clock.add(begun.seconds)
         for observer in observers:
             observer.resume(step, begun.meta)
         del begun  # the first step consumes its state
         write_config(workdir, run)
 
-        def save(state: TrainState) -> None:
+        def save(state: TrainState, **more: Any) -> None:
             all_or_none(lock.check)
             report.flush()  # the record must be there before the checkpoint is
-            meta = {"config": settings.plain, "run": run.description, "seconds": clock.seconds}
+            meta = {"config": settings.plain, "run": run.description, "seconds": clock.seconds} | more
             for one in (rewinds, *observers):
                 meta |= one.meta
             checkpoints.save(int(state.step), state, **meta)
 
-        def evaluate(state: TrainState) -> dict[str, Value]:
-            values = measure(run, state.variables, state.ema)
+        def evaluate(state: TrainState, check: Callable[[], None] = lambda: None) -> dict[str, Value]:
+            values = measure(run, state.variables, state.ema, check=check)
             for observer in observers:
                 observer.eval(step, values)
             warn_of_average(run, step, log)
@@ -164,7 +166,21 @@ def train(run: Run, workdir: str | epath.PathLike, *, restart: bool = False, log
 
         # Loop.
         stop, stopping = interrupt.Stop(several=jax.process_count() > 1), False
-        if step < total:
+
+        def try_evaluate(state: TrainState) -> bool:
+            """False if a stop was asked for before it was done."""
+            try:
+                evaluate(state, stop.check)
+            except interrupt.StopAskedError:
+                return False
+            return True
+
+        if owed and of_first(report.evaluated(step) is None):
+            log(f"evaluating step {step}, where the run was stopped before it could")
+            all_or_none(lambda: check_sets(run))
+            with stop:
+                stopping = not try_evaluate(state) or stop.asked
+        if step < total and not stopping:
             # Both: a set that is missing must not show up after the training.
             batches, _ = all_or_none(lambda: (run.train_batches(step, **rewinds.data), check_sets(run)))
             teacher, programs = load_teacher(run, log), StepCache(run, clock, log)
@@ -182,15 +198,16 @@ def train(run: Run, workdir: str | epath.PathLike, *, restart: bool = False, log
                         stopping = (stop.asked or checkpoints.preempted(step)) and step < total
                         for observer in observers:
                             observer.step(step, newest)
-                        evaluating = run.eval_every > 0 and step % run.eval_every == 0 and step < total
-                        saving = retention.planned(step) or stopping or step == total
-                        if evaluating or saving:
+                        due = run.eval_every > 0 and step % run.eval_every == 0 and step < total
+                        if due or stopping or retention.planned(step) or step == total:
                             metrics.flush()
                             with clock:
-                                if evaluating:
-                                    evaluate(state)
-                                if saving:
-                                    save(state)
+                                owed = due and (stopping or not try_evaluate(state))
+                                # Nor another step: several processes agree on it as they do after the next one.
+                                if due and not stopping:
+                                    stopping = owed or stop.asked or checkpoints.preempted(step + 1)
+                                if stopping or retention.planned(step) or step == total:
+                                    save(state, **({OWED: True} if owed else {}))
                         if stopping:
                             break
             except NotFiniteError as error:

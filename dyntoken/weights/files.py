@@ -37,6 +37,7 @@ DINO_KEYS = ("teacher", "student")
 PREFERENCES = ("ema", "params")
 # What DVT's checkpoints hold beside their weights: costs, accuracies and thresholds of its exits.
 DVT_RESULTS = ("flops", "anytime_classification", "dynamic_threshold", "budgeted_batch_classification")
+LONGEST_HEADER = 100_000_000  # bytes, by the format
 PRETRAINED = epath.Path(__file__).resolve().parent / "pretrained"
 SAFETENSORS_TYPES = {
     **{f"F{bits}": np.dtype(f"float{bits}") for bits in (16, 32, 64)},
@@ -177,6 +178,18 @@ def read_safetensors(path: epath.Path) -> tuple[dict[str, np.ndarray], dict[str,
     # Arrays that share their memory are written once; the header names the others.
     tied = {name: tensors[kept] for name, kept in metadata.items() if name not in tensors and kept in tensors}
     return {**tensors, **tied}, metadata
+
+
+def header(path: epath.Path) -> dict[str, str]:
+    """The metadata of a `.safetensors` file without its tensors; {} of any other file, or a damaged one."""
+    if path.suffix.lower() != ".safetensors":
+        return {}
+    try:
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            return json.loads(file.read(min(size, LONGEST_HEADER))).get("__metadata__") or {}
+    except (OSError, ValueError, AttributeError):
+        return {}
 
 
 def read_sharded(path: epath.Path) -> tuple[dict[str, Any], dict[str, str]]:

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,6 +34,7 @@ class Report:
       resized: position embeddings brought to another grid, "path: old -> new".
       notes: further things to know.
       origin: the source.
+      reset: of the missing ones those of the classifier, which `head="reset"` asked for.
     """
 
     loaded: tuple[str, ...]
@@ -42,15 +43,17 @@ class Report:
     resized: tuple[str, ...]
     notes: tuple[str, ...] = ()
     origin: str = ""
+    reset: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         lines = [f"{self.origin}: {len(self.loaded)} arrays loaded"]
-        new = [path for path in self.missing if added(path)]
+        new = [path for path in self.missing if added(path) and path not in self.reset]
         reuse = [path for path in self.missing if path not in new and "/reuse_" in f"/{path}"]
         parts = {
             "arrays of the reduction method start fresh, as when fine-tuning from a dense model": new,
             "arrays of the reuse between exits start fresh": reuse,
-            "missing": [path for path in self.missing if path not in (*new, *reuse)],
+            "arrays of the classifier start fresh on purpose (head=reset)": self.reset,
+            "missing": [path for path in self.missing if path not in (*new, *reuse, *self.reset)],
         }
         for what, names in {**parts, "unexpected": self.unexpected, "resized": self.resized}.items():
             if names:
@@ -150,6 +153,7 @@ def load_weights(
         tuple(resized),
         tuple(notes),
         bundle.origin,
+        tuple(filter(placing.of_head, missing)) if head == "reset" else (),
     )
     if strict and (missing or left):
         raise WeightsError(f"strict: the weights do not fit exactly: {'; '.join(str(report).splitlines())}")
@@ -182,19 +186,26 @@ def load_whole(model: Model, source: Any, **options: Any) -> tuple[Any, Report]:
 
 
 def save_weights(
-    path: Any, variables: Mapping[str, Any], *, model: Model | None = None, **metadata: str
+    path: Any,
+    variables: Mapping[str, Any],
+    *,
+    model: Model | None = None,
+    class_names: Sequence[str] = (),
+    **metadata: str,
 ) -> None:
     """Writes variables as `.safetensors` under our own keys.
 
     Args:
       path: target file; its folder is made.
       variables: `{"params": ...}`, with "batch_stats" where there are any.
-      model: adds its name, keywords and patch grid to the metadata, so that `load_pretrained`
-        rebuilds it and a non-square position embedding can be resized later.
+      model: adds its name, keywords, patch grid and what it says of images (`model.prepared`) to the
+        metadata, so that `load_pretrained` rebuilds it and a non-square position embedding can be
+        resized later.
+      class_names: one per class, kept in the metadata; `weights.class_names(path)` reads them.
       **metadata: further strings for the file's header.
     """
     tensors = {key: np.asarray(value) for key, value in trees.flat_variables(variables).items()}
-    about = {"format": FORMAT, **metadata}
+    about = {"format": FORMAT, **metadata, **runs.images_said(model, class_names)}
     if model is not None:
         about = {
             "model": "_".join(filter(None, (model.method, model.arch))),

@@ -41,6 +41,13 @@ def _by(size: tuple[int, int] | None) -> str:
     return "x".join(map(str, size or ()))
 
 
+def of_own(said: Mapping[str, Any], file: str) -> Pixels:
+    """What a run or a file of ours says of images, see `runs.of_images`; nothing of one that does not."""
+    fields = {name: said["prepared"][name] for name in FIELDS if name in said.get("prepared", {})}
+    fields = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+    return Pixels(fields, said.get("size"), file)
+
+
 def told(config: Mapping[str, Any], processor: Mapping[str, Any]) -> Pixels:
     """What `preprocessor_config.json` or else timm's `config.json` says of images, nothing of empty ones."""
     if processor:

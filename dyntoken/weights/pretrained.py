@@ -92,7 +92,7 @@ def load_pretrained(
     """
     source, beside, path = _opened(source, sha256)
     config = beside[0] if config is None else config
-    told = pixels.told(config, beside[1])
+    told = _told(path, step, config, beside[1])
     given = {"keep": keep, "at": at, "img_size": img_size, "num_classes": num_classes}
     given = {**{key: value for key, value in given.items() if value is not None}, **overrides}
     section = runs.section_of(runs.of_workdir(source, step)) if path is not None and path.is_dir() else None
@@ -129,16 +129,34 @@ def load_pretrained(
     return (model, variables, report) if return_report else (model, variables)
 
 
-def prepared(model: Any, source: Any) -> Any:
-    """The model, with what the files beside weights say of images, for those who load them by `load_weights`."""
-    config, processor = _opened(source, None)[1]
-    fields = pixels.told(config, processor).fields
+def prepared(model: Any, source: Any, step: int | str = "newest") -> Any:
+    """The model, with what a run or the files of weights say of images, for who loads them by `load_weights`."""
+    _, beside, path = _opened(source, None)
+    fields = _told(path, step, *beside).fields
     return model.clone(prepared=tuple(sorted(fields.items()))) if fields else model
 
 
 def class_names(source: Any) -> tuple[str, ...]:
-    """Of a checkpoint's classes, as the `config.json` beside it has them, else ()."""
-    return configs.class_names(_opened(source, None)[1][0])
+    """Of a checkpoint's classes: a run's, those in a file of ours, or as `config.json` beside it has them; else ()."""
+    _, beside, path = _opened(source, None)
+    return tuple(_said(path).get("class_names", ())) or configs.class_names(beside[0])
+
+
+def _said(path: Any, step: int | str = "newest") -> dict[str, Any]:
+    """What a run or a file of ours itself says of its images and classes, see `runs.of_images`."""
+    if path is None or path.is_dir():
+        return runs.of_images(runs.of_workdir(path, step)) if path is not None else {}
+    return json.loads(files.header(path).get(runs.SAID, "{}"))
+
+
+def _told(
+    path: Any, step: int | str, config: Mapping[str, Any], processor: Mapping[str, Any]
+) -> pixels.Pixels:
+    """What a source says of images, or else the files beside it."""
+    said = _said(path, step)
+    if not said.get("prepared"):
+        return pixels.told(config, processor)
+    return pixels.of_own(said, "the run" if path.is_dir() else path.name)
 
 
 def _opened(source: Any, sha256: str | None) -> tuple[Any, list[dict[str, Any]], Any]:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dyntoken import paths, schedules, workdirs
 from dyntoken.cascade import Cascade
 from dyntoken.models import OF_NAME, Model, create_model, keywords
 from dyntoken.registry import UnknownNameError
+
+SAID = "dyntoken"  # key of `images_said` in a file's header
 
 
 def of_workdir(path: Any, step: int | str = "newest") -> dict[str, Any]:
@@ -32,13 +34,30 @@ def class_names(meta: Mapping[str, Any]) -> list[str]:
     return list(meta.get("run", {}).get("class_names", ()))
 
 
+def of_images(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """What the run says of its images and classes, {} where the checkpoint does not.
+
+    "prepared" are fields of `preprocessing.Preprocess` as the run's evaluation reads its images (what it leaves
+    at its default is written out: the defaults of a model's name are others), "size" is (height, width).
+    """
+    if (about := meta.get("run")) is None:
+        return {}
+    usual = {"crop_pct": 0.875, "interpolation": "bicubic", "squash": False}
+    how = {**usual, **{key: about[key] for key in ("crop_pct", "interpolation") if key in about}}
+    how |= {key: tuple(about[key]) for key in ("mean", "std")}
+    return {"prepared": how, "class_names": class_names(meta), "size": tuple(about["image_shape"][:2])}
+
+
 def section_of(meta: Mapping[str, Any]) -> dict[str, Any] | None:
     """Keywords of `create_model` for the run's model, "name" among them; None where they are not known."""
     config = meta.get("config") or {}
     section = meta.get("run", {}).get("model")
     if section is None and config.get("model", {}).get("name") and config.get("data", {}).get("size"):
         section = {"img_size": config["data"]["size"], **config["model"]}
-    return None if section is None else dict(section)
+    if section is None:
+        return None
+    how = of_images(meta).get("prepared")
+    return {**section, **({"prepared": tuple(sorted(how.items()))} if how else {})}
 
 
 def recipe(model: Any) -> dict[str, str]:
@@ -48,7 +67,7 @@ def recipe(model: Any) -> dict[str, str]:
     own = {
         field.name: getattr(model, field.name)
         for field in dataclasses.fields(model)
-        if field.name not in OF_NAME
+        if field.name not in (*OF_NAME, "prepared")
     }
     found = {**dict(model.backbone.options), **own, **dict(model.method_options)}
     name = "_".join(filter(None, (model.method, model.arch)))
@@ -61,6 +80,12 @@ def recipe(model: Any) -> dict[str, str]:
         }
     except TypeError:
         return {}
+
+
+def images_said(model: Any, class_names: Sequence[str]) -> dict[str, str]:
+    """What a model says of its images, and its class names, as metadata."""
+    said = {"prepared": dict(model.prepared) if model is not None else {}, "class_names": list(class_names)}
+    return {SAID: json.dumps(said)} if any(said.values()) else {}
 
 
 def model_of(meta: Mapping[str, Any]) -> Any:

@@ -41,6 +41,13 @@ def test_a_single_loss_of_weight_one_is_drawn_once():
     assert list(lines(left)) == ["loss, training"] and not right.lines
 
 
+def test_a_curve_of_one_point_is_seen():
+    left, _ = learning_curves([ROWS[0]], title="run").axes
+    assert [line.get_marker() for line in left.lines] == [".", "."]
+    left, _ = learning_curves(ROWS[:2], title="run").axes
+    assert [line.get_marker() for line in left.lines] == ["", ""]
+
+
 def test_nothing_recorded():
     with pytest.raises(ValueError, match="no curve to draw"):
         learning_curves([], title="run")

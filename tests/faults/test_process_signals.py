@@ -80,6 +80,62 @@ def test_while_training_it_saves_and_says_how_to_go_on(tmp_path, signum):
     assert f"step {last}" in said
 
 
+EVALUATING = """
+import importlib, os, time
+from tests.train.tiny import tiny_config
+
+evaluate = importlib.import_module("dyntoken.train.evaluate")
+placed = evaluate._placed
+
+
+def slow(*args, **more):
+    for number, batch in enumerate(placed(*args, **more)):
+        print("batch", number, flush=True)
+        time.sleep(float(os.environ.get("SLOW", 0)))
+        yield batch
+
+
+evaluate._placed = slow
+
+
+def get_config(arg=None):
+    return tiny_config(steps=6, eval_steps=2, keep_best=1, keep_checkpoints=1, best_metric="loss")
+"""
+
+
+@pytest.mark.thorough
+def test_while_evaluating_it_saves_first_and_the_next_session_evaluates(tmp_path, monkeypatch):
+    (tmp_path / "recipe.py").write_text(EVALUATING)
+
+    def session(workdir: str) -> Program:
+        return Program(tmp_path, "dyntoken.main", "--config=recipe.py", f"--workdir={workdir}")
+
+    monkeypatch.setenv("SLOW", "2")
+    program = session("run")
+    program.wait_for("batch 0")
+    assert program.stop(signal.SIGTERM) == (143, [])
+    assert "batch 1" not in program.out.read_text()
+    assert "stopped by a signal after step 2, which is saved" in program.out.read_text().splitlines()[-1]
+    assert [(row["step"], row["kind"]) for row in rows(tmp_path / "run")] == [(1, "train"), (2, "train")]
+
+    monkeypatch.setenv("SLOW", "0")
+    for workdir in ("run", "straight"):
+        assert session(workdir).process.wait(240) == 0
+    assert rows(tmp_path / "run") == rows(tmp_path / "straight")
+    kept = [
+        sorted(p.name for p in (tmp_path / name / "checkpoints").iterdir()) for name in ("run", "straight")
+    ]
+    assert kept[0] == kept[1]
+
+
+def rows(workdir: pathlib.Path) -> list[dict]:
+    """What was recorded, without what depends on the clock."""
+    found = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {k: v for k, v in row.items() if k not in ("seconds", "images_per_s", "data_wait")} for row in found
+    ]
+
+
 @pytest.mark.thorough
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("moment", ["import", "compile"])

@@ -72,6 +72,8 @@ def test_expected_parameters_are_not_called_missing():
     assert "fresh" in text[1] and paths[0] in text[1] and "missing" not in text[1]
     assert "fresh" in text[2] and paths[1] in text[2] and "missing" not in text[2]
     assert "1 missing: head/cls/bias" in text[3]
+    text = str(dyntoken.weights.Report((), paths, (), (), origin="x", reset=paths[2:])).splitlines()
+    assert len(text) == 4 and "fresh on purpose (head=reset): head/cls/bias" in text[3]
 
 
 def test_an_absent_file_is_not_sent_to_the_command_that_was_run(tmp_path, capsys):

@@ -102,6 +102,11 @@ def test_pixels_are_the_data_sets_and_normalised_with_its_moments():
     assert picture.label == batch["label"][5]
     seen = np.asarray(picture.preprocess(picture.pixels))
     np.testing.assert_allclose(seen, (picture.pixels / 255.0 - 0.2860) / 0.3530, atol=1e-5)
+    told = model.clone(
+        prepared=(("mean", (0.5,)), ("std", (0.25,)))
+    )  # by weights that were trained with others
+    seen = np.asarray(show.read("fashion_mnist_mini:5", told).preprocess(picture.pixels))
+    np.testing.assert_allclose(seen, (picture.pixels / 255.0 - 0.5) / 0.25, atol=1e-5)
 
 
 def test_colour_files_are_normalised_as_imagenet(tmp_path):

@@ -132,18 +132,47 @@ def test_killed_during_the_last_evaluation(straight, tmp_path, monkeypatch):
     assert again.finished and again.metrics == straight[0].metrics
 
 
-@pytest.mark.thorough
-def test_sigterm_saves_and_stops(straight, tmp_path):
-    def ask():
-        os.kill(os.getpid(), signal.SIGTERM)
+def ask():
+    os.kill(os.getpid(), signal.SIGTERM)
 
-    log = Log("step 3/6", ask)
+
+@pytest.mark.thorough
+@pytest.mark.parametrize(
+    ("line", "step"),
+    [("step 4/6", 5), ("step 2/6", 3), ("step 3/6", 3), ("eval at step 3/6", 3)],
+    ids=["training", "before an evaluation", "at its start", "at its end"],
+)
+def test_sigterm_saves_and_stops(straight, tmp_path, line, step):
+    """An evaluation that a stop came before is made up for, once; no step is taken after one."""
+    log = Log(line, ask)
     stopped = train.run(CONFIG, tmp_path, log=log)
     assert not stopped.finished and stopped.metrics == {}
-    assert steps_kept(tmp_path)[-1] == int(stopped.state.step) == 4
-    assert "stopped by a signal after step 4" in log[-1]
+    assert steps_kept(tmp_path)[-1] == int(stopped.state.step) == step
+    assert f"stopped by a signal after step {step}" in log[-1]
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    assert_identical(train.run(CONFIG, tmp_path, log=Log()).state, straight[0].state)
+    assert [row["step"] for row in rows(tmp_path)][-1] == step
+    log = Log()
+    assert_identical(train.run(CONFIG, tmp_path, log=log).state, straight[0].state)
+    assert rows(tmp_path) == rows(straight[1])
+    assert any(said.startswith("evaluating step 3") for said in log) == (line in ("step 2/6", "step 3/6"))
+
+
+@pytest.mark.thorough
+def test_an_evaluation_that_is_owed_may_be_stopped_and_killed(straight, tmp_path, monkeypatch):
+    owed = "evaluating step 3"
+    assert not train.run(CONFIG, tmp_path, log=Log("step 3/6", ask)).finished
+    with monkeypatch.context() as patch:  # asked again while it makes up for it
+        measure = loop.measure
+        patch.setattr(loop, "measure", lambda *args, **more: (ask(), measure(*args, **more))[1])
+        stopped = train.run(CONFIG, tmp_path, log=Log())
+    assert not stopped.finished and int(stopped.state.step) == 3 and rows(tmp_path)[-1]["kind"] == "train"
+    log = Log("compiling", crash)
+    with pytest.raises(CrashError):  # made up for, then killed
+        train.run(CONFIG, tmp_path, log=log)
+    assert any(line.startswith(owed) for line in log)
+    log = Log()
+    assert_identical(train.run(CONFIG, tmp_path, log=log).state, straight[0].state)
+    assert rows(tmp_path) == rows(straight[1]) and not any(line.startswith(owed) for line in log)
 
 
 @pytest.mark.thorough

@@ -115,7 +115,7 @@ def test_lines(tmp_path, now):
     step(49, {"ce": 1.0, "loss": 1.0}, metrics, reports)
     assert metrics.row is None and not lines
     step(50, {"ce": 1.5, "loss": 3.0}, metrics, reports)
-    assert lines == ["step 50/200  25.0%  160 img/s  data 0%  ETA 30s  lr 0.0005  ce 1.25  loss 2"]
+    assert lines == ["step 50/200  25.0%  160 img/s  data 0%  ETA 30s  lr 0.0005  loss 2 (ce 1.25)"]
     expected = {"step": 50, "kind": "train", "ce": 1.25, "loss": 2.0, "lr": 5e-4}
     assert reports.rows() == [expected | {"images_per_s": 160.0, "data_wait": 0.0, "seconds": 10.0}]
     reports.eval(50, {"top1": 0.25, "count": 37})
@@ -143,8 +143,17 @@ def test_lines_of_a_model_with_exits(tmp_path, now):
     lines, metrics = [], metrics_of(Clock())
     reports = Report(epath.Path(tmp_path), total=200, metrics=metrics, log=lines.append)
     now[0] += 10.0
-    step(50, {"ce": 3.0, "ce_per_exit": [1.25, 0.875, 0.5]}, metrics, reports)
-    assert lines[0].endswith("ce 3  ce_per_exit 1.25/0.875/0.5")
+    values = {
+        "ce": 3.0,
+        "ce_per_exit": [1.25, 0.875, 0.5],
+        "keep_ratio": 0.0625,
+        "loss": 3.125,
+        "grad_norm": 2.0,
+    }
+    step(50, values, metrics, reports)
+    assert lines[0].endswith(
+        "  loss 3.125 (ce 3, ce_per_exit 1.25/0.875/0.5, keep_ratio 0.0625)  grad_norm 2"
+    )
     metrics = {"top1": 0.5, "top1_per_exit": [0.25, 0.375, 0.5], "loss": 1.25, "count": 8}
     reports.eval(50, metrics)
     assert lines[1] == (

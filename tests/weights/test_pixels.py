@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
 import dyntoken
-from dyntoken import weights
+from dyntoken import exporting, preprocessing, train, weights
+from dyntoken.checkpoints import Checkpoints
+from dyntoken.tools import convert, predict, show
 from dyntoken.weights import pixels
+from tests.train.tiny import DTPS, tiny_config
 from tests.weights import made
 
 HALF, IMAGENET = (0.5, 0.5, 0.5), (0.485, 0.456, 0.406)
@@ -142,3 +146,91 @@ def test_a_predictor_reads_the_folder(folder):
     options = {**made.SMALL, "num_classes": 0, "norm_eps": 1e-12}
     named = dyntoken.Predictor(folder, model="vit_small_patch16_224", options=options, batch=1)
     assert named.opened.preprocess == dyntoken.preprocess(model)
+
+
+NAMES = tuple("abcdefg")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A workdir whose pixels are no model's default: mean, deviation, crop and kernel are the config's."""
+    here = {"mean": HALF, "std": (0.1, 0.2, 0.3), "eval": {"crop_pct": 0.5, "interpolation": "bilinear"}}
+    config = tiny_config(model__name=DTPS, model__depth=2, model__at=(1,), data__size=24)
+    config["data"].update(here)
+    plan = train.build(config)
+    workdir = tmp_path_factory.mktemp("pixels") / "run"
+    checkpoints = Checkpoints(workdir)
+    about = plan.description | {"class_names": NAMES}
+    checkpoints.save(0, plan.new_state(), config=plan.settings.plain, run=about, seconds=0.0)
+    checkpoints.close()
+    return workdir
+
+
+def test_those_of_a_run_go_with_it(run, tmp_path):
+    """However it is read; and with what is written of it: ours, timm's keys, an export."""
+    opened = dyntoken.load_run(run)
+    how = opened.preprocess
+    assert how == preprocessing.Preprocess((24, 24), 3, HALF, (0.1, 0.2, 0.3), 0.5, "bilinear")
+    model, variables, report = dyntoken.load_pretrained(run, return_report=True)
+    assert dyntoken.preprocess(model) == dyntoken.preprocess(opened.model) == how
+    assert model == opened.model and weights.class_names(run) == NAMES
+    assert any(note.startswith("images are prepared as the run says: mean=(0.5, ") for note in report.notes)
+    bare = model.clone(prepared=())
+    assert dyntoken.preprocess(bare) != how == dyntoken.preprocess(weights.prepared(bare, run))
+    ours, timm = tmp_path / "ours.safetensors", tmp_path / "timm.safetensors"
+    assert convert.main([str(run), str(ours)]) == convert.main([str(run), str(timm), "--to=timm"]) == 0
+    exporting.export(bare, variables, tmp_path / "out", preprocess=how, class_names=NAMES, platforms=["cpu"])
+    for path in (ours, timm, tmp_path / "out" / "weights.safetensors"):
+        assert dyntoken.preprocess(weights.prepared(bare, path)) == how
+        assert weights.class_names(path) == NAMES
+    again, _, report = dyntoken.load_pretrained(ours, return_report=True)
+    assert again == model
+    assert any(note.startswith("images are prepared as ours.safetensors says") for note in report.notes)
+    found = dyntoken.Predictor(ours).opened
+    assert (found.preprocess, found.class_names) == (how, NAMES)
+    assert dyntoken.load_pretrained(run, in_chans=1, img_size=32)[0].input_shape == (32, 32, 1)
+
+
+def test_what_a_run_leaves_open_is_the_evaluations_default(run):
+    """Not that of the model's name, which crops otherwise."""
+    from dyntoken.weights import runs
+
+    about = {"mean": HALF, "std": HALF, "image_shape": [24, 32, 3]}
+    assert runs.of_images({"run": about}) == {
+        "prepared": {
+            "mean": HALF,
+            "std": HALF,
+            "crop_pct": 0.875,
+            "interpolation": "bicubic",
+            "squash": False,
+        },
+        "class_names": [],
+        "size": (24, 32),
+    }
+    fields = preprocessing.Preprocess((24, 32), 3, HALF, HALF)
+    assert pixels.of_own(runs.of_images({"run": about}), "").fields == {
+        name: getattr(fields, name) for name in pixels.FIELDS
+    }
+    assert runs.of_images({"config": {}}) == {}
+
+
+@pytest.mark.thorough
+def test_show_says_what_predict_says(run, tmp_path, capsys):
+    """Of the run, of its weights under a model's name, and of a converted file."""
+    image = pytest.importorskip("PIL.Image")
+    pytest.importorskip("matplotlib")
+    coarse = np.random.default_rng(0).integers(0, 256, (4, 5, 3), np.uint8)
+    image.fromarray(coarse).resize((50, 40)).save(tmp_path / "p.png")
+    picture, ours = str(tmp_path / "p.png"), str(tmp_path / "ours.safetensors")
+    assert convert.main([str(run), ours]) == 0
+    capsys.readouterr()
+    assert predict.main([picture, f"--workdir={run}", "--json"]) == 0
+    top = json.loads(capsys.readouterr().out)["predictions"][0]["classes"][0]
+    assert predict.main([picture, f"--weights={ours}", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["predictions"][0]["classes"][0] == top
+    sizes = ["--set", "width=8", "--set", "depth=2", "--set", "heads=2", "--set", "num_classes=7"]
+    named = [DTPS, f"--weights={run}", "--at=1", "--img_size=24", *sizes]
+    for words in ([str(run)], named, ["dtps", f"--weights={ours}"]):
+        assert show.main([*words, picture, f"--out={tmp_path}"]) == 0
+        said = re.search(r"(\w+), (\d+) %", capsys.readouterr().out)
+        assert said.groups() == (top["class"], f"{100 * top['probability']:.0f}")
