@@ -232,25 +232,17 @@ def test_weights_of_another_width():
         weights.load_weights(make(), init(make(width=32)))
 
 
-@pytest.fixture(scope="module")
-def published():
-    """Arrays with the sizes of DeiT-S and DINOv2 ViT-S/14, as timm has them."""
-    sizes = ("deit_small_patch16_32", {}), ("vit_small_patch14_dinov2", {"img_size": 28})
-    made = {name: dyntoken.create_model(name, num_classes=0, **more) for name, more in sizes}
-    return {name: weights.export_reference(model, init(model)) for name, model in made.items()}
-
-
-def test_weights_of_another_published_architecture_are_named(published):
-    model = dyntoken.create_model("dtps_deit_tiny_patch16_32", num_classes=3)
-    for theirs, arrays in published.items():
-        with pytest.raises(
-            WeightsError,
-            match=rf"these are {theirs}'s weights, .*deit_tiny_patch16_32: name it dtps_{theirs} .*=",
-        ):
-            weights.load_weights(model, arrays)
-    alike = dyntoken.create_model("vit_small_patch16_32", num_classes=0, layer_scale=1e-5)
-    _, report = weights.load_weights(alike, published["deit_small_patch16_32"], return_report=True)
-    assert any(path.endswith("ls1/gamma") for path in report.missing)  # the same sizes: nothing to name
+def test_weights_of_another_published_architecture_are_named():
+    theirs = dyntoken.create_model("deit_tiny_patch16_32", num_classes=5)
+    nothing = {path: np.zeros(shape, np.float32) for path, shape in weights.shapes_of(theirs).items()}
+    arrays = weights.export_reference(theirs, {"params": files.nest(nothing)})
+    with pytest.raises(
+        WeightsError,
+        match=r"these are deit_tiny_patch16_32's weights, .* vit_small_patch16_224: name it dtps_deit_tiny_.*=dtps",
+    ):
+        weights.load_weights(make("dtps_vit_small_patch16_224", at=(1,)), arrays)
+    with pytest.raises(WeightsError, match="head='reset'"):  # of the same sizes
+        weights.load_weights(dyntoken.create_model("deit_tiny_patch16_32", num_classes=3), arrays)
 
 
 def test_shapes_come_before_arrays_without_a_place():
