@@ -141,9 +141,14 @@ def load_weights(
             if in_chans == "adapt":
                 found[path] = placing.adapted(found[path], model.input_shape[2], bundle.origin)
                 notes.append(f"{path}: from {old} to {model.input_shape[2]} channels")
-        placing.check_shapes(found, shapes, bundle.origin, model.input_shape[2])
-        if unexpected == "error":
+        sized = all(
+            tuple(value.shape) == tuple(shapes[path])
+            for path, value in found.items()
+            if not placing.of_head(path)
+        )
+        if unexpected == "error" and sized:  # of other sizes no keyword is the remedy
             placing.refuse(model, placing.changing(left, head), bundle.tensors, bundle.origin)
+        placing.check_shapes(found, shapes, bundle.origin, model.input_shape[2])
     if spread:
         notes.append("weights of a dense model: every exit starts from them, the reuse between exits fresh")
     report = Report(
