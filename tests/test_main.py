@@ -67,7 +67,7 @@ def test_an_evaluation_by_the_config_of_the_run(trained):
     facts = [json.loads(done.stdout.strip().splitlines()[-1]) for done in both]
     assert facts[0]["loss"] == facts[1]["loss"] and facts[0]["top1"] == facts[1]["top1"]
     for args, message in (
-        (["--workdir=run", "--config.model.name=dtps_deit_small_patch16_224"], "run is a run of dtps_"),
+        (["--workdir=run", "--config.model.name=dtps_deit_base_patch16_224"], "run is a run of dtps_"),
         (["--workdir=run", "--config.data.evalsplit=x"], "did you mean config.data.eval_split"),
         (["--workdir=absent"], "no run in absent (it has no config.json)"),
         ([], "which recipe? give --config=FILE[:args], or the --workdir of a run"),
