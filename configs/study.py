@@ -3,7 +3,7 @@
     python -m dyntoken.tools.study tokens --scale=imagenet
     python -m dyntoken.tools.study tokens --scale=laptop
     python -m dyntoken.tools.study tokens --config=configs/study.py:size=t,distill=false
-    python -m dyntoken.tools.study tokens --config=configs/study.py:dinov2 --source=dinov2_small --data=cifar10 --img_size=84
+    python -m dyntoken.tools.study tokens --config=configs/study.py:dinov2 --source=dinov2_small --data=cifar10
 
 The fine-tuning of configs/tps_deit.py with one teacher's loss, KL of the class logits, which every method can have.
 A study adds the method, and to methods that learn their decision the loss that holds their keep rate. On ImageNet:

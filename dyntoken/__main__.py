@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.argv = [f"dyntoken {name}", *rest, *OF_MAIN[name][1]]
         runs.cli()
         return 0
-    return importlib.import_module(f"dyntoken.tools.{name}").main(rest)
+    return importlib.import_module(f"dyntoken.tools.{name}").main(rest, f"dyntoken {name}")
 
 
 if __name__ == "__main__":

@@ -118,8 +118,8 @@ def go_on() -> str:
 
 
 @contextlib.contextmanager
-def listening(asked: Callable[[int], None]) -> Iterator[None]:
-    """While it is entered, the first signal calls `asked(signum)`; the second one ends the process.
+def listening(asked: Callable[[int], None], signals: tuple[signal.Signals, ...] = SIGNALS) -> Iterator[None]:
+    """While it is entered, the first of some signals calls `asked(signum)`; the second one ends the process.
 
     Outside of a program (a notebook) the second Ctrl-C raises KeyboardInterrupt. Does nothing outside of
     the main thread.
@@ -135,14 +135,14 @@ def listening(asked: Callable[[int], None]) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {signum: signal.getsignal(signum) for signum in SIGNALS}
+    before = {signum: signal.getsignal(signum) for signum in signals}
 
     def handle(signum: int, frame: object) -> None:
         signal.signal(signum, before[signum])
         asked(signum)
 
     for signum, handler in before.items():
-        # None: set from C, as jax does with SIGTERM where there are several processes.
+        # None: set from C, before Python started.
         if handler not in (None, signal.SIG_IGN):
             signal.signal(signum, handle)
     try:
@@ -191,7 +191,9 @@ class Stop:
 
     def __enter__(self) -> Stop:
         if not self.signum:
-            self._stack.enter_context(listening(self._ask))
+            # jax's handler of SIGTERM is set from C, where Python does not see it, and must stay.
+            signals = (signal.SIGINT,) if self._several else SIGNALS
+            self._stack.enter_context(listening(self._ask, signals))
         return self
 
     def __exit__(self, *_: object) -> None:

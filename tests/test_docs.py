@@ -197,6 +197,10 @@ def check(section, scope):
         assert scope["found"].logits.shape == (8, 1000) and scope["found"].exit.shape == (8,)
     if section == "tutorial.md: Weights":
         assert pathlib.Path("dtps.safetensors").exists() and "params" in scope["variables"]
+    if section == "export.md: Run it elsewhere":
+        ours = dyntoken.load_export("deit").preprocess(np.asarray(Image.open("cat.jpg").convert("RGB")))
+        found = (scope["images"][0] / 255 - scope["how"]["mean"]) / scope["how"]["std"]
+        np.testing.assert_allclose(found, ours, atol=2.5 / 255 / 0.22)
     if section == "howto.md: A notebook":
         assert {"loss", "top1"} <= set(scope["result"].metrics)
     if section == "equations.md: DynamicViT: which patches stay":

@@ -150,6 +150,7 @@ IMPORTS = {
         "studies",
         "train",
         "weights",
+        "workdirs",
     },
     "main": {
         "analysis",

@@ -38,6 +38,14 @@ def test_a_program_runs(capsys):
     assert program.main(["--version"]) == 0
 
 
+def test_errors_begin_with_what_was_typed(capsys):
+    assert program.main(["flops", "deit_smal_patch16_224"]) == 1
+    assert capsys.readouterr().err.startswith("dyntoken flops: error: unknown model")
+    with pytest.raises(SystemExit):
+        program.main(["flops"])
+    assert capsys.readouterr().err.startswith("dyntoken flops: error: the following")
+
+
 def test_train_and_eval_are_the_main_program(monkeypatch):
     seen = []
     monkeypatch.setattr(sys, "argv", sys.argv)

@@ -44,9 +44,9 @@ class Fate:
     grid: tuple[int, int]
 
     @property
-    def tokens(self) -> int:
-        """How many rows stand for patches."""
-        return np.unique(self.row[self.row >= 0]).size
+    def fused_tokens(self) -> int:
+        """How many rows without a cell stand for patches."""
+        return np.unique(self.row[self.fused]).size
 
     @property
     def absorbed(self) -> np.ndarray:
@@ -59,12 +59,13 @@ class Fate:
         return (self.host < 0) & ~self.fused
 
     def summary(self) -> str:
-        """One line of counts, e.g. `24 of 49 kept, 25 absorbed by 9 hosts`."""
+        """One line of counts, e.g. `24 of 49 patches kept, 25 absorbed by 9 hosts`."""
         hosts = np.unique(self.host[self.absorbed]).size
-        parts = [f"{self.kept.sum()} of {self.kept.size} kept"]
+        tokens = self.fused_tokens
+        parts = [f"{self.kept.sum()} of {self.kept.size} patches kept"]
         for which, text in (
             (self.absorbed, f"absorbed by {hosts} host{'s' * (hosts != 1)}"),
-            (self.fused, "fused into one token"),
+            (self.fused, f"in {tokens} fused token{'s' * (tokens != 1)}"),
             (self.dropped, "dropped"),
         ):
             parts += [f"{which.sum()} {text}"] if which.any() else []
@@ -215,7 +216,7 @@ def _legend(axis: Any, fates: Sequence[Fate]) -> None:
     if any(f.absorbed.any() for f in fates):
         lines += ["one colour = one token", "dot = its host, a kept patch", "line = a patch absorbed by it"]
     if any(f.fused.any() for f in fates):
-        lines += ["orange = all patches fused", "into one extra token"]
+        lines += ["orange = patches fused into", "tokens without a place"]
     lines += ["grey = a kept patch that", "stands for itself only"]
     text = "What each token stands for\n\n" + "\n".join(lines)
     axis.text(0.5, 0.5, text, ha="center", va="center", fontsize=9, color=INK, transform=axis.transAxes)

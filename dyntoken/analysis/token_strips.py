@@ -48,6 +48,12 @@ class Row:
     name: str = ""
     caption: str = ""
 
+    def drawn(self) -> list[int]:
+        """The sites that get a panel: the last, and some before it."""
+        count = len(self.fates)
+        some = {round(at) for at in np.linspace(0, count - 1, min(count, STAGES))}
+        return sorted(some | {count - 1})[-STAGES:]
+
 
 def row(image: np.ndarray, reductions: Sequence[Reduction], stages: Sequence[str], **words: str) -> Row:
     """The row of the first image that some reductions are of."""
@@ -82,7 +88,7 @@ def strip(rows: Sequence[Row], *, title: str = "") -> Any:
     """
     if not any(row.fates for row in rows):
         raise ValueError("nothing to draw: the model reduces no tokens (choose one with a method)")
-    shown = [_shown(row) for row in rows]
+    shown = [row.drawn() for row in rows]
     stages = max(map(len, shown))
     columns = 1 + stages + 2
     tall = [SIDE * row.image.shape[0] / row.image.shape[1] for row in rows]
@@ -113,7 +119,8 @@ def strip(rows: Sequence[Row], *, title: str = "") -> Any:
         _show(panel(0, row.caption or f"{grid[0]} x {grid[1]} = {grid[0] * grid[1]} patches"), rgb, grid)
         for column, site in enumerate(sites, start=1):
             f = row.fates[site]
-            axis = panel(column, f"{row.stages[site]}: {f.tokens} of {f.kept.size} tokens")
+            besides = f" kept + {f.fused_tokens} fused" if f.fused_tokens else f" of {f.kept.size} kept"
+            axis = panel(column, f"{row.stages[site]}: {f.kept.sum()}{besides}")
             _show(axis, left_over(rgb, f), f.grid)
             outline(axis, f.kept, f.grid, "#ffffff", 0.8)
         last = row.fates[-1]
@@ -122,12 +129,6 @@ def strip(rows: Sequence[Row], *, title: str = "") -> Any:
         _heat(panel(2 + stages, f"scores at {row.stages[0]}"), rgb, row.scores[0], row.fates[0].grid)
         y -= CAPTION + GAP
     return figure
-
-
-def _shown(row: Row) -> list[int]:
-    """The sites of a row that get a panel: the last, and some before it."""
-    count = len(row.fates)
-    return sorted({round(at) for at in np.linspace(0, count - 1, min(count, STAGES))} | {count - 1})[-STAGES:]
 
 
 def left_over(rgb: np.ndarray, f: Fate) -> np.ndarray:
@@ -142,8 +143,7 @@ def who(f: Fate) -> str:
         most = np.bincount(f.host[f.host >= 0]).max()
         return f"one token: up to {most} patches"
     if f.fused.any():
-        tokens = np.unique(f.row[f.fused]).size
-        return f"{f.fused.sum()} patches in {tokens} fused token{'s' * (tokens != 1)}"
+        return f"{f.fused.sum()} patches in {f.fused_tokens} fused token{'s' * (f.fused_tokens != 1)}"
     return "dropped, without a trace"
 
 

@@ -200,7 +200,7 @@ def runners(path: Any, model: Model, variables: Any) -> Iterator[tuple[str, str,
     if parts[0]["onnx"]:
         there = [name for name in RUNTIMES if importlib.util.find_spec(name)]
         if not there:
-            raise ImportError("checking ONNX needs onnxruntime or openvino: pip install 'dyntoken[export]'")
+            raise ImportError("checking ONNX needs onnxruntime or openvino: pip install onnxruntime")
         for name in there:
             yield f"{stem}.onnx", name, onnx_step(folder, about, name)
 

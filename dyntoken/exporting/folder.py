@@ -50,7 +50,7 @@ def export(
     Args:
       model: from `create_model`; it is exported in evaluation, with its `keep`.
       variables: of the model.
-      path: folder, local or a URI; an earlier export there is replaced.
+      path: folder, local or a URI; an earlier export there is replaced, other files are left alone.
       platforms: of "cpu", "cuda", "rocm" and "tpu".
       normalise: programs take uint8 `[B, H, W, C]` and normalise it themselves;
         otherwise normalised float32.
@@ -59,8 +59,9 @@ def export(
       class_names: one per class, or none.
 
     Raises:
-      ValueError: an unknown platform or format, class names of another number, or
-        for ONNX an operation or type that there is no node for.
+      ValueError: an unknown platform or format, class names of another number, a
+        file of another kind in the way, or for ONNX an operation or type that there
+        is no node for.
       ImportError: ONNX without the package onnx.
     """
     for what, given, known in (("platform", platforms, PLATFORMS), ("format", formats, FORMATS)):
@@ -71,6 +72,9 @@ def export(
                 raise registry.UnknownNameError(f"unknown {what} {one!r}: {registry.suggest(one, known)}")
     if class_names and len(class_names) != model.num_classes:
         raise ValueError(f"{len(class_names)} class names for {model.num_classes} classes")
+    folder = paths.resolve(path)
+    earlier = present(folder)
+    replaced = [] if earlier is None else _files(earlier)
     how = preprocess or preprocessing.preprocess(model)
     weights = flat_variables(variables)
     parts = programs(model, weights, how if normalise else None)
@@ -100,7 +104,9 @@ def export(
         "parameters": sum(value.size for value in weights.values()),
         "versions": versions,
     }
-    folder = paths.resolve(path)
+    for name in (*files, *([WEIGHTS] if "jax" in formats else [])):
+        if name not in replaced and (folder / name).exists():
+            raise ValueError(f"{folder / name} is there and of no export: give another folder, or move it")
     remove(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if "jax" in formats:
@@ -111,19 +117,47 @@ def export(
     (folder / ABOUT).write_text(json.dumps(about, indent=2) + "\n")  # last: what it names is there
 
 
+def present(path: Any) -> dict[str, Any] | None:
+    """What `model.json` of a folder says, None without one.
+
+    Raises:
+      ValueError: it is not one that `export` wrote.
+    """
+    folder = paths.resolve(path)
+    if not (folder / ABOUT).exists():
+        return None
+    try:
+        about = json.loads((folder / ABOUT).read_text())
+        summary(about), _files(about)
+    except (ValueError, LookupError, TypeError, AttributeError):
+        raise ValueError(f"{folder / ABOUT} is not of an export: give another folder") from None
+    return about
+
+
+def _files(about: Mapping[str, Any]) -> list[str]:
+    """Names of the files beside `model.json`."""
+    parts = (name for one in about["programs"] for name in (*one["jax"].values(), one["onnx"]))
+    names = [epath.Path(name).name for name in (about["weights"], *parts) if name]
+    return [
+        name for name in names if name == WEIGHTS or name.endswith((".jax", ".onnx"))
+    ]  # what export writes
+
+
+def summary(about: Mapping[str, Any]) -> str:
+    """What an export is for, in words: `cpu, tpu, onnx; float32`."""
+    forms = [*about["programs"][0]["jax"], *(["onnx"] if about["programs"][0]["onnx"] else [])]
+    return f"{', '.join(forms)}; {about['programs'][0]['inputs'][IMAGES]['type']}"
+
+
 def remove(path: Any) -> None:
     """Deletes the files of an export, and its folder where nothing else is in it."""
     folder = paths.resolve(path)
-    if not (folder / ABOUT).exists():
+    about = present(folder)
+    if about is None:
         return
-    about = json.loads((folder / ABOUT).read_text())
     (folder / ABOUT).unlink()
-    names = [
-        about["weights"],
-        *(name for one in about["programs"] for name in (*one["jax"].values(), one["onnx"])),
-    ]
-    for name in filter(None, names):
-        (folder / epath.Path(name).name).unlink(missing_ok=True)  # never what lies elsewhere
+    for name in _files(about):
+        (folder / name).unlink(missing_ok=True)
     if not any(folder.iterdir()):
         folder.rmdir()
 

@@ -30,7 +30,7 @@ def to_onnx(part: Program, weights: Mapping[str, Any]) -> bytes:
     try:
         import onnx
     except ImportError as error:
-        raise ImportError("writing ONNX needs the package onnx: pip install 'dyntoken[export]'") from error
+        raise ImportError("writing ONNX needs the package onnx: pip install onnx") from error
     with backend.trace_for("onnx"):
         closed = jax.make_jaxpr(lambda inputs: part.run(weights, inputs))(part.inputs)
     graph = Graph(part.inputs)

@@ -20,7 +20,7 @@ PEERS = {
 }
 INSTALL = {
     "torch": "pip install torch",
-    "onnxruntime": "pip install 'dyntoken[export]'",
+    "onnxruntime": "pip install onnx onnxruntime",
     "openvino": "pip install onnx openvino",
 }
 # Fields of a ViT that say how large it is, or nothing of what it computes.

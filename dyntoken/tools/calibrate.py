@@ -94,6 +94,20 @@ def classes(args: argparse.Namespace) -> int:
     return data.info(args.data, args.data_dir).num_classes
 
 
+def check_data(args: argparse.Namespace, split: str) -> None:
+    """Reads a picture of a split: what is missing is said ahead of all that takes time.
+
+    Raises:
+      ValueError: no such data set or split, or not on this disk.
+    """
+    from dyntoken import data
+
+    found = data.eval_batches(
+        args.data, split=split, batch=1, size=(32, 32), shards=1, data_dir=args.data_dir
+    )
+    next(iter(found))
+
+
 class Judge:
     """Judges reduced models by pictures.
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -35,13 +36,13 @@ class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line; exit status 2.
 
     Args:
-      program: name of its module.
+      prog: the command that it is of.
       text: what it does, and after a line "examples:" some commands.
     """
 
-    def __init__(self, program: str, text: str):
+    def __init__(self, prog: str, text: str):
         super().__init__(
-            prog=f"python -m {program}",
+            prog=prog,
             description=text,
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
@@ -65,8 +66,10 @@ def tool(
     report: Callable[[Any], str],
     *,
     moved: Mapping[str, str] | None = None,
-) -> Callable[[Sequence[str] | None], int]:
+) -> Callable[..., int]:
     """The `main` of a program: from arguments (by default those of the process) to the exit status.
+
+    `main(argv, prog)` calls itself `prog` in messages, by default `python -m` and the module.
 
     Args:
       name: `__spec__.name` of its module, which holds under `python -m`, too.
@@ -78,9 +81,9 @@ def tool(
       moved: options that have become programs of their own, by name.
     """
 
-    def main(argv: Sequence[str] | None = None) -> int:
+    def main(argv: Sequence[str] | None = None, prog: str = f"python -m {name}") -> int:
         argv = sys.argv[1:] if argv is None else list(argv)
-        parser = Parser(name, text)
+        parser = Parser(prog, text)
         arguments(parser)
         parser.add_argument("--json", action="store_true", help="print the result as JSON")
         parser.add_argument("--compilation_cache", default="", metavar="FOLDER", help=compilation_cache.HELP)
@@ -155,6 +158,22 @@ def add_prefer(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def is_folder(name: str) -> bool:
+    """Whether NAME is a folder, where the workdir of a run may stand, not a model.
+
+    Raises:
+      ValueError: a path to nothing.
+    """
+    from dyntoken import paths
+
+    if "/" not in name and os.sep not in name:
+        return os.path.isdir(name)
+    path = paths.resolve(name)
+    if not path.exists():
+        raise ValueError(f"no run in {name}: give the workdir of a training run")
+    return path.is_dir()
+
+
 def overrides(args: argparse.Namespace) -> dict[str, Any]:
     """The keywords of `create_model` that were given."""
     named = {key: getattr(args, key) for key in ("keep", "at", "img_size", "fuse")}
@@ -201,6 +220,11 @@ def assignment(text: str) -> tuple[str, Any]:
     if not equals or not key.isidentifier():
         raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
     return key, schema.Text(value)
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 picture`, `2 pictures`."""
+    return f"{number} {noun}{'s' * (number != 1)}"
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:

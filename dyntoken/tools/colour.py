@@ -27,6 +27,8 @@ def remark(paths: Sequence[str], channels: int) -> str | None:
     names = ", ".join(odd[:3]) + (", ..." if len(odd) > 3 else "")
     what, trained = ("in colour", "grey") if channels == 1 else ("grey", "colour")
     seen = f"{len(odd)} of {len(paths)} pictures looked at are {what} ({names})"
+    if len(paths) == 1:
+        seen = f"{names} is {what}"
     return f"{seen}, the model was trained on {trained} ones"
 
 

@@ -7,7 +7,8 @@ the place of NAME and --weights, the workdir of a run says both.
 
 A program for a platform that is not at hand is checked by its operators, run
 here. Where two scores are equal to the accuracy of float32, another row may be
-kept, or go to another host: such images are counted under "ties".
+kept, or go to another host: such images are counted under "ties". An earlier
+export in the folder is replaced, which is said.
 
 examples:
   python -m dyntoken.tools.export runs/mine --out=exported
@@ -19,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import os
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -70,6 +70,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     from dyntoken import exporting
     from dyntoken.exporting import folder
 
+    before = folder.present(args.out)
     model, variables, about = _opened(args)
     exporting.export(model, variables, args.out, args.platforms, args.normalise, formats=args.format, **about)
     try:
@@ -84,7 +85,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         }
         for one in checked
     ]
-    result = {"written": args.out, "checked": rows, "sites": len(model.sites())}
+    images = folder.read_about(folder.paths.resolve(args.out))["programs"][0]["inputs"][folder.IMAGES]
+    result = {"written": args.out, "checked": rows, "sites": len(model.sites()), "input": images}
+    result["replaced"] = folder.summary(before) if before else None
     result["failed"] = [f"{line}; {args.out} is deleted" for line in exporting.disagreements(checked)]
     if result["failed"]:
         folder.remove(args.out)
@@ -97,7 +100,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 def _opened(args: argparse.Namespace) -> tuple[Model, Any, dict[str, Any]]:
     """The model, its variables, and what is known of its images and classes."""
-    if os.path.isdir(args.name):
+    if cli.is_folder(args.name):
         if args.weights or cli.overrides(args):
             raise cli.UsageError(
                 f"{args.name} is a run's workdir, which says all itself; to change its model, give the model's "
@@ -169,7 +172,11 @@ def report(found: dict[str, Any]) -> str:
                 [one["file"], one["how"], str(one["batch"]), f"{one['ms']:.2f}", f"{one['speed_up']:.2f}"]
             )
         parts.append(cli.table(rows))
-    return "\n\n".join([*parts, *([] if found["failed"] else [f"written: {found['written']}"])])
+    said = [f"replaced what was in {found['written']}: {found['replaced']}"] if found["replaced"] else []
+    if not found["failed"]:
+        shape = ", ".join(map(str, found["input"]["shape"]))
+        said += [f"input: {found['input']['type']} [{shape}]", f"written: {found['written']}"]
+    return "\n\n".join([*parts, *(["\n".join(said)] if said else [])])
 
 
 main = cli.tool(__spec__.name, __doc__, arguments, measure, report)

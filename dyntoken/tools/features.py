@@ -41,6 +41,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     writers = {".npz": parts.write_npz, ".parquet": parts.write_parquet}
     if args.out.suffix not in writers:
         raise cli.UsageError(f"--out={args.out}: give a file that ends in {' or '.join(writers)}")
+    pictures.take_run(args)
     paths = pictures.listed(args.picture)
     predictor = pictures.predictor(args, features=True, tokens=args.tokens)
     pictures.remark(paths, predictor)
@@ -64,7 +65,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 def report(found: dict[str, Any]) -> str:
     """One line."""
-    return f"written: {found['written']}, {found['pictures']} pictures, {found['width']} features of each"
+    count = cli.counted(found["pictures"], "picture")
+    return f"written: {found['written']}, {count}, {cli.counted(found['width'], 'feature')} of each"
 
 
 main = cli.tool(__spec__.name, __doc__, arguments, measure, report)

@@ -28,7 +28,10 @@ BATCHES = 16  # in a part: what is read, predicted and written at a time
 def add(parser: cli.Parser) -> None:
     """The pictures, the weights, and how many at a time."""
     parser.add_argument(
-        "picture", metavar="FOLDER_OR_IMAGE", nargs="+", help="picture file, or folder of them"
+        "picture",
+        metavar="FOLDER_OR_IMAGE",
+        nargs="+",
+        help="picture file, or folder of them; a run's workdir ahead of them is --workdir",
     )
     parser.add_argument("--workdir", help="folder of a training run")
     parser.add_argument("--step", default="newest", help="checkpoint: newest, best or a number")
@@ -41,6 +44,24 @@ def add(parser: cli.Parser) -> None:
     )
     cli.add_model_options(parser)
     parser.add_argument("--batch", type=cli.positive, default=32, help="pictures at a time (default: 32)")
+
+
+def take_run(args: argparse.Namespace) -> None:
+    """A run's workdir ahead of the pictures becomes `--workdir`, where neither it nor --weights is given.
+
+    Raises:
+      UsageError: nothing is left.
+    """
+    from dyntoken import paths, workdirs
+
+    if args.workdir is not None or args.weights is not None:
+        return
+    path = paths.resolve(args.picture[0])
+    if not path.is_dir() or not workdirs.numbered(path / workdirs.FOLDER):
+        return
+    args.workdir, *args.picture = args.picture
+    if not args.picture:
+        raise cli.UsageError(f"{args.workdir} is a run: which pictures?")
 
 
 def predictor(args: argparse.Namespace, **options: Any) -> Predictor:

@@ -53,6 +53,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     """The classes of each picture, and a line for each file that is none."""
     from dyntoken.tools import parts
 
+    pictures.take_run(args)
     paths = pictures.listed(args.picture)
     top = args.top or (5 if args.out else 1)
     predictor = pictures.predictor(args, top=top, thresholds=args.thresholds, rule=args.rule)

@@ -1,9 +1,9 @@
 """Pictures of what a model keeps.
 
 A row per IMAGE: the image, what is left of it after each stage, which patch stands for which, and the
-scores that decided. NAME is a model, a run's workdir, which says its weights itself, or, where the
-weights say what model they are, a method alone (also with options, evit:fuse=drop). --vs puts other
-models or methods below. With --html, also a page with a slider over keep rates, on which the patches
+scores that decided. NAME is a model; a run's workdir, or a file of weights that says what model it is of; or, with such
+--weights, a method alone (also with options, evit:fuse=drop). --vs puts other models or methods
+below. With --html, also a page with a slider over keep rates, on which the patches
 that a token stands for light up.
 
 IMAGE is a picture file, or data:INDEX for a picture of a data set's test split
@@ -15,7 +15,7 @@ sees under a recipe by show_augmentation.
 examples:
   python -m dyntoken.tools.show runs/mine cat.jpg
   python -m dyntoken.tools.show etps --weights=dinov2_small --img_size=336 --vs=evit cat.jpg --html=cat.html
-  python -m dyntoken.tools.show dtps_vit_mini_patch4_28 --weights=runs/demo fashion_mnist_mini:7
+  python -m dyntoken.tools.show runs/demo fashion_mnist_mini:7
   python -m dyntoken.tools.show evit_deit_small_patch16_224 --weights=evit.pth cat.jpg dog.jpg --out=both.png
 """
 
@@ -147,10 +147,11 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
         together = [row for number in numbers for row in itertools.chain(*found[number])]
         save(token_strips.strip(together, title=title), path, args.colours)
         for row in together:
-            patches = [fate.summary() for fate in row.fates]
+            named = zip(row.stages, row.fates, strict=True)
+            patches = [f"{stage}: {fate.summary()}" for stage, fate in named]
             results.append(
                 {"file": str(path), "image": row.name, "model": row.label or title, "says": row.caption}
-                | {"patches": patches}
+                | {"patches": patches, "drawn": row.drawn()}
             )
     if args.html:
         results.append({"file": str(args.html), "patches": [write_page(args, models, pictures, title)]})
@@ -204,7 +205,8 @@ def write_page(
     args.html.parent.mkdir(parents=True, exist_ok=True)
     text = token_page.page(of_rates, rates, start=start, title=f"What is left: {title}")
     args.html.write_text(text)
-    return f"{len(pictures)} pictures, {len(rates)} keep rates, {len(text) / 1e3:.0f} kB"
+    counts = f"{cli.counted(len(pictures), 'picture')}, {cli.counted(len(rates), 'keep rate')}"
+    return f"{counts}, {len(text) / 1e3:.0f} kB"
 
 
 def read(text: str, model: Model, trained_on: str | None = None, weights: str | None = None) -> Picture:
@@ -287,11 +289,12 @@ def views(model: Any, out: Any) -> list[tuple[str, Any, tuple[Any, ...], tuple[i
 
 
 def report(found: list[dict[str, Any]]) -> str:
-    """A line per file, image and model."""
+    """A line per file, image and model; of many sites those in the picture."""
     lines = []
     for row in found:
         about = ", ".join(row[key] for key in ("image", "model", "says") if row.get(key))
-        lines.append(f"{row['file']}: {about + ': ' if about else ''}{'; '.join(row['patches'])}")
+        patches = [row["patches"][site] for site in row.get("drawn", (0,))]
+        lines.append(f"{row['file']}: {about + ': ' if about else ''}{'; '.join(patches)}")
     return "\n".join(lines)
 
 

@@ -58,8 +58,10 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Measures the rows that are not there yet, and draws them all."""
     if wrong := [rate for rate in args.keep if not 0 < rate <= 1]:
         raise ValueError(f"--keep={wrong[0]}: keep rates lie in (0, 1]")
+    calibrate.check_data(args, args.split)  # what is refused is refused before anything is computed
     dense, variables = calibrate.load(args)
-    calibrate.classes(args)  # what is refused is refused before anything is computed
+    if dense.num_classes != calibrate.classes(args):
+        calibrate.check_data(args, args.gallery)
     table = Table(args.out, {key: str(value) for key, value in vars(args).items() if key in PLAN})
     clock = calibrate.Clock(args, dense, variables)
     if args.retime:

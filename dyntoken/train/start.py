@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from etils import epath
 
 from dyntoken import paths, weights
@@ -172,6 +173,7 @@ def load_init(run: Run, log: Log, load: Callable[..., Any] = load_for_training) 
     with _naming("init.path", "or --config.init.path= (empty) to train from scratch"):
         variables, report = all_or_none(lambda: load(run.model, path, **options), _checksum)
     log(f"initial weights: {report}")
+    _compare_pixels(run, path, options.get("step", "newest"), log)
     return variables
 
 
@@ -186,6 +188,7 @@ def load_teacher(run: Run, log: Log) -> Tree:
             lambda: weights.load_weights(run.teacher, path, return_report=True), _checksum
         )
     log(f"teacher: {report}")
+    _compare_pixels(run, path, "newest", log)
     return sharding.replicate(variables, run.mesh)
 
 
@@ -198,6 +201,18 @@ def _naming(key: str, otherwise: str) -> Iterator[None]:
         near = f"{error.near}, another " if error.near else ""
         remedy = f"give --config.{key}={near}FILE, FOLDER or hf:ORG/NAME, {otherwise}: see docs/howto.md"
         raise weights.NoWeightsError(error.name, None, remedy) from error
+
+
+def _compare_pixels(run: Run, path: Any, step: int | str, log: Log) -> None:
+    """A line where weights are of pixels with another mean or deviation than the run's."""
+    told = weights.images_of(path, step)
+    for name, own in zip(("mean", "std"), run.normalization, strict=True):
+        theirs = told.get(name, own)
+        if len(theirs) == len(own) and not np.allclose(theirs, own, atol=1e-3):
+            said = ",".join(f"{value:g}" for value in theirs)
+            log(
+                f"warning: {path} had pixels of another {name}: --config.data.{name}={said} gives it the same"
+            )
 
 
 def _checksum(loaded: tuple[Tree, Any]) -> dict[str, Any]:

@@ -129,10 +129,15 @@ def load_pretrained(
     return (model, variables, report) if return_report else (model, variables)
 
 
-def prepared(model: Any, source: Any, step: int | str = "newest") -> Any:
-    """The model, with what a run or the files of weights say of images, for who loads them by `load_weights`."""
+def images_of(source: Any, step: int | str = "newest") -> dict[str, Any]:
+    """What a run or the files of weights say of images: fields of `preprocessing.Preprocess`."""
     _, beside, path = _opened(source, None)
-    fields = _told(path, step, *beside).fields
+    return _told(path, step, *beside).fields
+
+
+def prepared(model: Any, source: Any, step: int | str = "newest") -> Any:
+    """The model, with `images_of` the source, for those who load it by `load_weights`."""
+    fields = images_of(source, step)
     return model.clone(prepared=tuple(sorted(fields.items()))) if fields else model
 
 

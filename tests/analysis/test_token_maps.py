@@ -35,7 +35,7 @@ def test_fate_of_absorbed_and_dropped_patches():
     assert fate.host.tolist() == [0, 4, 4, 0, 4, -1, -1, -1, 8]
     assert np.nonzero(fate.absorbed)[0].tolist() == [1, 2, 3]
     assert np.nonzero(fate.dropped)[0].tolist() == [5, 6, 7]
-    assert fate.summary() == "3 of 9 kept, 3 absorbed by 2 hosts, 3 dropped"
+    assert fate.summary() == "3 of 9 patches kept, 3 absorbed by 2 hosts, 3 dropped"
 
 
 def test_the_mask_form_tells_the_same():
@@ -49,7 +49,7 @@ def test_fate_of_fused_patches():
     fate = token_maps.fate(reduction([0, 1, 2, 2, 2, 2, 2, 2, 2], [0, 1, -1]))
     assert fate.fused.tolist() == [False] * 2 + [True] * 7
     assert not fate.absorbed.any() and not fate.dropped.any()
-    assert fate.summary() == "2 of 9 kept, 7 fused into one token"
+    assert fate.summary() == "2 of 9 patches kept, 7 in 1 fused token"
 
 
 def test_a_reduction_without_addresses_is_refused():

@@ -54,7 +54,7 @@ def test_ranks_and_heat():
 
 def test_groups_have_the_mean_colour_of_their_pixels():
     fate = token_maps.fate(STAGES[0])
-    assert (fate.tokens, token_maps.fate(STAGES[1]).tokens) == (3, 2)
+    assert fate.summary() == "2 of 6 patches kept, 2 absorbed by 1 host, 2 in 1 fused token"
     np.testing.assert_allclose(token_strips.cells(RGB, GRID)[:, 0], [0.05, 0.25, 0.45] * 2)
     means = token_strips.means(RGB, fate)
     np.testing.assert_allclose(means[:, 0], [0.25, 0.25, 0.25, 0.05, 0.35, 0.35])
@@ -73,10 +73,13 @@ def test_a_strip_has_a_row_per_image_and_at_most_three_stages(tmp_path):
     assert len(figure.axes) == 5 + 6
     assert "cat, 90 %" in words and "a" in words and "two" in words
     assert [w for w in words if w.startswith("block")] == [
-        "block 1: 3 of 6 tokens",
-        "block 2: 2 of 6 tokens",
-        *(f"block {n}: 3 of 6 tokens" for n in (0, 3, 6)),
+        "block 1: 2 kept + 1 fused",
+        "block 2: 1 kept + 1 fused",
+        *(f"block {n}: 2 kept + 1 fused" for n in (0, 3, 6)),
     ]
+    without = [reduction([0, 0, 0, 1, 1, 1], [0, 3], FIRST["scores"])]
+    figure = token_strips.strip([token_strips.row(RGB, without, ["block 4"])])
+    assert "block 4: 2 of 6 kept" in [text.get_text() for text in figure.texts]
     figures.save(figure, tmp_path / "x.png")
     assert (tmp_path / "x.png").stat().st_size > 1000
     with pytest.raises(ValueError, match="nothing to draw"):

@@ -48,6 +48,31 @@ def test_a_folder_says_what_it_holds(made):
     assert {file.name for file in path.iterdir()} == files
 
 
+def test_files_of_others_are_left_alone(tmp_path):
+    """A `model.json` of another program, and a checkpoint under the name that the weights get."""
+    model = model_of(NAME)
+    variables = variables_of(model)
+    about = tmp_path / "a" / "model.json"
+    about.parent.mkdir()
+    for text in ('{"format": "layers-model", "weightsManifest": []}', "{}", "[1]", "no JSON"):
+        about.write_text(text)
+        with pytest.raises(ValueError, match=r"model\.json is not of an export: give another folder"):
+            dyntoken.export(model, variables, about.parent, ("cpu",))
+        assert about.read_text() == text
+    kept = tmp_path / "b" / "weights.safetensors"
+    kept.parent.mkdir()
+    kept.write_text("mine")
+    with pytest.raises(ValueError, match=r"weights\.safetensors is there and of no export"):
+        dyntoken.export(model, variables, kept.parent, ("cpu",))
+    assert [file.name for file in kept.parent.iterdir()] == [kept.name] and kept.read_text() == "mine"
+    named = {"weights": "../b/weights.safetensors", "programs": [{"jax": {"cpu": "notes.txt"}, "onnx": None}]}
+    named["programs"][0]["inputs"] = {"images": {"type": "float32"}}
+    (tmp_path / "a" / "notes.txt").write_text("mine")
+    about.write_text(json.dumps(named))
+    folders.remove(about.parent)
+    assert kept.exists() and (tmp_path / "a" / "notes.txt").exists() and not about.exists()
+
+
 ALONE = """
 import sys
 sys.modules["dyntoken"] = sys.modules["flax"] = None  # an import of either is an error

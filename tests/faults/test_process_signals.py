@@ -12,6 +12,8 @@ import time
 
 import pytest
 
+from dyntoken import interrupt
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 RECIPE = """
 from tests.train.tiny import tiny_config
@@ -182,6 +184,19 @@ def test_an_event_loop_does_not_swallow_a_signal(tmp_path):
     program = Program(tmp_path, "program")
     program.wait_for("ready")
     assert program.stop(signal.SIGTERM) == (143, ["terminated"])
+
+
+def test_of_several_processes_the_clusters_handler_stays():
+    """It is set from C, where Python does not see it: to be replaced is to be lost."""
+    before = [signal.getsignal(signum) for signum in interrupt.SIGNALS]
+    stop = interrupt.Stop(several=True)
+    with stop:
+        during = [signal.getsignal(signum) for signum in interrupt.SIGNALS]
+    assert during[1] == before[1] and during[0] != before[0]
+    assert [signal.getsignal(signum) for signum in interrupt.SIGNALS] == before
+    stop.signum = signal.SIGTERM
+    stop.check()  # it is for all of them to stop, not for this one
+    assert not stop.asked
 
 
 NOTEBOOK = """

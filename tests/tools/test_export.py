@@ -33,7 +33,26 @@ def test_a_table_of_what_was_checked(words, tmp_path, capsys, monkeypatch):
     assert [row[:3] for row in rows] == [["model.cpu.jax", "jax", "1"], ["model.cpu.jax", "jax", "7"]]
     assert all(row[-3:] == ["equal", "0", "agrees"] for row in rows)
     assert [line.split()[-3] for line in times.splitlines()[1:]] == ["1", "1", "2", "2"]
-    assert written == f"written: {tmp_path}" and (tmp_path / "model.cpu.jax").exists()
+    assert written == f"input: float32 [b, 16, 16, 3]\nwritten: {tmp_path}"
+    assert (tmp_path / "model.cpu.jax").exists()
+
+
+def test_what_was_there_is_replaced_and_said(words, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(export, "BATCHES", (1,))
+    program = {"name": "model", "jax": {p: f"model.{p}.jax" for p in ("cuda", "tpu")}, "onnx": "model.onnx"}
+    program["inputs"] = {"images": {"shape": ["b", 16, 16, 3], "type": "float32"}}
+    about = {"weights": "weights.safetensors", "programs": [program]}
+    (tmp_path / "model.json").write_text(json.dumps(about))
+    for name in ("model.cuda.jax", "model.onnx", "notes.onnx"):
+        (tmp_path / name).touch()
+    assert export.main([*words, f"--out={tmp_path}", "--normalise"]) == 0
+    *_, said = capsys.readouterr().out.strip().split("\n\n")
+    assert said == (
+        f"replaced what was in {tmp_path}: cuda, tpu, onnx; float32\n"
+        f"input: uint8 [b, 16, 16, 3]\nwritten: {tmp_path}"
+    )
+    names = {"model.cpu.jax", "model.json", "weights.safetensors", "notes.onnx"}
+    assert {file.name for file in tmp_path.iterdir()} == names
 
 
 def test_what_disagrees_is_deleted(words, tmp_path, capsys, monkeypatch):
@@ -62,6 +81,7 @@ def test_onnx_and_pixels(words, tmp_path, capsys, monkeypatch):
     [
         ([NAME, "--out=x"], 2, "give --weights, or a run's workdir"),
         ([NAME, "--out=x", "--weights=none.npz"], 1, "none.npz"),
+        (["runs/min", "--out=x"], 1, "no run in runs/min: give the workdir of a training run"),
         ([".", "--out=x", "--keep=0.5"], 2, "give the model's NAME and --weights=."),
         ([NAME], 2, "required: --out"),
     ],

@@ -58,6 +58,25 @@ def test_of_some_the_others_are_predicted_by_one_program(compilations, tmp_path,
     assert compilations == [(2, 8, 8, 3)]
 
 
+def test_a_run_ahead_of_the_pictures_is_the_workdir(compilations, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "mine" / "checkpoints" / "3").mkdir(parents=True)
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (9, 9), (250, 210, 190)).save(tmp_path / "photos" / "a.png")
+    assert predict.main(["runs/mine", "photos", "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)["predictions"]
+    assert row["classes"][0]["class"] == "light" and row["file"] == "photos/a.png"
+    for words, message in (
+        (["runs/mine"], "runs/mine is a run: which pictures?"),
+        (["photos", "photos"], "give --workdir, or --weights"),
+    ):
+        with pytest.raises(SystemExit):
+            predict.main(words)
+        assert message in capsys.readouterr().err
+    assert predict.main(["--workdir=runs/mine", "runs/mine", "photos"]) == 1
+    assert "no picture in this folder" in capsys.readouterr().err
+
+
 def test_of_a_folder_of_transformers(tmp_path, capsys):
     """Model, pixels and class names by the files in it."""
     model = made.model(norm_eps=1e-12)

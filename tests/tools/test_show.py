@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 import dyntoken
-from dyntoken import data
+from dyntoken import data, train
 from dyntoken.analysis import timing
-from dyntoken.tools import show
+from dyntoken.tools import convert, show
 from dyntoken.weights import save_weights
+from tests.train.tiny import DTPS, tiny_config
 
 Image = pytest.importorskip("PIL.Image")
 pytest.importorskip("matplotlib")
@@ -43,7 +44,8 @@ def test_pictures_of_a_data_set_depend_on_image_and_keep(weights, tmp_path, caps
         == 0
     )
     out = capsys.readouterr().out.splitlines()
-    assert "34 of 49 kept, 15 absorbed by" in out[0] and "9 of 49 kept, 40 absorbed by" in out[2]
+    assert "block 1: 34 of 49 patches kept, 15 absorbed by" in out[0]
+    assert "block 2: 4 of 49 patches kept, 45 absorbed by" in out[2]
     first, second = (pixels(tmp_path / "a" / f"fashion_mnist_mini_{i}.png") for i in (0, 3))
     other = pixels(tmp_path / "b" / "fashion_mnist_mini_0.png")
     assert first.shape == second.shape == other.shape
@@ -74,7 +76,7 @@ def test_methods_side_by_side_and_their_page(tmp_path, capsys):
     assert show.main(["etps", "--vs=evit:fuse=drop", *words, "--rates=0.5,0.9,0.5"]) == 0
     first, second, last = capsys.readouterr().out.splitlines()
     assert "absorbed by" in first and "dropped" in second and "evit:fuse=drop" in second
-    assert last.startswith(f"{page}: 1 pictures, 2 keep rates")
+    assert last.startswith(f"{page}: 1 picture, 2 keep rates")
     packed = re.search(r'json">(.*?)</script>', page.read_text(), re.S)[1]
     data = json.loads(packed)
     assert data["rates"] == [0.9, 0.5] and data["models"] == ["etps", "evit:fuse=drop"]
@@ -85,6 +87,61 @@ def test_methods_side_by_side_and_their_page(tmp_path, capsys):
     assert show.main(["etps", *words, "--rates=0.5,2"]) == 1
     assert show.main(["etps", "--vs=vit_mini_patch4_28", *words]) == 1
     assert "vit_mini_patch4_28 is dense" in capsys.readouterr().err
+
+
+def test_of_many_sites_those_in_the_picture_are_printed():
+    row = {"file": "a.png", "model": "tome", "patches": [f"block {n}: x" for n in range(12)]}
+    assert show.report([{**row, "drawn": [0, 6, 11]}]) == "a.png: tome: block 0: x; block 6: x; block 11: x"
+
+
+@pytest.fixture(scope="module")
+def own_run(tmp_path_factory):
+    """The workdir of one step of a model with one site, where its name alone has three."""
+    workdir = tmp_path_factory.mktemp("trained") / "mine"
+    model = {"name": DTPS, "width": 8, "depth": 4, "heads": 2, "at": (2,), "keep": 0.5}
+    train.run(tiny_config(steps=1, model=model), workdir, log=lambda line: None)
+    return workdir
+
+
+@pytest.mark.thorough
+def test_a_run_says_what_its_model_is(own_run, tmp_path, capsys):
+    """In the place of NAME, as weights of its own model, and as a file made of it."""
+    file, photo = tmp_path / "w.safetensors", tmp_path / "cat.png"
+    noise = np.random.default_rng(0).integers(0, 256, (24, 20, 3), np.uint8)  # no patch like another: no ties
+    Image.fromarray(noise).save(photo)
+    assert convert.main([str(own_run), str(file)]) == 0
+    capsys.readouterr()
+    said = []
+    for words in ([str(own_run)], [DTPS, f"--weights={own_run}"], [str(file)]):
+        assert show.main([*words, str(photo), f"--out={tmp_path}", "--json"]) == 0
+        (row,) = json.loads(capsys.readouterr().out)
+        said.append(row["patches"])
+    assert said[0] == said[1] == said[2] and len(said[0]) == 1
+    assert said[0][0].startswith("block 2: 2 of 4 patches kept, 2 absorbed by")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("etp", "unknown model or method 'etp': did you mean etps"),
+        ("deit_smal_patch16_224", "did you mean deit_small_patch16_224"),
+        ("dtsp_deit_small_patch16_224", "unknown method 'dtsp': did you mean dtps"),
+        ("runs/min", "no run in runs/min: give the workdir of a training run"),
+        ("none.safetensors", "none.safetensors: no such file"),
+    ],
+)
+def test_a_name_of_nothing(name, message, capsys):
+    assert show.main([name, "--weights=w.npz", "cat.jpg"]) == 1
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_a_file_of_a_dense_model_needs_a_method(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    dense = dyntoken.create_model("vit_mini_patch4_28", width=24, depth=3, heads=2)
+    save_weights("w.safetensors", timing.random_variables(dense), model=dense)
+    assert show.main(["w.safetensors", "fashion_mnist_mini:7"]) == 1
+    assert "keeps every token: name METHOD --weights=w.safetensors" in capsys.readouterr().err
 
 
 def test_a_file_that_is_no_picture(tmp_path, capsys):
@@ -131,5 +188,5 @@ def test_a_cascade_gets_a_row_per_reduced_exit(tmp_path, capsys):
     assert show.main([*arguments, f"--out={tmp_path / 'a'}"]) == 0
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["fashion_mnist_mini_0.png"]
     told = capsys.readouterr().out
-    assert told.count("8 of 16 kept, 8 absorbed by") == 1
+    assert told.count("8 of 16 patches kept, 8 absorbed by") == 1
     assert re.search(r"fashion_mnist_mini_0, exit 1, .* \d+ %", told)  # its class and confidence

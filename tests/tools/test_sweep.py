@@ -63,6 +63,13 @@ def test_what_is_wrong_is_said_before_anything_is_computed(tmp_path, capsys, wor
     assert says in said and said.count("\n") == 1
 
 
+def test_missing_data_is_said_before_weights_are_read(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sweep.calibrate, "load", None)
+    words = ["--data=fashion_mnist_mini", "--split=dev", f"--out={tmp_path / 'out'}"]
+    assert sweep.main(["none.npz", *words]) == 1
+    assert "dev" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
 def test_a_folder_of_another_sweep_is_left_alone(tmp_path, capsys):
     (tmp_path / "sweep.json").write_text("{}")
     assert sweep.main([*WORDS, "--methods=etps", f"--out={tmp_path}"]) == 1

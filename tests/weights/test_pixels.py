@@ -13,6 +13,7 @@ import dyntoken
 from dyntoken import exporting, preprocessing, train, weights
 from dyntoken.checkpoints import Checkpoints
 from dyntoken.tools import convert, predict, show
+from dyntoken.train import start
 from dyntoken.weights import pixels
 from tests.train.tiny import DTPS, tiny_config
 from tests.weights import made
@@ -212,6 +213,19 @@ def test_what_a_run_leaves_open_is_the_evaluations_default(run):
         name: getattr(fields, name) for name in pixels.FIELDS
     }
     assert runs.of_images({"config": {}}) == {}
+
+
+def test_training_says_where_its_pixels_are_others(run):
+    config = tiny_config(model__name=DTPS, model__depth=2, model__at=(1,), data__size=24)
+    config["init"] = {"path": str(run), "head": "reset"}
+    lines = []
+    start.load_init(train.build(config), lines.append)
+    wanted = "had pixels of another std: --config.data.std=0.1,0.2,0.3 gives it the same"
+    assert [line.endswith(wanted) for line in lines if line.startswith("warning")] == [True]  # means agree
+    config["data"].update({"mean": HALF, "std": (0.1, 0.2, 0.3)})
+    lines.clear()
+    start.load_init(train.build(config), lines.append)
+    assert len(lines) == 1
 
 
 @pytest.mark.thorough
