@@ -3,11 +3,13 @@
     python -m dyntoken.main --config=configs/tps_deit.py:demo --workdir=runs/demo
     python -m dyntoken.main --config=configs/tps_deit.py --config.optim.lr=5e-4 --dry_run
     python -m dyntoken.main --config=configs/tps_deit.py:demo --workdir=runs/demo --mode=eval --step=best
+    python -m dyntoken.main --mode=eval --workdir=runs/demo
 
-Rerunning a command resumes it. An evaluation also writes predictions, accuracy by class and a confusion
-matrix into WORKDIR/eval, or where --out says. What follows the colon are arguments of the recipe, which its
-head describes. `--config.KEY=VALUE` sets any key of the config, whether the recipe names it or
-not: numbers, True, None, text, sequences as 3-6-9 or 3,6,9 or (3, 6, 9), sizes as 224x320.
+Rerunning a command resumes it. The evaluation of a run needs no --config: the run keeps its own. An
+evaluation also writes predictions, accuracy by class and a confusion matrix into WORKDIR/eval, or where
+--out says. What follows the colon are arguments of the recipe, which its head describes.
+`--config.KEY=VALUE` sets any key of the config, whether the recipe names it or not: numbers, True,
+None, text, sequences as 3-6-9 or 3,6,9 or (3, 6, 9), sizes as 224x320.
 The keys: configs/common.py has them with their defaults, dyntoken/train/settings.py says what
 they mean, and `--config=FILE[:arguments] --help` lists those of a recipe.
 """
@@ -21,8 +23,9 @@ import re
 import sys
 
 from absl import app, flags, logging
+from ml_collections import config_dict
 
-from dyntoken import compilation_cache, multihost, peers, schema
+from dyntoken import compilation_cache, multihost, paths, peers, schema, workdirs
 from dyntoken import config as recipes
 
 FLAGS = flags.FLAGS
@@ -47,7 +50,8 @@ flags.DEFINE_enum(
     "mode",
     "train",
     ["train", "eval"],
-    "train, or evaluate the run in --workdir; without --workdir, whole weights given by --config.init.path",
+    "train, or evaluate the run in --workdir, without --config as its own config says; without --workdir, "
+    "whole weights given by --config.init.path",
 )
 flags.DEFINE_string(
     "out",
@@ -216,8 +220,11 @@ def parse(argv: list[str], changes: list[tuple[str, str]]) -> list[str]:
     try:
         rest = FLAGS(argv)
         if FLAGS.config is None:
+            FLAGS.config = stored_config(FLAGS.workdir) if FLAGS.mode == "eval" and FLAGS.workdir else None
+        if FLAGS.config is None:
+            more = ", or the --workdir of a run" if FLAGS.mode == "eval" else ""
             raise ValueError(
-                "which recipe? give --config=FILE[:args], for instance --config=configs/tps_deit.py:demo"
+                f"which recipe? give --config=FILE[:args]{more}, for instance --config=configs/tps_deit.py:demo"
             )
         from dyntoken.train import settings
 
@@ -229,6 +236,20 @@ def parse(argv: list[str], changes: list[tuple[str, str]]) -> list[str]:
         fail(f"unknown option --{error.flagname}: {hint}")
     except (flags.Error, *USER_ERRORS) as error:
         fail(error)
+
+
+def stored_config(workdir: str) -> config_dict.ConfigDict:
+    """The config that a run was trained with: an evaluation needs no recipe."""
+    path = paths.resolve(workdir) / workdirs.CONFIG
+    if not path.exists():
+        raise ValueError(
+            f"no run in {workdir} (it has no {workdirs.CONFIG}): give the --workdir of a run, or "
+            "--config=FILE[:args]"
+        )
+    try:
+        return config_dict.ConfigDict(json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error}): give --config=FILE[:args]") from error
 
 
 def keys(config) -> list[tuple[str, str]]:

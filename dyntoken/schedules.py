@@ -11,6 +11,7 @@ import numpy as np
 
 from dyntoken.registry import UnknownNameError, suggest
 
+LITTLE = 1e-3  # sum of the rates of a run, below which it teaches little
 Kind = Literal["cosine", "cosine_epoch", "cosine_epoch_start", "constant"]
 
 
@@ -127,6 +128,26 @@ def _half_cosine(xp: Any, left: Any) -> Any:
     sum would cancel.
     """
     return xp.square(xp.sin(left * (math.pi / 2)))
+
+
+def step_warning(lr_fn: Callable[[Any], Any], steps: int, warm: int) -> str | None:
+    """One line where a run under AdamW is too short, or its rate too low, to teach much.
+
+    AdamW moves a weight by about the learning rate a step, so that the sum of the rates bounds how far
+    one gets. Weights are some hundredths in size: below `LITTLE` in all, the run ends where it began.
+
+    Args:
+      lr_fn: see `learning_rate`.
+      steps: of the run.
+      warm: of them the warm-up.
+    """
+    rates = lr_fn(np.linspace(0, steps - 1, min(steps, 1000)).astype(int))
+    if (total := float(np.mean(rates)) * steps) >= LITTLE:
+        return None
+    return (
+        f"{steps} steps, {warm} of them warm-up, rate at most {np.max(rates):.3g}: little will be learnt (no weight "
+        f"moves further than about {total:.1g}): raise epochs or optim.lr, or lower batch or warm-up"
+    )
 
 
 def ema_decay(step: Any, decay: float) -> tuple[Any, Any]:

@@ -152,7 +152,18 @@ IMPORTS = {
         "weights",
         "workdirs",
     },
-    "main": {"analysis", "compilation_cache", "config", "multihost", "peers", "schema", "tools", "train"},
+    "main": {
+        "analysis",
+        "compilation_cache",
+        "config",
+        "multihost",
+        "paths",
+        "peers",
+        "schema",
+        "tools",
+        "train",
+        "workdirs",
+    },
     "__main__": {"main", "schema"},
 }
 TENSORFLOW = {"tensorflow", "tensorflow_datasets"}

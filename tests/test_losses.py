@@ -232,7 +232,7 @@ def test_weights_and_one_loss_twice():
 
 
 def test_what_losses_need():
-    assert losses.Objective([("ce", {}), ("keep_ratio", {})]).needs == frozenset()
+    assert losses.Objective([("ce", {}), ("keep_ratio", {})]).needs == {"decision"}
     assert losses.Objective([("ce", {}), ("logit_kl", {})]).needs == {"teacher"}
     assert losses.Objective({"token_distill#a": {"variant": "kl"}}).needs == {"teacher", "features"}
 
@@ -257,6 +257,24 @@ def test_every_listed_loss_imports():
 def test_bad_lists_are_refused(specs, message):
     with pytest.raises(ValueError, match=message):
         losses.Objective(specs)
+
+
+@pytest.mark.parametrize("name", ["etps_deit_tiny_patch8_16", "deit_tiny_patch8_16"])
+def test_a_run_refuses_a_loss_about_no_decision(name):
+    """Unless its weight is 0, or the run only evaluates (older ones may have had it)."""
+    from dyntoken import train
+    from tests.train.tiny import DTPS, tiny_config
+
+    config = tiny_config(model__name=name, model__depth=2, losses__keep_ratio={"weight": 2.0})
+    with pytest.raises(
+        ValueError, match=r"decision that is learnt.*--config.losses.keep_ratio.weight=0"
+    ) as error:
+        train.build(config)
+    assert "\n" not in str(error.value)
+    train.build(config, training=False)
+    config.losses.keep_ratio.weight = 0.0
+    train.build(config)
+    train.build(tiny_config(model__name=DTPS, model__depth=2, losses__keep_ratio={"weight": 2.0}))
 
 
 def test_missing_teacher_or_features_is_one_clear_error():

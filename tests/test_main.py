@@ -52,6 +52,28 @@ def test_train_then_rerun_then_eval(trained):
     facts = json.loads(evaluated.stdout.strip().splitlines()[-1])
     assert {"top1", "count", "gmacs", "images_per_s"} <= set(facts)
     assert facts["count"] == 24 and 0 <= facts["top1"] <= 1
+    alone = _program("--workdir=run", "--mode=eval", "--config.data.eval_split=test[:12]", cwd=cwd)
+    assert json.loads(alone.stdout.strip().splitlines()[-1])["count"] == 12, alone.stderr
+
+
+@pytest.mark.thorough
+def test_an_evaluation_by_the_config_of_the_run(trained):
+    """Exactly what the recipe's evaluation says; what does not fit is one line."""
+    cwd, _ = trained
+    both = [
+        _program(*recipe, "--workdir=run", "--mode=eval", cwd=cwd)
+        for recipe in (["--config=configs/tps_deit.py:tiny"], [])
+    ]
+    facts = [json.loads(done.stdout.strip().splitlines()[-1]) for done in both]
+    assert facts[0]["loss"] == facts[1]["loss"] and facts[0]["top1"] == facts[1]["top1"]
+    for args, message in (
+        (["--workdir=run", "--config.model.name=dtps_deit_base_patch16_224"], "run is a run of dtps_"),
+        (["--workdir=run", "--config.data.evalsplit=x"], "did you mean config.data.eval_split"),
+        (["--workdir=absent"], "no run in absent (it has no config.json)"),
+        ([], "which recipe? give --config=FILE[:args], or the --workdir of a run"),
+    ):
+        done = _program("--mode=eval", *args, cwd=cwd)
+        assert done.returncode == 1 and message in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_absent_weights_are_named_in_one_line(tmp_path):
@@ -60,7 +82,7 @@ def test_absent_weights_are_named_in_one_line(tmp_path):
     assert (
         done.stderr.strip().splitlines()[-1].startswith("error: weights/deit_small_patch16_224.safetensors")
     )
-    assert "hf:org/name" in done.stderr and "Traceback" not in done.stderr
+    assert "hf:ORG/NAME, or --config.init.path= (empty)" in done.stderr and "Traceback" not in done.stderr
 
 
 @pytest.mark.thorough

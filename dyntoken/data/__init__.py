@@ -171,14 +171,25 @@ def eval_batches(
 
 
 def steps_per_epoch(
-    name: str, split: str | Sequence[str], batch: int, data_dir: str | None = None, **options: Any
+    name: str,
+    split: str | Sequence[str],
+    batch: int,
+    data_dir: str | None = None,
+    *,
+    multiple: int = 1,
+    **options: Any,
 ) -> int:
     """Training batches per epoch, `count // batch`.
+
+    Args:
+      multiple: of what a batch must be, which the one that is proposed instead is.
 
     Raises:
       DataError: the split has fewer than `batch` examples.
     """
     count = count_rows(parse_split(name, split, info(name, data_dir, **options).splits))
     if count < batch:
-        raise DataError(f"batch {batch} is larger than the split ({count} images): use at most {count}")
+        most = count // multiple * multiple
+        remedy = f"use at most {most}" if most else f"no multiple of {multiple} fits, lower data.shards"
+        raise DataError(f"batch {batch} is larger than the split ({count} images): {remedy}")
     return count // batch

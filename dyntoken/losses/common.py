@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from dyntoken.types import Array, Output, Tokens
 
 Pair = tuple[Array, Array]  # (sum, count)
-NEEDS = ("teacher", "features", "dense")
+NEEDS = ("teacher", "features", "dense", "decision")
 EXITS = ("each", "earlier", "none", None)
 
 
@@ -22,7 +22,7 @@ class Loss:
 
     Attributes:
       fn: `(output, batch, **options) -> (sum, count)`.
-      needs: what it reads besides logits, of `NEEDS`.
+      needs: what it reads besides logits, of `NEEDS`. "decision": one that the method learns (`Reducer.learns`).
       exits: what it makes of a model with exits. "each": its sum is `[E]`, one per
         exit. "earlier": it needs exits, and its sum is `[E - 1]`, one per exit
         before the last. "none": it refuses them. None: its sum is a scalar

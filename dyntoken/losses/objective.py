@@ -46,7 +46,7 @@ def register_loss(
     Args:
       name: of the loss.
       fn: `fn(output, batch, **options) -> (sum, count)`; its options are keyword-only.
-      needs: what it reads besides logits: "teacher", "features", "dense".
+      needs: what it reads besides logits: "teacher", "features", "dense", "decision".
       exits: what it makes of a model with exits, see `common.Loss`.
 
     Raises:
@@ -114,7 +114,7 @@ class Objective:
       terms: the lines of the list.
       needs: what they read beside logits: `"teacher"` (`batch["teacher"]`),
         `"features"` (`Output.tokens` of student and teacher, i.e.
-        `record=("features",)`), `"dense"` (`Output.dense` likewise).
+        `record=("features",)`), `"dense"` (`Output.dense` likewise), `"decision"` (of a method that learns it).
 
     Raises:
       UnknownNameError: for an unknown loss or option, naming the nearest.
@@ -137,9 +137,20 @@ class Objective:
         self.terms = tuple(terms.values())
         self.needs = frozenset[str]().union(*(term.loss.needs for term in self.terms))
 
-    def check(self, exits: int) -> None:
-        """Raises ValueError for a loss that does not fit a model with so many exits (0: without)."""
+    def check(self, exits: int, *, learns: bool = True) -> None:
+        """Raises ValueError for a loss that does not fit a model.
+
+        Args:
+          exits: of the model, 0: without.
+          learns: whether its method learns its decision; a loss of weight 0 is only reported.
+        """
         for term in self.terms:
+            if "decision" in term.loss.needs and term.weight and not learns:
+                raise ValueError(
+                    f"loss {term.key!r} holds a decision that is learnt, as dtps_..., dynamicvit_... have one, and "
+                    "would teach this model nothing: leave it out (of a recipe by "
+                    f"--config.losses.{term.key}.weight=0), or set model.name to such a method"
+                )
             check_exits(term.key, term.loss.exits, exits)
             term.check_weights(exits - 1 if term.loss.exits == "earlier" else exits)
 

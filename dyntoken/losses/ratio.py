@@ -12,7 +12,7 @@ from dyntoken.schema import Positive
 from dyntoken.types import Output
 
 
-@loss()
+@loss("decision")
 def keep_ratio(
     output: Output, batch: Mapping[str, Any], *, divisor: Positive | None = None, dynamic: bool = False
 ) -> Pair:
@@ -23,6 +23,7 @@ def keep_ratio(
     megvii-research/TPS-CVPR2023, `KeepRatioLoss`). It is for training in mask
     form: in gather form the count is exact, so that the loss is what rounding leaves of it
     and teaches nothing; leave it out there.
+    A run whose method learns no decision (`etps`) refuses it.
 
     Args:
       output: `reductions` of a method that samples its decisions, `decision`

@@ -20,7 +20,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from dyntoken import data, device_augment, losses, models, optim
+from dyntoken import data, device_augment, losses, models, optim, schedules
 from dyntoken.data.requests import check_eval_batch, check_size, check_topology
 from dyntoken.eval import answers
 from dyntoken.eval.logits import make_eval_step
@@ -263,6 +263,16 @@ class Run:
         )
 
     @property
+    def warning(self) -> str | None:
+        """One line where the run is too short to learn much."""
+        given = self.settings.optim
+        if given.get("name", "adamw") != "adamw":
+            return None
+        warm = given.get("warmup_steps")
+        warm = round(given.get("warmup_epochs", 0) * self.steps_per_epoch) if warm is None else warm
+        return schedules.step_warning(self.lr_fn, self.total_steps, warm)
+
+    @property
     def description(self) -> dict[str, Any]:
         """What a checkpoint keeps so that it can be opened without the data, see `weights.runs`."""
         info, chosen, shape = self.info, self.settings.data, self.shape
@@ -309,7 +319,7 @@ def build(
     settings = config if isinstance(config, Settings) else read(config)
     mesh = sharding.data_mesh(devices)
     mixes = max(settings.mix.get("mixup", 1), settings.mix.get("cutmix", 1)) > 0
-    sharding.check_batch(
+    unit = sharding.check_batch(
         settings.batch,
         mesh,
         multiple=2 if mixes else 1,
@@ -327,7 +337,7 @@ def build(
     eval_every, per_epoch, total = 0, 1, MOST_STEPS  # nothing is too long for that
     if training:
         per_epoch = data.steps_per_epoch(
-            chosen.name, chosen.split, settings.batch, chosen.data_dir, **chosen.options
+            chosen.name, chosen.split, settings.batch, chosen.data_dir, multiple=unit, **chosen.options
         )
         total = settings.steps if settings.steps > 0 else max(1, round(settings.epochs * per_epoch))
         eval_every = settings.eval_steps or round(settings.eval_epochs * per_epoch)
@@ -343,7 +353,8 @@ def build(
             )
         parts = phases.elastic(model, settings.elastic)
     objective = losses.Objective(settings.losses)
-    objective.check(len(model.exits))
+    learns = any(site.reducer(parent=None).learns for site in model.sites())
+    objective.check(len(model.exits), learns=learns or not training)
     teacher = _make_teacher(settings, objective, info, shape)
     variables = jax.eval_shape(lambda: init_variables(model, shape, settings.seed))
     if settings.self_teaching and teacher is not None:
@@ -445,6 +456,8 @@ def dry_run(config: Mapping[str, Any], *, log: Log = print) -> dict[str, Any]:
       and `memory_bytes` (arguments, results and temporaries of the step).
     """
     run = build(config)
+    if run.warning:
+        log(run.warning)
     facts = {
         "devices": sharding.describe_devices(run.mesh.devices.flat),
         "model": run.settings.model["name"],

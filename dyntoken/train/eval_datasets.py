@@ -55,8 +55,13 @@ def open_eval_sets(
             )
         own = {"name": entry.name, "split": entry.split, "data_dir": where}
         sets[label] = EvalSet(other, {**own, **reading, **entry.eval, **entry.options})
-    for one in sets.values():
-        parse_split(one.arguments["name"], one.arguments["split"], one.info.splits)
+    for label, one in sets.items():
+        try:
+            parse_split(one.arguments["name"], one.arguments["split"], one.info.splits)
+        except data.DataError as error:
+            key = f"evals.{label}.split" if label else "data.eval_split"
+            others = [split for split in one.info.splits if split != chosen.split] or ["train[90%:]"]
+            raise data.DataError(f"{error} (--config.{key}={others[0]})") from error
     return sets
 
 

@@ -94,6 +94,8 @@ def run(
     log(f"devices: {sharding.describe_devices(jax.devices())}")
     made = all_or_none(lambda: build(config), lambda made: made.facts)
     log(made.summary)
+    if made.warning:
+        log(made.warning)
     return train(made, workdir, restart=restart, log=log)
 
 

@@ -40,8 +40,8 @@ def describe_devices(devices: Sequence[jax.Device]) -> str:
     return one if processes == 1 else f"{one}, of {processes} processes"
 
 
-def check_batch(batch: int, mesh: Mesh, *, multiple: int = 1, slices: int = 1, shards: int = 1) -> None:
-    """Raises ValueError unless every device gets the same number of rows.
+def check_batch(batch: int, mesh: Mesh, *, multiple: int = 1, slices: int = 1, shards: int = 1) -> int:
+    """Raises ValueError unless every device gets the same number of rows; returns what batches are multiples of.
 
     Args:
       multiple: what the rows of one slice must divide by; 2 where mixup pairs
@@ -51,7 +51,7 @@ def check_batch(batch: int, mesh: Mesh, *, multiple: int = 1, slices: int = 1, s
     """
     unit = mesh.size * multiple * slices
     if batch > 0 and batch % unit == 0:
-        return
+        return math.lcm(unit, shards)
     unit = math.lcm(unit, shards)
     lower, upper = batch // unit * unit, (batch // unit + 1) * unit
     near = f"{lower} or {upper}" if lower > 0 else f"{upper}"

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ from etils import epath
 from dyntoken import paths, weights
 from dyntoken.checkpoints import Checkpoints, Restored, restore_from
 from dyntoken.data.info import class_difference, list_names
+from dyntoken.models import split_name
 from dyntoken.multihost import all_or_none, digest
 from dyntoken.train import sharding
 from dyntoken.train.build import Run, flat
@@ -168,7 +170,8 @@ def load_init(run: Run, log: Log, load: Callable[..., Any] = load_for_training) 
     if options.get("head", "keep") == "keep":
         remedy = "give init.head=reset for a fresh classifier"
         check_classes(runs.of_workdir(path, options.get("step", "newest")), run, path, remedy)
-    variables, report = all_or_none(lambda: load(run.model, path, **options), _checksum)
+    with _naming("init.path", "or --config.init.path= (empty) to train from scratch"):
+        variables, report = all_or_none(lambda: load(run.model, path, **options), _checksum)
     log(f"initial weights: {report}")
     _compare_pixels(run, path, options.get("step", "newest"), log)
     return variables
@@ -180,12 +183,24 @@ def load_teacher(run: Run, log: Log) -> Tree:
         return {}
     path = run.settings.teacher["weights"]
     check_classes(runs.of_workdir(path), run, f"the teacher in {path}", "name another teacher")
-    variables, report = all_or_none(
-        lambda: weights.load_weights(run.teacher, path, return_report=True), _checksum
-    )
+    with _naming("teacher.weights", "or leave out the losses that need a teacher"):
+        variables, report = all_or_none(
+            lambda: weights.load_weights(run.teacher, path, return_report=True), _checksum
+        )
     log(f"teacher: {report}")
     _compare_pixels(run, path, "newest", log)
     return sharding.replicate(variables, run.mesh)
+
+
+@contextlib.contextmanager
+def _naming(key: str, otherwise: str) -> Iterator[None]:
+    """Says by which key of the config weights that are not there may be given, and what goes without them."""
+    try:
+        yield
+    except weights.NoWeightsError as error:
+        near = f"{error.near}, another " if error.near else ""
+        remedy = f"give --config.{key}={near}FILE, FOLDER or hf:ORG/NAME, {otherwise}: see docs/howto.md"
+        raise weights.NoWeightsError(error.name, None, remedy) from error
 
 
 def _compare_pixels(run: Run, path: Any, step: int | str, log: Log) -> None:
@@ -219,6 +234,12 @@ def check_same_run(workdir: Any, run: Run, step: int | str = "newest") -> None:
     """
     meta = runs.of_workdir(workdir, step)
     check_classes(meta, run, workdir, "use another workdir (init.path and init.head=reset take its weights)")
+    named, model = (runs.section_of(meta) or {}).get("name"), run.settings.model["name"]
+    if named and split_name(named)[1] != split_name(model)[1]:
+        raise CheckpointError(
+            f"{workdir} is a run of {named}, this config has model.name={model}: use another workdir, or set "
+            "model.name as it was"
+        )
     before, now = runs.grids_of(meta), runs.grids(run.model)
     placed = any(name.endswith("pos_embed") for name in meta.get("leaves", ()))
     if placed and before and before != now:

@@ -5,7 +5,7 @@
 arguments and state dict, into a model of this library with its variables.
 """
 
-from dyntoken.weights.errors import WeightsError
+from dyntoken.weights.errors import NoWeightsError, WeightsError
 from dyntoken.weights.load import Report, load_weights, load_whole, save_weights
 from dyntoken.weights.pretrained import class_names, images_of, load_pretrained, prepared
 from dyntoken.weights.reference import export_reference, import_reference, with_buffers
@@ -13,6 +13,7 @@ from dyntoken.weights.to_transformers import to_transformers
 from dyntoken.weights.trees import flat_variables, reference_keys, shapes_of
 
 __all__ = [
+    "NoWeightsError",
     "Report",
     "WeightsError",
     "class_names",

@@ -15,6 +15,15 @@ class WeightsError(ValueError):
         super().__init__(printable(message))
 
 
+class NoWeightsError(WeightsError):
+    """There is nothing where a weight source should be; `near` is what lies there under a like name."""
+
+    def __init__(self, name: str, near: str | None, remedy: str):
+        hint = f"did you mean {near}?" if near else remedy
+        super().__init__(f"{name}: no such weight file or directory: {hint}")
+        self.name, self.near = name, near
+
+
 def printable(text: str) -> str:
     """`text` without terminal escapes and on one line; names out of a file may hold either."""
     return re.sub(r"[^\S ]+|[\x00-\x1f\x7f-\x9f]", " ", ESCAPES.sub("", text))

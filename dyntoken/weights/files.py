@@ -6,9 +6,11 @@ Nothing here unpickles: `.npz` is read with `allow_pickle=False`; `.pth`: see `t
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import io
 import json
 import math
+import os
 import re
 import zipfile
 import zlib
@@ -23,7 +25,7 @@ from etils import epath
 
 from dyntoken import paths
 from dyntoken.weights import fetch
-from dyntoken.weights.errors import WeightsError, damaged, printable
+from dyntoken.weights.errors import NoWeightsError, WeightsError, damaged, printable
 from dyntoken.weights.torch_files import Unreadable, read_torch
 
 # Names under which the public repositories wrap a state dict: DeiT, DynamicViT and EViT "model" (and its
@@ -104,10 +106,9 @@ def read_tree(source: Any, step: int | str = "newest") -> tuple[Any, dict[str, s
     name = str(source)
     path = local(name)
     if not path.exists():
-        raise WeightsError(
-            f"{name}: no such weight file or directory; public checkpoints are read as they are, from disk or the hub: "
-            "dyntoken.load_pretrained('hf:org/name') also builds their model"
-        )
+        near = difflib.get_close_matches(path.name, _names_in(path.parent), n=1, cutoff=0.88)
+        remedy = "give a file, a folder, hf:ORG/NAME (the hub) or pretrained:NAME (ships with the package)"
+        raise NoWeightsError(name, os.path.join(os.path.dirname(name), near[0]) if near else None, remedy)
     if path.is_dir():
         from dyntoken.weights import orbax
 
@@ -118,6 +119,14 @@ def read_tree(source: Any, step: int | str = "newest") -> tuple[Any, dict[str, s
             f"{name}: unknown weight format {path.suffix!r}; known: {', '.join(READERS)}, orbax directory"
         )
     return (*reader(path), name)
+
+
+def _names_in(folder: epath.Path) -> list[str]:
+    """What lies in a folder, [] if that cannot be read."""
+    try:
+        return [entry.name for entry in folder.iterdir()]
+    except OSError:
+        return []
 
 
 def local(name: str, sha256: str | None = None, beside: Sequence[str] = ()) -> epath.Path:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from dyntoken.nn.reduction_sites import added
 from dyntoken.ops import resample
 from dyntoken.weights import files, from_dense, keys, layouts, placing, pos_embed, runs, trees
 from dyntoken.weights.errors import WeightsError
+from dyntoken.weights.shapes import fits, published
 
 FORMAT = "dyntoken"
 _log = logging.getLogger("dyntoken.weights")
@@ -127,20 +129,26 @@ def load_weights(
         found, left = from_dense.spread(model, functools.partial(_sort_for, bundle=bundle), shapes)
     if head == "reset":
         found = {path: value for path, value in found.items() if not placing.of_head(path)}
-    _check_kinship(found, shapes, bundle)
-    placing.check_blocks(found, shapes, bundle.origin)
-    missing = tuple(path for path in shapes if path not in found)
-    fresh = functools.partial(trees.initialised, model, seed)
-    resized = pos_embed.fit_all(model, found, shapes, bundle, resize, source_grid, fresh)
-    average = bundle.metadata.get("average") if prefer == "ema" else None
-    notes = [*bundle.notes, *_notes(model, bundle), *([average] if average else [])]
-    for path, old in placing.other_channels(found, shapes, model.input_shape[2]).items():
-        if in_chans == "adapt":
-            found[path] = placing.adapted(found[path], model.input_shape[2], bundle.origin)
-            notes.append(f"{path}: from {old} to {model.input_shape[2]} channels")
-    if unexpected == "error":
-        placing.refuse(model, placing.changing(left, head), bundle.tensors, bundle.origin)
-    placing.check_shapes(found, shapes, bundle.origin, model.input_shape[2])
+    with _naming_theirs(model, bundle, prefer):
+        _check_kinship(found, shapes, bundle)
+        placing.check_blocks(found, shapes, bundle.origin)
+        missing = tuple(path for path in shapes if path not in found)
+        fresh = functools.partial(trees.initialised, model, seed)
+        resized = pos_embed.fit_all(model, found, shapes, bundle, resize, source_grid, fresh)
+        average = bundle.metadata.get("average") if prefer == "ema" else None
+        notes = [*bundle.notes, *_notes(model, bundle), *([average] if average else [])]
+        for path, old in placing.other_channels(found, shapes, model.input_shape[2]).items():
+            if in_chans == "adapt":
+                found[path] = placing.adapted(found[path], model.input_shape[2], bundle.origin)
+                notes.append(f"{path}: from {old} to {model.input_shape[2]} channels")
+        sized = all(
+            tuple(value.shape) == tuple(shapes[path])
+            for path, value in found.items()
+            if not placing.of_head(path)
+        )
+        if unexpected == "error" and sized:  # of other sizes no keyword is the remedy
+            placing.refuse(model, placing.changing(left, head), bundle.tensors, bundle.origin)
+        placing.check_shapes(found, shapes, bundle.origin, model.input_shape[2])
     if spread:
         notes.append("weights of a dense model: every exit starts from them, the reuse between exits fresh")
     report = Report(
@@ -217,6 +225,22 @@ def _sort_for(model: Model, bundle: files.Bundle) -> tuple[dict[str, np.ndarray]
     """Arrays by the model's paths, and the source's keys that it does not want."""
     own = keys.KeyMap(keys.Entry(path, path) for path in trees.shapes_of(model)) if bundle.own else None
     return trees.sort(bundle.tensors, own or trees.reference_keys(model))
+
+
+@contextlib.contextmanager
+def _naming_theirs(model: Model, bundle: files.Bundle, prefer: str) -> Iterator[None]:
+    """Says whose weights they are where they do not fit, if their sizes are those of another known model."""
+    try:
+        yield
+    except WeightsError as error:
+        theirs = published(bundle, prefer)
+        if theirs is None or fits(model, theirs):
+            raise
+        name = "_".join(filter(None, (model.method, theirs)))
+        raise WeightsError(
+            f"{bundle.origin}: these are {theirs}'s weights, the model is {model.arch}: name it {name} "
+            f"(of a run: --config.model.name={name})"
+        ) from error
 
 
 def _check_kinship(

@@ -125,6 +125,7 @@ FAMILIES = {
     "dinov3": ("vit_{size}_patch{patch}_dinov3_qkvb", "vit_small_patch16_dinov3_qkvb"),
     "eva02": ("eva02_{size}_patch{patch}_{pixels}", "eva02_small_patch14_224"),
 }
+SIZED = ("width", "depth", "patch_size")
 SIZES = {  # width and depth of the published models
     (192, 12): "tiny",
     (384, 12): "small",
@@ -150,6 +151,26 @@ def name_of(family: str, fields: Mapping[str, Any]) -> str:
     )
     arch = architectures.parse(name)
     return name if arch is not None and arch.options["heads"] == fields["heads"] else usual
+
+
+def published(bundle: Bundle, prefer: str) -> str | None:
+    """The known architecture whose family and sizes a source's arrays have; None if there is none."""
+    tensors = in_timm_keys(bundle, prefer)
+    if not tensors:
+        return None
+    try:
+        fields, _ = fields_of(tensors, None, bundle.origin)
+    except (ValueError, LookupError):  # arrays of odd shapes
+        return None
+    name = name_of((bundle.layout.family if bundle.layout else "") or family_of(fields), fields)
+    usual = architectures.get(name).options  # of another size, where no name has these
+    return name if all(usual.get(key) == fields[key] for key in SIZED) else None
+
+
+def fits(model: Any, name: str) -> bool:
+    """Whether a model has the sizes of an architecture."""
+    usual = architectures.get(name).options
+    return all(usual.get(key) == model.backbone.get(key) for key in SIZED)
 
 
 def _attention(of_block: Mapping[str, np.ndarray], width: int, assumed: list[str]) -> dict[str, Any]:

@@ -140,6 +140,10 @@ def test_steps_per_epoch():
     assert data.steps_per_epoch("fake", "test", 64, test=130) == 2
     with pytest.raises(data.DataError, match="larger than the split"):
         data.steps_per_epoch(MINI, "train[:10]", 16)
+    with pytest.raises(data.DataError, match=r"the split \(66 images\): use at most 64$"):
+        data.steps_per_epoch(MINI, "train[:66]", 128, multiple=8)
+    with pytest.raises(data.DataError, match=r"no multiple of 8 fits, lower data.shards"):
+        data.steps_per_epoch(MINI, "train[:7]", 8, multiple=8)
 
 
 @pytest.mark.parametrize(

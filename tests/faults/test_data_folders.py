@@ -200,6 +200,16 @@ def test_sets_are_compared_by_name(tmp_path):
         opened("numbers")
 
 
+def test_a_folder_without_the_split_of_the_recipe(tmp_path):
+    from dyntoken.train import eval_datasets
+    from dyntoken.train.settings import DataSettings
+
+    name = put(tmp_path, "train/a/1.jpg", "val/a/1.jpg")
+    chosen = DataSettings(name, eval_split="validation")
+    with pytest.raises(ValueError, match=r"no split 'validation': .*\(--config.data.eval_split=val\)"):
+        eval_datasets.open_eval_sets(chosen, data.info(name), {})
+
+
 ODD_NAMES = [
     "with blanks.jpg",
     "ümläut 猫.jpg",

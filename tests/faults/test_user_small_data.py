@@ -84,12 +84,28 @@ def test_a_run_warms_its_average_up_and_resumes_exactly(tmp_path):
 
 def test_an_average_that_is_mostly_the_start_is_said(tmp_path):
     lines = []
-    config = tiny_config(ema=0.9999, ema_warmup=False, steps=2)
+    config = tiny_config(ema=0.9999, ema_warmup=False, steps=2, optim__lr=1e-4)
     train.run(config, tmp_path, log=lines.append)
     assert any("100 % the start" in line for line in lines)
+    assert any("little will be learnt" in line for line in lines[:3])
     lines.clear()
     train.evaluate(config, tmp_path, log=lines.append)
     assert any("prefer='params'" in line for line in lines)
+
+
+def test_a_run_too_short_to_learn_is_said():
+    short = {"epochs": 5.0, "steps": 0, "optim__lr": 1.6e-5, "optim__warmup_epochs": 1.25}  # 4 steps an epoch
+    words = train.build(tiny_config(**short)).warning
+    assert words.startswith(
+        "20 steps, 5 of them warm-up, rate at most 1.6e-05: little will be learnt (no weight"
+    )
+    assert "\n" not in words
+    assert train.build(tiny_config(**short, optim__name="sgd")).warning is None  # moves by the gradient
+    given = {"min_lr": 0.0, "warmup_lr": 0.0, "warmup_epochs": 0, "warmup_steps": None, "steps_per_epoch": 4}
+    for kind in ("cosine", "cosine_epoch", "cosine_epoch_start", "constant"):
+        for lr, steps, enough in ((1e-3, 20, True), (1e-5, 20, False), (1e-5, 2000, True)):
+            rate = schedules.learning_rate(kind, lr=lr, total_steps=steps, **given)
+            assert (schedules.step_warning(rate, steps, 0) is None) == enough
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -50,3 +50,9 @@ def test_one_clear_error_each(trained, tmp_path):
         open_workdir(tmp_path)
     with pytest.raises(ValueError, match="has no split 'tset'"):
         open_workdir(workdir, split="tset")
+
+
+def test_another_model_in_the_same_workdir(trained):
+    config = tiny_config(model__name="deit_small_patch8_24", data__size=24)
+    with pytest.raises(ValueError, match=r"run of deit_tiny_patch8_16, .* model.name=deit_small_patch8_24"):
+        train.evaluate(config, trained[0], log=lambda line: None)

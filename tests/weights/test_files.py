@@ -135,6 +135,16 @@ def test_hub_source_must_name_organisation_and_model():
         files.read("hf:deit")
 
 
+def test_a_name_that_is_nearly_right(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "dinov2_small").mkdir()
+    for given, near in (("dinov2_smal", "dinov2_small"), ("./dinov2-small", "./dinov2_small")):
+        with pytest.raises(WeightsError, match=rf"no such weight file or directory: did you mean {near}\?$"):
+            files.read(given)
+    with pytest.raises(WeightsError, match=r"absent/w.npz: .*: give a file, a folder, hf:ORG/NAME"):
+        files.read("absent/w.npz")
+
+
 def test_missing_and_unknown_files():
     with pytest.raises(WeightsError, match="no such weight file"):
         files.read("absent.safetensors")

@@ -232,6 +232,26 @@ def test_weights_of_another_width():
         weights.load_weights(make(), init(make(width=32)))
 
 
+def test_weights_of_another_published_architecture_are_named():
+    theirs = dyntoken.create_model("deit_tiny_patch16_32", num_classes=5)
+    nothing = {path: np.zeros(shape, np.float32) for path, shape in weights.shapes_of(theirs).items()}
+    arrays = weights.export_reference(theirs, {"params": files.nest(nothing)})
+    with pytest.raises(
+        WeightsError,
+        match=r"these are deit_tiny_patch16_32's weights, .* vit_small_patch16_224: name it dtps_deit_tiny_.*=dtps",
+    ):
+        weights.load_weights(make("dtps_vit_small_patch16_224", at=(1,)), arrays)
+    with pytest.raises(WeightsError, match="head='reset'"):  # of the same sizes
+        weights.load_weights(dyntoken.create_model("deit_tiny_patch16_32", num_classes=3), arrays)
+
+
+def test_shapes_come_before_arrays_without_a_place():
+    other = make(width=32, layer_scale=0.1)
+    wide = weights.export_reference(other, init(other))
+    with pytest.raises(WeightsError, match="weights of another shape"):
+        weights.load_weights(make(), wide)
+
+
 def test_weights_of_another_patch_size():
     with pytest.raises(WeightsError, match=r"patch_embed/proj/kernel \[8, 8, 3, 16\].*patch_size"):
         weights.load_weights(make(), init(make(patch_size=8)))
