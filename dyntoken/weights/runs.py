@@ -40,7 +40,8 @@ def of_images(meta: Mapping[str, Any]) -> dict[str, Any]:
     "prepared" are fields of `preprocessing.Preprocess` as the run's evaluation reads its images (what it leaves
     at its default is written out: the defaults of a model's name are others), "size" is (height, width).
     """
-    if (about := meta.get("run")) is None:
+    about = meta.get("run") or {}
+    if not {"mean", "std", "image_shape"} <= about.keys():
         return {}
     usual = {"crop_pct": 0.875, "interpolation": "bicubic", "squash": False}
     how = {**usual, **{key: about[key] for key in ("crop_pct", "interpolation") if key in about}}
