@@ -88,6 +88,7 @@ def test_gradients_reach_all_that_is_used(case):
             assert float(jnp.abs(leaf).max()) > 0, f"no gradient reaches {key}"
 
 
+@pytest.mark.thorough
 def test_upto_and_steps_equal_the_whole():
     model, variables = _model("deit"), _variables("deit")
     whole = jax.jit(lambda v, x: model.apply(v, x).logits)(variables, IMAGES)
@@ -111,6 +112,7 @@ def test_early_exits_do_not_know_the_later_ones():
     assert counted == sorted(set(counted)) and macs.count(_model("deit")).total == counted[-1]
 
 
+@pytest.mark.thorough
 def test_remat_and_bfloat16():
     model = _model("deit", remat=True, dtype="bfloat16", drop_path=0.2)
     rngs = {"dropout": jax.random.key(1)}

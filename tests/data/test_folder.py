@@ -199,6 +199,7 @@ def test_corrupt_images_are_replaced_named_and_counted(damaged, caplog):
     assert_same({key: np.concatenate([part[key] for part in parts]) for key in whole[0]}, whole[0])
 
 
+@pytest.mark.thorough
 def test_corrupt_images_are_not_evaluated_and_limited(damaged, caplog):
     request = {"split": "train", "batch": 12, "shards": 1, "size": 16}
     with caplog.at_level(logging.WARNING, "dyntoken.data"):

@@ -160,6 +160,7 @@ def test_streamed_resume_and_processes(photos):
     assert (other["image"] != whole[0]["image"]).any() and (other["label"] != whole[0]["label"]).any()
 
 
+@pytest.mark.thorough
 def test_streamed_repeats_through_the_shuffle_buffer(photos):
     request = {"batch": 12, "shards": 3, "seed": 1, "size": 16, "data_dir": photos, "augment": {"repeats": 3}}
     whole = take(data.train_batches("photos", **request), 7)  # one epoch: 28 slots of each shard
@@ -173,6 +174,7 @@ def test_streamed_repeats_through_the_shuffle_buffer(photos):
     assert_same(resumed, whole[4])
 
 
+@pytest.mark.thorough
 def test_streamed_evaluation_pads_empty_shards(photos):
     # Three examples on eight shards: five of them hold nothing.
     request = {"split": "validation[:3]", "batch": 8, "size": 16, "data_dir": photos}

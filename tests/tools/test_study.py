@@ -77,6 +77,7 @@ def test_a_study_runs_end_to_end(out, name, capsys):
     assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.thorough
 def test_what_is_finished_is_kept_and_shared(out, monkeypatch):
     words = [*TINY, "--seeds=1", f"--out={out}"]
     assert study.main(["tokens", *words, "--only=attention-drop-0.5"]) == 0
@@ -94,6 +95,7 @@ def test_what_is_finished_is_kept_and_shared(out, monkeypatch):
     assert (folder / "weights.safetensors").exists() and not (folder / "run" / "checkpoints").exists()
 
 
+@pytest.mark.thorough
 def test_the_dropped_tokens_are_those_that_were_not_kept(out):
     assert study.main(["exchange", *TINY, "--seeds=1", f"--only={FEW['exchange']}", f"--out={out}"]) == 0
     for row in rows_of(out, "exchange"):

@@ -74,6 +74,7 @@ def test_the_same_devices_give_the_same_bits(family, devices):
     jax.tree.map(np.testing.assert_array_equal, trained(family, devices), first)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("devices", [pytest.param(2, marks=SLOW), 4])
 def test_other_devices_differ_by_rounding_alone(family, devices):

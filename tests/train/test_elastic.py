@@ -41,6 +41,7 @@ def test_what_does_not_fit_is_said(changes, says):
         build(tiny_config(**{"model": {**ETPS}, "elastic": (0.5, 1.0), **changes}))
 
 
+@pytest.mark.thorough
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, monkeypatch):
     compiled, programs, real = [], {}, Run.train_step_for
 

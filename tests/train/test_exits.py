@@ -62,6 +62,7 @@ def test_four_devices_do_what_one_does():
     assert found_one["top1_per_exit"] == pytest.approx(found_four["top1_per_exit"])
 
 
+@pytest.mark.thorough
 def test_the_loss_is_the_weighted_sum_over_losses_and_exits():
     for row in trained(4)[1]:
         means = {name: np.asarray(total) / count for name, (total, count) in row.items()}

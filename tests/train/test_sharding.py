@@ -84,6 +84,7 @@ def test_one_result_from_slices_and_pieces(case):
         chex.assert_trees_all_close(other, getattr(one, name), atol=1e-5, rtol=0)
 
 
+@pytest.mark.thorough
 def test_each_device_holds_a_piece_and_updates_it():
     state, _ = trained(BOTH)
     kernel = "head", "cls", "kernel"  # [8, 7]
