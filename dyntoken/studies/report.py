@@ -115,10 +115,16 @@ def as_csv(name: str, study: Study, stored: Sequence[Mapping[str, Any]]) -> str:
 
 
 def draw(study: Study, rows: Sequence[Summary], dense: tuple[float, float]) -> Any:
-    """Top-1 over multiply-adds, a line per series; `dense` is its cost and its top-1."""
+    """Top-1 over multiply-adds, a line per series, or of series of one point the rows below each other.
+
+    Args:
+      dense: its cost and its top-1.
+    """
     series: dict[str, list[Summary]] = {}
     for row in rows:
         series.setdefault(row.series, []).append(row)
+    if len(series) == len(rows):
+        return _draw_rows(study, rows, dense[1])
     figure = figures.figure(7.0, max(4.4, 1.2 + 0.16 * len(series)))
     axis = figure.add_subplot()
     axis.axhline(100 * dense[1], color=figures.FRAME, linewidth=0.8, linestyle="--", label="dense")
@@ -135,4 +141,21 @@ def draw(study: Study, rows: Sequence[Summary], dense: tuple[float, float]) -> A
     figures.curves(axis, "GMACs of an image", "top-1 (%)")
     axis.set_title(study.title, fontsize=9)
     figure.legend(fontsize=6, frameon=False, loc="outside right upper")
+    return figure
+
+
+def _draw_rows(study: Study, rows: Sequence[Summary], dense: float) -> Any:
+    """Top-1 of each row, groups in colours of their own."""
+    figure = figures.figure(7.0, 1.2 + 0.2 * len(rows))
+    axis = figure.add_subplot()
+    axis.axvline(100 * dense, color=figures.FRAME, linewidth=0.8, linestyle="--")
+    groups = list(dict.fromkeys(row.group for row in rows))
+    for place, row in enumerate(rows):
+        colour = figures.COLOURS[groups.index(row.group) % len(figures.COLOURS)]
+        error = 100 * (row.spread or 0.0)
+        axis.errorbar(100 * row.mean, place, xerr=error, fmt="o", color=colour, markersize=5, capsize=2)
+    axis.set_yticks(range(len(rows)), [row.name for row in rows], fontsize=7)
+    axis.invert_yaxis()
+    figures.curves(axis, "top-1 (%), dashed: dense", "")
+    axis.set_title(study.title, fontsize=9)
     return figure

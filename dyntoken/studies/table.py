@@ -12,11 +12,8 @@ from dyntoken.studies.trial import Study, Trial
 
 KEEPS = (0.9, 0.7, 0.5, 0.3)
 SCORES = {"predictor": "dynamicvit", "attention": "topk"}  # methods that drop the rest
-FUSES = {
-    "drop": {},
-    "fuse": {"fuse": "one_token"},
-    "squeeze": {"fuse": "squeeze"},
-}  # what they do in its place
+# What they do in its place.
+FUSES: dict[str, dict[str, str]] = {"drop": {}, "fuse": {"fuse": "one_token"}, "squeeze": {"fuse": "squeeze"}}
 MIDDLE = 0.5
 
 Trials = list[Trial]
@@ -160,11 +157,8 @@ def _with_exits(name: str, model: Mapping[str, Any]) -> Trial:
     return Trial(name, model=model, group=name)
 
 
-RIVALS: dict[
-    str, Mapping[str, Any]
-] = {  # heads and sub-layers that an image leaves out save nothing in a fixed shape
-    "adavit": {"choose_heads": False, "choose_layers": False},
-}
+# Heads and sub-layers that an image leaves out save nothing in a fixed shape.
+RIVALS: dict[str, Mapping[str, Any]] = {"adavit": {"choose_heads": False, "choose_layers": False}}
 
 
 def rivals(setting: Setting) -> Trials:

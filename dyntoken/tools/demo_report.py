@@ -89,20 +89,18 @@ def _measure(config: Config, result: train.Result, log: Log) -> list[Row]:
     name = result.run.settings.model["name"]
     log("evaluating the dense model and the drop in place of the fusion")
     dense, drop = dense_of(config), dropping(config)
-    models, names = [train.build(dense, training=False).model], [f"dense {dense['model']['name']}"]
-    top1 = [train.evaluate(dense, log=lambda line: None)["top1"]]
+    top1 = train.evaluate(dense, log=lambda line: None)["top1"]
+    found = [(f"dense {dense['model']['name']}", train.build(dense, training=False).model, top1)]
     if drop is not None:
-        models.append(drop.model)
-        names.append(f"{name}, dropping instead")
-        top1.append(train.measure(drop, result.state.variables)["top1"])
-    models, names, top1 = [*models, result.model], [*names, name], [*top1, result.metrics["top1"]]
+        top1 = train.measure(drop, result.state.variables)["top1"]
+        found.append((f"{name}, dropping instead", drop.model, top1))
+    found.append((name, result.model, result.metrics["top1"]))
     log("timing, each in turn with the dense model")
     rows = [
-        {"model": label, "top1": share, "gmacs": macs.count(model).gmacs}
-        for label, share, model in zip(names, top1, models, strict=True)
+        {"model": label, "top1": share, "gmacs": macs.count(model).gmacs} for label, model, share in found
     ]
-    for row, model in zip(rows[1:], models[1:], strict=True):
-        rows[0]["images_per_s"], row["images_per_s"], row["speedup"] = _speed(models[0], model)
+    for row, (_, model, _) in zip(rows[1:], found[1:], strict=True):
+        rows[0]["images_per_s"], row["images_per_s"], row["speedup"] = _speed(found[0][1], model)
     return rows
 
 

@@ -188,11 +188,12 @@ def _of_weights(args: argparse.Namespace) -> Split:
     split = split or ("test" if "test" in facts.splits else "validation")
     mesh = meshes.data_mesh(jax.devices()[:1])
 
+    how = preprocess(model, None if model.prepared else name)
+    reading = {"crop_pct": how.crop_pct, "interpolation": how.interpolation}
+
     def batches():
         return data.eval_batches(name, split=split, batch=BATCH, shards=1, size=(height, width), **reading)
 
-    how = preprocess(model, None if model.prepared else name)
-    reading = {"crop_pct": how.crop_pct, "interpolation": how.interpolation}
     step = make_logits_step(model, mesh, prepare=lambda images: normalize(images, how.mean, how.std))
     variables, _ = load_whole(model, args.weights)
     logits, labels = collect(step, variables, (meshes.place(batch, mesh) for batch in batches()))

@@ -42,7 +42,7 @@ from dyntoken.train.state import TrainState
 from dyntoken.train.writers import TensorBoard, WeightsAndBiases
 
 Log = Callable[[str], None]
-OWED = "owes_evaluation"  # in a checkpoint: a stop came first; the session that goes on makes up for it
+OWED = "owes_evaluation"  # in a checkpoint: a stop came first; the run makes up for it when it goes on
 
 
 @dataclasses.dataclass(frozen=True)

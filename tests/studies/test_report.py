@@ -1,5 +1,7 @@
 """What a study's table says, from made numbers."""
 
+import dataclasses
+
 import pytest
 
 from dyntoken.studies import report
@@ -57,3 +59,12 @@ def test_csv_has_a_line_per_seed():
     lines = report.as_csv("tokens", STUDY, STORED).splitlines()
     assert lines[0] == "study,row,series,group,seed,top1,gmacs,corrected,expected,seconds"
     assert lines[-1] == "tokens,drop,drop,g,2,0.81,1,0.25,-5.0,60.0" and len(lines) == 10
+
+
+def test_rows_of_one_point_each_are_drawn_below_each_other():
+    rows = report.summarize(STUDY, STORED, dense=0.95)
+    (axis,) = report.draw(STUDY, rows, (1.0, 0.95)).axes
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["squeeze", "fuse", "drop"]
+    line = [dataclasses.replace(row, series="one") for row in rows]
+    (axis,) = report.draw(STUDY, line, (1.0, 0.95)).axes
+    assert axis.get_xlabel() == "GMACs of an image"
