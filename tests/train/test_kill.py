@@ -164,21 +164,26 @@ def _kill(
         kill_when(process, workdir, lambda: bool(unfinished(workdir) - partial), draw.uniform(0, 0.02))
         hits["save"] += bool(unfinished(workdir) - partial)
     elif moment == "restore":
-        restores = _restores(workdir)
-        kill_when(process, workdir, lambda: _restores(workdir) > restores, draw.uniform(0, 0.1))
+        before = _announced(workdir, "restoring")
+        kill_when(process, workdir, lambda: _announced(workdir, "restoring") > before, draw.uniform(0, 0.1))
         hits["restore"] += len(resumptions(workdir)) == sessions
     elif moment == "evaluate":
-        step = (trained // 100 + 1) * 100
-        kill_when(process, workdir, lambda: _trained(workdir) >= step, draw.uniform(0.02, 0.1))
+        step, before = (trained // 100 + 1) * 100, _announced(workdir, "evaluating")
+
+        def measuring() -> bool:
+            return _trained(workdir) >= step and _announced(workdir, "evaluating") > before
+
+        kill_when(process, workdir, measuring, draw.uniform(0, 0.05))
         hits["evaluate"] += not _evaluated(workdir, step)
     elif moment in ("SIGTERM", "SIGINT"):
         _stop(process, workdir, trained + draw.choice((0, 2, 9)), signal.Signals[moment], draw)
     else:
+        before = _announced(workdir, "evaluating")
 
         def evaluating() -> bool:
-            return last in finished(workdir) and len(resumptions(workdir)) > sessions
+            return last in finished(workdir) and _announced(workdir, "evaluating") > before
 
-        kill_when(process, workdir, evaluating, draw.uniform(0, 0.5))
+        kill_when(process, workdir, evaluating, draw.uniform(0, 0.05))
         hits["end"] += not _evaluated(workdir, last)
 
 
@@ -199,8 +204,8 @@ def _stop(
         assert max(finished(workdir)) == _trained(workdir)
 
 
-def _restores(workdir: pathlib.Path) -> int:
-    return (workdir.parent / "output.txt").read_text().splitlines().count("restoring")
+def _announced(workdir: pathlib.Path, word: str) -> int:
+    return (workdir.parent / "output.txt").read_text().splitlines().count(word)
 
 
 def _trained(workdir: pathlib.Path) -> int:

@@ -9,6 +9,7 @@ have), to be killed.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 
 import ml_collections
 
@@ -64,9 +65,14 @@ def main() -> None:
     jax.config.update("jax_num_cpu_devices", 4)
     from dyntoken import train
     from dyntoken.checkpoints import Checkpoints
+    from dyntoken.train import loop
 
-    restore = Checkpoints.restore
-    Checkpoints.restore = lambda *args, **more: (print("restoring"), restore(*args, **more))[1]
+    def announced(word: str, function: Callable) -> Callable:
+        """For the test that kills it in the act."""
+        return lambda *args, **more: (print(word), function(*args, **more))[1]
+
+    Checkpoints.restore = announced("restoring", Checkpoints.restore)
+    loop.measure = announced("evaluating", loop.measure)
     series = sys.argv[2:] == ["series"]
     result = train.run(series_config() if series else long_config(*map(int, sys.argv[2:])), sys.argv[1])
     sys.exit(0 if result.finished else 128 + result.signum)
