@@ -164,7 +164,9 @@ def evaluation(model: Any, variables: Any, images: Any) -> Program:
     )
 
 
-def training(model: Any, variables: Any, images: Any, optimizer: bool = False) -> Program:
+def training(
+    model: Any, variables: Any, images: Any, optimizer: bool = False, teacher: tuple[Any, Any] | None = None
+) -> Program:
     """A training pass: forward in training mode, cross-entropy, gradient in every parameter.
 
     A method with a learnt policy runs its mask form here unless the model says
@@ -172,28 +174,35 @@ def training(model: Any, variables: Any, images: Any, optimizer: bool = False) -
 
     Args:
       optimizer: also applies AdamW, and returns its state and the new parameters; nothing is donated.
+      teacher: a model and its variables; its forward pass is part of the step, and the KL to its logits of the loss.
     """
     constant = {name: value for name, value in variables.items() if name != "params"}
+    teaching, known = teacher or (None, {})
 
-    def loss(params: Any, images: jax.Array, key: jax.Array) -> jax.Array:
+    def loss(params: Any, images: jax.Array, key: jax.Array, known: Any) -> jax.Array:
         streams = dict(zip(("policy", "dropout"), jax.random.split(key), strict=True))
         mutable = list(constant) or False
         out = model.apply({"params": params, **constant}, images, train=True, rngs=streams, mutable=mutable)
         out = out[0] if mutable else out
-        return -jax.nn.log_softmax(out.logits.astype(jnp.float32))[:, 0].mean()
+        log_p = jax.nn.log_softmax(out.logits.astype(jnp.float32))
+        total = -log_p[:, 0].mean()
+        if teaching is not None:
+            theirs = teaching.apply(known, images).logits.astype(jnp.float32)
+            total += optax.kl_divergence(log_p, jax.nn.softmax(theirs)).mean()
+        return total
 
     params, key = variables["params"], jax.random.key(0)
     if not optimizer:
-        return Program(jax.jit(jax.grad(loss)), (params, images, key))
+        return Program(jax.jit(jax.grad(loss)), (params, images, key, known))
     adamw = optax.adamw(1e-3)
 
-    def step(params: Any, state: Any, images: jax.Array, key: jax.Array) -> Any:
-        gradient = jax.grad(loss)(params, images, key)
+    def step(params: Any, state: Any, images: jax.Array, key: jax.Array, known: Any) -> Any:
+        gradient = jax.grad(loss)(params, images, key, known)
         with jax.named_scope("optimizer"):
             updates, state = adamw.update(gradient, state, params)
             return optax.apply_updates(params, updates), state
 
-    return Program(jax.jit(step), (params, jax.jit(adamw.init)(params), images, key))
+    return Program(jax.jit(step), (params, jax.jit(adamw.init)(params), images, key, known))
 
 
 def exit_times(model: Any, variables: Any, images: jax.Array, *, calls: int = 5) -> np.ndarray:

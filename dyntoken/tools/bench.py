@@ -51,6 +51,9 @@ def arguments(parser: cli.Parser) -> None:
         help="time training instead: forward, cross-entropy and gradient, or a whole step with AdamW",
     )
     parser.add_argument(
+        "--teacher", action="store_true", help="with --train: the dense model teaches the other, in its step"
+    )
+    parser.add_argument(
         "--compile", action="store_true", help="also time compiling, the first time and from jax's cache"
     )
     parser.add_argument("--profile", action="store_true", help="also say where the time goes")
@@ -98,13 +101,19 @@ def _measure(args: argparse.Namespace, batch: int) -> dict[str, Any]:
 
     if args.train and (args.vs_onnx or args.vs_openvino):
         raise cli.UsageError("--vs-onnx and --vs-openvino have no training")
+    if args.teacher and not args.train:
+        raise cli.UsageError("--teacher is part of a training pass: add --train")
     peers = bench_peers.check_all(args)
     models = _models(args, peers)
+    if args.teacher and len(models) == 1:
+        raise cli.UsageError(f"--teacher: {args.name} is dense and stands alone; give the model to be taught")
     rows: list[dict[str, Any]] = []
     runs: list[Any] = []
     with _told(batch):
+        first = next(iter(models.values()))
         for name, model in models.items():
-            runs.append(_program(args, model, batch, row := {"name": name, "runtime": "jax"}))
+            teacher = first if args.teacher and model is not first else None
+            runs.append(_program(args, model, batch, row := {"name": name, "runtime": "jax"}, teacher))
             rows.append({**row, "gmacs": macs.count(model).gmacs})
         for name in peers:
             for row, run in _peers(args, name, models, batch):
@@ -124,6 +133,7 @@ def _measure(args: argparse.Namespace, batch: int) -> dict[str, Any]:
         "device": timing.device(),
         "mode": "train" if args.train else "eval",
         "train": args.train,
+        "teacher": args.teacher,
         "dtype": args.dtype,
         "batch": batch,
         "pairs": args.pairs,
@@ -153,18 +163,22 @@ def _compared(
     }
 
 
-def _program(args: argparse.Namespace, model: Any, batch: int, row: dict[str, Any]) -> Any:
-    """The compiled program of a model; what compiling cost and the memory it plans go into `row`."""
+def _program(
+    args: argparse.Namespace, model: Any, batch: int, row: dict[str, Any], teacher: Any | None
+) -> Any:
+    """The compiled program of a model; what compiling cost and the memory it plans go into `row`.
+
+    A teacher's forward pass is part of the training pass.
+    """
     import jax
     import jax.numpy as jnp
 
     from dyntoken.analysis import compiling, timing
 
-    make = (
-        functools.partial(timing.training, optimizer=args.train == "step")
-        if args.train
-        else timing.evaluation
-    )
+    make: Any = timing.evaluation
+    if args.train:
+        taught = {} if teacher is None else {"teacher": (teacher, timing.random_variables(teacher))}
+        make = functools.partial(timing.training, optimizer=args.train == "step", **taught)
     program = make(
         model,
         timing.random_variables(model),
@@ -236,6 +250,7 @@ def report(found: dict[str, Any] | list[dict[str, Any]]) -> str:
 def _report(found: dict[str, Any]) -> str:
     whole = "with AdamW" if found["train"] == "step" else "no optimizer"
     what = f"training pass (forward, loss, gradient; {whole})" if found["train"] else "evaluation"
+    what += ", the second model taught by the first" if found["teacher"] else ""
     rows = [
         [
             "model",

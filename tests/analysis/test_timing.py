@@ -88,6 +88,22 @@ def test_runs_return_logits_and_gradients():
     assert float(abs(gradients["backbone"]["patch_embed"]["conv_0"]["kernel"]).max()) > 0
 
 
+def test_a_teacher_changes_the_gradients():
+    model = dyntoken.create_model("etps_vit_mini_patch4_28", **SMALL)
+    dense = dyntoken.create_model("vit_mini_patch4_28", **{k: SMALL[k] for k in ("width", "depth", "heads")})
+    variables, images = timing.random_variables(model), timing.random_images(model, 2)
+    plain = timing.training(model, variables, images)()
+    taught = timing.training(
+        model, variables, images, teacher=(dense, timing.random_variables(dense, seed=1))
+    )()
+    itself = timing.training(model, variables, images, teacher=(model, variables))()
+
+    def apart(one):
+        return max(float(abs(a - b).max()) for a, b in zip(*map(jax.tree.leaves, (plain, one)), strict=True))
+
+    assert apart(itself) < 1e-6 < 1e-4 < apart(taught)  # to agree with oneself asks for nothing
+
+
 def test_random_variables_have_the_shapes_of_init():
     model = dyntoken.create_model("etps_vit_mini_patch4_28", **SMALL)
     variables = timing.random_variables(model, seed=1)

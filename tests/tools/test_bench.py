@@ -78,6 +78,13 @@ def test_several_batches_are_several_results(known_times, capsys):
     assert known_times[0][2] == {"optimizer": True}
 
 
+def test_the_dense_model_teaches_the_other(known_times, capsys):
+    got = run(capsys, "dtps_vit_mini_patch4_28", "--at=1", "--train", "--teacher")
+    (dense, _, alone), (_, _, taught) = known_times
+    assert got["teacher"] and alone == {"optimizer": False} and taught["teacher"][0] is dense
+    assert jax.tree.leaves(taught["teacher"][1])
+
+
 def test_peers_stand_in_the_same_turns(known_times, capsys, monkeypatch):
     monkeypatch.setattr(bench_peers, "exported", lambda *_: lambda: {})
     argv = ["dtps_deit_tiny_patch16_224", "--img_size=32", "--vs-torch", "--vs-onnx", "--at=1"]
@@ -111,6 +118,9 @@ def test_what_is_wrong_is_one_line(capsys, monkeypatch):
     assert "give its NAME, or --suite" in fails(capsys, 2)
     assert "leave NAME out" in fails(capsys, 2, name, "--suite")
     assert "have no training" in fails(capsys, 2, name, "--train", "--vs-onnx")
+    assert "add --train" in fails(capsys, 2, name, "--teacher")
+    alone = ("vit_mini_patch4_28", "--train", "--teacher", "--profile")
+    assert "give the model to be taught" in fails(capsys, 2, *alone)
     monkeypatch.setitem(sys.modules, "onnx", None)
     monkeypatch.setitem(sys.modules, "torch", None)
     assert "--vs-openvino needs onnx: pip install onnx openvino" in fails(capsys, 1, name, "--vs-openvino")
