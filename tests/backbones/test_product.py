@@ -40,7 +40,14 @@ def _variables(name):
     """Random weights of some size: right after initialisation the scores nearly tie."""
     rng = np.random.default_rng(0)
     shapes = jax.eval_shape(lambda: _model(name).init(jax.random.key(0), IMAGES[:1]))
-    tree = jax.tree.map(lambda s: jnp.asarray(rng.normal(s.ndim == 1, 0.15, s.shape), s.dtype), shapes)
+
+    def fill(path, s):
+        # LTMP's thresholds: about 1, all rows would die and none merge.
+        if "threshold" in jax.tree_util.keystr(path):
+            return jnp.full(s.shape, 0.05, s.dtype)
+        return jnp.asarray(rng.normal(s.ndim == 1, 0.15, s.shape), s.dtype)
+
+    tree = jax.tree_util.tree_map_with_path(fill, shapes)
     return {**tree, "batch_stats": jax.tree.map(jnp.abs, tree.get("batch_stats", {}))}
 
 
@@ -67,7 +74,8 @@ def test_training_reaches_every_parameter_and_every_statistic(name):
             variables, IMAGES, train=True, rngs=rngs, record=record, mutable=["batch_stats"]
         )
         loss = (jax.nn.log_softmax(out.logits) ** 2).sum()
-        loss += sum((r.decision.mean() - 0.5) ** 2 for r in out.reductions)
+        # Half of the rows stay exactly under LTMP, which decides in the last block, too late for the logits.
+        loss += sum((r.decision.mean() - 0.4) ** 2 for r in out.reductions)
         return loss + (0.0 if out.dense is None else (out.dense**2).mean()), new.get("batch_stats", {})
 
     grads, stats = jax.jit(train)(_variables(name)["params"], _variables(name)["batch_stats"])
