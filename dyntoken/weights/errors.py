@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
+
+import numpy as np
 
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
@@ -27,6 +30,16 @@ class NoWeightsError(WeightsError):
 def printable(text: str) -> str:
     """`text` without terminal escapes and on one line; names out of a file may hold either."""
     return re.sub(r"[^\S ]+|[\x00-\x1f\x7f-\x9f]", " ", ESCAPES.sub("", text))
+
+
+def check_not_empty(tensors: Mapping[str, np.ndarray], origin: str) -> None:
+    """Refuses arrays without a single value, as DeepSpeed's ZeRO-3 writes weights that it did not gather."""
+    if empty := [name for name, value in tensors.items() if not value.size]:
+        shown = ", ".join(empty[:3]) + (", ..." if empty[3:] else "")
+        raise WeightsError(
+            f"{origin}: arrays without a value: {shown}. DeepSpeed's ZeRO-3 saves such unless told to gather the "
+            "weights (stage3_gather_16bit_weights_on_model_save, or its zero_to_fp32.py afterwards)"
+        )
 
 
 def damaged(path: Any, kind: str, error: Exception | str) -> WeightsError:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
+from dyntoken.weights.errors import WeightsError, first_line
 from dyntoken.weights.files import Bundle
 
 Rows = tuple[tuple[str, str], ...]
@@ -325,6 +326,9 @@ def translated(bundle: Bundle) -> Bundle:
     """The source under timm's names, if it is in a layout of `LAYOUTS`; any other as it is.
 
     What has no counterpart keeps its name.
+
+    Raises:
+      WeightsError: arrays that a layout has are missing or of other dimensions.
     """
     found = None if bundle.own else layout_of(bundle.tensors)
     if found is None:
@@ -336,8 +340,14 @@ def translated(bundle: Bundle) -> Bundle:
         for key, value in bundle.tensors.items()
         if key.startswith(root) or any(part in heads for part in key.split("."))
     }
-    tensors = renamed(inside, layout, root)
-    layout.finish(tensors)
+    try:
+        tensors = renamed(inside, layout, root)
+        layout.finish(tensors)
+    except (ValueError, LookupError, TypeError) as error:
+        raise WeightsError(
+            f"{bundle.origin}: has the names of {layout.words}, but not its arrays ({first_line(error)}); "
+            "look whether the file is whole"
+        ) from error
     notes = bundle.notes
     if left := [key for key in bundle.tensors if key not in inside]:
         shown = ", ".join(left[:3]) + (", ..." if len(left) > 3 else "")
@@ -380,9 +390,11 @@ def renamed(tensors: Mapping[str, np.ndarray], layout: Layout, root: str) -> Ten
         rows = [parts.get(n, none if leaf == "bias" else None) for n in range(counts[new, leaf])]
         result[f"{new}.{leaf}"] = np.concatenate([row for row in rows if row is not None])
     for name in ("cls_token", "pos_embed", "attn_pool.latent"):  # CLIP and SigLIP store plain rows
-        if name in result and result[name].ndim < 3:
+        if name in result and result[name].ndim < 3 and result[name].size:
             result[name] = result[name].reshape(1, -1, result[name].shape[-1])
-    return {name: value for name, value in result.items() if value.size}  # no registers: an array of no rows
+    if "reg_token" in result and not result["reg_token"].size:  # no registers: an array of no rows
+        del result["reg_token"]
+    return result
 
 
 def spelled(rows: Rows) -> dict[str, tuple[str, int, int]]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from dyntoken.weights.errors import WeightsError
+from dyntoken.weights.errors import WeightsError, check_not_empty
 
 # Left out without changing what the model is meant to compute: buffers, other heads,
 # MAE's decoder, what a reduction method or distillation adds to the dense model.
@@ -138,6 +138,7 @@ def check_shapes(
         raise WeightsError(
             f"{origin}: {whole} holds {found[whole].dtype}, quantised weights are not read: save them in float32"
         )
+    check_not_empty(found, origin)
     wrong = [path for path, value in found.items() if tuple(value.shape) != tuple(shapes[path])]
     if not wrong:
         return
@@ -152,10 +153,9 @@ def check_shapes(
             f"pass in_chans='adapt' to sum or repeat them, or create the model with in_chans={old}"
         )
     if heads:
-        classes = found[next((path for path in heads if path.endswith("kernel")), heads[0])].shape[-1]
-        remedies.append(
-            f"pass head='reset' for a new classifier, or create the model with num_classes={classes}"
-        )
+        head = found[next((path for path in heads if path.endswith("kernel")), heads[0])]
+        fitting = f", or create the model with num_classes={head.shape[-1]}" if head.ndim else ""
+        remedies.append(f"pass head='reset' for a new classifier{fitting}")
     if len(stems) + len(heads) < len(wrong):
         remedies = [
             "create the model with the sizes of the weights (its name, img_size, patch_size, in_chans, width)"

@@ -11,7 +11,7 @@ import numpy as np
 
 from dyntoken import architectures
 from dyntoken.weights import keys
-from dyntoken.weights.errors import WeightsError
+from dyntoken.weights.errors import WeightsError, check_not_empty
 from dyntoken.weights.files import Bundle
 
 PATCHES = "patch_embed.proj.weight"
@@ -19,6 +19,10 @@ BLOCK = "blocks.0."
 # Widths whose heads are not of 64 channels in the published models.
 HEADS = {1152: 16, 1280: 16, 1408: 16, 1664: 16}
 PREFIX = ("cls_token", "dist_token", "reg_token")
+# Dimensions of the arrays whose shapes are read.
+DIMENSIONS = {PATCHES: 4, "pos_embed": 3, "pre_logits.fc.weight": 2, f"{BLOCK}attn.q_norm.weight": 1}
+DIMENSIONS |= dict.fromkeys(PREFIX, 3)
+DIMENSIONS |= {f"{BLOCK}{name}.weight": 2 for name in ("attn.proj", "mlp.fc1", "mlp.fc2", "mlp.fc1_g")}
 Grid = tuple[int, int]
 
 
@@ -64,14 +68,17 @@ def fields_of(
       origin: the source, for messages.
 
     Raises:
-      WeightsError: position embeddings of no grid.
+      WeightsError: position embeddings of no grid, an empty array, one of other dimensions.
     """
-    kernel = tensors[PATCHES]
-    if kernel.ndim != 4:
-        raise WeightsError(
-            f"{origin}: its patch embedding has shape {list(kernel.shape)}, no convolution's; not read"
-        )
-    width, channels, *patch = kernel.shape
+    known = {key: value for key, value in tensors.items() if key in DIMENSIONS}
+    check_not_empty(known, origin)
+    for key, value in known.items():
+        if value.ndim != DIMENSIONS[key]:
+            raise WeightsError(
+                f"{origin}: its {key} has shape {list(value.shape)}, a vision transformer's {DIMENSIONS[key]} "
+                "dimensions: reshape it, or look whether the file is whole"
+            )
+    width, channels, *patch = tensors[PATCHES].shape
     depth = 1 + max(int(hit[1]) for key in tensors if (hit := re.match(r"blocks\.(\d+)\.", key)))
     of_block = {key.removeprefix(BLOCK): value for key, value in tensors.items() if key.startswith(BLOCK)}
     fields: dict[str, Any] = {"width": width, "depth": depth, "in_chans": channels, "stem": "patch"}

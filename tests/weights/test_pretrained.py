@@ -113,6 +113,34 @@ def test_every_layout_is_read(case):
     assert LAYOUTS[case][1] in str(report)
 
 
+@pytest.mark.thorough
+@pytest.mark.parametrize("case", [*LAYOUTS, "timm"])
+@pytest.mark.parametrize("bent", [np.ravel, lambda value: value[None], lambda value: np.float32(0)])
+def test_an_array_of_other_dimensions_is_read_or_refused(case, bent):
+    """Whatever array it is, no error but the one that says so."""
+    tensors = checkpoint("dinov3 gate" if case == "timm" else case)[2]
+    if case == "timm":
+        tensors = weights.export_reference(model := made.model(**REGISTERS), made.variables(model))
+    refused = 0
+    for key in [key for key in tensors if ".1." not in key]:
+        try:
+            dyntoken.load_pretrained({**tensors, key: np.asarray(bent(tensors[key]))}, heads=2)
+        except WeightsError:
+            refused += 1
+    assert refused
+
+
+@pytest.mark.parametrize("case", ["vit", "dinov2", "timm"])
+def test_weights_that_deepspeed_did_not_gather_are_called_that(case):
+    tensors = weights.export_reference(model := made.model(), made.variables(model))
+    if case != "timm":
+        tensors = checkpoint(case)[2]
+    empty = {key: np.zeros(0, np.float32) for key in tensors}
+    for load in (dyntoken.load_pretrained, lambda source: weights.load_weights(model, source)):
+        with pytest.raises(WeightsError, match=r"without a value: .*, \.\.\.\. DeepSpeed's ZeRO-3"):
+            load(empty)
+
+
 def test_timm_keys_and_official_ones():
     """Registers without rows, a gate in one layer, LayerScale by both names, wrappers, half precision."""
     model = made.model(**REGISTERS, activation="swiglu", mlp_ratio=5.0, norm_eps=1e-6)
