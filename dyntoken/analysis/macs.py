@@ -1,8 +1,8 @@
 """Multiply-adds, parameters and tokens of a model, from its shapes alone.
 
-The model is traced in its plain form (evaluation, `form="gather"`, one image, the
-CPU's operators, so that neither one-hot products nor fused kernels hide what is
-computed); nothing is allocated or run. Only what the logits need is counted.
+The model is traced in its plain form (evaluation, gathered where the method can be, one
+image, the CPU's operators, so that neither one-hot products nor fused kernels hide what
+is computed); nothing is allocated or run. Only what the logits need is counted.
 """
 
 from __future__ import annotations
@@ -142,8 +142,8 @@ def count(model: Any, image_shape: Sequence[int] | None = None, *, upto: int | N
     if len(shape) != 3:
         raise ValueError(f"image_shape must be (height, width, channels), got {shape}")
     shape = tuple(map(int, shape))
-    if getattr(model, "form", "gather") != "gather":
-        model = model.clone(form="gather")
+    if getattr(model, "form", "auto") != "auto":
+        model = model.clone(form="auto")  # rows go where they can
     recipe = getattr(model, "backbone", None)
     if isinstance(recipe, Spec) and recipe.get("scan"):  # whose blocks have no names of their own
         model = model.clone(backbone=recipe.with_(scan=False))

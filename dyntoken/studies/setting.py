@@ -116,6 +116,7 @@ class Setting:
     def _solve(self, trial: Trial) -> float:
         goal, costs, low, high = self.target(trial.cost_of), {}, 0.02, 1.0
         rates: dict[float, float] = {}
+        refused: ValueError | None = None
         for _ in range(7):
             rate = round((low + high) / 2, 3)
             try:
@@ -123,13 +124,15 @@ class Setting:
                 counts = tuple(site.reducer["keep"] for site in made.sites())
                 if counts not in costs:
                     costs[counts] = self.cost(made)
-            except ValueError:  # too few tokens are left
-                low = rate
+            except ValueError as error:  # too few tokens are left
+                low, refused = rate, error
                 continue
             rates[rate] = costs[counts]
             low, high = (rate, high) if costs[counts] < goal else (low, rate)
         if not rates:
-            raise ValueError(f"{trial.name}: method {trial.method!r} takes no keep rate in {self.dense.arch}")
+            raise ValueError(
+                f"{trial.name}: method {trial.method!r} takes no keep rate in {self.dense.arch}: {refused}"
+            )
         return min(rates, key=lambda rate: abs(rates[rate] - goal))
 
     def config_of(self, trial: Trial, seed: int) -> dict[str, Any]:

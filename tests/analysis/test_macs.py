@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 import dyntoken
+from dyntoken import reducers
 from dyntoken.analysis import macs
 
 SITES = ((3, 6, 9), (3, 5, 7, 9), (2, 4, 6, 8))
@@ -116,6 +117,16 @@ def test_the_form_asked_for_makes_no_difference():
     gather = macs.count(dyntoken.create_model("dtps_vit_mini_patch4_28", form="gather", **options))
     assert mask.total == gather.total
     assert mask.tokens == (50, 50, 25, 25, 13, 13)
+
+
+@pytest.mark.parametrize("method", reducers.METHODS)
+def test_every_method_is_counted(method):
+    """Also one that only masks, which saves nothing."""
+    sites = {"at": (1,)} if reducers.METHODS[method].plain.from_block is None else {}
+    small = {"width": 16, "heads": 2, "depth": 3, "keep": 0.5, **sites}
+    model = dyntoken.create_model(f"{method}_vit_mini_patch4_28", **small)
+    count = macs.count(model)
+    assert (method == "ltmp") == (count.tokens[-1] == 50)
 
 
 def test_non_square_images_remat_and_bfloat16():
