@@ -47,14 +47,14 @@ class Graph:
         return self.constants.setdefault(key, (f"constant_{len(self.constants)}", data))[0]
 
     def needed(self, outputs: Mapping[str, Any]) -> list[Any]:
-        """The nodes that outputs depend on, in order, as ONNX has them."""
+        """The nodes that outputs depend on, in order, as ONNX has them; named, as converters to float16 expect."""
         import onnx
 
         wanted, kept = set(outputs), []
         for kind, inputs, results, options in reversed(self.nodes):
             if wanted & set(results):
                 wanted |= set(inputs)
-                kept.append(onnx.helper.make_node(kind, inputs, results, **options))
+                kept.append(onnx.helper.make_node(kind, inputs, results, name=results[0], **options))
         self.used = wanted
         return kept[::-1]
 

@@ -11,7 +11,7 @@ import numpy as np
 from dyntoken import __version__
 from dyntoken.exporting.onnx_graph import Graph, Value, broadcast, constant, static, type_number
 from dyntoken.exporting.onnx_nodes import IDENTITIES, POINTWISE, SAME, WHOLE, stack
-from dyntoken.exporting.programs import Program
+from dyntoken.exporting.programs import LOGITS, Program
 from dyntoken.ops import backend
 
 OPSET, IR = 18, 9  # of 2022 and 2023: every runtime in use reads them
@@ -21,7 +21,7 @@ CALLS = ("jaxpr", "call_jaxpr", "fun_jaxpr")  # parameters that hold the body of
 
 
 def to_onnx(part: Program, weights: Mapping[str, Any]) -> bytes:
-    """The program with its weights inside; the first axis of its inputs is called `b`.
+    """The program with its weights inside; the first axis of its inputs is called `b`, the first output is the logits.
 
     Raises:
       ValueError: an operation or a type that there is no node for.
@@ -45,8 +45,9 @@ def to_onnx(part: Program, weights: Mapping[str, Any]) -> bytes:
             onnx.helper.make_tensor_value_info(n, type_number(a.dtype), shapes[n]) for n, a in arrays.items()
         ]
 
+    outputs = {name: part.outputs[name] for name in sorted(part.outputs, key=lambda name: (name != LOGITS, name))}
     made = onnx.helper.make_graph(
-        graph.needed(part.outputs), part.name, infos(part.inputs), infos(part.outputs), graph.tensors()
+        graph.needed(outputs), part.name, infos(part.inputs), infos(outputs), graph.tensors()
     )
     opsets = [onnx.helper.make_opsetid("", OPSET)]
     model = onnx.helper.make_model(

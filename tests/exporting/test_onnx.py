@@ -38,7 +38,11 @@ def test_a_file_agrees_in_every_runtime(name, tmp_path):
     variables = variables_of(model)
     dyntoken.export(model, variables, tmp_path, formats=("onnx",))
     for file in tmp_path.glob("*.onnx"):
-        onnx.checker.check_model(onnx.load(file), full_check=True)
+        read = onnx.load(file)
+        onnx.checker.check_model(read, full_check=True)
+        assert read.graph.output[0].name == "logits"
+        names = [node.name for node in read.graph.node]
+        assert all(names) and len(set(names)) == len(names)  # which converters to float16 build on
     found = exporting.check(tmp_path, model, variables)
     assert {(one.how, one.batch) for one in found} == {(how, batch) for how in HERE for batch in (1, 7, 32)}
     assert not exporting.disagreements(found), found
