@@ -27,6 +27,13 @@ def test_there_are_notebooks():
     assert {path.stem for path in NOTEBOOKS} == set(SAYS)
 
 
+def test_each_has_its_picture_on_a_page():
+    page = (FOLDER.parent / "docs" / "notebooks.md").read_text()
+    for name in SAYS:
+        assert f"`{name}.ipynb`" in page and f"(images/notebooks/{name}.png)" in page
+        assert (FOLDER.parent / "docs" / "images" / "notebooks" / f"{name}.png").stat().st_size < 100_000
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_outputs_are_stripped(path):
     notebook = nbformat.read(path, as_version=4)

@@ -45,7 +45,9 @@ def to_onnx(part: Program, weights: Mapping[str, Any]) -> bytes:
             onnx.helper.make_tensor_value_info(n, type_number(a.dtype), shapes[n]) for n, a in arrays.items()
         ]
 
-    outputs = {name: part.outputs[name] for name in sorted(part.outputs, key=lambda name: (name != LOGITS, name))}
+    outputs = {
+        name: part.outputs[name] for name in sorted(part.outputs, key=lambda name: (name != LOGITS, name))
+    }
     made = onnx.helper.make_graph(
         graph.needed(outputs), part.name, infos(part.inputs), infos(outputs), graph.tensors()
     )

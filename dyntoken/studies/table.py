@@ -164,13 +164,15 @@ RIVALS: dict[str, Mapping[str, Any]] = {"adavit": {"choose_heads": False, "choos
 def rivals(setting: Setting) -> Trials:
     """Study (k): every method that the backbone takes at the cost of dTPS's middle keep rate, and random dropping.
 
-    LTMP computes every row, whatever it keeps: its loss holds the rows alive to that cost.
+    LTMP computes every row, whatever it keeps: its loss holds the rows alive to that cost. It is compared with none.
     """
-    able = [name for name, refused in models.pairings(setting.dense.arch).items() if refused is None]
+    refused = models.pairings(setting.dense.arch)
+    able = {
+        name: "gather" in row.plain.forms for name, row in reducers.METHODS.items() if refused[name] is None
+    }
     made = [
-        Trial(name, name, cost_of=MIDDLE, model=RIVALS.get(name, {}), group="rivals")
-        for name in reducers.METHODS
-        if name in able
+        Trial(name, name, cost_of=MIDDLE, model=RIVALS.get(name, {}), group="rivals" if saves else name)
+        for name, saves in able.items()
     ]
     random = Trial("random", "topk", cost_of=MIDDLE, model={"score": "random"}, group="rivals")
     return [Trial("dense", group="dense"), *made, random]
