@@ -19,7 +19,7 @@ import nbformat
 from PIL import Image
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-SIZE = (320, 240)
+SIZE = (480, 320)
 LIMIT_S = 1800  # of a cell
 
 
