@@ -9,7 +9,7 @@ import pytest
 nbformat = pytest.importorskip("nbformat")
 nbclient = pytest.importorskip("nbclient")
 
-# What each prints; the default suite runs two of them.
+# What each prints.
 SAYS = {
     "quickstart": ("GMACs", "logits (8, 10)"),
     "own_method": ("keynorm (yours)", "random, squeezed"),
@@ -18,7 +18,6 @@ SAYS = {
     "finetune": ("top-1", "10 classes: Ankle boot"),
     "export": ("read back: 0.0 apart", "jax.export: logits (8, 10)", "model.tpu.jax"),
 }
-QUICK = ("quickstart", "own_method")
 FOLDER = pathlib.Path(__file__).parent.parent / "colabs"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 
@@ -44,15 +43,8 @@ def test_outputs_are_stripped(path):
 
 # The kernel's start-up and its sockets warn by themselves, in this process.
 @pytest.mark.filterwarnings("default")
-@pytest.mark.parametrize(
-    "path",
-    [
-        pytest.param(
-            path, id=path.stem, marks=pytest.mark.thorough if path.stem in QUICK else pytest.mark.slow
-        )
-        for path in NOTEBOOKS
-    ],
-)
+@pytest.mark.thorough
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_runs(path, monkeypatch):
     monkeypatch.setenv("DYNTOKEN_FAST", "1")
     monkeypatch.setenv("PYTHONPATH", str(FOLDER.parent))
