@@ -123,13 +123,20 @@ def grids(found: Trained) -> list[Row]:
     for side in GRIDS:
         grid = [max(2, round(side * n)) for n in body.grid]
         size = tuple(int(n * p) for n, p in zip(grid, patch, strict=True))
-        config = {**found.run.settings.plain, "init": None}
+        config = {
+            **found.run.settings.plain,
+            "init": None,
+            "teacher": None,
+            "losses": {"ce": {"weight": 1.0}},
+        }
         config["data"] = {**config["data"], "size": size[0] if size[0] == size[1] else size}
         config["model"] = {k: v for k, v in config["model"].items() if k != "img_size"}
         try:
             run = build(config, training=False)
-        except ValueError:  # the sites leave nothing of so few tokens
-            continue
+        except ValueError:
+            if side >= 1:
+                raise
+            continue  # the sites leave nothing of so few tokens
         variables = weights.load_whole(run.model, found.variables, source_grid=body.grid)[0]
         other = dataclasses.replace(found, run=run, variables=variables)
         logits, labels = other.logits()

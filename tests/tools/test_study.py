@@ -78,6 +78,13 @@ def test_a_study_runs_end_to_end(out, name, capsys):
 
 
 @pytest.mark.thorough
+def test_a_network_with_a_teacher_is_measured_at_other_grids(tmp_path):
+    words = ["grids", "--seeds=1", "--only=dense", "--set=data.eval_split=test[:100]", f"--out={tmp_path}"]
+    assert study.main(words) == 0
+    assert [row["row"] for row in rows_of(tmp_path, "grids")] == [f"dense {n}x{n}" for n in (4, 6, 7, 8)]
+
+
+@pytest.mark.thorough
 def test_what_is_finished_is_kept_and_shared(out, monkeypatch):
     words = [*TINY, "--seeds=1", f"--out={out}"]
     assert study.main(["tokens", *words, "--only=attention-drop-0.5"]) == 0
