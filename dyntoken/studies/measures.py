@@ -123,12 +123,9 @@ def grids(found: Trained) -> list[Row]:
     for side in GRIDS:
         grid = [max(2, round(side * n)) for n in body.grid]
         size = tuple(int(n * p) for n, p in zip(grid, patch, strict=True))
-        config = {
-            **found.run.settings.plain,
-            "init": None,
-            "teacher": None,
-            "losses": {"ce": {"weight": 1.0}},
-        }
+        # Nothing is trained; the teacher is one for the grid trained on.
+        untaught = {"init": None, "teacher": None, "losses": {"ce": {"weight": 1.0}}}
+        config = {**found.run.settings.plain, **untaught}
         config["data"] = {**config["data"], "size": size[0] if size[0] == size[1] else size}
         config["model"] = {k: v for k, v in config["model"].items() if k != "img_size"}
         try:
