@@ -55,7 +55,7 @@ class AttentionPool(nn.Module):
         kv = layers.dense(2 * width, name="kv")(x)
         y = _attend(q, *jnp.split(kv, 2, axis=-1), self.heads, alive)[:, 0]
         y = layers.dense(width, name="proj")(y)
-        normed = nn.LayerNorm(epsilon=self.norm_eps, name="norm")(y)
+        normed = layers.LayerNorm(epsilon=self.norm_eps, name="norm")(y)
         act = layers.ACTIVATIONS[self.act]
         return y + layers.Mlp(int(width * self.mlp_ratio), activation=act, name="mlp")(normed)
 
@@ -136,7 +136,7 @@ class ClassHead(nn.Module):
           classify: False returns the pooled features, as `classes` = 0 does.
         """
         x = self._pooled(tokens).astype(jnp.float32)
-        x = x if self.norm_eps is None else nn.LayerNorm(epsilon=self.norm_eps, name="norm")(x)
+        x = x if self.norm_eps is None else layers.LayerNorm(epsilon=self.norm_eps, name="norm")(x)
         second = tokens.x[:, 1].astype(jnp.float32) if self.distilled else None
         if self.representation_size:
             x = layers.dense(self.representation_size, name="pre_logits")(x)
@@ -149,7 +149,7 @@ class ClassHead(nn.Module):
         logits = layers.dense(self.classes, name="cls")(x)
         if self.token_norm_eps is not None and (train or self.is_initializing()):
             token = tokens.x[:, 0].astype(jnp.float32)
-            token = nn.LayerNorm(epsilon=self.token_norm_eps, name="token_norm")(token)
+            token = layers.LayerNorm(epsilon=self.token_norm_eps, name="token_norm")(token)
             return logits, jnp.stack([logits, layers.dense(self.classes, name="token")(token)])
         if second is None:
             return logits, None

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from dyntoken.classifier import Classifier, check_upstream
 from dyntoken.features import Features
 from dyntoken.heads import ClassHead
+from dyntoken.nn import layers
 from dyntoken.types import Output, Tokens
 
 Array = jax.Array
@@ -32,7 +33,7 @@ class Early(nn.Module):
     @nn.compact
     def __call__(self, tokens: Tokens, classify: bool = True) -> tuple[Array, Tokens]:
         """`(logits [B, classes], normalised tokens)`; `classify` as in `ClassHead`."""
-        norm = nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype, name="norm")
+        norm = layers.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype, name="norm")
         tokens = tokens.replace(x=norm(tokens.x))
         return ClassHead(self.classes, self.pool, name="head")(tokens, classify=classify)[0], tokens
 

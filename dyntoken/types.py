@@ -154,9 +154,13 @@ class Gate:
 
     def writes(self, y: Array, branch: int) -> Array:
         """What a branch (0 attention, 1 MLP) adds to the residual stream of its result `y [B, T, C]`."""
+        kept = None
         if self.outputs is not None and (branch == 0 or self.mlp_outputs):
-            y = y * self.outputs.astype(y.dtype)[..., None]
-        return y if self.branches is None else y * self.branches.astype(y.dtype)[:, branch, None, None]
+            kept = self.outputs[..., None]
+        if self.branches is not None:
+            of_branch = self.branches[:, branch, None, None]
+            kept = of_branch if kept is None else kept * of_branch
+        return y if kept is None else y * kept.astype(y.dtype)
 
     def channels(self, x: Array) -> Array:
         """`x [B, T, C]` without the channels of dropped heads."""

@@ -40,7 +40,7 @@ IMPORTS = {
     "features": {"ops", "types"},
     "classifier": {"backbones", "features", "heads", "nn", "registry", "schema", "types"},
     "cascade": {"backbones", "classifier", "features", "heads", "nn", "ops", "reducers", "schema", "types"},
-    "multiexit": {"classifier", "features", "heads", "types"},
+    "multiexit": {"classifier", "features", "heads", "nn", "types"},
     "models": {
         "architectures",
         "backbones",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import flax.linen as nn
 import jax.numpy as jnp
 
+from dyntoken.nn import layers
 from dyntoken.nn.reduction_sites import ReductionSites
 from dyntoken.nn.remat import Remat, check_policy
 from dyntoken.nn.spec import Site
@@ -54,6 +55,6 @@ class Backbone(ReductionSites, nn.Module):
         """Raises ValueError for fields that do not fit together."""
         check_policy(self.remat)
 
-    def make_norm(self) -> nn.LayerNorm:
+    def make_norm(self) -> layers.LayerNorm:
         """A LayerNorm of the backbone's own epsilon and type."""
-        return nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype)
+        return layers.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype)

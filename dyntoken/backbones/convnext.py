@@ -86,8 +86,8 @@ class ConvNeXtBlock(nn.Module):
             self.fast_path_1 = layers.dense(self.width, dtype=self.dtype)
             self.fast_path_gamma = self._gamma("fast_path_gamma")
 
-    def _norm(self) -> nn.LayerNorm:
-        return nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype)
+    def _norm(self) -> layers.LayerNorm:
+        return layers.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype)
 
     def _gamma(self, name: str) -> Array | None:
         if self.layer_scale is None:

@@ -37,7 +37,7 @@ class ConvEmbed(nn.Module):
     def __call__(self, x: Array) -> Array:
         options = ((self.kernel,) * 2, self.stride, self.padding)
         x = layers.conv(x, self.width, *options, name="proj", dtype=self.dtype)
-        return nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype, name="norm")(x)
+        return layers.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype, name="norm")(x)
 
 
 class ConvProjection(nn.Module):

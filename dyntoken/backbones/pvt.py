@@ -31,7 +31,7 @@ class Embed(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         x = layers.conv(x, self.width, (self.patch,) * 2, self.patch, name="proj", dtype=self.dtype)
-        return nn.LayerNorm(epsilon=EMBED_EPS, dtype=self.dtype, name="norm")(x)
+        return layers.LayerNorm(epsilon=EMBED_EPS, dtype=self.dtype, name="norm")(x)
 
 
 class SpatialReductionAttention(nn.Module):
@@ -75,15 +75,16 @@ class SpatialReductionAttention(nn.Module):
             kernel = (self.ratio, self.ratio)
             small = layers.conv(spatial_map.cells, width, kernel, self.ratio, name="sr", dtype=self.dtype)
             source = small.reshape(batch, -1, width)
-            source = nn.LayerNorm(epsilon=EMBED_EPS, dtype=self.dtype, name="norm")(source)
+            source = layers.LayerNorm(epsilon=EMBED_EPS, dtype=self.dtype, name="norm")(source)
         q = layers.dense(width, name="q", **options)(x)
         q = jnp.swapaxes(q.reshape(batch, rows, self.heads, -1), 1, 2)  # [B, heads, T, head_dim]
         kv = layers.dense(2 * width, name="kv", **options)(source)
         kv = kv.reshape(batch, source.shape[1], 2, self.heads, -1)
         k, v = jnp.moveaxis(kv, (2, 3), (0, 2))  # each [B, heads, keys, head_dim]
         scale = self.qk_scale if self.qk_scale is not None else (width // self.heads) ** -0.5
-        seen = None
-        bias = None if size is None else attend.log_size(size)
+        seen, keys, bias = None, k, None
+        if size is not None:
+            q, k, bias = attend.counted(q, k, size, scale=scale)
         if policy is None and not return_scores and (draws is None or self.attn_dropout == 0.0):
             y = attend.attention(q, k, v, scale=scale, bias=bias)
         else:
@@ -91,7 +92,7 @@ class SpatialReductionAttention(nn.Module):
             p = layers.drop(p, self.attn_dropout, draws, *path, 0)
             y = jnp.einsum("bhqk,bhkd->bhqd", p.astype(v.dtype), v)
             cls = attend.class_attention(p, prefix) if prefix else None
-            seen = Attended(cls=cls, keys=k if self.ratio == 1 else None)
+            seen = Attended(cls=cls, keys=keys if self.ratio == 1 else None)
         y = jnp.swapaxes(y, 1, 2).reshape(batch, rows, width)
         y = layers.dense(width, name="proj", dtype=self.dtype)(y)
         return layers.drop(y, self.dropout, draws, *path), seen if return_scores else None

@@ -102,7 +102,7 @@ class SwinBlock(nn.Module):
     head_dim: int | None = None
 
     def setup(self) -> None:
-        self.norm1 = nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype)
+        self.norm1 = layers.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype)
         self.attn = WindowAttention(
             self.grid,
             self.window,
@@ -115,10 +115,10 @@ class SwinBlock(nn.Module):
             self.attn_dropout,
             self.head_dim,
         )
-        self.norm2 = nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype)
+        self.norm2 = layers.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype)
         self.mlp = layers.Mlp(int(self.width * self.mlp_ratio), self.dropout, self.dtype, self.width)
         if self.fast:
-            self.fastmlp_0 = nn.LayerNorm(epsilon=FAST_EPS, dtype=self.dtype)
+            self.fastmlp_0 = layers.LayerNorm(epsilon=FAST_EPS, dtype=self.dtype)
             self.fastmlp_1 = layers.dense(self.width, dtype=self.dtype)
 
     def __call__(
@@ -169,7 +169,7 @@ class PatchMerging(nn.Module):
         # Channels of the four cells in the official order: the row varies first.
         x = x.reshape(batch, high, 2, wide, 2, channels).transpose(0, 1, 3, 4, 2, 5)
         x = x.reshape(batch, high * wide, 4 * channels)
-        x = nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype, name="norm")(x)
+        x = layers.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype, name="norm")(x)
         return layers.dense(self.width, name="reduction", dtype=self.dtype, use_bias=False)(x)
 
 

@@ -36,9 +36,9 @@ class TokenTransformer(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        y = nn.LayerNorm(epsilon=NORM_EPS, dtype=self.dtype, name="norm1")(x)
+        y = layers.LayerNorm(epsilon=NORM_EPS, dtype=self.dtype, name="norm1")(x)
         x = _OneHead(self.width, self.dtype, name="attn")(y)
-        y = nn.LayerNorm(epsilon=NORM_EPS, dtype=self.dtype, name="norm2")(x)
+        y = layers.LayerNorm(epsilon=NORM_EPS, dtype=self.dtype, name="norm2")(x)
         return x + layers.Mlp(self.width, dtype=self.dtype, name="mlp")(y)
 
 
@@ -73,14 +73,14 @@ class TokenPerformer(nn.Module):
         w = self.param("w", _orthogonal, (m, self.width))
         w = jax.lax.stop_gradient(w)
         x = x.astype(jnp.float32)
-        kqv = layers.dense(3 * self.width, name="kqv")(nn.LayerNorm(epsilon=NORM_EPS, name="norm1")(x))
+        kqv = layers.dense(3 * self.width, name="kqv")(layers.LayerNorm(epsilon=NORM_EPS, name="norm1")(x))
         k, q, v = jnp.split(kqv, 3, axis=-1)  # each [B, n, width]
         k, q = _features(k, w), _features(q, w)  # [B, n, m]
         mass = jnp.einsum("bnm,bm->bn", q, k.sum(axis=1))
         moved = jnp.einsum("bnc,bnm->bcm", v, k)
         y = jnp.einsum("bnm,bcm->bnc", q, moved) / (mass[..., None] + PERFORMER_EPS)
         x = v + layers.dense(self.width, name="proj")(y)
-        y = layers.dense(self.width, name="mlp_0")(nn.LayerNorm(epsilon=NORM_EPS, name="norm2")(x))
+        y = layers.dense(self.width, name="mlp_0")(layers.LayerNorm(epsilon=NORM_EPS, name="norm2")(x))
         return (x + layers.dense(self.width, name="mlp_2")(layers.gelu(y))).astype(self.dtype)
 
 

@@ -75,7 +75,7 @@ class ContextMlp(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         if self.normalise:
-            x = nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype, name="norm")(x)
+            x = layers.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype, name="norm")(x)
         x = layers.gelu(layers.dense(self.hidden, name="fc1", dtype=self.dtype)(x))
         return layers.dense(self.width, name="fc2", dtype=self.dtype)(x)
 

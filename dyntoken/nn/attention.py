@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from dyntoken.nn import layers
-from dyntoken.ops import attend, backend, sample
+from dyntoken.ops import attend, backend, backward, sample
 from dyntoken.ops.rope import Rotation
 from dyntoken.types import Attended, Gate
 
@@ -94,52 +94,58 @@ class Attention(nn.Module):
         parts = (2,) if mix else (0, 1) if only_map else (0, 1, 2)
         q, k, v = self._projected(x, parts, each)
         if self.qk_norm_eps is not None:
-            norm = functools.partial(nn.LayerNorm, epsilon=self.qk_norm_eps, dtype=self.dtype)
+            norm = functools.partial(layers.LayerNorm, epsilon=self.qk_norm_eps, dtype=self.dtype)
             q, k = norm(name="q_norm")(q), norm(name="k_norm")(k)
         if mix is not None:
             return self._output(mix(v), width, draws, path), None
         keys, queries = k, q
         if rotation is not None:
             q, k = rotation(q), rotation(k)
-        if gate is not None:
-            policy = policy if gate.policy is None else gate.policy
-            q, k, v = (_of_heads(rows, gate) for rows in (q, k, v))
+        policy = policy if gate is None or gate.policy is None else gate.policy
         scale = self.qk_scale if self.qk_scale is not None else each**-0.5
         thinned = draws is not None and self.attn_dropout > 0.0
         if only_map:
             return_scores = True
-        weight = None if size is None else attend.log_size(size)
         cheap = not return_scores or (return_scores is not True and set(return_scores) <= set(CHEAP))
         unseen = cheap and not return_logits and not thinned
         seen = Attended(keys=keys, queries=queries, values=v)
         if policy is None and unseen:
-            bias = bias if weight is None else weight if bias is None else bias + weight
+            if size is not None:
+                q, k, bias = attend.counted(q, k, size, bias, scale=scale)
             y = attend.attention(q, k, v, scale=scale, bias=bias)
-        elif policy is not None and train and unseen and gate is bias is weight is None:
+        elif policy is not None and train and unseen and gate is bias is size is None:
             y = attend.policy_attention(q, k, v, policy, scale=scale)
         else:
-            logits = attend.logits(q, k, scale=scale, bias=bias)
-            weighed = logits if weight is None else logits + weight
+
+            def drop(p: Array) -> Array:
+                return layers.drop(p, self.attn_dropout, draws, *path, 0)
+
             if gate is None:
+                logits = weighed = attend.logits(q, k, scale=scale, bias=bias)
+                if size is not None:
+                    q, k, bias = attend.counted(q, k, size, bias, scale=scale)
+                    weighed = attend.logits(q, k, scale=scale, bias=bias)
                 p = attend.normalise(weighed, policy=policy, train=train)
+                p = drop(p)
+                if only_map:
+                    y = None
+                elif policy is None and not thinned and backend.platform() == "cpu":
+                    y = attend.weigh(weighed, v)  # what the site does not drop leaves the dense model's bits
+                else:
+                    y = jnp.einsum("bhqk,bhkd->bhqd", p.astype(v.dtype), v)
             else:
-                p = attend.gated_softmax(weighed, policy, gate.eps)
-            p = layers.drop(p, self.attn_dropout, draws, *path, 0)
-            if only_map:
-                y = None
-            elif policy is None and not thinned and backend.platform() == "cpu":
-                y = attend.weigh(weighed, v)  # what the site does not drop leaves the dense model's bits
-            else:
-                y = jnp.einsum("bhqk,bhkd->bhqd", p.astype(v.dtype), v)
+                args = (q, k, v, policy, gate.heads, bias, size)
+                gated = functools.partial(attend.gated, scale=scale, eps=gate.eps, drop=drop)
+                y, p, logits = backward.recomputed(gated, *args) if train else gated(*args)
             cls = attend.class_attention(p, prefix) if prefix and return_scores else None
             shown = {"keys": keys, "queries": queries, "values": v, "probs": p} if return_scores else {}
             seen = Attended(cls, **shown, logits=logits if return_logits else None)
         shown = seen if return_scores or return_logits else None
         if only_map:
             return None, shown
-        return self._output(y if gate is None else _of_heads(y, gate), width, draws, path), shown
+        return self._output(y, width, draws, path), shown
 
-    def _projected(self, x: Array, parts: tuple[int, ...], each: int) -> Array | list[Array]:
+    def _projected(self, x: Array, parts: tuple[int, ...], each: int) -> list[Array]:
         """Queries, keys and values `[B, heads, T, head_dim]` of one fused layer; zeros for those not in `parts`."""
         width = self.heads * each
         dense = layers.dense(3 * width, name="qkv", dtype=self.dtype, use_bias=self.qkv_bias is True)
@@ -151,7 +157,10 @@ class Attention(nn.Module):
         if self.is_initializing() or (len(parts) == 3 and backend.platform() != "tpu"):
             y = dense(x)
             y = y if bias is None else y + bias.astype(y.dtype)[None, None]
-            return jnp.moveaxis(y.reshape(*x.shape[:2], 3, self.heads, each), (2, 3), (0, 2))
+            return [
+                jnp.swapaxes(y.reshape(*x.shape[:2], self.heads, each), 1, 2)
+                for y in jax.lax.split(y, (width, width, width), axis=2)
+            ]
         params = dense.variables["params"]
         bias = params.get("bias", bias)
         heads = [jnp.zeros((x.shape[0], self.heads, x.shape[1], each), self.dtype)] * 3
@@ -167,11 +176,7 @@ class Attention(nn.Module):
         y = jnp.swapaxes(y, 1, 2)
         y = y.reshape(*y.shape[:2], -1)
         if self.norm_eps is not None:
-            y = nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype, name="norm")(y)
+            y = layers.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype, name="norm")(y)
         y = layers.dense(width, name="proj", dtype=self.dtype, use_bias=self.proj_bias)(y)
         return layers.drop(y, self.dropout, draws, *path)
 
-
-def _of_heads(rows: Array, gate: Gate) -> Array:
-    """`rows [B, heads, T, D]` without those of dropped heads."""
-    return rows if gate.heads is None else rows * gate.heads.astype(rows.dtype)[:, :, None, None]

@@ -87,9 +87,9 @@ class Block(nn.Module):
     half: str = "both"
 
     def setup(self) -> None:
-        self.norm1 = nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype)
+        self.norm1 = layers.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype)
         self.attn = self.attention()
-        self.norm2 = nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype)
+        self.norm2 = layers.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype)
         self.mlp = layers.Mlp(
             self.mlp_hidden or int(self.width * self.mlp_ratio),
             self.dropout,

@@ -8,12 +8,12 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
 
-from dyntoken.ops import backend
+from dyntoken.ops import backend, backward
 
 Array = jax.Array
 POLICY_EPS = 1e-6  # raoyongming/DynamicViT, softmax_with_policy
@@ -83,16 +83,7 @@ def policy_attention(
     if _PLAIN.get():
         p = policy_softmax(logits(q, k, scale=scale), policy, eps)
         return jnp.einsum("bhqk,bhkd->bhqd", p.astype(v.dtype), v)
-    return _policy_attention(q, k, v, _varying_as(policy.astype(jnp.float32), q), scale, eps)
-
-
-def _varying_as(policy: Array, q: Array) -> Array:
-    """`policy` over the mesh axes of `q` inside a `shard_map`: a backward pass must return what it was given.
-
-    A selection that chooses nothing, as in `ops.depthwise`: the policy ahead of the first site is a constant.
-    """
-    either = q[:, 0, 0, :1] == 0
-    return jnp.where(either, policy, policy)
+    return _policy_attention(*backward.alike(q, k, v, policy.astype(jnp.float32)), scale, eps)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
@@ -109,10 +100,11 @@ def _attend_policy(
     e = jnp.exp(products - highest)
     keys = policy[:, None, :, None]
     own = _own(q, k, highest, scale) * (1.0 - keys)
-    total = (e * policy[:, None, None, :]).sum(axis=-1, keepdims=True) + own + eps
     wide = v.astype(jnp.float32)
-    y = _product("bhqk,bhkd->bhqd", e, wide * keys, v.dtype)
-    y = (y + own * wide + eps * wide.mean(axis=2, keepdims=True)) / total
+    # The sum of a row's weights is one more column of the product.
+    y = _product("bhqk,bhkd->bhqd", e, jnp.concatenate([wide * keys, _column(keys, wide)], axis=-1), v.dtype)
+    total = y[..., -1:] + own + eps
+    y = (y[..., :-1] + own * wide + eps * wide.mean(axis=2, keepdims=True)) / total
     y = y.astype(v.dtype)
     return y, (q, k, v, policy, highest, total, y)
 
@@ -120,8 +112,8 @@ def _attend_policy(
 def _attend_policy_back(
     scale: float, eps: float, kept: tuple[Array, ...], dy: Array
 ) -> tuple[Array, Array, Array, Array]:
-    # The barrier keeps the compiler from finding the forward pass's arrays of queries by keys, and keeping them.
-    (q, k, v, policy, highest, total, y), dy = jax.lax.optimization_barrier((kept, dy))
+    q, k, v, policy, highest, total, y = kept
+    q = backward.after(q, dy)  # or the compiler would find the forward pass's arrays of queries by keys, and keep them
     wide_q, wide_k, wide_v, y = (t.astype(jnp.float32) for t in (q, k, v, y))
     products = logits(q, k, scale=scale)
     e = jnp.exp(products - highest)
@@ -139,9 +131,9 @@ def _attend_policy_back(
     own_dl = own_dp * (1.0 - keys)
     dq = _product("bhqk,bhkd->bhqd", dl, k, q.dtype) + own_dl * wide_k
     dk = _product("bhqk,bhqd->bhkd", dl, q, q.dtype) + own_dl * wide_q
-    seen = _product("bhqk,bhqd->bhkd", e, g, v.dtype)
+    seen = _product("bhqk,bhqd->bhkd", e, jnp.concatenate([g, mean], axis=-1), v.dtype)
+    others, seen = seen[..., -1:] + own_dp, seen[..., :-1]
     dv = seen * keys + own * (1.0 - keys) * g + eps / v.shape[2] * g.sum(axis=2, keepdims=True)
-    others = (e * mean).sum(axis=2)[..., None] + own_dp
     dpolicy = ((seen * wide_v).sum(axis=-1, keepdims=True) - others).sum(axis=(1, 3))
     return (dq * scale).astype(q.dtype), (dk * scale).astype(k.dtype), dv.astype(v.dtype), dpolicy
 
@@ -153,6 +145,11 @@ def _own(q: Array, k: Array, highest: Array, scale: float) -> Array:
     """The weight of each row's own key before it is normalised, `[B, H, T, 1]` float32."""
     product = (q.astype(jnp.float32) * k.astype(jnp.float32)).sum(axis=-1, keepdims=True)
     return jnp.exp(product * scale - highest)
+
+
+def _column(keys: Array, like: Array) -> Array:
+    """`keys [B, 1, T, 1]` for each head of `like`."""
+    return jnp.broadcast_to(keys, (*like.shape[:-1], 1))
 
 
 def _product(spec: str, a: Array, b: Array, dtype: jnp.dtype) -> Array:
@@ -193,6 +190,44 @@ def gated_softmax(logits: Array, policy: Array | None, eps: float | None) -> Arr
     return (p + eps / logits.shape[-1]) / (p.sum(axis=-1, keepdims=True) + eps)
 
 
+def gated(
+    q: Array,
+    k: Array,
+    v: Array,
+    policy: Array | None,
+    heads: Array | None,
+    bias: Array | None,
+    size: Array | None,
+    *,
+    scale: float,
+    eps: float | None,
+    drop: Callable[[Array], Array],
+) -> tuple[Array, Array, Array]:
+    """Attention with what a `types.Gate` leaves out.
+
+    Args:
+      q, k, v: `[B, H, T, D]`.
+      policy, eps: see `gated_softmax`.
+      heads: `[B, H]`, 0.0 for heads that are left out: of what they read and write.
+      bias: added to the scaled logits.
+      size: `[B, T]`, each key counts that often; not in the logits returned.
+      drop: dropout of the weights.
+
+    Returns:
+      The result `[B, H, T, D]`, the weights and the logits, `[B, H, T, T]`.
+    """
+    if heads is not None:
+        heads = heads.astype(v.dtype)[:, :, None, None]
+        q, k, v = q * heads, k * heads, v * heads
+    found = weighed = logits(q, k, scale=scale, bias=bias)
+    if size is not None:
+        q, k, bias = counted(q, k, size, bias, scale=scale)
+        weighed = logits(q, k, scale=scale, bias=bias)
+    p = drop(gated_softmax(weighed, policy, eps))
+    y = jnp.einsum("bhqk,bhkd->bhqd", p.astype(v.dtype), v)
+    return y if heads is None else y * heads, p, found
+
+
 @jax.jit
 def last_axis_softmax(logits: Array) -> Array:
     """A function of its own: an ONNX file has one node for it, found by this name."""
@@ -227,13 +262,22 @@ def weigh(logits: Array, v: Array) -> Array:
     return (y / p.sum(axis=-1, keepdims=True)).astype(v.dtype)
 
 
-def log_size(size: Array) -> Array:
-    """What makes each key count `size [B, T]` times, to be added to logits: `[B, 1, 1, T]` float32.
+def counted(
+    q: Array, k: Array, size: Array, bias: Array | None = None, *, scale: float
+) -> tuple[Array, Array, Array | None]:
+    """Queries, keys and bias whose logits make each key count `size [B, T]` times: the logarithm added.
 
+    On a CPU in float32 it is one more channel; a bias would be written out for every query, and kept for training.
     Rows of size 0 get 0: they are masked where there are any.
     """
     size = size.astype(jnp.float32)
-    return jnp.log(jnp.where(size > 0, size, 1.0))[:, None, None, :]
+    weight = jnp.log(jnp.where(size > 0, size, 1.0))[:, None, :, None]
+    if backend.platform() == "cpu" and q.dtype == jnp.float32:
+        ones = jnp.ones((*q.shape[:-1], 1))
+        weight = jnp.broadcast_to(weight / scale, (*k.shape[:-1], 1))
+        return jnp.concatenate([q, ones], axis=-1), jnp.concatenate([k, weight], axis=-1), bias
+    weight = jnp.swapaxes(weight, 2, 3)
+    return q, k, weight if bias is None else bias + weight
 
 
 def logits(q: Array, k: Array, *, scale: float, bias: Array | None = None) -> Array:

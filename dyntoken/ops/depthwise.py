@@ -7,7 +7,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from dyntoken.ops import backend
+from dyntoken.ops import backend, backward
 
 Array = jax.Array
 SHIFTED = "shifted_taps"  # the named scope by which `analysis` counts its products
@@ -38,17 +38,7 @@ def depthwise(x: Array, kernel: Array, *, stride: int = 1, padding: int = 0) -> 
             feature_group_count=x.shape[-1],
         )
     padded = jnp.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
-    return _shifted(*_alike(padded, kernel), stride)
-
-
-def _alike(x: Array, kernel: Array) -> tuple[Array, Array]:
-    """Both varying over the same mesh axes inside a `shard_map`.
-
-    A selection that chooses nothing: autodiff sees the cast that it brings and
-    sums the gradient of what is replicated over the devices.
-    """
-    either = x.reshape(-1)[0] == kernel.reshape(-1)[0].astype(x.dtype)
-    return jnp.where(either, x, x), jnp.where(either, kernel, kernel)
+    return _shifted(*backward.alike(padded, kernel), stride)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

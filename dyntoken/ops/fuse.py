@@ -96,16 +96,11 @@ def match(
     """
     hosts, guests = (targets, sources) if compared is None else compared
     sim = MEASURES[measure](guests, hosts)
-    others = ~jnp.eye(sim.shape[-1], dtype=bool)[None] if same else None
-    if others is not None:
-        sim = jnp.where(others, sim, MASKED)
-    sim = sim / temperature
-    if allowed is not None:
-        sim = jnp.where(allowed[:, None, :] > 0.5, sim, MASKED)
-    rank = jax.lax.stop_gradient(sim if luck is None else luck)
+    may = jnp.ones((1, 1, 1), bool) if allowed is None else allowed[:, None, :] > 0.5
+    may = may & ~jnp.eye(sim.shape[-1], dtype=bool)[None] if same else may
+    sim = jnp.where(may, sim / temperature, MASKED)
     # What may be no host loses to any similarity, also to one below MASKED.
-    rank = rank if others is None else jnp.where(others, rank, -jnp.inf)
-    rank = rank if allowed is None else jnp.where(allowed[:, None, :] > 0.5, rank, -jnp.inf)
+    rank = jnp.where(may, jax.lax.stop_gradient(sim if luck is None else luck), -jnp.inf)
     host = rank.argmax(axis=-1).astype(jnp.int32)
     # A select rather than a gather: the gather's gradient is a scatter, serial on a CPU.
     chosen = host[..., None] == jnp.arange(sim.shape[-1])[None, None, :]

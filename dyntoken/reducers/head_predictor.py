@@ -41,7 +41,7 @@ class HeadPredictor(nn.Module):
         weight = layers.gelu(layers.dense(max(1, self.heads // 2), name="senet_0")(x.mean(axis=-1)))
         weight = nn.sigmoid(layers.dense(self.heads, name="senet_2")(weight))[..., None]  # [B, n, heads, 1]
         size = width // self.heads
-        x = nn.LayerNorm(epsilon=self.eps, name="in_conv_0")(x)
+        x = layers.LayerNorm(epsilon=self.eps, name="in_conv_0")(x)
         x = layers.gelu(layers.dense(size, name="in_conv_1")(x))
         local, shared = x[..., : size // 2], x[..., size // 2 :]
         here = jnp.ones((batch, rows)) if alive is None else alive.astype(jnp.float32)

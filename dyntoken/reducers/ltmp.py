@@ -107,13 +107,14 @@ class LTMP(Reducer):
         prefix, n = tokens.prefix, tokens.count
         alive = jnp.ones(tokens.place.shape, jnp.float32) if tokens.alive is None else tokens.alive
         queries = attend.with_prefix(alive, prefix)
-        even, odd = jnp.arange(1, n, 2), jnp.arange(0, n, 2)  # of the patches; row 0 is the class token
+        even, odd, evens = slice(1, None, 2), slice(0, None, 2), n // 2  # of the patches; row 0 is the class token
+        order = jnp.concatenate([jnp.arange(1, n, 2), jnp.arange(0, n, 2)])
         received = self._received(seen.probs, queries)[:, prefix:]
         host, best = _match(seen.keys[:, :, prefix:].mean(axis=1), alive, even, odd)
 
         merge = Masker(1.0, self.tau, name="merge_masker")(best)  # [B, E]
         moved = jax.lax.stop_gradient(merge)
-        onto = jax.nn.one_hot(host, odd.size) * moved[..., None]  # [B, E, O]
+        onto = jax.nn.one_hot(host, n - evens) * moved[..., None]  # [B, E, O]
         x = tokens.patches.astype(jnp.float32)
         size = tokens.size if tokens.gate is None else tokens.gate.size[:, prefix:]
         add = jnp.einsum("beo,bec->boc", onto, x[:, even] * size[:, even, None], precision=HIGHEST)
@@ -126,12 +127,11 @@ class LTMP(Reducer):
         left = jnp.concatenate([alive[:, even] * (1.0 - merge), alive[:, odd]], axis=1)
         stays = Masker(0.0, self.tau, name="prune_masker")(importance)
         now = jnp.where(left > 0.5, stays, left)
-        own = now[:, jnp.argsort(jnp.concatenate([even, odd]))]  # of the incoming rows
+        own = now[:, jnp.argsort(order)]  # of the incoming rows
 
-        order = jnp.concatenate([even, odd])  # [n]
         rows = jnp.broadcast_to(jnp.arange(n, dtype=jnp.int32)[None], tokens.place.shape)
-        target = jnp.where(moved > 0.5, even.size + host, rows[:, : even.size])
-        target = jnp.concatenate([target, rows[:, even.size :]], axis=1)
+        target = jnp.where(moved > 0.5, evens + host, rows[:, : evens])
+        target = jnp.concatenate([target, rows[:, evens :]], axis=1)
         here = jnp.concatenate([alive[:, even], alive[:, odd]], axis=1) > 0.5
         stands = here & (jnp.take_along_axis(now, target, axis=1) > 0.5)
         patches = jnp.concatenate([x[:, even], merged], axis=1).astype(tokens.x.dtype)
@@ -177,7 +177,7 @@ def _taken_in(onto: Array) -> Array:
     return (onto > 0.5).any(axis=1)[..., None]
 
 
-def _match(keys: Array, alive: Array, even: Array, odd: Array) -> tuple[Array, Array]:
+def _match(keys: Array, alive: Array, even: slice, odd: slice) -> tuple[Array, Array]:
     """The most similar odd row of each even one `[B, E]`, and their cosine; dead rows have 0 with all."""
     there = alive[..., None] > 0.5
     safe = jnp.where(there, keys, 1.0)

@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from dyntoken.nn import layers
 from dyntoken.ops import select
 from dyntoken.reducers.cluster import Mixing
 
@@ -21,7 +22,7 @@ class PatchMerger(Mixing):
     @nn.compact
     def shares(self, tokens):
         x = tokens.patches.astype(jnp.float32)
-        x = nn.LayerNorm(epsilon=self.predictor_eps, name="norm")(x)
+        x = layers.LayerNorm(epsilon=self.predictor_eps, name="norm")(x)
         queries = self.param("queries", nn.initializers.normal(1.0), (self.keep, x.shape[-1]))
         logits = jnp.einsum("kc,bnc->bkn", queries, x, precision=select.HIGHEST)
         return jax.nn.softmax(logits, axis=-1), x

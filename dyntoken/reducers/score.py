@@ -56,7 +56,7 @@ class Predictor(nn.Module):
         """Log-probabilities `[B, n, 2]` of patch rows `x [B, n, C]`, `alive [B, n]`."""
         width = x.shape[-1]
         x = x.astype(jnp.float32)
-        x = nn.LayerNorm(epsilon=self.eps, name="in_conv_0")(x)
+        x = layers.LayerNorm(epsilon=self.eps, name="in_conv_0")(x)
         x = layers.gelu(layers.dense(width, name="in_conv_1")(x))
         local, shared = x[..., : width // 2], x[..., width // 2 :]
         if self.head == "local":

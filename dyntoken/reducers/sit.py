@@ -22,7 +22,7 @@ class SelfSlimming(Mixing):
     @nn.compact
     def shares(self, tokens):
         x = tokens.patches.astype(jnp.float32)
-        hidden = nn.LayerNorm(epsilon=self.predictor_eps, name="weight_0")(x)
+        hidden = layers.LayerNorm(epsilon=self.predictor_eps, name="weight_0")(x)
         hidden = layers.gelu(layers.dense(x.shape[-1] // 2, name="weight_1")(hidden))
         logits = layers.dense(self.keep, name="weight_3")(hidden)  # [B, n, keep]
         gain = self.param("gain", nn.initializers.ones, (1, 1, 1))

@@ -1,0 +1,67 @@
+"""What backward passes of our own need: arguments that vary alike, and work that waits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from dyntoken.ops import backend
+
+Array = jax.Array
+
+
+def alike(*arrays: Array) -> tuple[Array, ...]:
+    """All varying over the same mesh axes inside a `shard_map`: a backward pass must return what it was given.
+
+    A selection that chooses nothing: autodiff sees the cast that it brings and
+    sums the gradient of what is replicated over the devices.
+    """
+    first, *others = (array.reshape(-1)[0] == 0 for array in arrays)
+    either = first
+    for other in others:
+        either = either | other
+    return tuple(jnp.where(either, array, array) for array in arrays)
+
+
+def after(x: Array, when: Array) -> Array:
+    """`x`, for work that starts when `when` is there, and is not merged with the same work on `x` before.
+
+    So a backward pass computes again what the forward pass did not keep. On a CPU XLA (jax 0.10.2) removes
+    `optimization_barrier` before it merges and orders the work; there `x` gets a zero added that only `when` can tell.
+
+    Args:
+      x, when: of as many axes, and of one batch.
+    """
+    if backend.platform() != "cpu":
+        return jax.lax.optimization_barrier((x, when))[0]
+    first = jax.lax.stop_gradient(when[:, *(slice(1) for _ in when.shape[1:])])
+    return x + jnp.minimum(jnp.abs(first), 0.0).astype(x.dtype)
+
+
+def recomputed(fn: Callable[..., Any], *args: Array | None) -> Any:
+    """`fn(*args)`, of which a backward pass keeps the arguments alone and computes the rest again.
+
+    `jax.checkpoint`, which keeps everything on a CPU (see `after`).
+
+    Args:
+      args: floats; the first one has as many axes as the first result, and its batch.
+    """
+    there = [arg is not None for arg in args]
+
+    def of(*arrays: Array) -> Any:
+        given = iter(arrays)
+        return fn(*(next(given) if here else None for here in there))
+
+    run = jax.custom_vjp(of)
+    run.defvjp(lambda *arrays: (of(*arrays), arrays), lambda arrays, g: _again(of, arrays, g))
+    return run(*alike(*(arg for arg in args if arg is not None)))
+
+
+def _again(fn: Callable[..., Any], arrays: tuple[Array, ...], g: Any) -> tuple[Array, ...]:
+    first = jax.tree.leaves(g)[0]
+    waits = [x.ndim == first.ndim and len(x) == len(first) for x in arrays]
+    arrays = tuple(after(x, first) if wait else x for x, wait in zip(arrays, waits, strict=True))
+    return jax.vjp(fn, *arrays)[1](g)
