@@ -179,4 +179,3 @@ class Attention(nn.Module):
             y = layers.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype, name="norm")(y)
         y = layers.dense(width, name="proj", dtype=self.dtype, use_bias=self.proj_bias)(y)
         return layers.drop(y, self.dropout, draws, *path)
-

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 
+from dyntoken.ops import backend
 from dyntoken.registry import UnknownNameError, suggest
 
 # Names of `jax.checkpoint_policies`, from the least memory to the most; per block half they keep
@@ -43,10 +44,11 @@ def rematerialised(
       remat: see `POLICIES`.
       static: positions of Python arguments, the module itself being 0.
       looped: the module runs inside `lax.scan`, which no optimisation merges
-        with its recomputation, so that it needs no barriers.
+        with its recomputation, so that it needs no barriers. Elsewhere a CPU's compiler does
+        (see `ops.backward.after`), and keeps more than without: there nothing is recomputed.
     """
     check_policy(remat)
-    if remat is False:
+    if remat is False or (backend.platform() == "cpu" and not looped):
         return module
     return nn.remat(
         module,

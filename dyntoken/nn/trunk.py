@@ -34,7 +34,7 @@ from dyntoken.nn import scan
 from dyntoken.nn.block import Block
 from dyntoken.nn.remat import rematerialised
 from dyntoken.nn.spec import Site, Spec
-from dyntoken.ops import merge, sample, select
+from dyntoken.ops import backend, merge, sample, select
 from dyntoken.ops.rope import Rope, Rotation
 from dyntoken.types import Attended, Reduction, Tokens
 
@@ -92,7 +92,7 @@ class Trunk(nn.Module):
       blocks: one recipe of a `Block` per layer.
       sites: at most one per block, in order.
       remat: recompute each block's halves in the backward pass (never a reducer);
-        True, or what to keep, see `nn.remat.POLICIES`.
+        True, or what to keep, see `nn.remat.POLICIES`. On a CPU alike blocks between two sites, in a loop.
       scan: run alike blocks between two sites as one loop: the same numbers from
         a smaller program. A block that holds a reducer stands alone.
       rope: a rotary position embedding of queries and keys, the same in all blocks.
@@ -142,7 +142,7 @@ class Trunk(nn.Module):
         if context.train and self._masks():
             # The references run every block under the policy softmax, also those before the first site.
             tokens = tokens.replace(alive=jnp.ones(tokens.place.shape, jnp.float32))
-        for run in self._runs(range(len(self.blocks)) if some is None else some, context.taps):
+        for run in self._runs(range(len(self.blocks)) if some is None else some, context):
             index = run[0]
             stage = stage_at.get(index)
             site = None if stage is None else self.sites[stage]
@@ -219,14 +219,16 @@ class Trunk(nn.Module):
         mix = functools.partial(_mix, probs=seen.probs, reduction=reduction, prefix=tokens.prefix)
         return block.attend_by(tokens, context.dropout, mix)
 
-    def _runs(self, numbers: range, taps: Sequence[int]) -> list[tuple[int, ...]]:
+    def _runs(self, numbers: range, context: Context) -> list[tuple[int, ...]]:
         """Block numbers, grouped by loop; a tapped block ends its loop, which then keeps no other rows."""
+        # On a CPU only what is computed in a loop can be computed again, see `rematerialised`.
+        loops = self.scan or (bool(self.remat) and context.train and backend.platform() == "cpu")
         # Each block makes its own parameters; a method that follows the blocks looks at each.
-        if not self.scan or self.is_initializing() or self._follows():
+        if not loops or self.is_initializing() or self._follows():
             return [(index,) for index in numbers]
         cuts = [at for site in self.sites for at in (site.at, site.at + int(site.inside))]
         cuts += [at - ahead for at in self._recalling() for ahead in (0, 1)]
-        cuts += [number + 1 for number in taps]
+        cuts += [number + 1 for number in context.taps]
         return scan.runs(self._recipes(), cuts, numbers)
 
     def _recalling(self) -> list[int]:

@@ -113,7 +113,9 @@ def _attend_policy_back(
     scale: float, eps: float, kept: tuple[Array, ...], dy: Array
 ) -> tuple[Array, Array, Array, Array]:
     q, k, v, policy, highest, total, y = kept
-    q = backward.after(q, dy)  # or the compiler would find the forward pass's arrays of queries by keys, and keep them
+    q = backward.after(
+        q, dy
+    )  # or the compiler would find the forward pass's arrays of queries by keys, and keep them
     wide_q, wide_k, wide_v, y = (t.astype(jnp.float32) for t in (q, k, v, y))
     products = logits(q, k, scale=scale)
     e = jnp.exp(products - highest)

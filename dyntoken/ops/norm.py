@@ -36,8 +36,7 @@ def _forward(
     wide = x.astype(jnp.float32)
     mean, square = wide.mean(axis=-1, keepdims=True), jnp.square(wide).mean(axis=-1, keepdims=True)
     inverse = jax.lax.rsqrt(jnp.maximum(0.0, square - jnp.square(mean)) + eps)
-    shape = (1,) * (x.ndim - 1) + scale.shape
-    y = (wide - mean) * (inverse * scale.reshape(shape)) + bias.reshape(shape)
+    y = (wide - mean) * (inverse * _row(scale, x)) + _row(bias, x)
     return y.astype(dtype), (x, scale, mean, inverse)
 
 
@@ -47,9 +46,13 @@ def _backward(eps: float, dtype: jnp.dtype, kept: tuple[Array, ...], dy: Array) 
     normed = (x.astype(jnp.float32) - mean) * inverse
     product = dy * normed
     of_mean, of_deviation = _weighed(dy, scale), _weighed(product, scale)
-    dx = inverse * (dy * scale.reshape((1,) * (x.ndim - 1) + scale.shape) - of_mean - normed * of_deviation)
+    dx = inverse * (dy * _row(scale, x) - of_mean - normed * of_deviation)
     rows = tuple(range(x.ndim - 1))
-    return dx.astype(x.dtype), product.sum(axis=rows).astype(scale.dtype), dy.sum(axis=rows).astype(scale.dtype)
+    return (
+        dx.astype(x.dtype),
+        product.sum(axis=rows).astype(scale.dtype),
+        dy.sum(axis=rows).astype(scale.dtype),
+    )
 
 
 _layer_norm.defvjp(_forward, _backward)
@@ -58,8 +61,14 @@ _layer_norm.defvjp(_forward, _backward)
 def _weighed(rows: Array, scale: Array) -> Array:
     """The mean of `rows [..., C]` times `scale`, `[..., 1]`.
 
-    On a CPU as a product: XLA gives its sums to YNNPACK there, and writes the scale out for each row first.
+    On a CPU as a product: for sums XLA (jax 0.10.2) wrote the scale out for each row, and a stack of norms and
+    products trained at a third of the speed.
     """
     if backend.platform() == "cpu":
         return (rows @ scale.astype(jnp.float32))[..., None] / rows.shape[-1]
-    return (rows * scale).mean(axis=-1, keepdims=True)
+    return (rows * _row(scale, rows)).mean(axis=-1, keepdims=True)
+
+
+def _row(vector: Array, like: Array) -> Array:
+    """`vector [C]` with as many axes as `like`."""
+    return vector.reshape((1,) * (like.ndim - 1) + vector.shape)

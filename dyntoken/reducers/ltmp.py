@@ -107,7 +107,11 @@ class LTMP(Reducer):
         prefix, n = tokens.prefix, tokens.count
         alive = jnp.ones(tokens.place.shape, jnp.float32) if tokens.alive is None else tokens.alive
         queries = attend.with_prefix(alive, prefix)
-        even, odd, evens = slice(1, None, 2), slice(0, None, 2), n // 2  # of the patches; row 0 is the class token
+        even, odd, evens = (
+            slice(1, None, 2),
+            slice(0, None, 2),
+            n // 2,
+        )  # of the patches; row 0 is the class token
         order = jnp.concatenate([jnp.arange(1, n, 2), jnp.arange(0, n, 2)])
         received = self._received(seen.probs, queries)[:, prefix:]
         host, best = _match(seen.keys[:, :, prefix:].mean(axis=1), alive, even, odd)
@@ -130,8 +134,8 @@ class LTMP(Reducer):
         own = now[:, jnp.argsort(order)]  # of the incoming rows
 
         rows = jnp.broadcast_to(jnp.arange(n, dtype=jnp.int32)[None], tokens.place.shape)
-        target = jnp.where(moved > 0.5, evens + host, rows[:, : evens])
-        target = jnp.concatenate([target, rows[:, evens :]], axis=1)
+        target = jnp.where(moved > 0.5, evens + host, rows[:, :evens])
+        target = jnp.concatenate([target, rows[:, evens:]], axis=1)
         here = jnp.concatenate([alive[:, even], alive[:, odd]], axis=1) > 0.5
         stands = here & (jnp.take_along_axis(now, target, axis=1) > 0.5)
         patches = jnp.concatenate([x[:, even], merged], axis=1).astype(tokens.x.dtype)
