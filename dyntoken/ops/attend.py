@@ -5,10 +5,8 @@ Shapes: B batch, H heads, T rows (prefix + patches), D head dimension.
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +15,6 @@ from dyntoken.ops import backend, backward
 
 Array = jax.Array
 POLICY_EPS = 1e-6  # raoyongming/DynamicViT, softmax_with_policy
-_PLAIN: contextvars.ContextVar[bool] = contextvars.ContextVar("dyntoken_plain_attention", default=False)
 
 
 def with_prefix(alive: Array, prefix: int) -> Array:
@@ -49,20 +46,6 @@ def policy_softmax(logits: Array, policy: Array, eps: float = POLICY_EPS) -> Arr
     return (p + eps / rows) / (p.sum(axis=-1, keepdims=True) + eps)
 
 
-@contextlib.contextmanager
-def plain() -> Iterator[None]:
-    """Traces `policy_attention` from its definition, for pure forward-mode derivatives (`jax.jvp`, `jax.jacfwd`).
-
-    Its own backward pass serves `jax.grad` and what is built on it (`jax.hessian`, `jax.jvp` of a
-    gradient). Trace a fresh function inside: what `jit` has cached outside is not traced again.
-    """
-    token = _PLAIN.set(True)
-    try:
-        yield
-    finally:
-        _PLAIN.reset(token)
-
-
 def policy_attention(
     q: Array, k: Array, v: Array, policy: Array, *, scale: float, eps: float = POLICY_EPS
 ) -> Array:
@@ -80,7 +63,7 @@ def policy_attention(
     Returns:
       `[B, H, T, D]` in the type of `v`.
     """
-    if _PLAIN.get():
+    if backward.is_plain():
         p = policy_softmax(logits(q, k, scale=scale), policy, eps)
         return jnp.einsum("bhqk,bhkd->bhqd", p.astype(v.dtype), v)
     return _policy_attention(*backward.alike(q, k, v, policy.astype(jnp.float32)), scale, eps)

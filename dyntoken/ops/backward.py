@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -11,6 +13,26 @@ import jax.numpy as jnp
 from dyntoken.ops import backend
 
 Array = jax.Array
+_PLAIN: contextvars.ContextVar[bool] = contextvars.ContextVar("dyntoken_plain", default=False)
+
+
+@contextlib.contextmanager
+def plain() -> Iterator[None]:
+    """Traces operators from their definitions, for pure forward-mode derivatives (`jax.jvp`, `jax.jacfwd`).
+
+    Their own backward passes serve `jax.grad` and what is built on it (`jax.hessian`, `jax.jvp` of a
+    gradient). Trace a fresh function inside: what `jit` has cached outside is not traced again.
+    """
+    token = _PLAIN.set(True)
+    try:
+        yield
+    finally:
+        _PLAIN.reset(token)
+
+
+def is_plain() -> bool:
+    """Whether operators are traced from their definitions."""
+    return _PLAIN.get()
 
 
 def alike(*arrays: Array) -> tuple[Array, ...]:
@@ -49,6 +71,8 @@ def recomputed(fn: Callable[..., Any], *args: Array | None) -> Any:
     Args:
       args: floats; the first one has as many axes as the first result, and its batch.
     """
+    if is_plain():
+        return fn(*args)
     there = [arg is not None for arg in args]
 
     def of(*arrays: Array) -> Any:

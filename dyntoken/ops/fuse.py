@@ -111,11 +111,12 @@ def _absorb(targets: Array, sources: Array, host: Array, weight: Array, own: flo
     """Weighted mean of each target (weight `own`, or `[B, T]` of them) and its sources, one product."""
     at = jax.nn.one_hot(host, targets.shape[1], dtype=jnp.float32)  # [B, S, T], and no gradient
     weight = weight.astype(jnp.float32)[..., None]
-    heavy = jnp.concatenate([weight * sources.astype(jnp.float32), weight], axis=-1)
-    absorbed = jnp.einsum("bst,bsc->btc", at, heavy, precision=HIGHEST)
     mine = own if isinstance(own, float) else own[..., None]
-    total = mine * targets.astype(jnp.float32) + absorbed[..., :-1]
-    share = mine + absorbed[..., -1:]
+    absorbed, theirs = (
+        jnp.einsum("bst,bsc->btc", at, rows, precision=HIGHEST)
+        for rows in (weight * sources.astype(jnp.float32), weight)
+    )
+    total, share = mine * targets.astype(jnp.float32) + absorbed, mine + theirs
     if not isinstance(own, float):  # a row long dead may weigh nothing: it stays as it is
         total, share = jnp.where(share > 0, total, targets), jnp.where(share > 0, share, 1.0)
     return (total / share).astype(targets.dtype)

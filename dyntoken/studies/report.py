@@ -12,6 +12,7 @@ from typing import Any
 from dyntoken.analysis import figures
 from dyntoken.studies.trial import Study
 
+SAME_COST = 1.25  # dearest by cheapest row of a series that is no line over the cost
 FIRST = ("study", "row", "series", "group", "seed")
 
 
@@ -115,7 +116,9 @@ def as_csv(name: str, study: Study, stored: Sequence[Mapping[str, Any]]) -> str:
 
 
 def draw(study: Study, rows: Sequence[Summary], dense: tuple[float, float]) -> Any:
-    """Top-1 over multiply-adds, a line per series, or of series of one point the rows below each other.
+    """Top-1 over multiply-adds, a line per series, or the rows below each other.
+
+    That is where no line has a direction: series of one point, or of points of one cost.
 
     Args:
       dense: its cost and its top-1.
@@ -123,7 +126,8 @@ def draw(study: Study, rows: Sequence[Summary], dense: tuple[float, float]) -> A
     series: dict[str, list[Summary]] = {}
     for row in rows:
         series.setdefault(row.series, []).append(row)
-    if len(series) == len(rows):
+    costs = [[row.others["gmacs"] for row in points] for points in series.values()]
+    if all(max(each) < SAME_COST * min(each) for each in costs):
         return _draw_rows(study, rows, dense[1])
     figure = figures.figure(7.0, max(4.4, 1.2 + 0.16 * len(series)))
     axis = figure.add_subplot()

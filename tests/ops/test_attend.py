@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from dyntoken.ops import attend, backend
+from dyntoken.ops import attend, backend, backward
 
 
 def _qkv(key=0, batch=2, heads=2, rows=5, dim=4):
@@ -119,7 +119,7 @@ def test_policy_attention_and_every_gradient_are_those_of_its_definition(spread)
     np.testing.assert_allclose(value, expected, rtol=1e-6, atol=1e-6)
     for mine, theirs in zip(found, gradients, strict=True):
         np.testing.assert_allclose(mine, theirs, rtol=0, atol=1e-6 * float(np.abs(theirs).max()))
-    with attend.plain():
+    with backward.plain():
         value, found = _gradients(lambda *a: _operator(*a), weight)(*args)
     np.testing.assert_allclose(value, expected, rtol=1e-6, atol=1e-6)
     for mine, theirs in zip(found, gradients, strict=True):
@@ -168,7 +168,7 @@ def test_forward_mode_of_policy_attention_takes_the_plain_form():
     tangents = tuple(jnp.ones_like(a) for a in args)
     with pytest.raises(TypeError, match="forward-mode"):
         jax.jvp(_operator, args, tangents)
-    with attend.plain():
+    with backward.plain():
         value, moved = jax.jvp(_operator, args, tangents)
     np.testing.assert_allclose(value, _operator(*args), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(moved, jax.jvp(_definition, args, tangents)[1], rtol=1e-4, atol=1e-5)

@@ -65,6 +65,12 @@ def test_rows_of_one_point_each_are_drawn_below_each_other():
     rows = report.summarize(STUDY, STORED, dense=0.95)
     (axis,) = report.draw(STUDY, rows, (1.0, 0.95)).axes
     assert [label.get_text() for label in axis.get_yticklabels()] == ["squeeze", "fuse", "drop"]
-    line = [dataclasses.replace(row, series="one") for row in rows]
+    same_cost = [dataclasses.replace(row, series="one") for row in rows]
+    (axis,) = report.draw(STUDY, same_cost, (1.0, 0.95)).axes
+    assert len(axis.get_yticklabels()) == 3
+    line = [
+        dataclasses.replace(row, others={"gmacs": cost})
+        for row, cost in zip(same_cost, (1.0, 2.0, 3.0), strict=True)
+    ]
     (axis,) = report.draw(STUDY, line, (1.0, 0.95)).axes
     assert axis.get_xlabel() == "GMACs of an image"
