@@ -281,7 +281,12 @@ def compiled(args: argparse.Namespace, run: Any) -> dict[str, Any]:
     took = {"compile_s": round(time.monotonic() - began, 1), "compile_cpu_s": cpu}
     if step is None:
         return {**took, "refused": refused}
-    program = step.as_text()
+    try:
+        program = step.as_text()
+    except jax.errors.JaxRuntimeError as error:  # libtpu 0.0.52 could not for a training step on v6e
+        raise ValueError(
+            f"compiled, but the compiler cannot write it out: {cli.one_line(error)[:300]}"
+        ) from error
     if args.hlo:
         pathlib.Path(args.hlo).write_text(program)
     return {**took, "memory": memory(step), **hlo.summary(program)}

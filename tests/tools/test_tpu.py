@@ -4,6 +4,7 @@ import functools
 import importlib.metadata
 import importlib.util
 import json
+import types
 
 import jax
 import jax.numpy as jnp
@@ -149,6 +150,16 @@ def test_what_does_not_fit_is_a_report():
     found = _report(refused="Ran out of memory in memory space hbm")
     assert "does not fit into 16 GiB: Ran out of memory" in tpu_report.text(found)
     assert "| more than 16 |" in tpu_report.table([found])
+
+
+def test_a_program_that_cannot_be_written_out_ends_in_one_line():
+    class Step:
+        def as_text(self):
+            raise jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure")
+
+    run = types.SimpleNamespace(eval_step=Step())
+    with pytest.raises(ValueError, match="compiled, but the compiler cannot write it out: INTERNAL"):
+        tpu.compiled(_args(), run)
 
 
 @pytest.mark.slow
