@@ -121,12 +121,8 @@ class Attention(nn.Module):
                 return layers.drop(p, self.attn_dropout, draws, *path, 0)
 
             if gate is None:
-                logits = weighed = attend.logits(q, k, scale=scale, bias=bias)
-                if size is not None:
-                    q, k, bias = attend.counted(q, k, size, bias, scale=scale)
-                    weighed = attend.logits(q, k, scale=scale, bias=bias)
-                p = attend.normalise(weighed, policy=policy, train=train)
-                p = drop(p)
+                weighed, logits = attend.weighed_logits(q, k, bias, size, scale=scale, shown=return_logits)
+                p = drop(attend.normalise(weighed, policy=policy, train=train))
                 if only_map:
                     y = None
                 elif policy is None and not thinned and backend.platform() == "cpu":
@@ -135,7 +131,9 @@ class Attention(nn.Module):
                     y = jnp.einsum("bhqk,bhkd->bhqd", p.astype(v.dtype), v)
             else:
                 args = (q, k, v, policy, gate.heads, bias, size)
-                gated = functools.partial(attend.gated, scale=scale, eps=gate.eps, drop=drop)
+                gated = functools.partial(
+                    attend.gated, scale=scale, eps=gate.eps, drop=drop, shown=return_logits
+                )
                 y, p, logits = backward.recomputed(gated, *args) if train else gated(*args)
             cls = attend.class_attention(p, prefix) if prefix and return_scores else None
             shown = {"keys": keys, "queries": queries, "values": v, "probs": p} if return_scores else {}

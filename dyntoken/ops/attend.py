@@ -96,9 +96,8 @@ def _attend_policy_back(
     scale: float, eps: float, kept: tuple[Array, ...], dy: Array
 ) -> tuple[Array, Array, Array, Array]:
     q, k, v, policy, highest, total, y = kept
-    q = backward.after(
-        q, dy
-    )  # or the compiler would find the forward pass's arrays of queries by keys, and keep them
+    # Or the compiler would find the forward pass's arrays of queries by keys, and keep them.
+    q = backward.after(q, dy)
     wide_q, wide_k, wide_v, y = (t.astype(jnp.float32) for t in (q, k, v, y))
     products = logits(q, k, scale=scale)
     e = jnp.exp(products - highest)
@@ -187,7 +186,8 @@ def gated(
     scale: float,
     eps: float | None,
     drop: Callable[[Array], Array],
-) -> tuple[Array, Array, Array]:
+    shown: bool,
+) -> tuple[Array, Array, Array | None]:
     """Attention with what a `types.Gate` leaves out.
 
     Args:
@@ -197,6 +197,7 @@ def gated(
       bias: added to the scaled logits.
       size: `[B, T]`, each key counts that often; not in the logits returned.
       drop: dropout of the weights.
+      shown: also returns the logits.
 
     Returns:
       The result `[B, H, T, D]`, the weights and the logits, `[B, H, T, T]`.
@@ -204,10 +205,7 @@ def gated(
     if heads is not None:
         heads = heads.astype(v.dtype)[:, :, None, None]
         q, k, v = q * heads, k * heads, v * heads
-    found = weighed = logits(q, k, scale=scale, bias=bias)
-    if size is not None:
-        q, k, bias = counted(q, k, size, bias, scale=scale)
-        weighed = logits(q, k, scale=scale, bias=bias)
+    weighed, found = weighed_logits(q, k, bias, size, scale=scale, shown=shown)
     p = drop(gated_softmax(weighed, policy, eps))
     y = jnp.einsum("bhqk,bhkd->bhqd", p.astype(v.dtype), v)
     return y if heads is None else y * heads, p, found
@@ -269,6 +267,17 @@ def logits(q: Array, k: Array, *, scale: float, bias: Array | None = None) -> Ar
     """Scaled products of queries and keys, plus a bias: `[B, H, T, T]` float32."""
     products = jnp.einsum("bhqd,bhkd->bhqk", q, k, preferred_element_type=jnp.float32) * scale
     return products if bias is None else products + bias.astype(jnp.float32)
+
+
+def weighed_logits(
+    q: Array, k: Array, bias: Array | None, size: Array | None, *, scale: float, shown: bool
+) -> tuple[Array, Array | None]:
+    """Logits in which each key counts `size [B, T]` times (None: once), and if they are `shown` those without sizes."""
+    plain = logits(q, k, scale=scale, bias=bias) if shown or size is None else None
+    if size is None:
+        return plain, plain
+    q, k, bias = counted(q, k, size, bias, scale=scale)
+    return logits(q, k, scale=scale, bias=bias), plain
 
 
 def normalise(logits: Array, *, policy: Array | None, train: bool) -> Array:

@@ -41,6 +41,8 @@ def alike(*arrays: Array) -> tuple[Array, ...]:
     A selection that chooses nothing: autodiff sees the cast that it brings and
     sums the gradient of what is replicated over the devices.
     """
+    if backend.platform() == "onnx":
+        return arrays  # an ONNX file has no gradient, and would keep what chooses nothing
     first, *others = (array.reshape(-1)[0] == 0 for array in arrays)
     either = first
     for other in others:
@@ -59,7 +61,7 @@ def after(x: Array, when: Array) -> Array:
     """
     if backend.platform() != "cpu":
         return jax.lax.optimization_barrier((x, when))[0]
-    first = jax.lax.stop_gradient(when[:, *(slice(1) for _ in when.shape[1:])])
+    first = jax.lax.stop_gradient(when[tuple(slice(1) if axis else slice(None) for axis in range(when.ndim))])
     return x + jnp.minimum(jnp.abs(first), 0.0).astype(x.dtype)
 
 

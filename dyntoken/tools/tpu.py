@@ -14,7 +14,7 @@ learns its decision; --teacher adds the dense model and both distillation losses
 
 examples:
   python -m dyntoken.tools.tpu deit_small_patch16_224
-  python -m dyntoken.tools.tpu dtps_deit_small_patch16_224 --train --teacher --scan --remat=True
+  python -m dyntoken.tools.tpu dtps_deit_small_patch16_224 --train --teacher --remat=True
   python -m dyntoken.tools.tpu --config=configs/dvt_deit.py --train --batch=64
   python -m dyntoken.tools.tpu evit_deit_base_patch16_384 --topology=v5p --json
   python -m dyntoken.tools.tpu --table results/tpu/*.json
