@@ -82,17 +82,16 @@ class SpatialReductionAttention(nn.Module):
         kv = kv.reshape(batch, source.shape[1], 2, self.heads, -1)
         k, v = jnp.moveaxis(kv, (2, 3), (0, 2))  # each [B, heads, keys, head_dim]
         scale = self.qk_scale if self.qk_scale is not None else (width // self.heads) ** -0.5
-        seen, keys, bias = None, k, None
-        if size is not None:
-            q, k, bias = attend.counted(q, k, size, scale=scale)
+        seen = None
         if policy is None and not return_scores and (draws is None or self.attn_dropout == 0.0):
-            y = attend.attention(q, k, v, scale=scale, bias=bias)
+            y = attend.attention(q, k, v, scale=scale, size=size)
         else:
-            p = attend.normalise(attend.logits(q, k, scale=scale, bias=bias), policy=policy, train=train)
+            weight = None if size is None else attend.log_size(size)
+            p = attend.normalise(attend.logits(q, k, scale=scale, bias=weight), policy=policy, train=train)
             p = layers.drop(p, self.attn_dropout, draws, *path, 0)
             y = jnp.einsum("bhqk,bhkd->bhqd", p.astype(v.dtype), v)
             cls = attend.class_attention(p, prefix) if prefix else None
-            seen = Attended(cls=cls, keys=keys if self.ratio == 1 else None)
+            seen = Attended(cls=cls, keys=k if self.ratio == 1 else None)
         y = jnp.swapaxes(y, 1, 2).reshape(batch, rows, width)
         y = layers.dense(width, name="proj", dtype=self.dtype)(y)
         return layers.drop(y, self.dropout, draws, *path), seen if return_scores else None

@@ -110,9 +110,7 @@ class Attention(nn.Module):
         unseen = cheap and not return_logits and not thinned
         seen = Attended(keys=keys, queries=queries, values=v)
         if policy is None and unseen:
-            if size is not None:
-                q, k, bias = attend.counted(q, k, size, bias, scale=scale)
-            y = attend.attention(q, k, v, scale=scale, bias=bias)
+            y = attend.attention(q, k, v, scale=scale, bias=bias, size=size)
         elif policy is not None and train and unseen and gate is bias is size is None:
             y = attend.policy_attention(q, k, v, policy, scale=scale)
         else:
@@ -120,20 +118,22 @@ class Attention(nn.Module):
             def drop(p: Array) -> Array:
                 return layers.drop(p, self.attn_dropout, draws, *path, 0)
 
+            weight = None if size is None else attend.log_size(size)
             if gate is None:
-                weighed, logits = attend.weighed_logits(q, k, bias, size, scale=scale, shown=return_logits)
+                logits = attend.logits(q, k, scale=scale, bias=bias)
+                weighed = logits if weight is None else logits + weight
                 p = drop(attend.normalise(weighed, policy=policy, train=train))
                 if only_map:
                     y = None
                 elif policy is None and not thinned and backend.platform() == "cpu":
-                    y = attend.weigh(weighed, v)  # what the site does not drop leaves the dense model's bits
+                    y = attend.weigh(
+                        logits, v, size
+                    )  # what the site does not drop leaves the dense model's bits
                 else:
                     y = jnp.einsum("bhqk,bhkd->bhqd", p.astype(v.dtype), v)
             else:
-                args = (q, k, v, policy, gate.heads, bias, size)
-                gated = functools.partial(
-                    attend.gated, scale=scale, eps=gate.eps, drop=drop, shown=return_logits
-                )
+                args = (q, k, v, policy, gate.heads, bias, weight)
+                gated = functools.partial(attend.gated, scale=scale, eps=gate.eps, drop=drop)
                 y, p, logits = backward.recomputed(gated, *args) if train else gated(*args)
             cls = attend.class_attention(p, prefix) if prefix and return_scores else None
             shown = {"keys": keys, "queries": queries, "values": v, "probs": p} if return_scores else {}

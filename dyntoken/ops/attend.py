@@ -181,23 +181,20 @@ def gated(
     policy: Array | None,
     heads: Array | None,
     bias: Array | None,
-    size: Array | None,
+    weight: Array | None,
     *,
     scale: float,
     eps: float | None,
     drop: Callable[[Array], Array],
-    shown: bool,
-) -> tuple[Array, Array, Array | None]:
+) -> tuple[Array, Array, Array]:
     """Attention with what a `types.Gate` leaves out.
 
     Args:
       q, k, v: `[B, H, T, D]`.
       policy, eps: see `gated_softmax`.
       heads: `[B, H]`, 0.0 for heads that are left out: of what they read and write.
-      bias: added to the scaled logits.
-      size: `[B, T]`, each key counts that often; not in the logits returned.
+      bias, weight: added to the scaled logits; `weight` is not in the logits returned.
       drop: dropout of the weights.
-      shown: also returns the logits.
 
     Returns:
       The result `[B, H, T, D]`, the weights and the logits, `[B, H, T, T]`.
@@ -205,8 +202,8 @@ def gated(
     if heads is not None:
         heads = heads.astype(v.dtype)[:, :, None, None]
         q, k, v = q * heads, k * heads, v * heads
-    weighed, found = weighed_logits(q, k, bias, size, scale=scale, shown=shown)
-    p = drop(gated_softmax(weighed, policy, eps))
+    found = logits(q, k, scale=scale, bias=bias)
+    p = drop(gated_softmax(found if weight is None else found + weight, policy, eps))
     y = jnp.einsum("bhqk,bhkd->bhqd", p.astype(v.dtype), v)
     return y if heads is None else y * heads, p, found
 
@@ -217,67 +214,56 @@ def last_axis_softmax(logits: Array) -> Array:
     return jax.nn.softmax(logits, axis=-1)
 
 
-def attention(q: Array, k: Array, v: Array, *, scale: float, bias: Array | None = None) -> Array:
+def attention(
+    q: Array, k: Array, v: Array, *, scale: float, bias: Array | None = None, size: Array | None = None
+) -> Array:
     """Unmasked attention that does not return its probabilities.
 
     Args:
       q, k, v: `[B, H, T, D]`.
       bias: `[B, H, T, T]`, or with some of these 1, added to the scaled logits.
+      size: `[B, T]`, each key counts that often.
 
     Returns:
       `[B, H, T, D]`. On the CPU the normalisation comes after the value product
       (fewer divisions; the fastest exact form measured there), in an ONNX file
       there is a plain softmax; elsewhere XLA's fused attention.
     """
+    if backend.platform() == "cpu":
+        return weigh(logits(q, k, scale=scale, bias=bias), v, size)
+    if size is not None:
+        bias = log_size(size) if bias is None else bias + log_size(size)
     if backend.platform() == "onnx":
         p = last_axis_softmax(logits(q, k, scale=scale, bias=bias))
         return jnp.einsum("bhqk,bhkd->bhqd", p.astype(v.dtype), v)
-    if backend.platform() == "cpu":
-        return weigh(logits(q, k, scale=scale, bias=bias), v)
     q, k, v = (jnp.swapaxes(t, 1, 2) for t in (q, k, v))
     return jnp.swapaxes(jax.nn.dot_product_attention(q, k, v, bias, scale=scale), 1, 2)
 
 
-def weigh(logits: Array, v: Array) -> Array:
-    """`attention` from its logits `[B, H, T, T]`, as a CPU computes it: with the bits of a layer that shows none."""
+def weigh(logits: Array, v: Array, size: Array | None = None) -> Array:
+    """`attention` from its logits `[B, H, T, T]`, as a CPU computes it: with the bits of a layer that shows none.
+
+    Sizes are factors there: logarithms in the logits would be written out for every query, and kept for training.
+    """
     p = jnp.exp(logits - jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True)))
+    p = p if size is None else p * jnp.where(size > 0, size, 1.0).astype(jnp.float32)[:, None, None, :]
     y = jnp.einsum("bhqk,bhkd->bhqd", p.astype(v.dtype), v, preferred_element_type=jnp.float32)
     return (y / p.sum(axis=-1, keepdims=True)).astype(v.dtype)
 
 
-def counted(
-    q: Array, k: Array, size: Array, bias: Array | None = None, *, scale: float
-) -> tuple[Array, Array, Array | None]:
-    """Queries, keys and bias whose logits make each key count `size [B, T]` times: the logarithm added.
+def log_size(size: Array) -> Array:
+    """What makes each key count `size [B, T]` times, to be added to logits: `[B, 1, 1, T]` float32.
 
-    On a CPU in float32 it is one more channel; a bias would be written out for every query, and kept for training.
     Rows of size 0 get 0: they are masked where there are any.
     """
     size = size.astype(jnp.float32)
-    weight = jnp.log(jnp.where(size > 0, size, 1.0))[:, None, :, None]
-    if backend.platform() == "cpu" and q.dtype == jnp.float32:
-        ones = jnp.ones((*q.shape[:-1], 1))
-        weight = jnp.broadcast_to(weight / scale, (*k.shape[:-1], 1))
-        return jnp.concatenate([q, ones], axis=-1), jnp.concatenate([k, weight], axis=-1), bias
-    weight = jnp.swapaxes(weight, 2, 3)
-    return q, k, weight if bias is None else bias + weight
+    return jnp.log(jnp.where(size > 0, size, 1.0))[:, None, None, :]
 
 
 def logits(q: Array, k: Array, *, scale: float, bias: Array | None = None) -> Array:
     """Scaled products of queries and keys, plus a bias: `[B, H, T, T]` float32."""
     products = jnp.einsum("bhqd,bhkd->bhqk", q, k, preferred_element_type=jnp.float32) * scale
     return products if bias is None else products + bias.astype(jnp.float32)
-
-
-def weighed_logits(
-    q: Array, k: Array, bias: Array | None, size: Array | None, *, scale: float, shown: bool
-) -> tuple[Array, Array | None]:
-    """Logits in which each key counts `size [B, T]` times (None: once), and if they are `shown` those without sizes."""
-    plain = logits(q, k, scale=scale, bias=bias) if shown or size is None else None
-    if size is None:
-        return plain, plain
-    q, k, bias = counted(q, k, size, bias, scale=scale)
-    return logits(q, k, scale=scale, bias=bias), plain
 
 
 def normalise(logits: Array, *, policy: Array | None, train: bool) -> Array:

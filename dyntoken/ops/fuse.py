@@ -112,11 +112,9 @@ def _absorb(targets: Array, sources: Array, host: Array, weight: Array, own: flo
     at = jax.nn.one_hot(host, targets.shape[1], dtype=jnp.float32)  # [B, S, T], and no gradient
     weight = weight.astype(jnp.float32)[..., None]
     mine = own if isinstance(own, float) else own[..., None]
-    absorbed, theirs = (
-        jnp.einsum("bst,bsc->btc", at, rows, precision=HIGHEST)
-        for rows in (weight * sources.astype(jnp.float32), weight)
-    )
-    total, share = mine * targets.astype(jnp.float32) + absorbed, mine + theirs
+    heavy = weight * sources.astype(jnp.float32)
+    total = mine * targets.astype(jnp.float32) + jnp.einsum("bst,bsc->btc", at, heavy, precision=HIGHEST)
+    share = mine + (at * weight).sum(axis=1)[..., None]
     if not isinstance(own, float):  # a row long dead may weigh nothing: it stays as it is
         total, share = jnp.where(share > 0, total, targets), jnp.where(share > 0, share, 1.0)
     return (total / share).astype(targets.dtype)
