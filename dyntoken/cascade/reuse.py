@@ -119,7 +119,7 @@ class Reuse(nn.Module):
                 setattr(self, f"context_{layer}", ContextMlp(*options))
         if not self.relation_reuse:
             return
-        make = rematerialised(MIXERS[self.relation_mixer], self.remat)
+        make = rematerialised(MIXERS[self.relation_mixer], self.remat, looped=self.relation_chunks > 1)
         if self.relation_source == "all":
             self.relation = make(self.dtype)
         else:
