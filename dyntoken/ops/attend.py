@@ -66,7 +66,8 @@ def policy_attention(
     if backward.is_plain():
         p = policy_softmax(logits(q, k, scale=scale), policy, eps)
         return jnp.einsum("bhqk,bhkd->bhqd", p.astype(v.dtype), v)
-    return _policy_attention(*backward.alike(q, k, v, policy.astype(jnp.float32)), scale, eps)
+    (policy,) = backward.varying_as(q, policy.astype(jnp.float32))  # a constant ahead of the first site
+    return _policy_attention(q, k, v, policy, scale, eps)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
@@ -84,8 +85,8 @@ def _attend_policy(
     keys = policy[:, None, :, None]
     own = _own(q, k, highest, scale) * (1.0 - keys)
     wide = v.astype(jnp.float32)
-    # The sum of a row's weights is one more column of the product.
-    y = _product("bhqk,bhkd->bhqd", e, jnp.concatenate([wide * keys, _column(keys, wide)], axis=-1), v.dtype)
+    ones = jnp.ones((*wide.shape[:-1], 1))  # the sum of a row's weights is one more column of the product
+    y = _product("bhqk,bhkd->bhqd", e, jnp.concatenate([wide * keys, ones * keys], axis=-1), v.dtype)
     total = y[..., -1:] + own + eps
     y = (y[..., :-1] + own * wide + eps * wide.mean(axis=2, keepdims=True)) / total
     y = y.astype(v.dtype)
@@ -129,11 +130,6 @@ def _own(q: Array, k: Array, highest: Array, scale: float) -> Array:
     """The weight of each row's own key before it is normalised, `[B, H, T, 1]` float32."""
     product = (q.astype(jnp.float32) * k.astype(jnp.float32)).sum(axis=-1, keepdims=True)
     return jnp.exp(product * scale - highest)
-
-
-def _column(keys: Array, like: Array) -> Array:
-    """`keys [B, 1, T, 1]` for each head of `like`."""
-    return jnp.broadcast_to(keys, (*like.shape[:-1], 1))
 
 
 def _product(spec: str, a: Array, b: Array, dtype: jnp.dtype) -> Array:

@@ -1,4 +1,4 @@
-"""What backward passes of our own need: arguments that vary alike, and work that waits."""
+"""What backward passes of our own need: arguments that vary as others do, and work that waits."""
 
 from __future__ import annotations
 
@@ -35,18 +35,15 @@ def is_plain() -> bool:
     return _PLAIN.get()
 
 
-def alike(*arrays: Array) -> tuple[Array, ...]:
-    """All varying over the same mesh axes inside a `shard_map`: a backward pass must return what it was given.
+def varying_as(like: Array, *arrays: Array) -> tuple[Array, ...]:
+    """`arrays`, varying over the mesh axes of `like` in a `shard_map`: a backward pass must return what it was given.
 
     A selection that chooses nothing: autodiff sees the cast that it brings and
     sums the gradient of what is replicated over the devices.
     """
     if backend.platform() == "onnx":
         return arrays  # an ONNX file has no gradient, and would keep what chooses nothing
-    first, *others = (array.reshape(-1)[0] == 0 for array in arrays)
-    either = first
-    for other in others:
-        either = either | other
+    either = like.reshape(-1)[0] == 0
     return tuple(jnp.where(either, array, array) for array in arrays)
 
 
@@ -71,7 +68,8 @@ def recomputed(fn: Callable[..., Any], *args: Array | None) -> Any:
     `jax.checkpoint`, which keeps everything on a CPU (see `after`).
 
     Args:
-      args: floats; the first one has as many axes as the first result, and its batch.
+      args: floats; the first one has as many axes as the first result, its batch, and varies in a `shard_map` if
+        any does.
     """
     if is_plain():
         return fn(*args)
@@ -83,7 +81,8 @@ def recomputed(fn: Callable[..., Any], *args: Array | None) -> Any:
 
     run = jax.custom_vjp(of)
     run.defvjp(lambda *arrays: (of(*arrays), arrays), lambda arrays, g: _again(of, arrays, g))
-    return run(*alike(*(arg for arg in args if arg is not None)))
+    first, *others = (arg for arg in args if arg is not None)
+    return run(first, *varying_as(first, *others))
 
 
 def _again(fn: Callable[..., Any], arrays: tuple[Array, ...], g: Any) -> tuple[Array, ...]:

@@ -40,7 +40,8 @@ def depthwise(x: Array, kernel: Array, *, stride: int = 1, padding: int = 0) -> 
     padded = jnp.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
     if backward.is_plain():
         return _sum_of_taps(padded, kernel, stride)
-    return _shifted(*backward.alike(padded, kernel), stride)
+    (kernel,) = backward.varying_as(padded, kernel)
+    return _shifted(*backward.varying_as(kernel, padded), kernel, stride)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

@@ -96,11 +96,14 @@ def match(
     """
     hosts, guests = (targets, sources) if compared is None else compared
     sim = MEASURES[measure](guests, hosts)
-    may = jnp.ones((1, 1, 1), bool) if allowed is None else allowed[:, None, :] > 0.5
-    may = may & ~jnp.eye(sim.shape[-1], dtype=bool)[None] if same else may
-    sim = jnp.where(may, sim / temperature, MASKED)
-    # What may be no host loses to any similarity, also to one below MASKED.
-    rank = jnp.where(may, jax.lax.stop_gradient(sim if luck is None else luck), -jnp.inf)
+    sim = sim / temperature
+    rank = jax.lax.stop_gradient(sim if luck is None else luck)
+    may = ~jnp.eye(sim.shape[-1], dtype=bool)[None] if same else None
+    if allowed is not None:
+        able = allowed[:, None, :] > 0.5
+        may = able if may is None else may & able
+    if may is not None:  # what may be no host loses to any similarity, also to one below MASKED
+        sim, rank = jnp.where(may, sim, MASKED), jnp.where(may, rank, -jnp.inf)
     host = rank.argmax(axis=-1).astype(jnp.int32)
     # A select rather than a gather: the gather's gradient is a scatter, serial on a CPU.
     chosen = host[..., None] == jnp.arange(sim.shape[-1])[None, None, :]

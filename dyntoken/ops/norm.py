@@ -24,7 +24,7 @@ def layer_norm(x: Array, scale: Array, bias: Array, *, eps: float, dtype: jnp.dt
     """
     if backward.is_plain():
         return _forward(x, scale, bias, eps, jnp.dtype(dtype))[0]
-    return _layer_norm(*backward.alike(x, scale, bias), eps, jnp.dtype(dtype))
+    return _layer_norm(x, *backward.varying_as(x, scale, bias), eps, jnp.dtype(dtype))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
