@@ -227,10 +227,8 @@ def test_remat_does_not_change_the_draws():
 
 
 def test_draws_follow_the_ids_not_the_batch():
-    model = _model("dynamicvit")
-    run = jax.jit(
-        lambda x, ids: model.apply(_variables("dynamicvit"), x, train=True, ids=ids, rngs=_rngs()).logits
-    )
+    model, variables = _model("dynamicvit"), _variables("dynamicvit")
+    run = jax.jit(lambda x, ids: model.apply(variables, x, train=True, ids=ids, rngs=_rngs()).logits)
     whole = run(_images(), jnp.arange(4))
     halves = [run(_images()[i : i + 2], jnp.arange(i, i + 2)) for i in (0, 2)]
     np.testing.assert_allclose(whole, jnp.concatenate(halves), atol=1e-6)

@@ -211,7 +211,7 @@ def _operators(model: Model, variables: Any, how: Preprocess | None, platform: s
     runs = [jax.jit(part.run) for part in programs(model, weights, how)]
 
     def step(inputs: Mapping[str, Any], index: int) -> Mapping[str, Any]:
-        with backend.trace_for(platform):
+        with backend.trace_for(platform, stable=True):
             return runs[index](weights, dict(inputs))
 
     return step

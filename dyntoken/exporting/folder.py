@@ -165,7 +165,7 @@ def remove(path: Any) -> None:
 def traced(part: Program, weights: Mapping[str, Any], platform: str) -> jax.export.Exported:
     """A program with the operators' forms of a platform, lowered for it."""
     shapes = {name: jax.ShapeDtypeStruct(value.shape, value.dtype) for name, value in weights.items()}
-    with backend.trace_for(PLATFORMS[platform]):
+    with backend.trace_for(PLATFORMS[platform], stable=True):
         run = jax.jit(lambda weights, inputs: part.run(weights, inputs))  # fresh: nothing is traced yet
         return jax.export.export(run, platforms=[platform])(shapes, part.inputs)
 

@@ -14,6 +14,7 @@ import jax
 
 PLATFORMS = ("cpu", "gpu", "tpu", "onnx")  # an ONNX file, whatever runs it, has forms of its own
 _OVERRIDE: contextvars.ContextVar[str | None] = contextvars.ContextVar("dyntoken_platform", default=None)
+_STABLE: contextvars.ContextVar[bool] = contextvars.ContextVar("dyntoken_stable", default=False)
 
 
 def platform() -> str:
@@ -21,17 +22,26 @@ def platform() -> str:
     return _OVERRIDE.get() or jax.default_backend()
 
 
+def stable() -> bool:
+    """Whether only operations are to be traced that `jax.export` writes."""
+    return _STABLE.get()
+
+
 @contextlib.contextmanager
-def trace_for(name: str) -> Iterator[None]:
+def trace_for(name: str, *, stable: bool = False) -> Iterator[None]:
     """Traces for another of `PLATFORMS` than the default one.
 
     Ahead-of-time compilation for a TPU on a CPU host needs it, and export. Trace a fresh
     function inside: what `jit` has cached outside is not traced again.
+
+    Args:
+      stable: leaves out what `jax.export` refuses to write, which is layouts on a TPU: results are equal.
     """
     if name not in PLATFORMS:
         raise ValueError(f"unknown platform {name!r}: choose {', '.join(PLATFORMS[:-1])} or {PLATFORMS[-1]}")
-    token = _OVERRIDE.set(name)
+    tokens = _OVERRIDE.set(name), _STABLE.set(stable)
     try:
         yield
     finally:
-        _OVERRIDE.reset(token)
+        _OVERRIDE.reset(tokens[0])
+        _STABLE.reset(tokens[1])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from dyntoken.ops import backend
 
@@ -75,6 +76,16 @@ def take(x: Array, rows: Array) -> Array:
         return jnp.einsum("bkn,bnc->bkc", at, x, precision=HIGHEST)
     index = rows.reshape(rows.shape + (1,) * (x.ndim - 2))
     return jnp.take_along_axis(x, index, axis=1)
+
+
+def rows_outermost(x: Array) -> Array:
+    """`x [B, n, C]`, on a TPU laid out with its rows outermost, as its compiler lays out a model without sites.
+
+    Batched products, as of `take`, leave the batch outermost there, and every norm behind them would change that.
+    """
+    if backend.platform() != "tpu" or backend.stable():
+        return x
+    return with_layout_constraint(x, Layout(major_to_minor=(1, 0, 2)))
 
 
 def gather_or_zero(x: Array, rows: Array, axis: int = 1) -> Array:

@@ -208,8 +208,9 @@ class Reducer(nn.Module):
             raise ValueError("the gather form needs every row alive: use one form at all sites")
         shown = (*self.needs, *self.recalls)
         seen = _Seen(self.title, {need: getattr(seen, need, None) for need in shown})
-        fused = int(self.adds_row and self.keep < (self.current or tokens.count))
-        rows = (self.keep if self.resolved(train) == "gather" else tokens.count) + fused
+        count = tokens.count
+        fused = int(self.adds_row and self.keep < (self.current or count))
+        rows = (self.keep if self.resolved(train) == "gather" else count) + fused
         tokens, reduction = self.reduce(tokens, seen, train, draws=draws, noise=noise, decision=decision)
         if tokens.count != rows:
             raise ValueError(
@@ -217,7 +218,8 @@ class Reducer(nn.Module):
                 f"adds_row={self.adds_row}, as it declares"
             )
         carrier = select.lookup(reduction.remap, tokens.carrier)
-        tokens = tokens.replace(carrier=carrier, size=select.sizes(carrier, tokens.count))
+        x = select.rows_outermost(tokens.x) if tokens.count < count else tokens.x
+        tokens = tokens.replace(x=x, carrier=carrier, size=select.sizes(carrier, tokens.count))
         ratio = self.keep / tokens.initial if self.ratio is None else self.ratio
         static = {"ratio": ratio, "count": self.keep + fused, "grid": tokens.grid}
         return tokens, reduction.replace(carrier=carrier, **static)
@@ -384,10 +386,10 @@ class ScoreSelectFuse(Reducer):
             self.keep == n
         ):  # nothing to drop: every row stays where it is, and the result that of the dense model
             keep = jnp.broadcast_to(jnp.arange(n, dtype=jnp.int32)[None], keep.shape)
-        x = tokens.patches
+        x, prefix = tokens.x, tokens.prefix  # rows of all are taken: a TPU would copy a slice of them
         inverse = select.inverse(keep, n)
         place, remap = select.lookup(tokens.place, keep), inverse
-        kept, extra, gone, weight = select.take(x, keep), None, None, tokens.weight
+        kept, extra, gone, weight = select.take(x, keep + prefix), None, None, tokens.weight
         now = (inverse >= 0).astype(jnp.float32)
         if margin is not None:
             now = sample.top_k_mask(margin, keep, dropped, temperature=self.tau)
@@ -397,7 +399,9 @@ class ScoreSelectFuse(Reducer):
         if self.keep < n:
             importance = select.take(scores.importance[..., None], dropped)[..., 0]
             by = self._matching(tokens, seen, scores, draws, keep, dropped)
-            fused = self._absorb(kept, select.take(x, dropped), importance=importance, weight=gone, **by)
+            fused = self._absorb(
+                kept, select.take(x, dropped + prefix), importance=importance, weight=gone, **by
+            )
             kept, extra = fused.x, fused.extra
             if fused.host is not None:
                 remap = _place_at(remap, dropped, fused.host)
@@ -408,7 +412,7 @@ class ScoreSelectFuse(Reducer):
             remap = jnp.where(remap < 0, self.keep, remap)
             weight = None if weight is None else jnp.pad(weight, [(0, 0), (0, 1)], constant_values=1.0)
         reduction = Reduction(scores.rank, now, place, host, remap, scores.log_probs, keep)
-        x = jnp.concatenate([tokens.x[:, : tokens.prefix], kept], axis=1)
+        x = jnp.concatenate([x[:, :prefix], kept], axis=1)
         return tokens.replace(x=x, place=place, weight=weight), reduction
 
     def _mask(

@@ -10,10 +10,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from dyntoken.nn import layers
 from dyntoken.nn.reduction_sites import NEEDS
 from dyntoken.ops import sample, select
-from dyntoken.reducers.head_predictor import HeadPredictor
+from dyntoken.reducers.predictor import HeadPredictor, Predictor
 from dyntoken.registry import Table, UnknownNameError, check_call, suggest
 from dyntoken.types import Attended, Tokens
 
@@ -34,44 +33,6 @@ class Scores:
     rank: Array
     importance: Array | None = None
     log_probs: Array | None = None
-
-
-class Predictor(nn.Module):
-    """DynamicViT's prediction module (section 3.2, `PredictorLG`).
-
-    Half of the channels stay local, the other half becomes the mean over the
-    rows alive; output index 0 means keep. Always float32: in bfloat16 almost
-    half of the images have ties at the cut.
-
-    Attributes:
-      eps: LayerNorm epsilon.
-      head: "local+global", or "local": every channel stays that of its row (same parameters).
-    """
-
-    eps: float = 1e-5
-    head: str = "local+global"
-
-    @nn.compact
-    def __call__(self, x: Array, alive: Array | None = None) -> Array:
-        """Log-probabilities `[B, n, 2]` of patch rows `x [B, n, C]`, `alive [B, n]`."""
-        width = x.shape[-1]
-        x = x.astype(jnp.float32)
-        x = layers.LayerNorm(epsilon=self.eps, name="in_conv_0")(x)
-        x = layers.gelu(layers.dense(width, name="in_conv_1")(x))
-        local, shared = x[..., : width // 2], x[..., width // 2 :]
-        if self.head == "local":
-            pooled = shared
-        elif alive is None:
-            pooled = shared.mean(axis=1, keepdims=True)
-        else:
-            weight = alive.astype(jnp.float32)[..., None]
-            total = weight.sum(axis=1, keepdims=True)
-            # A sample that lost every patch is 0/0 in the official code.
-            pooled = (shared * weight).sum(axis=1, keepdims=True) / jnp.where(total > 0, total, 1.0)
-        x = jnp.concatenate([local, jnp.broadcast_to(pooled, shared.shape)], axis=-1)
-        x = layers.gelu(layers.dense(width // 2, name="out_conv_0")(x))
-        x = layers.gelu(layers.dense(width // 4, name="out_conv_2")(x))
-        return nn.log_softmax(layers.dense(2, name="out_conv_4")(x), axis=-1)
 
 
 def predictor(

@@ -72,3 +72,15 @@ def test_survivors_and_rows_beside_the_prefix():
     found = select.survivors(carrier, place)  # patch 0 was absorbed, 2 dropped, 4 fused
     np.testing.assert_array_equal(found, [[-1, 1, -1, 0, -1]])
     np.testing.assert_array_equal(select.shift_past_prefix(found, 2), [[0, 1, -1, 3, -1, 2, -1]])
+
+
+def test_rows_are_outermost_on_a_tpu_alone_and_not_in_an_export():
+    x = jnp.arange(24.0).reshape(2, 3, 4)
+    for platform, stable, asked in (("tpu", False, True), ("tpu", True, False), ("cpu", False, False)):
+        with backend.trace_for(platform, stable=stable):
+            program = jax.jit(lambda x: select.rows_outermost(jnp.sin(x))).lower(x)
+            np.testing.assert_array_equal(program.compile()(x), jax.jit(jnp.sin)(x))
+            assert ("dense<[2, 0, 1]>" in program.as_text()) == asked  # minor to major: channels, batch, rows
+    with backend.trace_for("tpu"):
+        gradient = jax.grad(lambda x: (select.rows_outermost(x) * x).sum())(x)
+    np.testing.assert_array_equal(gradient, 2.0 * x)

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from dyntoken import losses
-from dyntoken.reducers.head_predictor import HeadPredictor
+from dyntoken.reducers.predictor import HeadPredictor
 from tests.golden.case import Case
 from tests.golden.checkers import common
 from tests.golden.ledger import Ledger
