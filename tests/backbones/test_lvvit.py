@@ -58,9 +58,9 @@ def test_evaluation_adds_half_the_largest_auxiliary_logit_and_training_does_not(
 
 
 def test_mix_token_swaps_a_box_between_pairs():
-    model = _model(mix_token=True)
+    model, variables = _model(mix_token=True), _variables()
     options = {"train": True, "record": ("embed",)}
-    run = jax.jit(lambda key: model.apply(_variables(), IMAGES, rngs={"dropout": key}, **options))
+    run = jax.jit(lambda key: model.apply(variables, IMAGES, rngs={"dropout": key}, **options))
     outs = [run(jax.random.key(seed)) for seed in range(12)]
     plain = next(np.asarray(o.records["embed"]) for o in outs if not o.mixed.any())  # an empty box
     for out in outs:

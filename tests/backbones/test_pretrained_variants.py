@@ -94,7 +94,7 @@ def test_the_methods_that_fit_take_it(arch):
             with pytest.raises(ValueError, match="there is none"):
                 _model(arch, method)
         else:
-            out = jax.eval_shape(lambda m=method: _model(arch, m, keep=(6,)).apply(_variables(arch), IMAGES))
+            out = jax.eval_shape(_model(arch, method, keep=(6,)).apply, _variables(arch), IMAGES)
             assert out.logits.shape == (2, 5)
 
 
