@@ -186,7 +186,7 @@ class Reduction:
         own if kept, its host's if squeezed, -1 if dropped or fused.
       remap: `[B, n]` int32, incoming row -> outgoing row, or -1.
       shares: `[B, m, n]`, weight of each incoming row in each outgoing one, of a method that mixes them.
-      carrier: `[B, N0]`, `Tokens.carrier` after the site (filled by the trunk).
+      carrier: `[B, N0]`, `Tokens.carrier` after the site (filled by `Reducer`).
       queries: `[B, n]`, weight of each incoming row in the mean of its group, by
         which queries of the block's attention map fuse; the trunk takes it away.
       learnt: `[2]`, learnt numbers of rows that pruning and merging leave (DiffRate), with

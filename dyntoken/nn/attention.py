@@ -106,12 +106,17 @@ class Attention(nn.Module):
         thinned = draws is not None and self.attn_dropout > 0.0
         if only_map:
             return_scores = True
-        cheap = not return_scores or (return_scores is not True and set(return_scores) <= set(CHEAP))
-        unseen = cheap and not return_logits and not thinned
+        shows = (
+            set(return_scores) if isinstance(return_scores, tuple) else {"probs"} if return_scores else set()
+        )
+        unseen = not (shows - {*CHEAP, "cls"} or return_logits or thinned)
         seen = Attended(keys=keys, queries=queries, values=v)
-        if policy is None and unseen:
+        if policy is None and unseen and not (prefix and "cls" in shows):
             y = attend.attention(q, k, v, scale=scale, bias=bias, size=size)
-        elif policy is not None and train and unseen and gate is bias is size is None:
+        elif policy is gate is None and unseen:
+            y, cls = attend.attention_and_class(q, k, v, prefix, scale=scale, bias=bias, size=size)
+            seen = seen.replace(cls=cls)
+        elif policy is not None and train and unseen and "cls" not in shows and gate is bias is size is None:
             y = attend.policy_attention(q, k, v, policy, scale=scale)
         else:
 

@@ -236,6 +236,29 @@ def attention(
     return jnp.swapaxes(jax.nn.dot_product_attention(q, k, v, bias, scale=scale), 1, 2)
 
 
+def attention_and_class(
+    q: Array,
+    k: Array,
+    v: Array,
+    prefix: int,
+    *,
+    scale: float,
+    bias: Array | None = None,
+    size: Array | None = None,
+) -> tuple[Array, Array]:
+    """`attention` (with its bits), and the `class_attention` to `T - prefix` patches: one row of its weights."""
+    weight = None if size is None else log_size(size)
+    if backend.platform() == "cpu":
+        found = logits(q, k, scale=scale, bias=bias)
+        y, row = weigh(found, v, size), found[:, :, :1]
+    else:
+        y = attention(q, k, v, scale=scale, bias=bias, size=size)
+        bias = bias if bias is None or bias.shape[2] == 1 else bias[:, :, :1]
+        row = logits(q[:, :, :1], k, scale=scale, bias=bias)
+    row = row if weight is None else row + weight
+    return y, class_attention(normalise(row, policy=None, train=False), prefix)
+
+
 def weigh(logits: Array, v: Array, size: Array | None = None) -> Array:
     """`attention` from its logits `[B, H, T, T]`, as a CPU computes it: with the bits of a layer that shows none.
 

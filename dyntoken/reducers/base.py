@@ -57,6 +57,8 @@ class Reducer(nn.Module):
       dialect: row of `weights.dialects.DIALECTS`, the keys of its official state dict; None: the backbone's.
       of_body: fields that take their value from the backbone's of the same name.
       recalls: fields of `Attended` that it reads of the block before its site.
+      forms: the forms that it has.
+      moves: rows change places in the mask form, too.
       takes_decision: a `decision` can replace its own choice.
       mixes: its rows are mixtures that may have no cell of their own.
       bounded: `keep` is only the most rows that stay: how many do depends on the image, and
@@ -291,12 +293,13 @@ class ScoreSelectFuse(Reducer):
     def reduce(self, tokens, seen, train, *, draws, noise, decision) -> tuple[Tokens, Reduction]:
         options: dict[str, Any] = {"heads": self.heads} if self.per_head else {}
         options |= {"score_head": self.score_head} if self.scorer.has_head else {}
-        scores = self.scorer.fn(tokens, seen, draws, self.stage, eps=self.predictor_eps, **options)
+        given = fixed(tokens) if draws is None else draws
+        scores = self.scorer.fn(tokens, seen, given, self.stage, eps=self.predictor_eps, **options)
         self._check(scores)
         if scores.importance is None:
             scores = scores.replace(importance=shares(jnp.ones(tokens.place.shape), tokens))
         if self.shuffle:
-            scores = shuffled(scores, tokens, draws, self.stage)
+            scores = shuffled(scores, tokens, given, self.stage)
         chex.assert_shape(scores.rank, tokens.place.shape)
         if tokens.alive is not None:
             scores = scores.replace(rank=jnp.where(tokens.alive > 0.5, scores.rank, -jnp.inf))

@@ -38,7 +38,7 @@ class Scores:
 def predictor(
     tokens: Tokens,
     seen: Attended | None,
-    draws: sample.Draws | None,
+    draws: sample.Draws,
     stage: int,
     eps: float = 1e-5,
     score_head: str = "local+global",
@@ -62,9 +62,7 @@ class CellScores(nn.Module):
         return nn.log_softmax(select.take(logits, jnp.maximum(tokens.place, 0)), axis=-1)
 
 
-def static(
-    tokens: Tokens, seen: Attended | None, draws: sample.Draws | None, stage: int, **_: object
-) -> Scores:
+def static(tokens: Tokens, seen: Attended | None, draws: sample.Draws, stage: int, **_: object) -> Scores:
     """The baseline of one learnt mask (DynamicViT, section 4.3): the same patches of every image. Has parameters."""
     log_probs = CellScores(name="cells")(tokens)
     keep = jnp.exp(log_probs[..., 0])
@@ -74,7 +72,7 @@ def static(
 def head_predictor(
     tokens: Tokens,
     seen: Attended | None,
-    draws: sample.Draws | None,
+    draws: sample.Draws,
     stage: int,
     eps: float = 1e-5,
     heads: int | None = None,
@@ -87,25 +85,19 @@ def head_predictor(
     return Scores(rank=score[..., 0], importance=keep, log_probs=score)
 
 
-def class_attention(
-    tokens: Tokens, seen: Attended, draws: sample.Draws | None, stage: int, **_: object
-) -> Scores:
+def class_attention(tokens: Tokens, seen: Attended, draws: sample.Draws, stage: int, **_: object) -> Scores:
     """EViT and eTPS: the class token's attention in the same block."""
     return Scores(rank=seen.cls, importance=seen.cls)
 
 
-def random(
-    tokens: Tokens, seen: Attended | None, draws: sample.Draws | None, stage: int, **_: object
-) -> Scores:
+def random(tokens: Tokens, seen: Attended | None, draws: sample.Draws, stage: int, **_: object) -> Scores:
     """Uniform scores: the control of every robustness study."""
-    draws = draws if draws is not None else fixed(tokens)
     scores = draws.uniform((tokens.count,), stage, 1)
     return Scores(rank=scores, importance=shares(scores, tokens))
 
 
-def shuffled(scores: Scores, tokens: Tokens, draws: sample.Draws | None, stage: int) -> Scores:
+def shuffled(scores: Scores, tokens: Tokens, draws: sample.Draws, stage: int) -> Scores:
     """The same scores on other patches: permuted among the rows alive of an image."""
-    draws = draws if draws is not None else fixed(tokens)
     alive = jnp.ones(scores.rank.shape) if tokens.alive is None else tokens.alive
     rows = sample.permutation(alive, draws, stage, 2)
 
@@ -134,7 +126,7 @@ class Scorer:
 
     Attributes:
       fn: see `register_scorer`.
-      learns: its decision is trained: training samples it, in the mask form.
+      learns: its decision is trained: training samples it, in either form.
       needs: fields of `Attended` that it reads.
       where: "before" a block (the rows are enough for it, so it works in one as
         well) or "inside", between attention and MLP.
@@ -178,12 +170,13 @@ def register_scorer(
       name: of the rule.
       fn: `fn(tokens, seen, draws, stage, **options) -> dyntoken.Scores`; `tokens`
         a `Tokens`, `seen` the fields of `Attended` that it needs, `draws` and
-        `stage` for randomness. `options` holds `eps`, the LayerNorm epsilon that
+        `stage` for randomness: `draws.uniform((n,), stage, 4)`, where 0 to 3 are taken; in
+        evaluation without an rng the draws are fixed. `options` holds `eps`, the LayerNorm epsilon that
         the backbone says.
       learns: `fn` builds linen modules (it runs in a compact method) and returns
         `log_probs`, which the training samples.
-      needs: fields of `Attended` that it reads: "cls" (class attention), "keys",
-        "values", "probs".
+      needs: fields of `Attended` that it reads: "cls" (class attention), "keys", "queries",
+        "values", "probs", "normed", "token".
       where: "before" a block or "inside", by default inside if it needs anything.
 
     Raises:
