@@ -67,6 +67,7 @@ def _trained(case):
     return model, params, out, grads, twice, (float(before), float(after))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("case", CASES)
 def test_ablation_trains(case):
     model, _, _, grads, twice, (before, after) = _trained(case)

@@ -266,6 +266,7 @@ def cascade(tmp_path_factory):
     return config, workdir, printed.getvalue().splitlines()
 
 
+@pytest.mark.thorough
 def test_a_cascade_reports_every_exit(cascade):
     _, workdir, lines = cascade
     row = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[0])

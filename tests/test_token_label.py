@@ -121,6 +121,7 @@ def _trained(devices):
     return jax.device_get(state), history
 
 
+@pytest.mark.thorough
 def test_four_devices_train_what_one_does_statistics_included():
     (one, losses_one), (four, losses_four) = _trained(1), _trained(4)
     for a, b in zip(losses_one, losses_four, strict=True):

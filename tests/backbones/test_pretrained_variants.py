@@ -107,6 +107,7 @@ def test_dropping_turns_no_other_row():
     np.testing.assert_allclose(gathered, masked, atol=3e-5)
 
 
+@pytest.mark.thorough
 def test_loops_recomputation_and_low_precision():
     """One program for both: gradients of a scanned, rematerialised model against the plain one's."""
     variables = _variables(DINOV3)

@@ -39,6 +39,7 @@ def test_points_are_cell_centres_row_by_row():
     np.testing.assert_allclose(points, [[1, 2], [1, 6], [1, 10], [3, 2], [3, 6], [3, 10]])
 
 
+@pytest.mark.thorough
 def test_points_move_by_the_whole_offset_and_sampling_by_gamma_of_it():
     variables = jax.tree.map(jnp.copy, _variables())
     assert float(jnp.abs(variables["params"]["backbone"]["sampling_0"]["offset_layer"]["kernel"]).max()) == 0

@@ -52,6 +52,7 @@ def test_positions_are_the_sinusoid():
     np.testing.assert_array_equal(params["pos_embed"][0], t2t.sinusoid(17, 16))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["t2t_vit_7", "t2t_vit_t_14"])
 def test_gradients_reach_all_but_the_fixed_parameters(name):
     model, variables = dyntoken.create_model(name, **TINY), _variables(name)
@@ -89,6 +90,7 @@ def test_reducers_work_in_its_trunk(method):
     np.testing.assert_allclose(*logits, atol=1e-5)
 
 
+@pytest.mark.thorough
 def test_parameter_counts_of_the_published_models():
     counts = {
         "t2t_vit_7": 4_310_222,

@@ -292,6 +292,7 @@ def store(tmp_path, name, features, rows):
     return str(tmp_path)
 
 
+@pytest.mark.thorough
 def test_imagenet_real_gives_every_label(tmp_path, photo):
     import tensorflow_datasets as tfds
 
@@ -359,6 +360,7 @@ def inat(tmp_path, photo):
     return source, tmp_path / "tfds"
 
 
+@pytest.mark.thorough
 def test_inaturalist_is_written_as_it_is(inat, capsys):
     source, out = inat
     flags = ["inat2019", f"--source={source}", f"--data_dir={out}"]

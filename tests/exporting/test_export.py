@@ -87,6 +87,7 @@ np.savez("results.npz", **results)
 """
 
 
+@pytest.mark.thorough
 def test_a_program_runs_without_the_package(made, tmp_path):
     path, model, variables = made
     shutil.copytree(path, tmp_path / "alone")

@@ -54,6 +54,7 @@ def test_a_slice_holds_its_share_of_every_class(sorted_folder):
         assert (np.abs(np.bincount(labels(sorted_folder, cut), minlength=4) - [4, 4, 2, 1]) <= 1).all()
 
 
+@pytest.mark.thorough
 def test_pairs_of_a_batch_meet_all_classes(sorted_folder):
     batches = data.train_batches(sorted_folder, batch=32, size=8, seed=0, shards=8)
     drawn = np.concatenate([b["label"] for b in itertools.islice(batches, 6)]).reshape(-1, 2)
@@ -259,6 +260,7 @@ def test_unreadable_files_are_named_and_the_run_goes_on(tmp_path, caplog):
     assert "b/5.jpg does not decode" in caplog.text and "Is a directory" in caplog.text
 
 
+@pytest.mark.thorough
 def test_balanced_epochs(tmp_path):
     put(tmp_path, *(f"many/{i}.bmp" for i in range(45)), label=0)
     put(tmp_path, *(f"few/{i}.bmp" for i in range(3)), label=1)

@@ -151,6 +151,7 @@ def test_before_the_first_step_it_ends_at_once(tmp_path, moment, signum):
     assert not list(tmp_path.glob("run/lock-*"))  # the next run need not find out whose that is
 
 
+@pytest.mark.thorough
 def test_the_second_one_ends_at_once(tmp_path):
     slow = "import time; from dyntoken.checkpoints import Checkpoints; "
     slow += "Checkpoints.save = lambda *args, **more: time.sleep(60)"
@@ -217,6 +218,7 @@ assert train.run(tiny_config(), sys.argv[1], log=[].append).finished
 """
 
 
+@pytest.mark.thorough
 def test_a_notebook_keeps_its_handlers(tmp_path):
     """In a process of its own: others that the tests have loaded could take the signal."""
     env = {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -46,6 +46,7 @@ def test_no_figure_without_a_run_or_whole_weights(tmp_path, words, named):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.thorough
 def test_whole_weights_are_evaluated(tmp_path):
     words = "--config=configs/deit.py:demo", "--config.data.options.test=64", "--mode=eval"
     done = main(*words[::2], "--config.init.path=pretrained:vit_mini_patch4_28", cwd=tmp_path)

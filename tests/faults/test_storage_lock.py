@@ -47,6 +47,7 @@ def quiet(workdir) -> Lock:
     return Lock(epath.Path(workdir), log=lambda line: None)
 
 
+@pytest.mark.thorough
 def test_of_three_that_ask_at_once_one_holds_it(tmp_path):
     """Twenty times, in processes that see the starting sign within a millisecond of each other."""
     rounds = 20

@@ -30,6 +30,7 @@ def test_a_bad_image_is_marked_and_the_rest_goes_on(value, mode):
     np.testing.assert_allclose(logits[~bad], expected[~bad], atol=1e-5)
 
 
+@pytest.mark.thorough
 def test_the_random_rule_marks_it_too():
     """Its draws ignore the logits: a score alone would not tell."""
     runner = shared("both", 8, 1, "random", steps=1)

@@ -218,6 +218,7 @@ def test_a_teacher_and_a_start_of_another_grid_are_resized(oblong, tmp_path):
 # The average.
 
 
+@pytest.mark.thorough
 def test_load_weights_says_that_the_average_is_mostly_the_start(tmp_path, caplog):
     model = tiny_config().model.to_dict()
     model = dyntoken.create_model(model.pop("name"), num_classes=7, **model)

@@ -66,6 +66,7 @@ def test_the_figures_of_the_report():
     assert schedules.ema_warning(7500, 0.0, warmup=False) is None
 
 
+@pytest.mark.thorough
 def test_a_run_warms_its_average_up_and_resumes_exactly(tmp_path):
     config = tiny_config(ema=0.99996, steps=4, optim__schedule="constant")
     whole = train.run(config, tmp_path / "whole", log=lambda line: None)

@@ -45,6 +45,7 @@ def test_policies_recompute_what_they_say():
     assert attention % DEPTH == everything % DEPTH == 0
 
 
+@pytest.mark.thorough
 def test_memory_falls_on_a_cpu_too():
     """There a compiler merges what is computed again with what was before; only in a loop it cannot."""
 

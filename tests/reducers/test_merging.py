@@ -114,6 +114,7 @@ def test_every_patch_has_one_address(case, seed):
     assert (carrier >= 0).all() or name == "diffrate"
 
 
+@pytest.mark.thorough
 def test_sizes_weigh_keys_as_copies_would():
     model = dyntoken.create_model("tome_deit_tiny_patch16_224", **{**SMALL, "depth": 1})
     body = model.bind(model.init(jax.random.key(0), IMAGES[:1])).body.trunk.blocks_0
@@ -156,6 +157,7 @@ def _learning():
     return model, jax.jit(model.init)(jax.random.key(0), IMAGES)
 
 
+@pytest.mark.thorough
 def test_learnt_counts_train_and_read_off():
     model, variables = _learning()
     objective = losses.Objective({"ce": {}, "multiply_adds": {"gmacs": 1e-4, "weight": 1e6}})

@@ -7,8 +7,10 @@ from dyntoken.ops import backend
 from dyntoken.reducers.predictor import HeadPredictor, Predictor
 
 
-@pytest.mark.parametrize("network", [Predictor(), Predictor(head="local"), HeadPredictor(heads=2)])
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(
+    ("network", "masked"),
+    [(Predictor(), False), (Predictor(head="local"), True), (HeadPredictor(heads=2), True)],
+)
 def test_a_tpu_computes_the_same_in_parts(network, masked):
     x = jax.random.normal(jax.random.key(0), (2, 5, 8))
     alive = jnp.array([[1.0, 0.0, 1.0, 1.0, 0.0], [0.0] * 5]) if masked else None

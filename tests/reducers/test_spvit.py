@@ -25,6 +25,7 @@ def test_the_package_is_a_mean_or_as_in_the_code_a_sum():
     np.testing.assert_array_equal(fuse.package(x, x, **nobody).extra, [[[0.0]]])
 
 
+@pytest.mark.thorough
 def test_packages_are_kept_on_top_of_the_patches():
     model = dyntoken.create_model("spvit_deit_tiny_patch16_224", **SMALL, **SITES)
     options = [site.reducer for site in model.sites()]

@@ -164,6 +164,7 @@ class TestBest:
         calls = iter(self.SCORES)
         monkeypatch.setattr(loop, "measure", lambda *_: {"top1": next(calls), "count": 37})
 
+    @pytest.mark.thorough
     def test_they_outlive_the_newest(self, tmp_path, scored):
         own = config(checkpoint_steps=0, eval_steps=1, keep_best=2, keep_checkpoints=1)
         with pytest.raises(CrashError):

@@ -116,6 +116,7 @@ def assert_same_run(workdir, alone, again_config=None, steps=6, count=37):
     assert_close(again.state.ema, result.state.ema)
 
 
+@pytest.mark.thorough
 def test_two_processes_train_and_evaluate_as_one(tmp_path, alone):
     with pair(tmp_path) as (processes, outputs):
         texts = finish(processes, outputs)

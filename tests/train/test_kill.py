@@ -61,6 +61,7 @@ def kill_when(
     assert process.wait() == -signal.SIGKILL
 
 
+@pytest.mark.thorough
 def test_killed_three_times(tmp_path):
     draw = random.Random(0)
     workdir = tmp_path / "killed"

@@ -117,6 +117,7 @@ def test_pieces_are_cut_along_the_longest_axis_that_divides():
     assert optax.tree.get(layout.opt_state, "trace")["head"]["cls"]["kernel"].spec == PartitionSpec("data")
 
 
+@pytest.mark.thorough
 def test_a_checkpoint_fits_every_layout_and_number_of_devices(tmp_path):
     state, _ = trained(BOTH)
     checkpoints = Checkpoints(tmp_path)
@@ -174,6 +175,7 @@ def test_settings_are_checked():
         sharding.check_batch(24, mesh, multiple=2, slices=2)
 
 
+@pytest.mark.thorough
 def test_half_precision_keeps_float32_masters():
     losses, mesh = {}, sharding.data_mesh(jax.devices()[:1])
     for dtype in ("float32", "bfloat16"):

@@ -55,6 +55,7 @@ def test_a_key_that_nothing_reads():
         build(tiny_config(keep_schedule={"epochs": 3}))
 
 
+@pytest.mark.thorough
 def test_a_run_in_stages_resumes_within_the_second(tmp_path, monkeypatch):
     compiled, programs, real = [], {}, Run.train_step_for
 

@@ -147,6 +147,7 @@ def test_pmap_runs_the_same_function():
     assert float(metrics["loss"][0][0]) == pytest.approx(float(others["loss"][0]), rel=1e-5)
 
 
+@pytest.mark.thorough
 def test_a_notebook_calls_it_on_one_device():
     """Without devices to sum over it is a function of state and batch like any other."""
     _, _, variables, teacher = parts()

@@ -54,6 +54,7 @@ def _gradient(model, teacher, objective, **options):
     return run(variables, of_teacher), variables, batch
 
 
+@pytest.mark.thorough
 def test_a_teacher_in_half_precision_teaches_the_same():
     size = {"num_classes": 7, "img_size": 16, **SMALL}
     model = dyntoken.create_model(DENSE, **size)
