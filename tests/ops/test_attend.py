@@ -69,6 +69,24 @@ def test_class_attention_drops_prefix_columns():
     np.testing.assert_allclose(attend.class_attention(probs, 2), [[6.5]])
 
 
+@pytest.mark.parametrize("platform", ["cpu", "tpu", "onnx"])
+@pytest.mark.parametrize("biased", [False, True])
+def test_class_attention_is_a_row_of_the_weights(platform, biased):
+    q, k, v = _qkv()
+    batch, heads, rows, _ = q.shape
+    size = jnp.arange(1.0, 1.0 + rows)[None].repeat(batch, axis=0) if biased else None
+    bias = jax.random.normal(jax.random.key(5), (batch, heads, rows, rows)) if biased else None
+    with backend.trace_for(platform):
+        whole = attend.attention(q, k, v, scale=0.5, bias=bias, size=size)
+        y, cls = attend.attention_and_class(q, k, v, 2, scale=0.5, bias=bias, size=size)
+    np.testing.assert_array_equal(y, whole)
+    logits = jnp.einsum("bhqd,bhkd->bhqk", q, k) * 0.5
+    if biased:
+        logits += bias + jnp.log(size)[:, None, None, :]
+    expected = np.asarray(jax.nn.softmax(logits, axis=-1))[:, :, 0, 2:].mean(axis=1)
+    np.testing.assert_allclose(cls, expected, rtol=1e-5)
+
+
 def test_with_prefix():
     np.testing.assert_array_equal(attend.with_prefix(jnp.zeros((1, 2)), 2), [[1, 1, 0, 0]])
 

@@ -33,6 +33,11 @@ def key_norm(tokens, seen, draws, stage, **_):
     return dyntoken.Scores(rank=-jnp.square(keys).sum(axis=-1).mean(axis=1))
 
 
+def dice(tokens, seen, draws, stage, **_):
+    """Chance, of which there is some in evaluation, too."""
+    return dyntoken.Scores(rank=draws.uniform((tokens.count,), stage, 4))
+
+
 def received(tokens, seen, draws, stage, **_):
     """The attention that a patch gets from all patches."""
     probs = seen.probs[:, :, tokens.prefix :, tokens.prefix :].mean(axis=1)  # [B, N, N]
@@ -122,6 +127,7 @@ dyntoken.register_scorer("linear", linear, learns=True)
 dyntoken.register_scorer("attended", attended, needs="cls")
 dyntoken.register_scorer("key_norm", key_norm, needs="keys")
 dyntoken.register_scorer("received", received, needs="probs")
+dyntoken.register_scorer("dice", dice)
 dyntoken.register_scorer(
     "late", lambda tokens, seen, draws, stage, **_: dyntoken.Scores(tokens.size), where="inside"
 )

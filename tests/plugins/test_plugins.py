@@ -92,6 +92,16 @@ def test_a_learnt_scorer_trains_at_the_rate_of_new_parameters(tmp_path):
     assert all((groups[path].lr_scale == 1.0) == added(path) for path in groups)
 
 
+def test_a_scorer_draws_in_evaluation_too():
+    model = _model("dtps", score="dice")
+    variables = _variables(model)
+    run = jax.jit(lambda rngs: model.apply(variables, _images(), rngs=rngs).reductions[0].scores)
+    twice, other = [run({}) for _ in range(2)], run({"policy": jax.random.key(1)})
+    np.testing.assert_array_equal(*twice)
+    assert not np.allclose(twice[0], other)
+
+
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("name", "options"),
     [
