@@ -164,10 +164,12 @@ def read(path: pathlib.Path) -> list[Row]:
 def markdown(rows: Sequence[Row]) -> str:
     """The table for people, without the dense rows that others are compared with."""
     shown = [r for r in rows if f" {DENSE} " in r["command"] or (r["model"], r["by"]) != (DENSE, "jax")]
-    lines = [f"| {' | '.join(name.replace('_', ' ') for name in SHOWN)} |", "|---" * len(SHOWN) + "|"]
-    lines += [f"| {' | '.join(row[name] for name in SHOWN)} |" for row in shown]
-    machines = dict.fromkeys(f"{row['machine']}; {row['versions']}" for row in rows)
-    return "\n".join([*lines, "", *(f"Measured on {one}." for one in machines)])
+    machines = list(dict.fromkeys(f"{row['machine']}; {row['versions']}" for row in rows))
+    lines = [f"| {' | '.join((*SHOWN, 'measured on')).replace('_', ' ')} |", "|---" * (len(SHOWN) + 1) + "|"]
+    for row in shown:
+        number = 1 + machines.index(f"{row['machine']}; {row['versions']}")
+        lines.append(f"| {' | '.join(row[name] for name in SHOWN)} | {number} |")
+    return "\n".join([*lines, "", *(f"{number}. {one}." for number, one in enumerate(machines, start=1))])
 
 
 def plot(path: pathlib.Path, rows: Sequence[Row]) -> None:
@@ -178,8 +180,9 @@ def plot(path: pathlib.Path, rows: Sequence[Row]) -> None:
     left, right = figure.subplots(1, 2)
     figures.curves(left, "batch", "dense, times as fast as XLA's program")
     figures.curves(right, "multiply-adds, times fewer", "speed-up")
-    # Of one run alone: the speed of a shared machine is another in the next one.
-    dense = [r for r in rows if r["mode"] == "evaluation" and f" {DENSE} " in r["command"]]
+    # Of one run on one machine alone: the speed of a shared machine is another in the next one.
+    timed = [r for r in rows if r["mode"] == "evaluation"]
+    dense = [r for r in timed if f" {DENSE} " in r["command"] and r["machine"] == rows[0]["machine"]]
     for colour, by in zip(figures.COLOURS, dict.fromkeys(row["by"] for row in dense), strict=False):
         points = {int(row["batch"]): float(row["speed_up"]) for row in dense if row["by"] == by}
         left.plot(*zip(*sorted(points.items()), strict=True), "o-", color=colour, label=by)
@@ -188,7 +191,7 @@ def plot(path: pathlib.Path, rows: Sequence[Row]) -> None:
     left.minorticks_off()
     left.xaxis.set_major_formatter("{x:g}")
     whole = max((float(row["gmacs"]) for row in dense), default=1.0)
-    reduced = [r for r in rows if r["mode"] == "evaluation" and r["model"] != DENSE and r["by"] == "jax"]
+    reduced = [r for r in timed if r["model"] != DENSE and r["by"] == "jax" and " --vs-" not in r["command"]]
     for colour, batch in zip(figures.COLOURS, sorted({int(row["batch"]) for row in reduced}), strict=False):
         points = [
             (whole / float(r["gmacs"]), float(r["speed_up"])) for r in reduced if int(r["batch"]) == batch
