@@ -172,7 +172,9 @@ def test_training_gradients_are_finite_and_reach_every_parameter(case):
         assert np.isfinite(leaf).all(), path
         if _declared(model).gates and _declared(model).learns:
             continue  # every image may leave a branch out
-        assert float(jnp.abs(leaf).max()) > 0, f"no gradient reaches {jax.tree_util.keystr(path)}"
+        # DPC-KNN's weights are shares of their cluster: the bias of their logarithm cancels but for rounding.
+        silent = case == "dpcknn" and jax.tree_util.keystr(path).endswith("['score']['bias']")
+        assert silent or float(jnp.abs(leaf).max()) > 0, f"no gradient reaches {jax.tree_util.keystr(path)}"
 
 
 @pytest.mark.thorough
