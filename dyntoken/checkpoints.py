@@ -388,16 +388,17 @@ def first_line(error: Exception) -> str:
 
 def ignore_late_callbacks() -> None:
     """After a read that failed, TensorStore's threads answer to an event loop that Orbax has closed, and
-    the other arrays' tasks are collected with their errors unread: dozens of lines of stack trace around
-    our one."""
+    the other arrays' tasks and futures are collected with their errors unread: dozens of lines of stack
+    trace around our one."""
     before = sys.unraisablehook
     if getattr(before, "quiet", False):
         return
-    logging.getLogger("asyncio").addFilter(
-        lambda record: (
-            not (record.getMessage().startswith("Task exception") and "orbax" in record.getMessage())
-        )
-    )
+
+    def of_a_reader(said: str) -> bool:
+        ours = {"Task exception": "orbax", "Future exception": "tensorstore_spec"}
+        return any(said.startswith(start) and sign in said for start, sign in ours.items())
+
+    logging.getLogger("asyncio").addFilter(lambda record: not of_a_reader(record.getMessage()))
 
     def hook(event: Any) -> None:
         if str(event.exc_value) != "Event loop is closed":

@@ -257,3 +257,12 @@ def test_errors_that_nobody_reads_any_more(caplog):
         del task
         gc.collect()
         assert len(caplog.records) == said
+    for error, said in (("OUT_OF_RANGE: no such bytes [tensorstore_spec='{}']", 0), ("cut short", 1)):
+        loop = asyncio.new_event_loop()
+        future = loop.create_future()
+        future.set_exception(ValueError(error))
+        loop.close()
+        caplog.clear()
+        del future
+        gc.collect()
+        assert len(caplog.records) == said
